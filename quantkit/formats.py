@@ -1,0 +1,161 @@
+"""Number formats and schemes: the one place that parses, prints and counts them (DESIGN section 2). Pure arithmetic.
+
+A *scheme* says how one layer computes: its weight format and its input's format, written as the field does::
+
+    scheme = "float" | weight | weight act | act
+    weight = "w" fmt [ "g" int ] [ "z" ] [ "sf16" | "sf8" ]
+    act    = "a" fmt [ "d" ] [ "g" int ]
+    fmt    = "2".."8" | "16" | "fp8" | "fp8e5m2" | "nvfp4" | "mxfp4" | "log4"
+
+>>> str(Scheme.parse("w4g64za8d"))
+'w4g64za8d'
+>>> Scheme.parse("w3a8").weight.storage_bytes((16, 3, 3, 3))   # 432 codes of 3 bits in planes, 16 float32 scales
+226
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from quantkit.errors import InvalidRequest
+
+INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+_FLOAT_BITS = {"fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
+_SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
+_FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"
+_WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f16|f8))?"
+_ACT = rf"a(?P<afmt>{_FMT})(?P<dynamic>d)?(?:g(?P<agroup>[1-9]\d*))?"
+_SCHEME = re.compile(rf"(?:{_WEIGHT})?(?:{_ACT})?")
+
+
+def element_bits(fmt: str) -> int:
+    """Bits of one code of a number format."""
+    return _FLOAT_BITS.get(fmt) or int(fmt)
+
+
+def bit_planes(bits: int) -> tuple[int, ...]:
+    """How codes of ``bits`` bits are stored: planes of 8, 4, 2 and 1 bits, high bits first. 3 -> (2, 1), 5 -> (4, 1), 6 -> (4, 2)."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of ``count`` codes of ``bits`` bits, each plane padded to a whole byte."""
+    whole, rest = divmod(bits, 8)
+    return count * whole + sum(math.ceil(count * plane / 8) for plane in bit_planes(rest))
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a layer's weight is stored. ``group`` 0 is one scale per output channel, n is one per n inputs of a channel."""
+
+    fmt: str
+    group: int = 0
+    zero_point: bool = False
+    scale: str = "f32"
+
+    @property
+    def bits(self) -> int:
+        return element_bits(self.fmt)
+
+    @property
+    def is_integer(self) -> bool:
+        return self.fmt.isdigit()
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest integer code, e.g. (-8, 7) for 4 bits; with zero points too (they are signed codes)."""
+        return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
+
+    def scale_count(self, shape: Sequence[int]) -> int:
+        """Number of scales of a weight of this shape (output channels first)."""
+        inputs = math.prod(shape[1:])
+        return shape[0] * (inputs // self.group if self.group else 1)
+
+    def storage_bytes(self, shape: Sequence[int]) -> int:
+        """Packed bytes of a weight of this shape: codes, scales and zero points (a zero point has the codes' width)."""
+        scales = self.scale_count(shape)
+        zeros = packed_bytes(scales, self.bits) if self.zero_point else 0
+        return packed_bytes(math.prod(shape), self.bits) + scales * _SCALE_BYTES[self.scale] + zeros
+
+    def __str__(self) -> str:
+        group = f"g{self.group}" if self.group else ""
+        scale = "" if self.scale == "f32" else f"s{self.scale}"
+        return f"w{self.fmt}{group}{'z' if self.zero_point else ''}{scale}"
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How a site's tensor is quantized: static per tensor, or ``dynamic`` per token (``group`` n: per n channels)."""
+
+    fmt: str
+    dynamic: bool = False
+    group: int = 0
+
+    @property
+    def bits(self) -> int:
+        return element_bits(self.fmt)
+
+    @property
+    def is_integer(self) -> bool:
+        return self.fmt.isdigit()
+
+    def __str__(self) -> str:
+        group = f"g{self.group}" if self.group else ""
+        return f"a{self.fmt}{'d' if self.dynamic else ''}{group}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight format and an activation format; either may be absent, both absent is ``float``."""
+
+    weight: WeightFormat | None = None
+    activation: ActivationFormat | None = None
+
+    @classmethod
+    def parse(cls, text: str | Scheme) -> Scheme:
+        """Read a scheme; raises InvalidRequest naming the part that does not fit the grammar."""
+        if isinstance(text, Scheme):
+            return text
+        if not isinstance(text, str):
+            raise InvalidRequest(f"A scheme is text such as 'w4a8' or 'float', not {type(text).__name__}.")
+        word = text.strip().lower()
+        if word == "float":
+            return cls()
+        match = _SCHEME.fullmatch(word)
+        if match is None or not word:
+            raise InvalidRequest(
+                f"Unknown scheme {text!r}. Expected 'float' or formats such as 'w4a8', 'w4g64za8d' or 'w8': "
+                "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf16 or sf8, d."
+            )
+        part = match.groupdict()
+        weight = activation = None
+        if part["wfmt"]:
+            weight = WeightFormat(part["wfmt"], int(part["wgroup"] or 0), bool(part["zero"]), part["scale"] or "f32")
+        if part["afmt"]:
+            activation = ActivationFormat(part["afmt"], bool(part["dynamic"]), int(part["agroup"] or 0))
+        return cls(weight, activation)
+
+    @property
+    def is_float(self) -> bool:
+        return self.weight is None and self.activation is None
+
+    def with_activation(self, activation: ActivationFormat | None) -> Scheme:
+        return replace(self, activation=activation)
+
+    def __str__(self) -> str:
+        return "float" if self.is_float else f"{self.weight or ''}{self.activation or ''}"
+
+
+def check_group(layer: str, weight: WeightFormat, shape: Sequence[int]) -> None:
+    """Raise InvalidRequest, naming the nearest valid group, when a group does not divide the inputs of a channel."""
+    inputs = math.prod(shape[1:])
+    if weight.group and inputs % weight.group:
+        valid = [g for g in range(1, inputs + 1) if inputs % g == 0]
+        nearest = min(valid, key=lambda g: abs(g - weight.group))
+        raise InvalidRequest(
+            f"Group size {weight.group} of {weight} does not fit layer {layer!r}: its output channels read "
+            f"{inputs} inputs each. The nearest group size that divides them is {nearest}."
+        )

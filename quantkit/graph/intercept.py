@@ -1,0 +1,120 @@
+"""Watching a model compute: every torch call inside a forward, with a key that is the same in every run.
+
+The key of a call is (module scope, operation, how often that operation ran in that scope before): independent of tensor
+addresses and names in the user's source, so what was found by tracing once can be found again when simulating and exporting.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True, order=True)
+class OpKey:
+    """One call of one operation, and which of its output tensors. ``str`` is the name users see: ``layer1.0/relu.1``."""
+
+    scope: str
+    op: str
+    index: int = 0
+    output: int = 0
+
+    def __str__(self) -> str:
+        count = f".{self.index}" if self.index else ""
+        part = f"[{self.output}]" if self.output else ""
+        return f"{self.scope}/{self.op}{count}{part}"
+
+
+Handler = Callable[[OpKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}
+
+
+def operation_name(func: Callable[..., Any]) -> str | None:
+    """The plain name of a torch call (``__iadd__``, ``add_`` and ``add`` are all "add"); None for attribute reads."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__", ""):
+        return None
+    plain = name.strip("_")
+    return _ALIASES.get(plain, plain)
+
+
+class _Calls(TorchFunctionMode):
+    """Routes torch calls to a handler while module hooks keep track of the scope."""
+
+    def __init__(self, handler: Handler) -> None:
+        super().__init__()
+        self.handler = handler
+        self.scopes = [""]
+        self.counts: dict[tuple[str, str], int] = defaultdict(int)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        op = operation_name(func)
+        if op is None:
+            return func(*args, **kwargs)
+        scope = self.scopes[-1]
+        index = self.counts[scope, op]
+        self.counts[scope, op] += 1
+        return self.handler(OpKey(scope, op, index), func, args, kwargs)
+
+
+@contextmanager
+def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
+    """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the call's.
+
+    The handler runs with interception off, so it may compute freely. Hooks are removed on the way out, whatever happens.
+    """
+    calls = _Calls(handler)
+    hooks = []
+    for name, module in model.named_modules():
+
+        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
+            calls.scopes.append(name)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            calls.scopes.pop()
+
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        with calls:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def map_tensors(value: Any, key: OpKey, change: Callable[[OpKey, Tensor], Tensor]) -> Any:
+    """Apply ``change`` to every floating-point tensor of a (nested) output, with ``key.output`` counting all its tensors."""
+    if isinstance(value, Tensor):
+        return change(key, value) if value.is_floating_point() else value
+    leaves, spec = tree_flatten(value)
+    position = 0
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            if leaf.is_floating_point():
+                leaves[i] = change(replace(key, output=position), leaf)
+            position += 1
+    return tree_unflatten(leaves, spec)
+
+
+INPUT = OpKey("", "input")
+
+
+def change_inputs(args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply ``change`` to every floating-point model input; keys are ``input``, ``input[1]``, ... in call order."""
+    return map_tensors((tuple(args), dict(kwargs)), INPUT, change)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors of a nested value, in order."""
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]

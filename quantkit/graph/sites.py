@@ -1,0 +1,136 @@
+"""Where activations are quantized: one site per tensor, placed by the target's fusion rules before anything is measured.
+
+An integer kernel reads codes and writes codes. So a quantized layer needs a site on its input and, where the runtime's
+kernel writes codes (convolutions), one on its output, after the activation that the runtime fuses into it. A residual add
+stays in integers when its operands and its result are sites. Operations that only move values (slicing, padding with zero,
+pooling by maximum, reshaping) keep the site of what they move: the moved tensor is an *echo*, quantized with the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from quantkit.graph.intercept import INPUT, OpKey
+from quantkit.graph.trace import Op, Trace
+from quantkit.targets import Target
+
+_MOVES = frozenset(
+    "reshape view flatten squeeze unsqueeze permute transpose movedim contiguous clone detach getitem narrow chunk split "
+    "unbind expand max_pool1d max_pool2d max_pool3d dropout alpha_dropout feature_dropout pixel_shuffle channel_shuffle".split()
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantized tensor: the place that makes it, the echoes that must carry the same codes, the layers that read it
+    and its shape without the batch dimension."""
+
+    name: str
+    place: OpKey
+    echoes: tuple[OpKey, ...] = ()
+    consumers: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+def moves_values(op: Op) -> bool:
+    """True when every output element is an input element or zero, so that codes can be moved instead of values."""
+    if op.key.op == "pad":
+        mode = next((a for a in op.arguments if isinstance(a, str)), "constant")
+        fill = next((a for a in op.arguments if isinstance(a, float | int) and not isinstance(a, bool)), 0)
+        return mode == "constant" and fill == 0
+    return op.key.op in _MOVES
+
+
+def _root(trace: Trace, value: int) -> int:
+    """The value whose codes this one carries: back through operations that only move values."""
+    while (op := trace.makers.get(value)) is not None and moves_values(op) and op.inputs:
+        value = op.inputs[0]
+    return value
+
+
+def _fused(trace: Trace, value: int, activations: Iterable[str]) -> int:
+    """The value after the activation a runtime fuses into the operation that made ``value`` (or ``value`` itself)."""
+    readers = trace.consumers.get(value, ())
+    if len(readers) == 1 and readers[0].key.op in activations and len(readers[0].inputs) == 1 and value not in trace.outputs:
+        return readers[0].outputs[0]
+    return value
+
+
+@dataclass
+class _Placement:
+    """Sites under construction: root value -> values that need codes, and root value -> layers that read it."""
+
+    trace: Trace
+    needs: dict[int, set[int]] = field(default_factory=dict)
+    readers: dict[int, list[str]] = field(default_factory=dict)
+
+    def can_hold(self, value: int) -> bool:
+        return _root(self.trace, value) in self.trace.producer
+
+    def add(self, value: int, reader: str | None = None) -> None:
+        root = _root(self.trace, value)
+        self.needs.setdefault(root, set()).add(value)
+        readers = self.readers.setdefault(root, [])
+        if reader is not None and reader not in readers:
+            readers.append(reader)
+
+
+def _operands(trace: Trace, op: Op) -> list[int]:
+    return [v for v in op.inputs if v in trace.producer]
+
+
+def _place_integer_op(placement: _Placement, op: Op, target: Target) -> None:
+    """Give an element-wise operation sites when all its operands are activations of one shape and one already has a site."""
+    trace, operands = placement.trace, _operands(placement.trace, op)
+    same_shape = len({trace.shape[v] for v in operands}) == 1
+    if len(operands) != len(op.inputs) or len(operands) < 2 or not same_shape or len(op.outputs) != 1:
+        return
+    if not any(_root(trace, v) in placement.needs for v in operands):
+        return
+    for value in (*operands, _fused(trace, op.outputs[0], target.fused_activations)):
+        placement.add(value)
+
+
+def _names(model: nn.Module, places: Iterable[OpKey]) -> dict[OpKey, str]:
+    """A leaf module's only call is named as the module, everything else by its key; inputs are ``input``, ``input.1``."""
+    leaves = {name for name, module in model.named_modules() if name and not any(True for _ in module.children())}
+    names = {}
+    for place in places:
+        if place.scope in leaves and place.index == place.output == 0:
+            names[place] = place.scope
+        elif place.scope == "" and place.op == INPUT.op:
+            names[place] = f"input.{place.output}" if place.output else "input"
+        else:
+            names[place] = str(place)
+    return names
+
+
+def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable[str]) -> tuple[Site, ...]:
+    """The sites that running ``layers`` quantized on ``target`` needs, in execution order."""
+    placement = _Placement(trace)
+    for name in layers:
+        for call in trace.calls[name]:
+            if not placement.can_hold(call.input):
+                continue
+            placement.add(call.input, name)
+            if trace.kinds[name] in target.output_coded:
+                placement.add(_fused(trace, call.output, target.fused_activations))
+    for op in trace.ops:
+        if op.key.op in target.integer_ops:
+            _place_integer_op(placement, op, target)
+    order = {value: i for i, value in enumerate(trace.producer)}
+    roots = sorted(placement.needs, key=order.__getitem__)
+    names = _names(model, [trace.producer[r] for r in roots])
+    return tuple(
+        Site(
+            name=names[trace.producer[root]],
+            place=trace.producer[root],
+            echoes=tuple(trace.producer[v] for v in sorted(placement.needs[root] - {root})),
+            consumers=tuple(placement.readers[root]),
+            shape=trace.shape[root][1:],
+        )
+        for root in roots
+    )

@@ -1,0 +1,79 @@
+"""A model that computes as its exported integer form does: dequantized weights, fake-quantized sites.
+
+The codes are the truth: ``weights`` and ``ranges`` are what packing, kernels and the ONNX writer read, and the wrapped
+module's own weights are their dequantized values, so its class, methods and gradients stay what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.graph.intercept import OpKey, change_inputs, intercept, map_tensors
+from quantkit.graph.sites import Site
+from quantkit.kernels.reference import QuantizedWeight, SiteRange
+
+
+def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) -> Callable[[OpKey, Tensor], Tensor]:
+    """A function of (place, tensor) that applies ``change`` to the tensors of ``sites`` and leaves all others alone."""
+    places = {site.place: site for site in sites}
+    return lambda place, tensor: change(places[place], tensor) if place in places else tensor
+
+
+def run_with(model: nn.Module, change: Callable[[OpKey, Tensor], Tensor], args: Any, kwargs: Any) -> Any:
+    """Run ``model`` with ``change(place, tensor)`` applied to its inputs and to what every torch call inside it makes."""
+
+    def handle(key: OpKey, func: Callable[..., Any], call_args: Any, call_kwargs: Any) -> Any:
+        result = func(*call_args, **call_kwargs)
+        changed = map_tensors(result, key, change)
+        in_place = changed is not result and any(result is a for a in call_args)
+        if in_place and not result.requires_grad:
+            return result.copy_(changed)  # other holders of this tensor must see its codes too
+        return changed
+
+    args, kwargs = change_inputs(args, kwargs, change)
+    with intercept(model, handle):
+        return model(*args, **kwargs)
+
+
+class SimulatedModel(nn.Module):
+    """``model`` with quantized layers and sites. Calls, attributes and gradients go through to the wrapped module.
+
+    ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Iterable[Site],
+        weights: Mapping[str, QuantizedWeight],
+        ranges: Mapping[str, SiteRange],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.sites = tuple(sites)
+        self.weights: dict[str, QuantizedWeight] = {}
+        self.ranges = dict(ranges)
+        for name, weight in weights.items():
+            self.set_weight(name, weight)
+
+    def set_weight(self, name: str, weight: QuantizedWeight) -> None:
+        """Give a layer its codes; its module's weight becomes their dequantized value."""
+        self.weights[name] = weight
+        parameter = self.model.get_submodule(name).weight
+        with torch.no_grad():
+            parameter.copy_(weight.dequantize())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        quantized = [site for site in self.sites if site.name in self.ranges]
+        change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
+        return run_with(self.model, change, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)

@@ -23,10 +23,21 @@ def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) ->
     return lambda place, tensor: change(places[place], tensor) if place in places else tensor
 
 
-def run_with(model: nn.Module, change: Callable[[OpKey, Tensor], Tensor], args: Any, kwargs: Any) -> Any:
-    """Run ``model`` with ``change(place, tensor)`` applied to its inputs and to what every torch call inside it makes."""
+def run_with(
+    model: nn.Module,
+    change: Callable[[OpKey, Tensor], Tensor],
+    args: Any,
+    kwargs: Any,
+    before: Callable[[OpKey, Any, Any], None] | None = None,
+) -> Any:
+    """Run ``model`` with ``change(place, tensor)`` applied to its inputs and to what every torch call inside it makes.
+
+    ``before(key, args, kwargs)`` sees each call first.
+    """
 
     def handle(key: OpKey, func: Callable[..., Any], call_args: Any, call_kwargs: Any) -> Any:
+        if before is not None:
+            before(key, call_args, call_kwargs)
         result = func(*call_args, **call_kwargs)
         changed = map_tensors(result, key, change)
         in_place = changed is not result and any(result is a for a in call_args)
@@ -68,9 +79,13 @@ class SimulatedModel(nn.Module):
             parameter.copy_(weight.dequantize())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(args, kwargs)
+
+    def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
+        """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
         quantized = [site for site in self.sites if site.name in self.ranges]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
-        return run_with(self.model, change, args, kwargs)
+        return run_with(self.model, change, args, kwargs, before)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,0 +1,78 @@
+"""GPTQ: rounding one input column at a time and letting the columns after it absorb the error.
+
+Frantar et al., "GPTQ" (arXiv 2210.17323), algorithm 1: with H = X^T X over the layer's inputs and U the upper Cholesky
+factor of H^-1, column j is rounded, and its error divided by U_jj is spread over later columns along row j of U.
+Equal to optimal brain quantization in fixed order. One factorization serves every format of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.reference import dequantize, quantize
+
+BLOCK = 128
+DAMPING = 0.01
+MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """The upper Cholesky factor of the damped inverse Hessian: ``upper`` (groups, K, K), ``dead`` (groups, K) marks inputs
+    that were always zero, ``damping`` is the share of the mean diagonal that was needed."""
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor | None:
+    """Factor H^-1 for ``hessian`` (groups, K, K); damping grows tenfold until it succeeds, None if it never does.
+
+    Columns whose input is always zero get a unit diagonal: whatever their weight rounds to cannot matter.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    alive_mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
+    if not torch.isfinite(hessian).all():
+        return None
+    while damping <= MAX_DAMPING * 1.0001:
+        damped = hessian + torch.diag_embed(torch.where(dead, torch.ones_like(diagonal), damping * alive_mean))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed.any():
+                return InverseFactor(upper, dead, damping)
+        damping *= 10
+    return None
+
+
+def gptq_codes(
+    weight: Tensor, factor: InverseFactor, scale: Tensor, zero_point: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of ``weight`` (..., groups, O, K), as floats, rounded along K by GPTQ, and the loss of each row (..., groups, O).
+
+    ``scale`` and ``zero_point`` broadcast to the weight; leading dimensions try several of them at once. The loss is
+    e H e^T of the rounding error e under the damped Hessian: the sum of the squared scaled errors, column by column.
+    """
+    upper, size = factor.upper, weight.shape[-1]
+    scale, zero_point = torch.broadcast_tensors(scale, zero_point)
+    shape = torch.broadcast_shapes(weight.shape, scale.shape)
+    left = torch.where(factor.dead.unsqueeze(-2), torch.zeros_like(weight), weight).expand(shape).clone()
+    scale, zero_point = scale.expand(shape), zero_point.expand(shape)
+    codes, loss = torch.empty_like(left), left.new_zeros(shape[:-1])
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        errors = torch.empty_like(left[..., start:stop])
+        for j in range(start, stop):
+            s, z, column = scale[..., j], zero_point[..., j], left[..., j]
+            codes[..., j] = quantize(column, s, z, low, high)
+            error = (column - dequantize(codes[..., j], s, z)) / upper[:, j, j].unsqueeze(-1)
+            errors[..., j - start] = error
+            left[..., j:stop] -= error.unsqueeze(-1) * upper[:, j, j:stop].unsqueeze(-2)
+            loss += error.square()
+        left[..., stop:] -= errors @ upper[:, start:stop, stop:]
+    return codes, loss

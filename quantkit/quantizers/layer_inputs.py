@@ -1,0 +1,55 @@
+"""The inputs of a layer as a matrix: what its weight multiplies, one row per output position (im2col for convolutions).
+
+Taken from the arguments of the call itself, not from the module's attributes, so that padding a user's class applies
+before the convolution is seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def _pad(x: Tensor, padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    if padding == "valid":
+        return x
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        sides = [(p, p) for p in _tuple(padding, len(kernel))]
+    return F.pad(x, [p for side in reversed(sides) for p in side])
+
+
+def input_columns(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Inputs of one layer call as (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
+
+    ``kind`` is "linear" or "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call.
+    """
+    if kind == "linear":
+        x = args[0] if args else kwargs["input"]
+        return x.reshape(1, -1, x.shape[-1])
+    given = dict(zip(_CONV_ARGUMENTS, args, strict=False)) | kwargs
+    x, kernel = given["input"], given["weight"].shape[2:]
+    dims = len(kernel)
+    stride, dilation = _tuple(given.get("stride", 1), dims), _tuple(given.get("dilation", 1), dims)
+    groups = given.get("groups", 1)
+    if x.dim() == dims + 1:
+        x = x.unsqueeze(0)  # a convolution also takes one unbatched sample
+    x = _pad(x, given.get("padding", 0), kernel, dilation)
+    for axis in range(dims):
+        x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
+    x = x[(...,) + tuple(slice(None, None, d) for d in dilation)]
+    batch, channels, *positions = x.shape[: 2 + dims]
+    x = x.reshape(batch, groups, channels // groups, math.prod(positions), math.prod(kernel))
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, batch * math.prod(positions), -1)

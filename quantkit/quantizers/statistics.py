@@ -1,0 +1,99 @@
+"""What quantizers learn from calibration data, streamed: ranges of sites and Hessians of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.graph.intercept import OpKey
+from quantkit.graph.sites import Site
+from quantkit.graph.trace import Trace
+from quantkit.progress import track
+from quantkit.quantizers.activation_ranges import Extremes, Histogram
+from quantkit.quantizers.layer_inputs import input_columns
+from quantkit.quantizers.simulate import SimulatedModel, at_sites, run_with
+
+ROWS = 1 << 15
+HESSIAN_BYTES = 1 << 30
+
+
+def site_histograms(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], progress: bool = True
+) -> dict[str, Histogram]:
+    """A histogram of every site's values over ``batches`` of (args, kwargs): one pass for extremes, one to count."""
+    extremes = {site.name: Extremes() for site in sites}
+
+    def widen(site: Site, x: Tensor) -> Tensor:
+        extremes[site.name] = extremes[site.name].seen(x)
+        return x
+
+    _visit(model, sites, widen, track(batches, "activation ranges", enabled=progress))
+    histograms = {name: Histogram.empty(found) for name, found in extremes.items()}
+
+    def count(site: Site, x: Tensor) -> Tensor:
+        histograms[site.name] = histograms[site.name].seen(x)
+        return x
+
+    _visit(model, sites, count, track(batches, "activation histograms", enabled=progress))
+    return histograms
+
+
+def _visit(model: nn.Module, sites: Sequence[Site], see: Any, batches: Iterable[Any]) -> None:
+    with torch.no_grad():
+        for args, kwargs in batches:
+            run_with(model, at_sites(sites, see), args, kwargs)
+
+
+class _Reached(Exception):
+    """The last layer whose inputs are wanted has been reached: the rest of the forward is not needed."""
+
+
+def layer_hessians(
+    model: SimulatedModel, trace: Trace, layers: Sequence[str], batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now.
+
+    Products are taken in float32 over slices of rows and summed in float64. A forward stops at the last layer asked for.
+    """
+    watched = {call.key: name for name in layers for call in trace.calls[name]}
+    last = max(watched, key=[op.key for op in trace.ops].index)
+    sums: dict[str, Tensor] = {}
+
+    def before(key: OpKey, args: Any, kwargs: Any) -> None:
+        if key in watched:
+            _accumulate(sums, watched[key], input_columns(trace.kinds[key.scope], args, kwargs))
+            if key == last:
+                raise _Reached
+
+    with torch.no_grad():
+        for args, kwargs in batches:
+            try:
+                model.run(args, kwargs, before)
+            except _Reached:
+                continue
+    return sums
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, columns: Tensor) -> None:
+    if name not in sums:
+        groups, _, width = columns.shape
+        sums[name] = torch.zeros(groups, width, width, dtype=torch.float64)
+    for rows in columns.float().split(ROWS, dim=1):
+        sums[name] += (rows.transpose(1, 2) @ rows).double()
+
+
+def in_memory_bound(trace: Trace, widths: Mapping[str, int], layers: Sequence[str]) -> Iterator[list[str]]:
+    """Split ``layers`` into runs whose Hessians, (groups x K^2) doubles each as in ``widths``, stay under 1 GiB together."""
+    run: list[str] = []
+    held = 0
+    for name in layers:
+        if run and held + widths[name] > HESSIAN_BYTES:
+            yield run
+            run, held = [], 0
+        run.append(name)
+        held += widths[name]
+    if run:
+        yield run

@@ -1,0 +1,51 @@
+"""The inputs a profile measures on, drawn from the calibration set.
+
+Calibration samples are usually training samples, on which a network is overconfident and damage is understated. Convex
+mixes of pairs of the same samples are inputs it has not memorised (mixup, Zhang et al., arXiv 1710.09412; here only the
+inputs are mixed, labels are not needed). Where inputs cannot be mixed, they are used as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from quantkit.sensitivity.measure import Batch
+
+LEAST, MOST = 0.5, 0.8
+
+
+def mixed_pairs(batches: Sequence[Batch], generator: torch.Generator) -> list[Batch] | None:
+    """Each sample mixed with another, weight uniform in [0.5, 0.8]; None where inputs are not floating-point tensors of one
+    shape per argument, or there are fewer than two samples."""
+    flattened = [tree_flatten(batch) for batch in batches]
+    columns = list(zip(*(leaves for leaves, _ in flattened), strict=False))
+    mixable = all(len(leaves) == len(columns) for leaves, _ in flattened) and all(_continuous(c) for c in columns)
+    sizes = [len(leaves[0]) for leaves, _ in flattened] if mixable and columns else []
+    if sum(sizes) < 2 or any(len(t) != n for column in columns for t, n in zip(column, sizes, strict=True)):
+        return None
+    partner = _partners(sum(sizes), generator)
+    weight = LEAST + (MOST - LEAST) * torch.rand(sum(sizes), generator=generator)
+    mixed = [_mix(torch.cat(list(column)), partner, weight).split(sizes) for column in columns]
+    return [tree_unflatten([column[i] for column in mixed], spec) for i, (_, spec) in enumerate(flattened)]
+
+
+def _continuous(column: Sequence[object]) -> bool:
+    tensors = [t for t in column if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1]
+    return len(tensors) == len(column) and len({t.shape[1:] for t in tensors}) == 1
+
+
+def _partners(count: int, generator: torch.Generator) -> Tensor:
+    """For each sample another one: a step of one along a random cycle."""
+    order = torch.randperm(count, generator=generator)
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(1)
+    return partner
+
+
+def _mix(x: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+    return weight * x + (1 - weight) * x[partner]

@@ -1,0 +1,23 @@
+"""What tests share: the benchmark data, and the same number of threads everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The order of a floating-point sum depends on the number of threads: let it not depend on the machine.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of the benchmark data, which the repository does not carry; skips the test where it is absent."""
+    folder = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no benchmark data in {folder}: set QUANTKIT_DATA to its folder")
+    return folder

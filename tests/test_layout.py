@@ -1,0 +1,119 @@
+"""The layout check passes here, and fails on small trees that break one rule each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.check_layout import MAX_FILE_LINES, MAX_FUNCTION_LINES, check, main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def written(root: Path, files: dict[str, str]) -> Path:
+    """A tree with these files; the package exists even when they are all outside it."""
+    for path, source in {"quantkit/__init__.py": "", **files}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(source)
+    return root
+
+
+def test_this_repository_is_in_order() -> None:
+    assert check(REPOSITORY) == []
+
+
+def test_an_orderly_tree_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "quantkit/__init__.py": "from quantkit.pipeline import quantize",
+        "quantkit/errors.py": "",
+        "quantkit/formats.py": "from quantkit.errors import InvalidRequest",
+        "quantkit/plan.py": "from quantkit import formats",
+        "quantkit/allocation/__init__.py": "",
+        "quantkit/allocation/costs.py": "from ..plan import Plan",
+        "quantkit/allocation/solve.py": "from . import costs",
+        "quantkit/report/__init__.py": "",
+        "quantkit/report/tables.py": "import quantkit.allocation.solve",
+        "quantkit/pipeline.py": "import torch\n\n\ndef late():\n    from quantkit.export import writer",
+        "quantkit/export/__init__.py": "",
+        "quantkit/export/writer.py": "from quantkit.plan import Plan",
+    }
+    assert main([str(written(tmp_path, files))]) == 0
+    assert "12 modules" in capsys.readouterr().out
+
+
+UPWARDS = {
+    "direct": ("quantkit/formats.py", "import quantkit.plan", "formats stands below plan"),
+    "from": ("quantkit/graph/trace.py", "from quantkit import pipeline", "graph stands below pipeline"),
+    "relative": ("quantkit/kernels/packing.py", "from ..graph import trace", "kernels stands below graph"),
+    "in a function": (
+        "quantkit/sensitivity/gram.py",
+        "def late():\n    from quantkit.recipe import read",
+        "sensitivity stands below recipe",
+    ),
+    "for types only": (
+        "quantkit/export/writer.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from quantkit.cli import main",
+        "export stands below cli",
+    ),
+    "the face": ("quantkit/quantizers/gptq.py", "from quantkit import quantize", "quantizers stands below __init__"),
+    "allocation": ("quantkit/allocation/solve.py", "from quantkit.graph import trace", "allocation stands on"),
+    "torch": ("quantkit/allocation/solve.py", "from torch import Tensor", "allocation must not import torch"),
+    "torch below": ("quantkit/plan.py", "import torch.nn", "plan must not import torch"),
+    "no place": ("quantkit/helpers.py", "import quantkit.errors", "quantkit/helpers has no place in the import order"),
+}
+
+
+@pytest.mark.parametrize(("path", "source", "message"), UPWARDS.values(), ids=UPWARDS.keys())
+def test_an_import_against_the_order_fails(tmp_path: Path, path: str, source: str, message: str) -> None:
+    names = "errors formats plan pipeline recipe cli graph/__init__ graph/trace".split()
+    others = {f"quantkit/{name}.py": "" for name in names}
+    (violation,) = check(written(tmp_path, {**others, path: source}))
+    assert violation.startswith(f"{path}:")
+    assert message in violation
+
+
+def test_a_circle_is_named_once(tmp_path: Path) -> None:
+    files = {
+        "quantkit/graph/__init__.py": "",
+        "quantkit/graph/trace.py": "from quantkit.graph.sites import Site",
+        "quantkit/graph/sites.py": "import quantkit.graph.loop",
+        "quantkit/graph/loop.py": "def late():\n    from .trace import Trace",
+        "quantkit/kernels.py": "from quantkit.kernels import itself",
+    }
+    assert check(written(tmp_path, files)) == [
+        "import circle: quantkit.graph.loop -> quantkit.graph.trace -> quantkit.graph.sites -> quantkit.graph.loop",
+        "import circle: quantkit.kernels -> quantkit.kernels",
+    ]
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("folder", ["quantkit", "tests"])
+def test_file_length(tmp_path: Path, folder: str, extra: int) -> None:
+    root = written(tmp_path, {f"{folder}/errors.py": "pass\n" * (MAX_FILE_LINES + extra)})
+    expected = [f"{folder}/errors.py: 401 lines, at most 400: one idea per file, split it"]
+    assert check(root) == (expected if extra else [])
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("indent", ["", "    "], ids=["function", "method"])
+def test_function_length_leaves_the_docstring_out(tmp_path: Path, indent: str, extra: int) -> None:
+    head = "class Holder:\n" if indent else "\n"
+    body = [
+        "async def long():",
+        '    """What.',
+        "",
+        "    Why.",
+        '    """',
+        *["    pass"] * (MAX_FUNCTION_LINES - 1 + extra),
+    ]
+    root = written(tmp_path, {"tools/long.py": head + "\n".join(indent + line for line in body)})
+    expected = ["tools/long.py:2: long has 41 lines without its docstring, at most 40"]
+    assert check(root) == (expected if extra else [])
+
+
+def test_the_command_tells_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(written(tmp_path, {"quantkit/cli.py": "", "quantkit/errors.py": "import quantkit.cli"}))]) == 1
+    assert "errors stands below cli" in capsys.readouterr().out
+    assert main([str(tmp_path / "elsewhere")]) == 1
+    assert "pass the repository's root" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What tests share: the benchmark data, and the same number of threads everywhere."""
+"""What tests share: the repository's root, the benchmark data, and the same number of threads everywhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The order of a floating-point sum depends on the number of threads: let it not depend on the machine.
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return REPOSITORY
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "pulp", "matplotlib", "scipy")
 
 # Run in a process of its own: which heavy packages does the import add to torch's, and how much time?
@@ -30,9 +29,9 @@ print(json.dumps({
 """
 
 
-def readme_command(ending: str) -> str:
+def readme_command(repo: Path, ending: str) -> str:
     """The README's command, a code block of one line, with this ending."""
-    blocks = re.findall(r"^```\w*\n(.+)\n```$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    blocks = re.findall(r"^```\w*\n(.+)\n```$", (repo / "README.md").read_text(), re.MULTILINE)
     (command,) = (block for block in blocks if block.endswith(ending))
     return command
 
@@ -42,35 +41,35 @@ def normalised(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[\s<>=!~;\[]", requirement.strip(), maxsplit=1)[0]).lower()
 
 
-def named_in_setup() -> set[str]:
+def named_in_setup(repo: Path) -> set[str]:
     """Every distribution setup.cfg asks for, extras included."""
     setup = ConfigParser()
-    setup.read(REPOSITORY / "setup.cfg")
+    setup.read(repo / "setup.cfg")
     lists = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
     return {normalised(line) for text in lists for line in text.splitlines() if line.strip()}
 
 
-def test_ci_runs_the_readmes_test_command() -> None:
-    lines = [line.strip() for line in (REPOSITORY / ".ci" / "run").read_text().splitlines()]
-    assert lines.count(readme_command("-m pytest")) == 1
+def test_ci_runs_the_readmes_test_command(repo: Path) -> None:
+    lines = [line.strip() for line in (repo / ".ci" / "run").read_text().splitlines()]
+    assert lines.count(readme_command(repo, "-m pytest")) == 1
 
 
-def test_readme_runs_a_recipe_that_is_here() -> None:
-    recipe = readme_command(".yaml").split()[-1]
-    assert (REPOSITORY / recipe).is_file()
+def test_readme_runs_a_recipe_that_is_here(repo: Path) -> None:
+    recipe = readme_command(repo, ".yaml").split()[-1]
+    assert (repo / recipe).is_file()
 
 
-def test_every_dependency_is_pinned() -> None:
-    lines = (line.partition("#")[0].strip() for line in (REPOSITORY / "constraints.txt").read_text().splitlines())
+def test_every_dependency_is_pinned(repo: Path) -> None:
+    lines = (line.partition("#")[0].strip() for line in (repo / "constraints.txt").read_text().splitlines())
     pins = [line for line in lines if line]
     assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", pin) for pin in pins)
-    missing = named_in_setup() - {normalised(pin) for pin in pins}
+    missing = named_in_setup(repo) - {normalised(pin) for pin in pins}
     assert not missing, f"constraints.txt does not pin {sorted(missing)}"
 
 
-def test_import_is_light(record_property: Callable[[str, object], None]) -> None:
+def test_import_is_light(repo: Path, record_property: Callable[[str, object], None]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_QUANTKIT, *HEAVY], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        [sys.executable, "-c", IMPORT_QUANTKIT, *HEAVY], cwd=repo, capture_output=True, text=True, check=True
     )
     seen = json.loads(done.stdout)
     for name in ("torch_seconds", "seconds_beyond_torch"):  # in the report, not asserted: a busy machine is no bug

@@ -3,8 +3,8 @@
     python tools/check_layout.py [REPOSITORY]
 
 Reads the sources with ``ast`` and imports nothing. Every import counts, also one inside a function or for types only:
-what a reader has to know to understand a module is what it depends on. Prints a line per violation and exits with 1 if
-there is any.
+what a reader has to know to understand a module is what it depends on. Prints ``path:line: what, what to do`` for
+every finding and exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ ORDER = (
     ("quantizers",),
     ("transforms",),
     ("sensitivity",),
-    ("allocation",),
-    ("export", "report"),
+    ("allocation", "export", "report"),
     ("pipeline",),
     ("recipe",),
     ("cli",),
@@ -37,8 +36,11 @@ ORDER = (
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # Deciding needs no model: allocation stands on these alone, and torch is not among what they import.
-BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "plan", "budget"})
-WITHOUT_TORCH = BELOW_ALLOCATION | {"allocation", "store"}
+BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "plan", "budget", "store"})
+WITHOUT_TORCH = BELOW_ALLOCATION | {"allocation"}
+
+# What only the pipeline and what stands above it may import.
+CALLED_BY_PIPELINE = frozenset({"allocation", "export", "report"})
 
 CHECKED_FOLDERS = (PACKAGE, "recipes", "tools", "tests")
 MAX_FILE_LINES = 400
@@ -102,11 +104,15 @@ def order_violation(found: Import) -> str | None:
     lower, upper = part_of(found.module), part_of(found.importer)
     for part in (lower, upper):
         if part not in RANK:
-            return f"{PACKAGE}/{part} has no place in the import order: give it one in ORDER of tools/check_layout.py"
+            return f"{PACKAGE}/{part} has no place in the import order, give it one in ORDER of tools/check_layout.py"
+    if lower == upper:
+        return None
     if RANK[lower] > RANK[upper]:
-        return f"{upper} stands below {lower} and must not import {found.module}"
-    if upper == "allocation" and lower not in BELOW_ALLOCATION | {"allocation"}:
-        return f"allocation stands on {', '.join(sorted(BELOW_ALLOCATION))} alone and must not import {found.module}"
+        return f"{upper} stands below {lower} and imports {found.module}, move what both need down"
+    if lower in CALLED_BY_PIPELINE and RANK[upper] < RANK["pipeline"]:
+        return f"{upper} imports {found.module}, which only the pipeline may, pass its result in"
+    if upper == "allocation" and lower not in BELOW_ALLOCATION:
+        return f"allocation imports {found.module}, import only {', '.join(sorted(BELOW_ALLOCATION))}"
     return None
 
 
@@ -118,27 +124,29 @@ def check_imports(imports: list[Import]) -> list[str]:
         if found.module.split(".")[0] == PACKAGE:
             message = order_violation(found)
         elif found.module.split(".")[0] == "torch" and part_of(found.importer) in WITHOUT_TORCH:
-            message = (
-                f"{part_of(found.importer)} must not import torch: allocation and what it stands on need no model"
-            )
+            message = f"{part_of(found.importer)} imports torch, compute it where the model is and pass numbers in"
         if message:
             messages.append(f"{found.path}:{found.line}: {message}")
     return messages
 
 
 def check_circles(imports: list[Import]) -> list[str]:
-    """One message per module that reaches itself through imports, naming the shortest way round."""
+    """One message per circle of imports, naming the shortest way round, at the import that opens it."""
     edges: dict[str, set[str]] = {}
+    places: dict[tuple[str, str], str] = {}
     for found in imports:
         if found.module.split(".")[0] == PACKAGE:
             edges.setdefault(found.importer, set()).add(found.module)
+            places.setdefault((found.importer, found.module), f"{found.path}:{found.line}")
     messages = []
     reported: set[frozenset[str]] = set()
     for start in sorted(edges):
         way = shortest_way(start, start, edges)
         if way and frozenset(way) not in reported:
             reported.add(frozenset(way))
-            messages.append(f"import circle: {' -> '.join(way)}")
+            messages.append(
+                f"{places[way[0], way[1]]}: import circle {' -> '.join(way)}, move what they share into a lower module"
+            )
     return messages
 
 
@@ -172,12 +180,12 @@ def check_lengths(root: Path) -> list[str]:
     for file in sorted(file for folder in CHECKED_FOLDERS for file in (root / folder).rglob("*.py")):
         path, source = file.relative_to(root), file.read_text()
         if (lines := len(source.splitlines())) > MAX_FILE_LINES:
-            messages.append(f"{path}: {lines} lines, at most {MAX_FILE_LINES}: one idea per file, split it")
+            messages.append(f"{path}:{lines}: {lines} lines, at most {MAX_FILE_LINES}, split it: one idea per file")
         for node in ast.walk(ast.parse(source, str(file))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and function_lines(node) > MAX_FUNCTION_LINES:
                 messages.append(
                     f"{path}:{node.lineno}: {node.name} has {function_lines(node)} lines without its docstring, "
-                    f"at most {MAX_FUNCTION_LINES}"
+                    f"at most {MAX_FUNCTION_LINES}, move a step of it into a function of its own"
                 )
     return messages
 

@@ -1,0 +1,52 @@
+"""How much faster is the quantized file? Both files in turn, in one process, so that whatever else the machine does hits both."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.export.sessions import feeds, open_session
+from quantkit.graph.batches import Batch
+
+WARMUP_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class LatencyRatio:
+    """Median time of a run of each file, and the median over rounds of quantized / float time (below 1 is faster)."""
+
+    float_ms: float
+    quantized_ms: float
+    ratio: float
+
+
+def measure_latency_ratio(
+    float_path: str | Path, quantized_path: str | Path, batch: Batch, *, threads: int = 1, rounds: int = 30
+) -> LatencyRatio:
+    """Run two ONNX files with the same inputs on ``batch`` alternately for ``rounds`` rounds, after a warm-up."""
+    runs = [_runner(path, batch, threads) for path in (float_path, quantized_path)]
+    for _ in range(WARMUP_ROUNDS):
+        for run in runs:
+            run()
+    times = [tuple(_milliseconds(run) for run in runs) for _ in range(rounds)]
+    return LatencyRatio(
+        float_ms=statistics.median(base for base, _ in times),
+        quantized_ms=statistics.median(quantized for _, quantized in times),
+        ratio=statistics.median(quantized / base for base, quantized in times),
+    )
+
+
+def _runner(path: str | Path, batch: Batch, threads: int) -> Callable[[], Any]:
+    session = open_session(path, threads)
+    inputs = feeds(session, batch)
+    return lambda: session.run(None, inputs)
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3

@@ -1,0 +1,201 @@
+"""The float graph of a simulated model with marks where codes go: exported once, rewritten without matching names.
+
+A mark is an identity operation that remembers a name: ``quantkit::Site(x)`` sits where a site's tensor, or an echo of it,
+is made, and ``quantkit::Weight(w)`` wherever a layer's weight is read. They are put in while the model runs under
+torch.export, by the same keys that tracing found and simulation uses.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+
+from quantkit.errors import InvalidRequest
+from quantkit.graph.batches import Batch, batch_size, first_samples
+from quantkit.graph.intercept import OpKey, operation_name, tensors_of
+from quantkit.graph.sites import Site
+from quantkit.graph.trace import layer_kind
+from quantkit.progress import notice
+from quantkit.quantizers.simulate import SimulatedModel, run_with
+
+DOMAIN = "quantkit"
+BATCH = "batch"
+OPSET = 21
+_EXPORT_SAMPLES = 2  # torch.export takes a dimension of 1 for a constant
+_EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True)
+class MarkedGraph:
+    """A float ONNX graph with marks, and the names of its inputs and outputs as users see them.
+
+    ``dynamic`` are the inputs whose first dimension is the batch; empty where the model runs at one batch size only.
+    """
+
+    model: ir.Model
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: tuple[str, ...]
+
+
+def leaf_names(value: Any, root: str) -> tuple[str, ...]:
+    """A name for each tensor of a nested value: dict keys and positions joined by dots; ``root`` leads where there is no key."""
+    names = []
+    for path, leaf in tree_flatten_with_path(value)[0]:
+        if isinstance(leaf, Tensor):
+            parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+            names.append(".".join(parts if parts and not parts[0].isdigit() else [root, *parts]))
+    return tuple(names)
+
+
+def input_names(model: nn.Module, batch: Batch) -> tuple[str, ...]:
+    """The names of a batch's tensors: the model's own argument names."""
+    args, kwargs = batch
+    positional = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += [f"{parameter.name}.{i}" for i in range(len(args) - len(positional))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            positional.append(parameter.name)
+    return leaf_names(dict(zip(positional, args, strict=False)) | kwargs, "input")
+
+
+def _mark(kind: str, name: str, tensor: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{kind}", (tensor,), {"name": name}, dtype=tensor.dtype, shape=tensor.shape, version=1
+    )
+
+
+class _WeightMarks(TorchFunctionMode):
+    """Marks the layers' weights wherever a torch call reads them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(m.weight): name for name, m in model.named_modules() if layer_kind(m) is not None}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if operation_name(func) is not None:
+            args, kwargs = tree_map(self._marked, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _marked(self, value: Any) -> Any:
+        return _mark("Weight", self.names[id(value)], value) if id(value) in self.names else value
+
+
+class _MarkedModel(nn.Module):
+    """A model as a function from its input tensors to its output tensors, with marks."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], leaves: Sequence[Any], spec: TreeSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.places = {place: site.name for site in sites for place in (site.place, *site.echoes)}
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.spec = spec
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self.constants)
+        for position, tensor in zip(self.tensors, inputs, strict=True):
+            leaves[position] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        with _WeightMarks(self.model):
+            return tuple(tensors_of(run_with(self.model, self._change, args, kwargs)))
+
+    def _change(self, place: OpKey, tensor: Tensor) -> Tensor:
+        return _mark("Site", self.places[place], tensor) if place in self.places else tensor
+
+
+def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
+    """Export the float graph of ``simulated`` with a dynamic batch dimension where the model allows one.
+
+    A model whose code only runs at the example's batch size keeps it, with a notice. Raises InvalidRequest when torch.export
+    cannot follow the model at all.
+    """
+    model, size = simulated.model, batch_size(example)
+    inputs = input_names(model, example)
+    batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]
+    small = _resized(example, size)
+    try:
+        exported = _export(simulated, small, batched)
+    except _EXPORT_ERRORS as error:
+        first_line = str(error).strip().partition("\n")[0]
+        notice(f"the ONNX file takes batches of {size} only: the model cannot be exported for any batch size ({first_line})")
+        batched = [False] * len(batched)
+        exported = _export_at_fixed_size(simulated, example, batched)
+    with torch.no_grad():
+        outputs = leaf_names(model(*example[0], **example[1]), "output")
+    return MarkedGraph(exported, inputs, outputs, tuple(n for n, b in zip(inputs, batched, strict=True) if b))
+
+
+def _resized(example: Batch, size: int) -> Batch:
+    """The example with as few samples as torch.export needs; a single sample is repeated."""
+    if size >= _EXPORT_SAMPLES:
+        return first_samples(example, _EXPORT_SAMPLES)
+
+    def doubled(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    return tree_map(doubled, example)
+
+
+def _export_at_fixed_size(simulated: SimulatedModel, example: Batch, batched: Sequence[bool]) -> ir.Model:
+    try:
+        return _export(simulated, example, batched)
+    except _EXPORT_ERRORS as error:
+        raise InvalidRequest(
+            f"The model cannot be exported to ONNX: torch.export stopped at {type(error).__name__}: {error} "
+            "Its forward must not choose its operations by the values of tensors."
+        ) from error
+
+
+def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool]) -> ir.Model:
+    leaves, spec = tree_flatten(example)
+    marked = _MarkedModel(simulated.model, simulated.sites, leaves, spec).eval()
+    tensors = tuple(tensors_of(example))
+    dims = tuple({0: torch.export.Dim(BATCH)} if dynamic else {} for dynamic in batched)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(marked, tensors, dynamic_shapes=(dims,), strict=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+    assert exported is not None
+    return exported.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on itself and on packages that are not installed out of the user's log."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def marks(graph: ir.Graph, kind: str) -> list[tuple[str, ir.Node]]:
+    """(name, node) of every mark of a kind, in graph order."""
+    return [(n.attributes["name"].as_string(), n) for n in graph if n.domain == DOMAIN and n.op_type == kind]
+
+
+def bypass(mark: ir.Node) -> None:
+    """Take a mark out: what read it reads its input."""
+    graph, source = mark.graph, mark.inputs[0]
+    assert graph is not None and source is not None
+    ir.convenience.replace_all_uses_with(mark.outputs[0], source, replace_graph_outputs=True)
+    graph.remove(mark, safe=True)
+
+

@@ -1,0 +1,174 @@
+"""A quantized model on disk: ``plan.json`` beside ``weights.safetensors``.
+
+``weights.safetensors`` holds, for every quantized layer, ``<layer>.weight.codes`` (uint8, packed at true width as in
+``kernels.packing``), ``<layer>.weight.scale`` (float32; channels x groups) and, where the format has them,
+``<layer>.weight.zero_point`` (int8); and every other tensor of the model's state under its own name. Its header has one entry,
+``quantkit_model``, JSON with:
+
+- ``version``; ``plan``, the digest of the plan these codes obey; ``tensors``, a digest of all tensors;
+- ``layers``: layer name -> weight format;
+- ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
+- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
+- ``ranges``: site name -> scale, zero point, bits.
+
+Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
+from quantkit.formats import Scheme, WeightFormat
+from quantkit.graph.intercept import OpKey
+from quantkit.graph.sites import Site
+from quantkit.kernels.packing import pack, unpack
+from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.plan import Plan, canonical_json
+from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.store import write_atomically
+from quantkit.transforms.fold_bn import shape_like_folded
+
+MODEL_VERSION = 1
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "weights.safetensors"
+_HEADER = "quantkit_model"
+
+
+def save_result(
+    simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str, str]], folder: str | Path
+) -> Path:
+    """Write ``plan.json`` and ``weights.safetensors`` into ``folder``, each whole or not at all."""
+    folder = Path(folder)
+    tensors = _other_state(simulated)
+    for name, weight in simulated.weights.items():
+        tensors[f"{name}.weight.codes"] = pack(weight.codes, weight.format.bits)
+        tensors[f"{name}.weight.scale"] = weight.scale.contiguous()
+        if weight.zero_point is not None:
+            tensors[f"{name}.weight.zero_point"] = weight.zero_point.contiguous()
+    header = {
+        "version": MODEL_VERSION,
+        "plan": plan.digest(),
+        "tensors": _digest(tensors),
+        "layers": {name: str(weight.format) for name, weight in simulated.weights.items()},
+        "folds": [list(pair) for pair in folds],
+        "sites": [asdict(site) for site in simulated.sites],
+        "ranges": {name: asdict(found) for name, found in simulated.ranges.items()},
+    }
+    metadata = {_HEADER: canonical_json(header)}
+    write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    plan.save(folder / PLAN_FILE)
+    return folder
+
+
+def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, Plan]:
+    """Read what ``save_result`` wrote onto a copy of ``model``, the float model of the same architecture (its weights do not
+    matter).
+
+    Raises CorruptFile for damaged files, InvalidRequest for missing ones, an edited plan and a model that does not fit.
+    """
+    folder = Path(folder)
+    plan = Plan.load(folder / PLAN_FILE)
+    header, tensors = _read(folder / WEIGHTS_FILE)
+    if header["plan"] != plan.digest():
+        raise InvalidRequest(
+            f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. Apply the plan to the model again."
+        )
+    own = copy.deepcopy(model).cpu().float().eval()
+    try:
+        shape_like_folded(own, [(layer, norm) for layer, norm in header["folds"]])
+        weights = {name: _weight(name, fmt, own, tensors) for name, fmt in header["layers"].items()}
+    except AttributeError as error:
+        raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
+    _load_state(own, weights, tensors)
+    sites = [_site(record) for record in header["sites"]]
+    ranges = {name: SiteRange(**record) for name, record in header["ranges"].items()}
+    return SimulatedModel(own, sites, weights, ranges), plan
+
+
+def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:
+    """The model's state without the weights that are stored as codes."""
+    coded = {f"{name}.weight" for name in simulated.weights}
+    state = simulated.model.state_dict()
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items() if name not in coded}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if header["version"] != MODEL_VERSION:
+            raise ValueError(f"version {header['version']}, expected {MODEL_VERSION}")
+        if header["tensors"] != _digest(tensors):
+            raise ValueError("its tensors are not those that were written")
+        return header, tensors
+    except OSError as error:
+        raise InvalidRequest(f"Cannot read the weights {str(path)!r}: {error.strerror or error}.") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(
+            f"{str(path)!r} is damaged, cut off or not written by quantkit ({error}). Save the result again."
+        ) from error
+
+
+def _weight(name: str, fmt: str, model: nn.Module, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """A layer's codes, taken out of ``tensors``; the layer gets a weight of its own even where the model ties it."""
+    layer = model.get_submodule(name)
+    shape = tuple(layer.weight.shape)
+    layer.weight = nn.Parameter(torch.empty(shape))
+    format = Scheme.parse(fmt).weight
+    assert isinstance(format, WeightFormat)
+    packed, scale = tensors.pop(f"{name}.weight.codes"), tensors.pop(f"{name}.weight.scale")
+    if tuple(scale.shape) != (shape[0], format.scale_count(shape) // shape[0]):
+        raise InvalidRequest(
+            f"Layer {name!r} of the model has a weight of shape {shape}, the saved one has {scale.shape[0]} channels. "
+            "Pass the model that was quantized."
+        )
+    zero_point = tensors.pop(f"{name}.weight.zero_point", None)
+    return QuantizedWeight(unpack(packed, format.bits, shape), scale, zero_point, format)
+
+
+def _load_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]) -> None:
+    """Load everything but the coded weights; raises InvalidRequest naming what does not fit."""
+    wanted = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in weights}
+    for name in wanted.keys() ^ tensors.keys():
+        where = "the saved weights" if name in tensors else "the model"
+        other = list(wanted if name in tensors else tensors)
+        raise InvalidRequest(f"Only {where} has {name!r}: this is not the model that was saved.{did_you_mean(name, other)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise InvalidRequest(
+                f"{name!r} has shape {tuple(wanted[name].shape)} in the model and {tuple(tensor.shape)} in the saved weights: "
+                "this is not the model that was saved."
+            )
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def _site(record: Mapping[str, Any]) -> Site:
+    return Site(
+        name=record["name"],
+        place=OpKey(**record["place"]),
+        echoes=tuple(OpKey(**key) for key in record["echoes"]),
+        consumers=tuple(record["consumers"]),
+        shape=tuple(record["shape"]),
+    )

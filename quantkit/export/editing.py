@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,19 +24,29 @@ _WRAPPER = "model"
 
 
 class Editor:
-    """Adds nodes and initializers to a graph. Equal initializers of one name are shared."""
+    """Adds nodes and initializers to a graph and takes nodes out of it."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.node_names = {node.name for node in graph}
 
     def initializer(self, name: str, data: np.ndarray | ir.TensorProtocol) -> ir.Value:
-        """The initializer of this name, made from ``data`` on first use."""
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(data) if isinstance(data, np.ndarray) else data
-            value = ir.Value(name=name, const_value=tensor)
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+        """The initializer of this name with this data; where the name holds other data, a new one named ``<name>.1``."""
+        tensor = ir.tensor(data) if isinstance(data, np.ndarray) else data
+        for count in itertools.count():
+            own = f"{name}.{count}" if count else name
+            if own not in self.graph.initializers:
+                value = ir.Value(name=own, const_value=tensor)
+                self.graph.register_initializer(value)
+                return value
+            if _equal(self.graph.initializers[own].const_value, tensor):
+                return self.graph.initializers[own]
+        raise AssertionError("unreachable")
+
+    def set_aside(self, original: ir.Value | None) -> None:
+        """Free an initializer's name for its quantized form; once nothing reads it, it is dropped."""
+        if original is not None and original.is_initializer():
+            original.name = unused_name(f"{original.name}.float", set(self.graph.initializers))
 
     def node(
         self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any
@@ -46,6 +57,35 @@ class Editor:
         made.outputs[0].name = made.name
         self.graph.insert_before(before, made)
         return made.outputs[0]
+
+    def replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Let everything that reads a node's output read ``value``, and take the node out.
+
+        A graph output keeps its name and type: ``value`` takes them over, or a copy of it where it has a name to keep.
+        """
+        old = node.outputs[0]
+        if old.is_graph_output():
+            if value.is_graph_output() or value.is_graph_input() or value.is_initializer():
+                value = self.node(node, "Identity", [value], str(old.name))
+            old.name, value.name = f"{node.name}/replaced", old.name
+            value.shape, value.type = old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+    def bypass(self, node: ir.Node) -> None:
+        """Take a node out: what read its output reads its first input."""
+        source = node.inputs[0]
+        assert source is not None
+        self.replace(node, source)
+
+
+def _equal(one: ir.TensorProtocol | None, other: ir.TensorProtocol) -> bool:
+    return (
+        one is not None
+        and one.dtype == other.dtype
+        and tuple(one.shape) == tuple(other.shape)
+        and one.tobytes() == other.tobytes()
+    )
 
 
 def unused_name(name: str, taken: set[Any]) -> str:
@@ -109,10 +149,14 @@ def _role(constant: ir.Value) -> str:
 
 def _name_batch(graph: ir.Graph, marked: MarkedGraph) -> None:
     """Call the exporter's symbol for the batch dimension ``batch`` wherever it stands alone; drop what is computed from it."""
-    symbols = {value.shape[0] for value in graph.inputs if value.name in marked.dynamic}
+    symbols = {value.shape[0] for value in graph.inputs if value.name in marked.dynamic and value.shape is not None}
     for value in (*graph.inputs, *graph.outputs):
-        dims = [d if isinstance(d, int) else ir.SymbolicDim(BATCH if d in symbols else None) for d in value.shape]
-        value.shape = ir.Shape(dims)
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
+
+
+def _renamed(dim: int | ir.SymbolicDim, symbols: set[Any]) -> int | ir.SymbolicDim:
+    return dim if isinstance(dim, int) else ir.SymbolicDim(BATCH if dim in symbols else None)
 
 
 def remove_leftovers(model: ir.Model) -> None:

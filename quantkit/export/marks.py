@@ -62,7 +62,7 @@ def leaf_names(value: Any, root: str) -> tuple[str, ...]:
 def input_names(model: nn.Module, batch: Batch) -> tuple[str, ...]:
     """The names of a batch's tensors: the model's own argument names."""
     args, kwargs = batch
-    positional = []
+    positional: list[str] = []
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             positional += [f"{parameter.name}.{i}" for i in range(len(args) - len(positional))]
@@ -84,7 +84,7 @@ class _WeightMarks(TorchFunctionMode):
         super().__init__()
         self.names = {id(m.weight): name for name, m in model.named_modules() if layer_kind(m) is not None}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if operation_name(func) is not None:
             args, kwargs = tree_map(self._marked, (args, kwargs))
@@ -130,8 +130,7 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     try:
         exported = _export(simulated, small, batched)
     except _EXPORT_ERRORS as error:
-        first_line = str(error).strip().partition("\n")[0]
-        notice(f"the ONNX file takes batches of {size} only: the model cannot be exported for any batch size ({first_line})")
+        notice(f"the ONNX file takes batches of {size} only, not of any size: torch.export stopped at {_summary(error)}")
         batched = [False] * len(batched)
         exported = _export_at_fixed_size(simulated, example, batched)
     with torch.no_grad():
@@ -155,9 +154,14 @@ def _export_at_fixed_size(simulated: SimulatedModel, example: Batch, batched: Se
         return _export(simulated, example, batched)
     except _EXPORT_ERRORS as error:
         raise InvalidRequest(
-            f"The model cannot be exported to ONNX: torch.export stopped at {type(error).__name__}: {error} "
+            f"The model cannot be exported to ONNX: torch.export stopped at {_summary(error)} "
             "Its forward must not choose its operations by the values of tensors."
         ) from error
+
+
+def _summary(error: Exception) -> str:
+    """An exporter's error without the pages that follow its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool]) -> ir.Model:
@@ -189,13 +193,3 @@ def _quiet() -> Iterator[None]:
 def marks(graph: ir.Graph, kind: str) -> list[tuple[str, ir.Node]]:
     """(name, node) of every mark of a kind, in graph order."""
     return [(n.attributes["name"].as_string(), n) for n in graph if n.domain == DOMAIN and n.op_type == kind]
-
-
-def bypass(mark: ir.Node) -> None:
-    """Take a mark out: what read it reads its input."""
-    graph, source = mark.graph, mark.inputs[0]
-    assert graph is not None and source is not None
-    ir.convenience.replace_all_uses_with(mark.outputs[0], source, replace_graph_outputs=True)
-    graph.remove(mark, safe=True)
-
-

@@ -31,7 +31,7 @@ class Tolerance:
     """The largest root mean square error of an output, relative to the root mean square of that output: ``exact`` on top of
     twice the simulated model's own rounding noise for the file as it is spelled, ``optimized`` on integer kernels."""
 
-    exact: float = 1e-3
+    exact: float = 5e-3
     optimized: float = 0.10
 
     def limit(self, found: OutputParity) -> float:

@@ -46,10 +46,32 @@ class ConvTwice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(torch.tanh(self.conv(x)) * 3)
+        return self.layer(torch.tanh(self.layer(x)) * 3)
+
+
+class LinearTwice(nn.Module):
+    """One linear layer called twice, on inputs of different ranges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)) * 3)
+
+
+class BothRanks(nn.Module):
+    """One square linear layer called on sequences and on vectors: ONNX transposes its weight for one of them only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(self.layer(x).mean(1))
 
 
 class OneBatchSize(nn.Module):

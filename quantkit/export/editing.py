@@ -31,7 +31,7 @@ class Editor:
         self.node_names = {node.name for node in graph}
 
     def initializer(self, name: str, data: np.ndarray | ir.TensorProtocol) -> ir.Value:
-        """The initializer of this name with this data; where the name holds other data, a new one named ``<name>.1``."""
+        """The initializer of this name with this data; where the name holds other data, one named ``<name>.1``."""
         tensor = ir.tensor(data) if isinstance(data, np.ndarray) else data
         for count in itertools.count():
             own = f"{name}.{count}" if count else name
@@ -49,7 +49,13 @@ class Editor:
             original.name = unused_name(f"{original.name}.float", set(self.graph.initializers))
 
     def node(
-        self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any
+        self,
+        before: ir.Node,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        domain: str = "",
+        **attributes: Any,
     ) -> ir.Value:
         """The output of a new node ``<name>/<op>`` placed ahead of ``before``."""
         made = ir.node(op, inputs, attributes, domain=domain)
@@ -99,7 +105,7 @@ def unused_name(name: str, taken: set[Any]) -> str:
 
 
 def copy_tidy(marked: MarkedGraph) -> ir.Model:
-    """A copy of a marked graph named after the model: nodes ``<module>/<op>``, initializers as in the model's state."""
+    """A copy of a marked graph named after the model: nodes ``<module>/<op>``, initializers as in its state."""
     model = marked.model.clone()
     graph = model.graph
     OutputFixPass()(model)
@@ -148,7 +154,7 @@ def _role(constant: ir.Value) -> str:
 
 
 def _name_batch(graph: ir.Graph, marked: MarkedGraph) -> None:
-    """Call the exporter's symbol for the batch dimension ``batch`` wherever it stands alone; drop what is computed from it."""
+    """Call the exporter's symbol for the batch dimension ``batch``; a dimension computed from it is left open."""
     symbols = {value.shape[0] for value in graph.inputs if value.name in marked.dynamic and value.shape is not None}
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:

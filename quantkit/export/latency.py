@@ -1,4 +1,4 @@
-"""How much faster is the quantized file? Both files in turn, in one process, so that whatever else the machine does hits both."""
+"""How much faster is the quantized file? Both run in turn, in one process: what disturbs one disturbs the other."""
 
 from __future__ import annotations
 

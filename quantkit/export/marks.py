@@ -1,7 +1,7 @@
 """The float graph of a simulated model with marks where codes go: exported once, rewritten without matching names.
 
-A mark is an identity operation that remembers a name: ``quantkit::Site(x)`` sits where a site's tensor, or an echo of it,
-is made, and ``quantkit::Weight(w)`` wherever a layer's weight is read. They are put in while the model runs under
+A mark is an identity operation that remembers a name: ``quantkit::Site(x)`` sits where a site's tensor, or an echo of
+it, is made, and ``quantkit::Weight(w)`` wherever a layer's weight is read. They are put in while the model runs under
 torch.export, by the same keys that tracing found and simulation uses.
 """
 
@@ -50,7 +50,7 @@ class MarkedGraph:
 
 
 def leaf_names(value: Any, root: str) -> tuple[str, ...]:
-    """A name for each tensor of a nested value: dict keys and positions joined by dots; ``root`` leads where there is no key."""
+    """A name for each tensor of a nested value: keys and positions joined by dots, after ``root`` where no key leads."""
     names = []
     for path, leaf in tree_flatten_with_path(value)[0]:
         if isinstance(leaf, Tensor):
@@ -120,8 +120,8 @@ class _MarkedModel(nn.Module):
 def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     """Export the float graph of ``simulated`` with a dynamic batch dimension where the model allows one.
 
-    A model whose code only runs at the example's batch size keeps it, with a notice. Raises InvalidRequest when torch.export
-    cannot follow the model at all.
+    A model whose code only runs at the example's batch size keeps it, with a notice. Raises InvalidRequest when
+    torch.export cannot follow the model at all.
     """
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
@@ -130,7 +130,9 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     try:
         exported = _export(simulated, small, batched)
     except _EXPORT_ERRORS as error:
-        notice(f"the ONNX file takes batches of {size} only, not of any size: torch.export stopped at {_summary(error)}")
+        notice(
+            f"the ONNX file takes batches of {size} only, not of any size: torch.export stopped at {_summary(error)}"
+        )
         batched = [False] * len(batched)
         exported = _export_at_fixed_size(simulated, example, batched)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Operations that only move values move codes instead: no trip through float between a site and its echo.
 
-onnxruntime does this by itself around pooling and reshaping but not around padding, which would keep the operand of a residual
-add in float.
+onnxruntime does this by itself around pooling and reshaping but not around padding, which would keep the operand of a
+residual add in float.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def move_codes(graph: ir.Graph) -> None:
 
 
 def _way_back(value: ir.Value | None) -> tuple[ir.Node | None, list[ir.Node]]:
-    """The node that made what ``value`` holds, and the moves between them, last first; each is read by nothing else."""
+    """The node that made what ``value`` holds, and the moves in between, last first; nothing else reads these."""
     steps: list[ir.Node] = []
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in _MOVES and _is_private(node.outputs[0]):

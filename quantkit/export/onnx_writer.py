@@ -1,7 +1,8 @@
 """Write a simulated model as an ONNX file for onnxruntime, and prove it there before the file appears.
 
-The file computes on UINT8 activations and INT8 weights stored at their true width; its graph is named after the model's
-modules and carries nothing of the exporter. See ``weights`` for the storage forms and ``parity`` for the proof.
+The file computes on UINT8 activations and INT8 weights stored at their true width; its graph is named after the
+model's modules and carries nothing of the exporter. See ``weights`` for the storage forms and ``parity`` for the
+proof.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir as ir
 from quantkit.errors import InvalidRequest
 from quantkit.export.editing import copy_tidy, remove_leftovers
 from quantkit.export.marks import OPSET, MarkedGraph, mark_graph
-from quantkit.export.parity import OutputParity, Tolerance, measure_parity, require_parity
+from quantkit.export.parity import DEFAULT_TOLERANCE, OutputParity, Tolerance, measure_parity, require_parity
 from quantkit.export.rewrite import bypass_marks, quantize_marks
 from quantkit.export.weights import IR_VERSION, minimum_runtime
 from quantkit.graph.batches import Batch
@@ -32,8 +33,8 @@ _LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
 class ExportReport:
     """What was written and how it compares.
 
-    ``file_bytes`` is the file's size, ``weight_bytes`` the bytes in it of all layers' weights, scales included, counted
-    from its initializers. ``dynamic_batch`` is False where the model runs at one batch size only.
+    ``file_bytes`` is the file's size, ``weight_bytes`` the bytes in it of all layers' weights, scales included,
+    counted from its initializers. ``dynamic_batch`` is False where the model runs at one batch size only.
     """
 
     path: Path
@@ -51,16 +52,17 @@ def export_onnx(
     path: str | Path,
     *,
     check: Sequence[Batch] = (),
-    tolerance: Tolerance = Tolerance(),
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
     plan: Plan | None = None,
     graph: MarkedGraph | None = None,
 ) -> ExportReport:
     """Write ``simulated`` to ``path`` and compare the file with it in onnxruntime.
 
-    ``example`` is a batch (args, kwargs) of at least one sample; the file takes any number of samples where the model does.
-    ``check`` are the batches to compare on (default: the example). ``plan`` puts its digest into the file's metadata.
-    ``graph`` is what ``mark_graph`` made earlier of the same model, to export it once for several files. Raises ParityError
-    when the file computes something else, and InvalidRequest when the model cannot be exported; then no file is left.
+    ``example`` is a batch (args, kwargs) of at least one sample; the file takes any number of samples where the model
+    does. ``check`` are the batches to compare on (default: the example). ``plan`` puts its digest into the file's
+    metadata. ``graph`` is what ``mark_graph`` made earlier of the same model, to export it once for several files.
+    Raises ParityError when the file computes something else, and InvalidRequest when the model cannot be exported;
+    then no file is left.
     """
     marked = graph or mark_graph(simulated, example)
     model = copy_tidy(marked)
@@ -114,6 +116,7 @@ def _write(model: ir.Model, path: str) -> None:
 def _weight_bytes(model: ir.Model, simulated: SimulatedModel) -> int:
     """Bytes of the initializers that hold the layers' weights: codes in whatever form, scales, float weights."""
     layers = [name for name, module in simulated.model.named_modules() if layer_kind(module) is not None]
-    prefixes = tuple(f"{name}.weight" for name in layers)
-    owned = [v for n, v in model.graph.initializers.items() if n in prefixes or n.startswith(tuple(f"{p}." for p in prefixes))]
-    return sum(value.const_value.nbytes for value in owned)
+    names = {f"{name}.weight" for name in layers}
+    parts = tuple(f"{name}." for name in names)
+    tensors = [(str(v.name), v.const_value) for v in model.graph.initializers.values()]
+    return sum(int(t.nbytes) for name, t in tensors if t is not None and (name in names or name.startswith(parts)))

@@ -1,9 +1,10 @@
 """Does the file compute what the simulated model computes? Asked of onnxruntime twice, on the same inputs.
 
-Once without optimization, where every operation runs in float as the file spells it: what differs beyond the last bits of
-float sums, and the codes these tip over, is a fault of the file. A tipped code tips others behind it, so how much that may be
-is a property of the model; it is measured on the simulated model by disturbing the last bit of what it quantizes. And once as
-it will be deployed, on integer kernels, which round between layers in their own way by up to one code.
+Once without optimization, where every operation runs in float as the file spells it: what differs beyond the last bits
+of float sums, and the codes these tip over, is a fault of the file. A tipped code tips others behind it, so how much
+that may be is a property of the model; it is measured on the simulated model by disturbing the last bit of what it
+quantizes. And once as it will be deployed, on integer kernels, which round between layers in their own way by up to
+one code.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _HALF_ULP = 2.0**-24  # of a float32 value
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest root mean square error of an output, relative to the root mean square of that output: ``exact`` on top of
-    twice the simulated model's own rounding noise for the file as it is spelled, ``optimized`` on integer kernels."""
+    """The largest root mean square error of an output, relative to the root mean square of that output: ``exact`` on
+    top of twice the simulated model's own rounding noise for the file as it is spelled, ``optimized`` on integer
+    kernels."""
 
     exact: float = 5e-3
     optimized: float = 0.10
@@ -38,14 +40,17 @@ class Tolerance:
         return self.optimized if found.optimized else self.exact + 2 * found.rounding_noise
 
 
+DEFAULT_TOLERANCE = Tolerance()
+
+
 @dataclass(frozen=True)
 class OutputParity:
     """How far one output of a session is from the simulated model's.
 
-    ``relative_error`` is its root mean square error over the root mean square of the output, ``worst_error`` its largest
-    error over the range of the output, ``rounding_noise`` the relative error of the simulated model against itself under
-    another rounding of its sums, ``top1_agreement`` the share of rows with the same largest entry (None where rows have one
-    entry).
+    ``relative_error`` is its root mean square error over the root mean square of the output, ``worst_error`` its
+    largest error over the range of the output, ``rounding_noise`` the relative error of the simulated model against
+    itself under another rounding of its sums, ``top1_agreement`` the share of rows with the same largest entry (None
+    where rows have one entry).
     """
 
     output: str
@@ -64,14 +69,18 @@ class OutputParity:
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     """Root mean square of the difference over that of ``wanted``."""
     error = found.astype(np.float64) - wanted
-    return _ratio(float(np.sqrt(np.mean(np.square(error)))), float(np.sqrt(np.mean(np.square(wanted, dtype=np.float64)))))
+    return _ratio(
+        float(np.sqrt(np.mean(np.square(error)))), float(np.sqrt(np.mean(np.square(wanted, dtype=np.float64))))
+    )
 
 
 def _ratio(error: float, size: float) -> float:
     return error / size if size else float(error > 0)
 
 
-def _compared(output: str, optimized: bool, found: np.ndarray, wanted: np.ndarray, disturbed: np.ndarray) -> OutputParity:
+def _compared(
+    output: str, optimized: bool, found: np.ndarray, wanted: np.ndarray, disturbed: np.ndarray
+) -> OutputParity:
     rows = wanted.ndim > 1 and wanted.shape[-1] > 1
     return OutputParity(
         output=output,
@@ -84,7 +93,7 @@ def _compared(output: str, optimized: bool, found: np.ndarray, wanted: np.ndarra
 
 
 def measure_parity(path: str | Path, simulated: SimulatedModel, batches: Sequence[Batch]) -> tuple[OutputParity, ...]:
-    """Compare every output of an ONNX file with the simulated model's on ``batches``, without and with optimization."""
+    """Compare every output of an ONNX file with the simulated model's, without and with optimization."""
     disturb = _disturbance(simulated)
     with torch.no_grad():
         wanted = _joined([tensors_of(simulated(*args, **kwargs)) for args, kwargs in batches])
@@ -94,7 +103,9 @@ def measure_parity(path: str | Path, simulated: SimulatedModel, batches: Sequenc
         session = open_session(path, optimized=optimized)
         found = _joined([session.run(None, feeds(session, batch)) for batch in batches])
         names = [output.name for output in session.get_outputs()]
-        compared += [_compared(n, optimized, *arrays) for n, *arrays in zip(names, found, wanted, disturbed, strict=True)]
+        compared += [
+            _compared(n, optimized, *arrays) for n, *arrays in zip(names, found, wanted, disturbed, strict=True)
+        ]
     return tuple(compared)
 
 
@@ -111,7 +122,9 @@ def _disturbance(simulated: SimulatedModel) -> Callable[[OpKey, Tensor], Tensor]
 
 def _joined(batches: Sequence[Sequence[Tensor | np.ndarray]]) -> list[np.ndarray]:
     """Each output over all batches."""
-    return [np.concatenate([np.atleast_1d(np.asarray(part)) for part in parts]) for parts in zip(*batches, strict=True)]
+    return [
+        np.concatenate([np.atleast_1d(np.asarray(part)) for part in parts]) for parts in zip(*batches, strict=True)
+    ]
 
 
 def require_parity(found: Sequence[OutputParity], tolerance: Tolerance) -> None:
@@ -122,8 +135,9 @@ def require_parity(found: Sequence[OutputParity], tolerance: Tolerance) -> None:
     if not worst.relative_error <= limit:  # NaN fails too
         how = "with integer kernels" if worst.optimized else "without optimization"
         raise ParityError(
-            f"The exported file does not compute what the simulated model computes: output {worst.output!r} in onnxruntime "
-            f"{how} differs by {worst.relative_error:.2%} (root mean square, relative to the output; the largest error is "
-            f"{worst.worst_error:.2%} of its range), the tolerance is {limit:.2%}. No file was written. If this much is "
-            "acceptable, pass a larger tolerance; otherwise keep sensitive layers float or give them 8 bits."
+            f"The exported file does not compute what the simulated model computes: output {worst.output!r} in "
+            f"onnxruntime {how} differs by {worst.relative_error:.2%} (root mean square, relative to the output; the "
+            f"largest error is {worst.worst_error:.2%} of its range), the tolerance is {limit:.2%}. No file was "
+            "written. If this much is acceptable, pass a larger tolerance; otherwise keep sensitive layers float or give them "
+            "8 bits."
         )

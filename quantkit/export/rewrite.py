@@ -1,8 +1,9 @@
-"""From marks to integers: sites become QuantizeLinear and DequantizeLinear, weights their stored codes, biases INT32."""
+"""From marks to integers: QuantizeLinear and DequantizeLinear at sites, stored codes for weights, INT32 biases."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.export.editing import Editor
 from quantkit.export.marks import DOMAIN, marks
 from quantkit.export.moves import move_codes
-from quantkit.export.weights import add_functions, stored_codes
+from quantkit.export.weights import LARGEST_UNPACKED, add_functions, is_in_planes, stored_codes
 from quantkit.kernels.reference import QuantizedWeight
 from quantkit.quantizers.simulate import SimulatedModel
 
@@ -37,7 +38,9 @@ def quantize_marks(model: ir.Model, simulated: SimulatedModel) -> None:
         _require_form(name, weight)
     for name, site in simulated.ranges.items():
         if site.bits != 8:
-            raise InvalidRequest(f"Site {name!r} has {site.bits}-bit codes; ONNX files carry 8-bit activations so far.")
+            raise InvalidRequest(
+                f"Site {name!r} has {site.bits}-bit codes; ONNX files carry 8-bit activations so far."
+            )
     graph = model.graph
     writer = _Writer(graph, simulated)
     for name, mark in marks(graph, "Weight"):
@@ -61,9 +64,14 @@ def _require_form(name: str, weight: QuantizedWeight) -> None:
             f"Layer {name!r} has weight format {fmt}, which ONNX files do not carry yet. "
             "Use 2 to 8 bits per output channel without zero points, such as w4."
         )
+    if is_in_planes(fmt.bits) and weight.codes.numel() > LARGEST_UNPACKED:
+        raise InvalidRequest(
+            f"Layer {name!r} has {weight.codes.numel():,} weights of {fmt.bits} bits; onnxruntime expands at most "
+            f"{LARGEST_UNPACKED:,} when it loads a file and would expand more on every run. Give it 4 or 8 bits."
+        )
 
 
-def _reads(mark: ir.Node) -> list[tuple[ir.Usage, bool]]:
+def _reads(mark: ir.Node) -> list[tuple[Any, bool]]:
     """The uses of a marked weight, and whether each reads it transposed."""
     reads = []
     for use in mark.outputs[0].uses():
@@ -94,8 +102,8 @@ class _Writer:
         self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
 
     def quantize_weight(self, name: str, mark: ir.Node) -> None:
-        """Write a layer's codes, and the biases of the calls that read them. Where the graph transposes the weight, the
-        codes are written transposed: onnxruntime does not fold a transposition of dequantized codes."""
+        """Write a layer's codes, and the biases of the calls that read them. Where the graph transposes the weight,
+        the codes are written transposed: onnxruntime does not fold a transposition of dequantized codes."""
         self.editor.set_aside(mark.inputs[0])
         for use, transposed in _reads(mark):
             site = self._input_site(use.node)
@@ -105,7 +113,8 @@ class _Writer:
                 use.node.replace_input_with(_BIAS, self._bias(name, use.node, site))
 
     def _weight(self, name: str, before: ir.Node, transposed: bool, integer: bool) -> ir.Value:
-        """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do not."""
+        """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do
+        not."""
         key = (name, transposed, integer)
         if key not in self.weights:
             weight, stored = self.simulated.weights[name], f"{name}.weight"
@@ -114,7 +123,9 @@ class _Writer:
             value = stored_codes(self.editor, before, stored, codes, weight.format.bits)
             if integer:
                 scale = self.editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
-                zeros = self.editor.initializer("zeros", np.zeros(len(weight.scale), np.int8))  # QGemm wants them spelled
+                zeros = self.editor.initializer(
+                    "zeros", np.zeros(len(weight.scale), np.int8)
+                )  # QGemm wants them spelled
                 value = self.editor.node(before, "DequantizeLinear", [value, scale, zeros], stored, axis=axis)
             else:
                 across = [-1 if i == axis else 1 for i in range(codes.dim())]
@@ -133,8 +144,9 @@ class _Writer:
         return name if name in self.simulated.ranges else None
 
     def _has_integer_bias(self, name: str, call: ir.Node) -> bool:
-        """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one grid for
-        it: its bias stays float, and onnxruntime rounds it for each call. Gemm only runs on integers with an INT32 bias.
+        """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one
+        grid for it: its bias stays float, and onnxruntime rounds it for each call. Gemm only runs on integers with an
+        INT32 bias.
         """
         bias = call.inputs[_BIAS] if len(call.inputs) > _BIAS else None
         if bias is None or bias.const_value is None:

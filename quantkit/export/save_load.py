@@ -2,11 +2,11 @@
 
 ``weights.safetensors`` holds, for every quantized layer, ``<layer>.weight.codes`` (uint8, packed at true width as in
 ``kernels.packing``), ``<layer>.weight.scale`` (float32; channels x groups) and, where the format has them,
-``<layer>.weight.zero_point`` (int8); and every other tensor of the model's state under its own name. Its header has one entry,
-``quantkit_model``, JSON with:
+``<layer>.weight.zero_point`` (int8); and every other tensor of the model's state under its own name. Its header has
+one entry, ``quantkit_model``, JSON with:
 
-- ``version``; ``plan``, the digest of the plan these codes obey; ``tensors``, a digest of all tensors;
-- ``layers``: layer name -> weight format;
+- ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
+- ``layers``: layer name -> weight format and shape;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
 - ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
 - ``ranges``: site name -> scale, zero point, bits.
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
-from quantkit.formats import Scheme, WeightFormat
+from quantkit.formats import Scheme
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.sites import Site
 from quantkit.kernels.packing import pack, unpack
@@ -46,9 +46,7 @@ WEIGHTS_FILE = "weights.safetensors"
 _HEADER = "quantkit_model"
 
 
-def save_result(
-    simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str, str]], folder: str | Path
-) -> Path:
+def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str, str]], folder: str | Path) -> Path:
     """Write ``plan.json`` and ``weights.safetensors`` into ``folder``, each whole or not at all."""
     folder = Path(folder)
     tensors = _other_state(simulated)
@@ -60,12 +58,12 @@ def save_result(
     header = {
         "version": MODEL_VERSION,
         "plan": plan.digest(),
-        "tensors": _digest(tensors),
-        "layers": {name: str(weight.format) for name, weight in simulated.weights.items()},
+        "layers": {n: {"format": str(w.format), "shape": list(w.codes.shape)} for n, w in simulated.weights.items()},
         "folds": [list(pair) for pair in folds],
         "sites": [asdict(site) for site in simulated.sites],
         "ranges": {name: asdict(found) for name, found in simulated.ranges.items()},
     }
+    header["digest"] = _digest(header, tensors)
     metadata = {_HEADER: canonical_json(header)}
     write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     plan.save(folder / PLAN_FILE)
@@ -73,22 +71,24 @@ def save_result(
 
 
 def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, Plan]:
-    """Read what ``save_result`` wrote onto a copy of ``model``, the float model of the same architecture (its weights do not
-    matter).
+    """Read what ``save_result`` wrote onto a copy of ``model``, the float model of the same architecture (its weights
+    do not matter).
 
-    Raises CorruptFile for damaged files, InvalidRequest for missing ones, an edited plan and a model that does not fit.
+    Raises CorruptFile for damaged files, InvalidRequest for missing ones, an edited plan and a model that does not
+    fit.
     """
     folder = Path(folder)
     plan = Plan.load(folder / PLAN_FILE)
     header, tensors = _read(folder / WEIGHTS_FILE)
     if header["plan"] != plan.digest():
         raise InvalidRequest(
-            f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. Apply the plan to the model again."
+            f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. "
+            "Apply the plan to the model again."
         )
     own = copy.deepcopy(model).cpu().float().eval()
     try:
         shape_like_folded(own, [(layer, norm) for layer, norm in header["folds"]])
-        weights = {name: _weight(name, fmt, own, tensors) for name, fmt in header["layers"].items()}
+        weights = {name: _weight(name, record, own, tensors) for name, record in header["layers"].items()}
     except AttributeError as error:
         raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
     _load_state(own, weights, tensors)
@@ -104,8 +104,8 @@ def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items() if name not in coded}
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    hasher = hashlib.sha256()
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.sha256(canonical_json(header).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -120,8 +120,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if header["version"] != MODEL_VERSION:
             raise ValueError(f"version {header['version']}, expected {MODEL_VERSION}")
-        if header["tensors"] != _digest(tensors):
-            raise ValueError("its tensors are not those that were written")
+        if header.pop("digest") != _digest(header, tensors):
+            raise ValueError("its contents are not those that were written")
         return header, tensors
     except OSError as error:
         raise InvalidRequest(f"Cannot read the weights {str(path)!r}: {error.strerror or error}.") from error
@@ -131,21 +131,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
-def _weight(name: str, fmt: str, model: nn.Module, tensors: dict[str, Tensor]) -> QuantizedWeight:
+def _weight(name: str, record: Mapping[str, Any], model: nn.Module, tensors: dict[str, Tensor]) -> QuantizedWeight:
     """A layer's codes, taken out of ``tensors``; the layer gets a weight of its own even where the model ties it."""
-    layer = model.get_submodule(name)
-    shape = tuple(layer.weight.shape)
-    layer.weight = nn.Parameter(torch.empty(shape))
-    format = Scheme.parse(fmt).weight
-    assert isinstance(format, WeightFormat)
-    packed, scale = tensors.pop(f"{name}.weight.codes"), tensors.pop(f"{name}.weight.scale")
-    if tuple(scale.shape) != (shape[0], format.scale_count(shape) // shape[0]):
+    layer, shape = model.get_submodule(name), tuple(record["shape"])
+    if tuple(layer.get_parameter("weight").shape) != shape:
         raise InvalidRequest(
-            f"Layer {name!r} of the model has a weight of shape {shape}, the saved one has {scale.shape[0]} channels. "
-            "Pass the model that was quantized."
+            f"Layer {name!r} has a weight of shape {tuple(layer.get_parameter('weight').shape)} in the model and of "
+            f"{shape} in the saved file: this is not the model that was saved."
         )
+    layer.weight = nn.Parameter(torch.empty(shape))
+    format = Scheme.parse(record["format"]).weight
+    assert format is not None
+    codes = unpack(tensors.pop(f"{name}.weight.codes"), format.bits, shape)
     zero_point = tensors.pop(f"{name}.weight.zero_point", None)
-    return QuantizedWeight(unpack(packed, format.bits, shape), scale, zero_point, format)
+    return QuantizedWeight(codes, tensors.pop(f"{name}.weight.scale"), zero_point, format)
 
 
 def _load_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]) -> None:
@@ -154,12 +153,14 @@ def _load_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], tensor
     for name in wanted.keys() ^ tensors.keys():
         where = "the saved weights" if name in tensors else "the model"
         other = list(wanted if name in tensors else tensors)
-        raise InvalidRequest(f"Only {where} has {name!r}: this is not the model that was saved.{did_you_mean(name, other)}")
+        raise InvalidRequest(
+            f"Only {where} has {name!r}: this is not the model that was saved.{did_you_mean(name, other)}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise InvalidRequest(
-                f"{name!r} has shape {tuple(wanted[name].shape)} in the model and {tuple(tensor.shape)} in the saved weights: "
-                "this is not the model that was saved."
+                f"{name!r} has shape {tuple(wanted[name].shape)} in the model and {tuple(tensor.shape)} in the saved "
+                "weights: this is not the model that was saved."
             )
     model.load_state_dict(dict(tensors), strict=False)
 

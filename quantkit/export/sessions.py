@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +19,8 @@ def open_session(
 ) -> InferenceSession:
     """A session on an ONNX file. ``threads`` 0 leaves their number to onnxruntime.
 
-    Without optimization every operation runs in float as the file spells it: the file's exact meaning. ``save_optimized``
-    writes the graph that really runs.
+    Without optimization every operation runs in float as the file spells it: the file's exact meaning.
+    ``save_optimized`` writes the graph that really runs.
     """
     import onnxruntime
 
@@ -38,5 +38,6 @@ def open_session(
 def feeds(session: InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
     """A batch as the session's inputs, in the order of its tensors; inputs the graph does not use are left out."""
     names = [i.name for i in session.get_inputs()]
-    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in zip(names, tensors_of(batch), strict=True)}
-
+    return {
+        name: tensor.detach().cpu().contiguous().numpy() for name, tensor in zip(names, tensors_of(batch), strict=True)
+    }

@@ -1,4 +1,4 @@
-"""How a layer's codes lie in the file: true size for every width, expanded to INT8 once when onnxruntime loads the model.
+"""How a layer's codes lie in the file: true size for every width, expanded to INT8 once, when onnxruntime loads it.
 
 =======  ==================================================  ==========================================
 bits     initializers                                        expanded by
@@ -9,9 +9,9 @@ bits     initializers                                        expanded by
          bytes: those of ``kernels.packing``                 standard operators that the file carries
 =======  ==================================================  ==========================================
 
-onnxruntime folds all of them to the same INT8 tensor, so speed does not depend on the width. Planes are bytes and not ONNX's
-INT2 and UINT4 because these need opset 25 and a newer runtime for the same size and the same speed; the function keeps the
-graph readable and the file small where a dozen nodes for each layer would not.
+onnxruntime folds all of them to the same INT8 tensor, so speed does not depend on the width. Planes are bytes and not
+ONNX's INT2 and UINT4 because these need opset 25 and a newer runtime for the same size and the same speed; the
+function keeps the graph readable and the file small where a dozen nodes for each layer would not.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ IR_VERSION = 10
 # Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 came with 1.23.
 _MINIMUM_RUNTIME = "1.19"
 _MINIMUM_RUNTIME_INT4 = "1.23"
+# onnxruntime folds results of up to 1 GiB, and unpacking passes through INT32.
+LARGEST_UNPACKED = 1 << 28
+
+
+def is_in_planes(bits: int) -> bool:
+    """True for the widths stored as planes."""
+    return bits not in (4, 8)
 
 
 def minimum_runtime(widths: Iterable[int]) -> str:
@@ -41,7 +48,8 @@ def minimum_runtime(widths: Iterable[int]) -> str:
 
 
 def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int) -> ir.Value:
-    """The INT8 value of ``codes`` (any shape): stored in initializers named after ``name``, expanded ahead of ``before``."""
+    """The INT8 value of ``codes`` (any shape): stored in initializers named after ``name``, expanded ahead of
+    ``before``."""
     shape = tuple(codes.shape)
     if bits == 8:
         return editor.initializer(name, codes.numpy())
@@ -67,10 +75,11 @@ def add_functions(model: ir.Model) -> None:
 
 
 def unpack_function(bits: int) -> str:
-    """The text of the ONNX function that turns byte planes (n, 1) of codes of ``bits`` bits into INT8 codes of a shape.
+    """The text of the ONNX function that turns byte planes (n, 1) of codes of ``bits`` bits into INT8 codes of a
+    shape.
 
-    Every byte is shifted by each position and masked; what pads a plane to whole bytes is cut off; planes are joined high
-    bits first and the offset that made the codes unsigned is taken away.
+    Every byte is shifted by each position and masked; what pads a plane to whole bytes is cut off; planes are joined
+    high bits first and the offset that made the codes unsigned is taken away.
     """
     widths = bit_planes(bits)
     lines = []

@@ -1,4 +1,5 @@
-"""Every weight width through every kind of layer: exact as spelled, on integer kernels when run, at true size in the file."""
+"""Every weight width through every kind of layer: exact as spelled, on integer kernels when run, at true size in the
+file."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ WIDTHS = range(2, 9)
 
 
 class EveryKind(nn.Module):
-    """Convolutions (plain, depthwise, grouped, 1-D), a Linear on sequences and one on vectors; odd sizes, so planes pad."""
+    """Convolutions (plain, depthwise, grouped, 1-D), a Linear on sequences and one on vectors; odd sizes, so planes
+    pad."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +83,9 @@ def test_as_spelled_outputs_differ_by_float_sums_only(exported: Exported) -> Non
         wanted = exported.simulated(x)
     found = dict(zip(("tokens", "head"), session.run(None, {"x": x.numpy()}), strict=True))
     for name, value in wanted.items():
-        assert np.mean(np.abs(found[name] - value.numpy()) > 1e-5) < 0.02, name  # a sum on a tie tips a code now and then
+        assert np.mean(np.abs(found[name] - value.numpy()) > 1e-5) < 0.02, (
+            name
+        )  # a sum on a tie tips a code now and then
 
 
 def test_runs_on_integer_kernels_only(exported: Exported, tmp_path: Path) -> None:

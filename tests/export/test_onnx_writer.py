@@ -81,7 +81,9 @@ def test_names_follow_the_modules(files) -> None:
                 "conv1.bias", "conv1.bias.scale", "down.weight.plane2", "head.weight", "head.bias", "offset",
                 "input.scale", "input.zero_point"}  # fmt: skip
     assert expected <= set(found)
-    assert {"stem.0/Conv", "conv1/Conv", "down/Conv", "pool/MaxPool", "head/Gemm"} <= {n.name for n in model.graph.node}
+    assert {"stem.0/Conv", "conv1/Conv", "down/Conv", "pool/MaxPool", "head/Gemm"} <= {
+        n.name for n in model.graph.node
+    }
     assert not [n for n in found if re.search("val_|^model|symbolic|node_", n)]
 
 
@@ -117,7 +119,9 @@ def test_any_batch_size(files, residual, count: int) -> None:
     with torch.no_grad():
         wanted = residual[0](x).numpy()
     assert files[0].dynamic_batch
-    assert np.allclose(open_session(files[0].path).run(None, {"image": x.numpy()})[0], wanted, atol=0.02 * np.ptp(wanted))
+    assert np.allclose(
+        open_session(files[0].path).run(None, {"image": x.numpy()})[0], wanted, atol=0.02 * np.ptp(wanted)
+    )
 
 
 def test_two_inputs_and_a_dict(tmp_path: Path) -> None:
@@ -172,7 +176,10 @@ def test_one_batch_size_only_is_said(tmp_path: Path, caplog) -> None:
 
 def test_a_model_that_cannot_be_followed(tmp_path: Path) -> None:
     batch: Batch = ((randn(4, 6).abs(),), {})
-    with pytest.raises(InvalidRequest, match=r"cannot be exported to ONNX: torch.export stopped at \w+: .*must not choose its operations by the values"):
+    with pytest.raises(
+        InvalidRequest,
+        match=r"cannot be exported to ONNX: torch.export stopped at \w+: .*must not choose its operations by",
+    ):
         export_onnx(quantized(Undecided(), batch), batch, tmp_path / "no.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -192,7 +199,9 @@ def test_a_file_that_differs_is_not_left_behind(residual, tmp_path: Path) -> Non
     changed = copy.deepcopy(simulated)
     with torch.no_grad():
         changed.model.offset += 2
-    with pytest.raises(ParityError, match=r"'output' in onnxruntime without optimization differs by \d\d\.\d+%.*larger tolerance"):
+    with pytest.raises(
+        ParityError, match=r"'output' in onnxruntime without optimization differs by \d\d\.\d+%.*larger tolerance"
+    ):
         export_onnx(changed, batch, tmp_path / "wrong.onnx", graph=graph)
     assert not list(tmp_path.iterdir())
 

@@ -50,7 +50,7 @@ class MarkedGraph:
 
 
 def leaf_names(value: Any, root: str) -> tuple[str, ...]:
-    """A name for each tensor of a nested value: keys and positions joined by dots, after ``root`` where no key leads."""
+    """A name for each tensor of a nested value: keys and positions joined by dots, after ``root`` if no key leads."""
     names = []
     for path, leaf in tree_flatten_with_path(value)[0]:
         if isinstance(leaf, Tensor):
@@ -131,7 +131,8 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
         exported = _export(simulated, small, batched)
     except _EXPORT_ERRORS as error:
         notice(
-            f"the ONNX file takes batches of {size} only, not of any size: torch.export stopped at {_summary(error)}"
+            f"the ONNX file takes batches of {size} only: the model's code fixes the size, as len(x) or a written-out "
+            f"size does and x.shape[0] does not ({_summary(error)})"
         )
         batched = [False] * len(batched)
         exported = _export_at_fixed_size(simulated, example, batched)

@@ -9,6 +9,7 @@ one code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +69,21 @@ class OutputParity:
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     """Root mean square of the difference over that of ``wanted``."""
-    error = found.astype(np.float64) - wanted
+    error = found.astype(np.float64) - wanted.astype(np.float64)
     return _ratio(
         float(np.sqrt(np.mean(np.square(error)))), float(np.sqrt(np.mean(np.square(wanted, dtype=np.float64))))
     )
 
 
 def _ratio(error: float, size: float) -> float:
-    return error / size if size else float(error > 0)
+    """``error / size``; infinite where it means nothing, so that it passes no tolerance."""
+    if error == 0:
+        return 0.0
+    return error / size if size and math.isfinite(error) else math.inf
+
+
+def _extent(values: np.ndarray) -> float:
+    return float(np.ptp(values.astype(np.float64)))
 
 
 def _compared(
@@ -86,7 +94,7 @@ def _compared(
         output=output,
         optimized=optimized,
         relative_error=relative_error(found, wanted),
-        worst_error=_ratio(float(np.abs(found.astype(np.float64) - wanted).max()), float(np.ptp(wanted))),
+        worst_error=_ratio(float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max()), _extent(wanted)),
         rounding_noise=relative_error(disturbed, wanted),
         top1_agreement=float(np.mean(found.argmax(-1) == wanted.argmax(-1))) if rows else None,
     )
@@ -129,15 +137,14 @@ def _joined(batches: Sequence[Sequence[Tensor | np.ndarray]]) -> list[np.ndarray
 
 def require_parity(found: Sequence[OutputParity], tolerance: Tolerance) -> None:
     """Raise ParityError with the worst output when any differs by more than ``tolerance``."""
-
     worst = max(found, key=lambda one: one.relative_error / tolerance.limit(one))
     limit = tolerance.limit(worst)
-    if not worst.relative_error <= limit:  # NaN fails too
+    if worst.relative_error > limit:
         how = "with integer kernels" if worst.optimized else "without optimization"
         raise ParityError(
             f"The exported file does not compute what the simulated model computes: output {worst.output!r} in "
             f"onnxruntime {how} differs by {worst.relative_error:.2%} (root mean square, relative to the output; the "
             f"largest error is {worst.worst_error:.2%} of its range), the tolerance is {limit:.2%}. No file was "
-            "written. If this much is acceptable, pass a larger tolerance; otherwise keep sensitive layers float or give them "
-            "8 bits."
+            "written. If this much is acceptable, pass a larger tolerance; otherwise keep sensitive layers float or "
+            "give them 8 bits."
         )

@@ -36,7 +36,7 @@ def open_session(
 
 
 def feeds(session: InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
-    """A batch as the session's inputs, in the order of its tensors; inputs the graph does not use are left out."""
+    """A batch as the session's inputs, in the order of its tensors."""
     names = [i.name for i in session.get_inputs()]
     return {
         name: tensor.detach().cpu().contiguous().numpy() for name, tensor in zip(names, tensors_of(batch), strict=True)

@@ -74,6 +74,22 @@ class BothRanks(nn.Module):
         return self.layer(self.layer(x).mean(1))
 
 
+class InPlace(nn.Module):
+    """Changes a tensor that another name still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 3, 3, padding=1)
+        self.conv2 = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = held = self.conv1(x)
+        F.relu_(x)
+        x = self.conv2(x)
+        x += held
+        return x
+
+
 class OneBatchSize(nn.Module):
     """Spells out the batch size it was written for."""
 

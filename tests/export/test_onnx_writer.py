@@ -24,7 +24,16 @@ from quantkit.kernels.reference import SiteRange
 from quantkit.plan import Plan
 from quantkit.quantizers.simulate import SimulatedModel
 from tests.export.helpers import initializers, operations_that_run, prepared, simulate
-from tests.export.models import BothRanks, ConvTwice, LinearTwice, OneBatchSize, Residual, TwoInputs, Undecided
+from tests.export.models import (
+    BothRanks,
+    ConvTwice,
+    InPlace,
+    LinearTwice,
+    OneBatchSize,
+    Residual,
+    TwoInputs,
+    Undecided,
+)
 
 PLAN = Plan.of({"conv1": "w3a8"})
 
@@ -153,6 +162,14 @@ def test_a_layer_on_vectors_and_on_sequences_keeps_both_right(tmp_path: Path) ->
     names = set(initializers(report.path))
     assert {"layer.weight.plane2", "layer.weight.plane2.1"} <= names
     assert {"QGemm", "MatMulIntegerToFloat"} <= set(operations_that_run(report.path, tmp_path))
+
+
+def test_in_place_operations(tmp_path: Path) -> None:
+    batch: Batch = ((randn(4, 3, 9, 9),), {})
+    report = export_onnx(quantized(InPlace(), batch, 8), batch, tmp_path / "inplace.onnx")
+    ran = operations_that_run(report.path, tmp_path)
+    assert ran.count("QLinearConv") == 2
+    assert ran.count("QLinearAdd") == 1
 
 
 def test_float_activations_fold_to_a_float_weight(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Tolerance:
     optimized: float = 0.10
 
     def limit(self, found: OutputParity) -> float:
-        return self.optimized if found.optimized else self.exact + 2 * found.rounding_noise
+        return self.optimized if found.optimized else self.exact + min(2 * found.rounding_noise, self.optimized)
 
 
 DEFAULT_TOLERANCE = Tolerance()

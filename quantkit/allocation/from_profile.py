@@ -1,0 +1,197 @@
+"""The decision problem of a profile: one choice per layer, one per site, their agreements, costs in bytes and
+bit-operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantkit.allocation.problem import Assignment, Choice, Floats, Option, Problem
+from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.formats import Scheme
+from quantkit.plan import Layer, Profile
+
+FLOAT_BITS = 32
+FLOAT = "float"
+
+
+def layer_size(layer: Layer, scheme: Scheme) -> int:
+    """Packed bytes of a layer's weight."""
+    return layer.weight_bytes(scheme)
+
+
+def layer_bops(layer: Layer, scheme: Scheme) -> int:
+    """Weight bits x activation bits x multiply-accumulates; what is float counts 32 bits."""
+    weight = scheme.weight.bits if scheme.weight else FLOAT_BITS
+    return weight * (scheme.activation.bits if scheme.activation else FLOAT_BITS) * layer.macs
+
+
+# What each limit of a budget counts per layer; constants of the whole model are taken off the limit.
+COSTS = {"size": layer_size, "average_bits": layer_size, "bops": layer_bops}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A problem and what its choices stand for: layers first, then sites."""
+
+    problem: Problem
+    layers: tuple[str, ...]
+    sites: tuple[str, ...]
+
+    def answer(self, assignment: Assignment) -> tuple[dict[str, Scheme], dict[str, str]]:
+        """(layer -> scheme, site -> format) of an assignment."""
+        names = [option.name for option in self.problem.chosen(assignment)]
+        split = len(self.layers)
+        schemes = {layer: Scheme.parse(name) for layer, name in zip(self.layers, names[:split], strict=True)}
+        return schemes, dict(zip(self.sites, names[split:], strict=True))
+
+
+def candidates(profile: Profile, schemes: Iterable[str | Scheme] | None = None) -> dict[str, tuple[Scheme, ...]]:
+    """The schemes each layer without a reason may take: those it was profiled for, restricted to ``schemes`` where
+    given.
+
+    Raises InvalidRequest where nothing is left, or a scheme was never profiled.
+    """
+    wanted = None if schemes is None else [Scheme.parse(s) for s in schemes]
+    known = {Scheme.parse(s) for names in profile.candidates.values() for s in names} | {
+        Scheme.parse(s) for s in profile.schemes
+    }
+    for scheme in wanted or ():
+        if scheme not in known:
+            names = sorted(str(s) for s in known)
+            raise InvalidRequest(
+                f"{scheme} was not profiled; profiled: {', '.join(names)}.{did_you_mean(str(scheme), names)} "
+                "Profile again with it among the schemes."
+            )
+    allowed = {}
+    for name, layer in profile.layers.items():
+        if layer.reason:
+            continue
+        offered = tuple(Scheme.parse(s) for s in profile.candidates.get(name, profile.schemes))
+        allowed[name] = offered if wanted is None else tuple(s for s in offered if s in wanted)
+        if not allowed[name]:
+            raise InvalidRequest(
+                f"Layer {name!r} may be {', '.join(map(str, offered))}: none of the schemes asked for."
+            )
+    return allowed
+
+
+def question(profile: Profile, limits: Mapping[str, int], schemes: Iterable[str | Scheme] | None = None) -> Question:
+    """The problem of choosing schemes for all layers and formats for all sites within ``limits`` (of
+    ``Budget.limits``).
+
+    What a layer reads and the layer agree on the activation format; layers of a ``same_scheme`` group take one scheme.
+    Layers that stay float, and everything stored besides weights, are taken off the limits."""
+    allowed = candidates(profile, schemes)
+    readers = {name: [c for c in site.consumers if c in allowed] for name, site in profile.sites.items()}
+    formats = _site_formats(profile, allowed, readers)
+    sites = [name for name in profile.sites if formats[name]]
+    index = profile.index()
+    tags = {name: _tags(name, options, readers, formats) for name, options in allowed.items()}
+    choices = [Choice(name, _layer_options(profile, index, name, tags[name], tuple(limits))) for name in allowed]
+    choices += [Choice(f"site {s}", _site_options(profile, index, s, formats[s], len(limits))) for s in sites]
+    agree = [tuple(([f"site {s}"] if formats[s] else []) + readers[s]) for s in profile.sites if readers[s]]
+    rest = {name: limit - fixed_cost(profile, allowed, name) for name, limit in limits.items()}
+    return Question(
+        Problem(
+            choices=tuple(choices),
+            limits=tuple(rest.items()),
+            pairs=_pairs(profile, index, choices, [*allowed, *sites]),
+            same=tuple(
+                group for names in profile.same_scheme if len(group := tuple(n for n in names if n in allowed)) > 1
+            ),
+            agree=tuple(group for group in agree if len(group) > 1),
+        ),
+        tuple(allowed),
+        tuple(sites),
+    )
+
+
+def fixed_cost(profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str) -> int:
+    """What counts towards a limit whatever is chosen: layers that stay float, and what is stored besides weights."""
+    layers = sum(COSTS[limit](layer, Scheme()) for name, layer in profile.layers.items() if name not in allowed)
+    return layers + (profile.other_bytes if limit == "size" else 0)
+
+
+def _site_formats(
+    profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], readers: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """The formats each site may take: those profiled for it, and float where a reader computes with float inputs."""
+    formats: dict[str, list[str]] = {name: [] for name in profile.sites}
+    for owner, fmt in profile.entries:
+        if owner in formats:
+            formats[owner].append(fmt)
+    for name, known in formats.items():
+        weight_only = any(
+            s.weight is not None and s.activation is None for layer in readers[name] for s in allowed[layer]
+        )
+        if known and weight_only:
+            known.append(FLOAT)
+    return formats
+
+
+def _tags(
+    layer: str, options: tuple[Scheme, ...], readers: Mapping[str, list[str]], formats: Mapping[str, list[str]]
+) -> list[tuple[Scheme, str]]:
+    """(scheme, format of what the layer reads). A layer left float reads its input in any format."""
+    read = [site for site, names in readers.items() if layer in names]
+    own = [str(s.activation or FLOAT) for s in options if not s.is_float]
+    shared = [str(f) for site in read for f in formats[site]]
+    everything = list(dict.fromkeys([*own, *shared])) or [FLOAT]
+    tagged = []
+    for scheme in options:
+        reads = everything if scheme.is_float else [str(scheme.activation or FLOAT)]
+        tagged += [(scheme, tag) for tag in reads]
+    return tagged
+
+
+def _layer_options(
+    profile: Profile,
+    index: Mapping[tuple[str, str], int],
+    name: str,
+    tagged: list[tuple[Scheme, str]],
+    limits: tuple[str, ...],
+) -> tuple[Option, ...]:
+    layer, options = profile.layers[name], []
+    for scheme, tag in tagged:
+        damage = (
+            0.0 if scheme.weight is None else float(profile.damage[_entry(profile, index, name, str(scheme.weight))])
+        )
+        options.append(Option(str(scheme), damage, tuple(COSTS[limit](layer, scheme) for limit in limits), tag))
+    return tuple(options)
+
+
+def _site_options(
+    profile: Profile, index: Mapping[tuple[str, str], int], name: str, formats: list[str], limits: int
+) -> tuple[Option, ...]:
+    damage = [0.0 if fmt == FLOAT else float(profile.damage[index[name, fmt]]) for fmt in formats]
+    return tuple(Option(fmt, value, (0,) * limits, fmt) for fmt, value in zip(formats, damage, strict=True))
+
+
+def _entry(profile: Profile, index: Mapping[tuple[str, str], int], owner: str, fmt: str) -> int:
+    if (owner, fmt) not in index:
+        known = ", ".join(f for o, f in profile.entries if o == owner) or "none"
+        raise InvalidRequest(f"{fmt} was not profiled for {owner!r}; profiled: {known}.")
+    return index[owner, fmt]
+
+
+def _pairs(
+    profile: Profile, index: Mapping[tuple[str, str], int], choices: list[Choice], owners: list[str]
+) -> Floats | None:
+    """The pair terms of all options; None where the profile has none beside the damages themselves."""
+    if not np.any(profile.gram - np.diag(np.diag(profile.gram))):
+        return None
+    nothing = len(profile.entries)
+    padded = np.zeros((nothing + 1, nothing + 1))
+    padded[:nothing, :nothing] = profile.gram
+    rows = []
+    for owner, choice in zip(owners, choices, strict=True):
+        for option in choice.options:
+            scheme = Scheme.parse(option.name)
+            fmt = (
+                scheme.weight if owner in profile.layers and not choice.name.startswith("site ") else scheme.activation
+            )
+            rows.append(nothing if fmt is None else index[owner, str(fmt)])
+    return padded[np.ix_(rows, rows)]

@@ -1,0 +1,220 @@
+"""Budgets: any number of limits a plan must meet, read from what users write (DESIGN section 2).
+
+    "4 bits"    "300 KB"    "25%"    "4 bits, 300 KB"    "latency=60%, size=1 MiB"    {"size": "300 KB",
+"average_bits": 4}
+
+A bare amount says by its unit what it limits: bits the average bits, bytes or a percentage the size. Everything else
+is written ``name=amount``. Percentages of size and bit-operations are relative to the model in float32."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from fractions import Fraction
+
+from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.plan import Profile
+
+FLOAT_BITS = 32
+_BYTES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+_PERCENT = {"%": 1}
+_BITS = {"bits": 1}
+_PLAIN = {"": 1}
+
+Units = Mapping[str, int]
+# What each limit is written in: unit -> factor to bytes, bits, bit-operations, nanoseconds; percentages stay apart.
+UNITS: dict[str, Units] = {
+    "size": _BYTES | _PERCENT,
+    "average_bits": _BITS,
+    "bops": _COUNTS | _PERCENT,
+    "latency": _NANOSECONDS | _PERCENT,
+    "activation_bytes": _BYTES,
+    "accuracy_drop": _PLAIN | _PERCENT,
+}
+LIMITS = tuple(UNITS)
+MINIMIZABLE = ("size", "average_bits", "bops", "latency", "activation_bytes")
+_UNIT_OF_NUMBER = {"size": "B", "average_bits": "bits", "bops": "", "activation_bytes": "B", "accuracy_drop": ""}
+_OTHER_SPELLINGS = {"bit": "bits", "byte": "B", "bytes": "B", "percent": "%", "µs": "us", "μs": "us", "bops": ""}
+_AMOUNT = re.compile(
+    r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*(?:e[+-]?\d+)?|\.\d+|nan|inf(?:inity)?))[\s-]*(?P<unit>[^\s\d]*)", re.I
+)
+_UNDERSTOOD = (
+    "Understood: '4 bits', '300 KB' (B, KB, MB, GB, KiB, MiB, GiB), '25%' (of the float32 size), "
+    "'bops=50%' or 'bops=12 G', 'latency=60%' or 'latency=3 ms', 'activation_bytes=64 KB', 'accuracy_drop=0.5' or "
+    "'accuracy_drop=1%', 'minimize=size'; several at once separated by commas."
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits that hold together; at least one. Amounts are kept as canonical text ("300 KB"), bits as a number.
+
+    ``size``: everything the model stores. ``average_bits``: packed bits of the layers' weights per weight. ``bops``:
+    sum of weight bits x activation bits x multiply-accumulates. ``latency``: per batch, or relative to the float
+    model. ``activation_bytes``: peak of live sites. ``accuracy_drop``: in the units of ``evaluate``, or relative.
+    ``minimize`` names what to make small when accuracy is the limit. Raises InvalidRequest for an amount that cannot
+    be read or is not positive."""
+
+    size: str | int | float | None = None
+    average_bits: str | int | float | None = None
+    bops: str | int | float | None = None
+    latency: str | int | float | None = None
+    activation_bytes: str | int | float | None = None
+    accuracy_drop: str | int | float | None = None
+    minimize: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in LIMITS:
+            if (asked := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _canonical(name, *_read(name, asked)))
+        if self.minimize is not None and self.minimize not in MINIMIZABLE:
+            raise InvalidRequest(
+                f"minimize={self.minimize!r} is not something a plan can make small; known: {', '.join(MINIMIZABLE)}."
+                f"{did_you_mean(str(self.minimize), MINIMIZABLE)}"
+            )
+        if not self.asked:
+            raise InvalidRequest(f"The budget names no limit. {_UNDERSTOOD}")
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The limits this budget sets, name -> canonical text of the amount."""
+        texts = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
+        return {name: value if isinstance(value, str) else f"{value} bits" for name, value in texts.items()}
+
+    @classmethod
+    def parse(cls, budget: str | Mapping[str, str | int | float | None] | Budget) -> Budget:
+        """Read a budget from text, from a mapping limit -> amount, or from itself."""
+        if isinstance(budget, Budget):
+            return budget
+        if isinstance(budget, Mapping):
+            return cls._from_mapping(budget)
+        if not isinstance(budget, str):
+            raise InvalidRequest(f"A budget is text, a mapping or a Budget; {budget!r} has no unit. {_UNDERSTOOD}")
+        amounts: dict[str, str] = {}
+        for item in budget.split(","):
+            key, equals, value = item.partition("=")
+            name = key.strip().replace(" ", "_") if equals else _limit_of(item, budget)
+            if name in amounts:
+                raise InvalidRequest(f"The budget {budget!r} sets {name} twice: keep the tighter one.")
+            amounts[name] = value.strip() if equals else item.strip()
+        return cls._from_mapping(amounts)
+
+    @classmethod
+    def _from_mapping(cls, amounts: Mapping[str, str | int | float | None]) -> Budget:
+        known = [field.name for field in fields(cls)]
+        for name in amounts:
+            if name not in known:
+                raise InvalidRequest(
+                    f"{name!r} is not a limit.{did_you_mean(str(name), known)} Known limits: {', '.join(known)}."
+                )
+        return cls(**amounts)  # type: ignore[arg-type]  # minimize is checked where it is used
+
+    def limits(self, profile: Profile) -> dict[str, int]:
+        """The limits as integers for a profiled model: ``size`` in bytes of everything stored, ``average_bits`` in
+        packed bytes of the layers' weights, ``bops`` in bit-operations. Raises InvalidRequest for a limit that needs
+        more than a profile to be met."""
+        for name in ("latency", "activation_bytes", "accuracy_drop"):
+            if name in self.asked:
+                raise InvalidRequest(f"A limit on {name} is not supported yet; supported: size, average_bits, bops.")
+        if self.minimize is not None:
+            raise InvalidRequest("minimize goes with a limit on accuracy, which is not supported yet.")
+        return {name: math.floor(self._absolute(name, profile)) for name in self.asked}
+
+    def _absolute(self, name: str, profile: Profile) -> Fraction:
+        number, unit = _read(name, self.asked[name])
+        return number * unit_size(name, unit, profile)
+
+    def in_asked_unit(self, name: str, amount: int, profile: Profile) -> float:
+        """An amount of what ``limits`` counts, in the unit the user wrote, rounded up to 3 decimals: asking for it
+        works."""
+        _, unit = _read(name, self.asked[name])
+        return math.ceil(1000 * amount / unit_size(name, unit, profile)) / 1000
+
+    def unit(self, name: str) -> str:
+        """The unit the user wrote for a limit ("KB", "%", "bits", "")."""
+        return _read(name, self.asked[name])[1]
+
+    def __str__(self) -> str:
+        bare = ("size", "average_bits")
+        items = [text if name in bare else f"{name}={text}" for name, text in self.asked.items()]
+        return ", ".join(items + ([f"minimize={self.minimize}"] if self.minimize else []))
+
+
+def unit_size(name: str, unit: str, profile: Profile) -> Fraction:
+    """How much one of ``unit`` is of what ``Budget.limits`` counts for a model."""
+    if name == "average_bits":
+        return Fraction(sum(layer.weights for layer in profile.layers.values()), 8)
+    if unit != "%":
+        return Fraction(UNITS[name][unit])
+    return Fraction(_float32_bytes(profile) if name == "size" else _float32_bops(profile), 100)
+
+
+def _float32_bytes(profile: Profile) -> int:
+    return profile.float_bytes + sum(4 * layer.weights - layer.float_bytes for layer in profile.layers.values())
+
+
+def _float32_bops(profile: Profile) -> int:
+    return FLOAT_BITS**2 * sum(layer.macs for layer in profile.layers.values())
+
+
+def _read(name: str, asked: object) -> tuple[Fraction, str]:
+    """(number, unit) of an amount; raises InvalidRequest saying what was asked and what is understood."""
+    text = str(asked).strip()
+    if not isinstance(asked, str | int | float) or isinstance(asked, bool):
+        raise InvalidRequest(f"{name}={asked!r} is not an amount. {_UNDERSTOOD}")
+    number, word = _split(text)
+    if number is None or word is None:
+        raise InvalidRequest(f"Cannot read {name}={text!r}. {_UNDERSTOOD}")
+    unit = _unit(name, word) if word else _UNIT_OF_NUMBER.get(name)
+    if unit is None:
+        raise InvalidRequest(f"{name}={text!r} needs a unit: {', '.join(u for u in UNITS[name] if u)}.")
+    if not number.is_finite() or number <= 0:
+        raise InvalidRequest(f"{name}={text!r}: a limit is a finite number above zero. {_UNDERSTOOD}")
+    return Fraction(number), unit
+
+
+def _split(text: str) -> tuple[Decimal | None, str | None]:
+    match = _AMOUNT.fullmatch(text)
+    if match is None:
+        return None, None
+    return Decimal(match["number"].replace("_", "")), match["unit"]
+
+
+def _unit(name: str, word: str) -> str | None:
+    """The canonical spelling of a unit of this limit; None where it has no such unit."""
+    word = _OTHER_SPELLINGS.get(word.lower(), word)
+    return next((u for u in UNITS[name] if u.lower() == word.lower()), None)
+
+
+def _limit_of(item: str, budget: str) -> str:
+    """Which limit an amount without a name sets, by its unit."""
+    _, word = _split(item.strip())
+    for name in ("average_bits", "size"):
+        if word and _unit(name, word):
+            return name
+    raise InvalidRequest(
+        f"Cannot read the budget {budget!r}: {item.strip()!r} is not an amount with a unit. {_UNDERSTOOD}"
+    )
+
+
+def _canonical(name: str, number: Fraction, unit: str) -> str | int | float:
+    """Shortest text that reads back as the same amount; average bits as a plain number."""
+    plain = int(number) if number.denominator == 1 else float(number)
+    if name == "average_bits":
+        return plain
+    return f"{plain}{unit if unit in ('', '%') else ' ' + unit}"

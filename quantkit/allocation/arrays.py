@@ -77,12 +77,24 @@ class Arrays:
         total: Floats = np.bincount(self.state, weights=cell_values, minlength=len(self.component)).astype(np.float64)
         return total
 
+    def _best_states(self, total: Floats) -> Integers:
+        """The state of least total of each component."""
+        order = np.lexsort((total, self.component))
+        return order[np.searchsorted(self.component[order], np.arange(self.component.max(initial=-1) + 1))]
+
+    def forced(self, score: Floats) -> tuple[float, Floats]:
+        """(least total score, limits ignored; the same for every option when it has to be taken)."""
+        minimum, _ = self.cell_minimum(score)
+        total = self.state_sum(minimum)
+        least = total[self._best_states(total)]
+        rest = least.sum() - least[self.component_of]
+        return float(least.sum()), rest + total[self.state_of] - minimum[self.cell] + score
+
     def best(self, score: Floats) -> tuple[float, Integers]:
         """The consistent assignment of least total score, limits ignored: (total, positions of its options)."""
         minimum, first = self.cell_minimum(score)
         total = self.state_sum(minimum)
-        order = np.lexsort((total, self.component))
-        taken = order[np.searchsorted(self.component[order], np.arange(self.component.max(initial=-1) + 1))]
+        taken = self._best_states(total)
         holds = np.zeros(len(self.component), dtype=bool)
         holds[taken] = True
         positions = first[holds[self.state]]
@@ -91,6 +103,11 @@ class Arrays:
     def assignment(self, positions: Integers) -> Assignment:
         """Option index per choice of the options at ``positions`` (one per choice, in order)."""
         return tuple(int(k) for k in positions - self.offsets[:-1])
+
+    def heaviest(self, weight: Floats) -> Integers:
+        """The option of largest weight of each choice (a solver's 0.9999999 is a 1)."""
+        order = np.lexsort((-weight, self.choice))
+        return order[np.searchsorted(self.choice[order], np.arange(len(self.offsets) - 1))]
 
     def smallest(self, limit: int) -> int:
         """The least total cost under one limit, the others ignored."""

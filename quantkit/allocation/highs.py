@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.problem import Assignment, Floats, Found, Integers, Problem
+from quantkit.allocation.problem import Floats, Found, Integers, Problem
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp, solver
 from quantkit.allocation.rows import Rows, rescaled
 
@@ -32,31 +32,24 @@ def minimize(arrays: Arrays, score: Floats, settings: Settings) -> Found:
     scaled, scale, shift = rescaled(score, arrays)
     most, bound = rows.most.copy(), -math.inf
     for _ in range(_TIGHTENINGS):
-        result = run(rows, scaled, most, settings)
+        result = _run(rows, scaled, most, settings)
         if result.status == _INFEASIBLE and bound == -math.inf:
             raise NoAssignment("HiGHS: no assignment meets the limits.")
         if result.x is None:
             break
         bound = max(bound, float(result.mip_dual_bound) / scale + shift) if bound == -math.inf else bound
-        assignment, positions = read_back(arrays, result.x)
+        positions = arrays.heaviest(result.x[: len(arrays.choice)])
         over = rows.below[:, positions].sum(axis=1) - rows.most
         if (over <= 0).all():
-            return Found(assignment, bound)
+            return Found(arrays.assignment(positions), bound)
         most = most - np.maximum(over, 0)
     raise SolverGaveUp(
         f"HiGHS found no assignment within {settings.nodes} nodes. Try solver='swaps' or a looser budget."
     )
 
 
-def read_back(arrays: Arrays, values: Floats) -> tuple[Assignment, Integers]:
-    """The option with the largest value of each choice: a solver's 0.9999999 is a 1."""
-    order = np.lexsort((-values[: len(arrays.choice)], arrays.choice))
-    positions = order[np.searchsorted(arrays.choice[order], np.arange(len(arrays.offsets) - 1))]
-    return arrays.assignment(positions), positions
-
-
-def run(rows: Rows, scaled: Floats, most: Floats | Integers, settings: Settings, integral: bool = True) -> Any:
-    """scipy's result of the program, or of its linear relaxation."""
+def _run(rows: Rows, scaled: Floats, most: Integers, settings: Settings) -> Any:
+    """scipy's result of the integer program."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -71,7 +64,7 @@ def run(rows: Rows, scaled: Floats, most: Floats | Integers, settings: Settings,
         constraints.append(LinearConstraint(below, -np.inf, most))
     return milp(
         np.concatenate([scaled, np.zeros(rows.size - len(scaled))]),
-        integrality=np.full(rows.size, int(integral)),
+        integrality=np.ones(rows.size),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"mip_rel_gap": settings.gap, "node_limit": settings.nodes},

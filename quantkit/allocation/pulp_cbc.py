@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.highs import read_back
 from quantkit.allocation.problem import Found, Problem
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp, solver
 from quantkit.allocation.rows import Rows, rescaled
@@ -25,9 +24,10 @@ def pulp_cbc(problem: Problem, settings: Settings) -> Found:
     most, proven = rows.most.copy(), True
     for _ in range(_TIGHTENINGS):
         values, optimal = _run(rows, scaled.tolist(), most.tolist(), settings, proven)
-        assignment, positions = read_back(arrays, np.array(values))
+        positions = arrays.heaviest(np.array(values[: len(arrays.choice)]))
         over = rows.below[:, positions].sum(axis=1) - rows.most
         if (over <= 0).all():
+            assignment = arrays.assignment(positions)
             exact = optimal and proven and settings.gap == 0.0
             return Found(assignment, problem.separable_objective(assignment)) if exact else Found(assignment)
         most, proven = most - np.maximum(over, 0), False

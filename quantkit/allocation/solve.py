@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from quantkit.allocation.arrays import Arrays
 from quantkit.allocation.feasibility import explain_infeasible, require_each_limit
 from quantkit.allocation.highs import highs
 from quantkit.allocation.problem import Found, Problem, Solution
@@ -12,7 +13,7 @@ from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.quadratic import quadratic
 from quantkit.allocation.reduce import reduce
 from quantkit.allocation.registry import PAIR_SOLVERS, SOLVERS, NoAssignment, Settings, SolverGaveUp, solver
-from quantkit.allocation.relaxation import lower_bound
+from quantkit.allocation.relaxation import relax
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 
 PROVEN_GAP = 1e-9
@@ -51,7 +52,11 @@ def solve(problem: Problem, solver: str = "auto", settings: Settings | None = No
     assignment = reduced.expand(found.assignment)
     if not problem.feasible(assignment):
         raise QuantkitError(f"Solver {solver!r} returned a plan that breaks a limit or a group. Please report this.")
-    bound = found.bound if knows_objective and found.bound > -math.inf else lower_bound(reduced.problem)
+    bound = (
+        found.bound
+        if knows_objective and found.bound > -math.inf
+        else relax(reduced.problem, Arrays.of(reduced.problem)).bound
+    )
     objective = problem.objective(assignment)
     bound = min(bound, objective)
     gap = 0.0 if bound == objective else (objective - bound) / max(abs(objective), 1e-300)

@@ -5,7 +5,6 @@ and the prediction of every change follows from the row sums of the matrix."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from quantkit.allocation.highs import highs
 from quantkit.allocation.problem import Assignment, Floats, Found, Integers, Problem
 from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.registry import Settings, SolverGaveUp, solver
-from quantkit.allocation.relaxation import quadratic_bound
+from quantkit.allocation.relaxation import relax
 
 KICKS = 150
 _PAIRED_OPTIONS = 400
@@ -27,12 +26,13 @@ _TOLERANCE = 1e-12
 def swaps(problem: Problem, settings: Settings) -> Found:
     """Swap from the integer program's answer, the relaxation's and random ones; lower bound from the convex
     relaxation."""
-    starts = [integer_program(replace(problem, pairs=None), settings)]
-    bound = -math.inf
-    if problem.pairs is not None:
-        bound, tangent = quadratic_bound(problem)
-        starts += [tangent] if tangent is not None else []
-    return Found(Search(problem).improve(starts, np.random.default_rng(settings.seed), KICKS), bound)
+    search = Search(problem)
+    relaxation = relax(problem, search.arrays)
+    starts = [search.arrays.offsets[:-1] + np.array(integer_program(replace(problem, pairs=None), settings))]
+    best = search.improve(
+        [*starts, search.arrays.heaviest(relaxation.point)], np.random.default_rng(settings.seed), KICKS
+    )
+    return Found(search.arrays.assignment(best), relaxation.bound)
 
 
 def integer_program(problem: Problem, settings: Settings) -> Assignment:
@@ -187,11 +187,13 @@ class Search:
             )
             self.take([int(options[int(generator.integers(len(options)))])])
 
-    def improve(self, starts: Iterable[Assignment], generator: np.random.Generator, kicks: int) -> Assignment:
-        """The best assignment found from feasible starts and after ``kicks`` random kicks of the best one."""
+    def improve(self, starts: Iterable[Integers], generator: np.random.Generator, kicks: int) -> Integers:
+        """The best positions found from the starts (the first of them feasible), then after ``kicks`` random kicks."""
         best, lowest = self.positions, np.inf
         for start in starts:
-            self.place(self.arrays.offsets[:-1] + np.array(start, dtype=np.int64))
+            self.place(start)
+            if not self.repair():
+                continue
             self.descend()
             while self._better_tag():
                 pass
@@ -205,4 +207,4 @@ class Search:
             self.descend()
             if self.value < lowest - self.tolerance:
                 best, lowest = self.positions.copy(), self.value
-        return self.arrays.assignment(best)
+        return best

@@ -32,7 +32,9 @@ class InfeasibleBudget(QuantkitError):
 
 
 class AccuracyNotMet(QuantkitError):
-    """No plan meets the accuracy limit. ``best`` is the best plan found, ``curve`` the (size, metric) points measured."""
+    """No plan meets the accuracy limit. ``best`` is the best plan found, ``curve`` the (size, metric) points
+    measured.
+    """
 
     exit_code = 3
 

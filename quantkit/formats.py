@@ -24,7 +24,7 @@ from quantkit.errors import InvalidRequest
 
 INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 _FLOAT_BITS = {"fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
-_SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
+SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
 _FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"
 _WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f16|f8))?"
 _ACT = rf"a(?P<afmt>{_FMT})(?P<dynamic>d)?(?:g(?P<agroup>[1-9]\d*))?"
@@ -37,7 +37,9 @@ def element_bits(fmt: str) -> int:
 
 
 def bit_planes(bits: int) -> tuple[int, ...]:
-    """How codes of ``bits`` bits are stored: planes of 8, 4, 2 and 1 bits, high bits first. 3 -> (2, 1), 5 -> (4, 1), 6 -> (4, 2)."""
+    """How codes of ``bits`` bits are stored: planes of 8, 4, 2 and 1 bits, high bits first. 3 -> (2, 1), 5 -> (4, 1),
+    6 -> (4, 2).
+    """
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
@@ -49,7 +51,9 @@ def packed_bytes(count: int, bits: int) -> int:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a layer's weight is stored. ``group`` 0 is one scale per output channel, n is one per n inputs of a channel."""
+    """How a layer's weight is stored. ``group`` 0 is one scale per output channel, n is one per n inputs of a
+    channel.
+    """
 
     fmt: str
     group: int = 0
@@ -75,10 +79,12 @@ class WeightFormat:
         return shape[0] * (inputs // self.group if self.group else 1)
 
     def storage_bytes(self, shape: Sequence[int]) -> int:
-        """Packed bytes of a weight of this shape: codes, scales and zero points (a zero point has the codes' width)."""
+        """Packed bytes of a weight of this shape: codes, scales and zero points (a zero point has the codes'
+        width).
+        """
         scales = self.scale_count(shape)
         zeros = packed_bytes(scales, self.bits) if self.zero_point else 0
-        return packed_bytes(math.prod(shape), self.bits) + scales * _SCALE_BYTES[self.scale] + zeros
+        return packed_bytes(math.prod(shape), self.bits) + scales * SCALE_BYTES[self.scale] + zeros
 
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group else ""

@@ -126,7 +126,9 @@ class Profile:
         """The format of every site that ``schemes`` implies: its consumers', else the widest profiled for it."""
         formats = {}
         for name, site in self.sites.items():
-            read = [schemes[c].activation for c in site.consumers if c in schemes and schemes[c].activation is not None]
+            read = [
+                schemes[c].activation for c in site.consumers if c in schemes and schemes[c].activation is not None
+            ]
             known = [f for owner, f in self.entries if owner == name]
             if known:
                 formats[name] = str(read[0]) if read else max(known, key=_format_bits)
@@ -193,7 +195,8 @@ class Plan:
     """The decision: a scheme per layer, a format per site, and how it came about.
 
     ``size_bytes`` are the packed bytes of all layers' weights; ``total_bytes`` adds everything else the model stores.
-    ``why`` gives a sentence per layer. ``provenance`` records budget, solver, optimality gap, seed, target and digests.
+    ``why`` gives a sentence per layer. ``provenance`` records budget, solver, optimality gap, seed, target and
+    digests.
     """
 
     schemes: dict[str, Scheme]
@@ -221,15 +224,21 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan, hand-edited or not. Raises CorruptFile for broken JSON and InvalidRequest for unknown schemes or keys."""
+        """Read a plan, hand-edited or not. Raises CorruptFile for broken JSON and InvalidRequest for unknown schemes
+        or keys.
+        """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InvalidRequest(f"Cannot read the plan {str(path)!r}: {error.strerror or error}.") from error
         except ValueError as error:
-            raise CorruptFile(f"{str(path)!r} is not valid JSON ({error}): the plan is damaged or was cut off.") from error
+            raise CorruptFile(
+                f"{str(path)!r} is not valid JSON ({error}): the plan is damaged or was cut off."
+            ) from error
         if not isinstance(data, dict) or not isinstance(data.get("schemes"), dict):
-            raise CorruptFile(f"{str(path)!r} is not a quantkit plan: it has no table 'schemes' (layer name -> scheme).")
+            raise CorruptFile(
+                f"{str(path)!r} is not a quantkit plan: it has no table 'schemes' (layer name -> scheme)."
+            )
         if data.pop("version", None) != PLAN_VERSION:
             raise CorruptFile(f"{str(path)!r} is not a plan of version {PLAN_VERSION}; allocate again.")
         known = set(cls.__dataclass_fields__)

@@ -1,7 +1,8 @@
 """Watching a model compute: every torch call inside a forward, with a key that is the same in every run.
 
-The key of a call is (module scope, operation, how often that operation ran in that scope before): independent of tensor
-addresses and names in the user's source, so what was found by tracing once can be found again when simulating and exporting.
+The key of a call is (module scope, operation, how often that operation ran in that scope before): independent of
+tensor addresses and names in the user's source, so what was found by tracing once can be found again when simulating
+and exporting.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 @dataclass(frozen=True, order=True)
 class OpKey:
-    """One call of one operation, and which of its output tensors. ``str`` is the name users see: ``layer1.0/relu.1``."""
+    """One call of one operation, and which of its output tensors. ``str`` is the name users see:
+    ``layer1.0/relu.1``.
+    """
 
     scope: str
     op: str
@@ -35,7 +38,15 @@ class OpKey:
 
 Handler = Callable[[OpKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-_ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}
+_ALIASES = {
+    "iadd": "add",
+    "radd": "add",
+    "imul": "mul",
+    "rmul": "mul",
+    "isub": "sub",
+    "itruediv": "div",
+    "truediv": "div",
+}
 
 
 def operation_name(func: Callable[..., Any]) -> str | None:
@@ -56,7 +67,7 @@ class _Calls(TorchFunctionMode):
         self.scopes = [""]
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         op = operation_name(func)
         if op is None:
@@ -69,9 +80,11 @@ class _Calls(TorchFunctionMode):
 
 @contextmanager
 def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the call's.
+    """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the
+    call's.
 
-    The handler runs with interception off, so it may compute freely. Hooks are removed on the way out, whatever happens.
+    The handler runs with interception off, so it may compute freely. Hooks are removed on the way out, whatever
+    happens.
     """
     calls = _Calls(handler)
     hooks = []
@@ -94,7 +107,9 @@ def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
 
 
 def map_tensors(value: Any, key: OpKey, change: Callable[[OpKey, Tensor], Tensor]) -> Any:
-    """Apply ``change`` to every floating-point tensor of a (nested) output, with ``key.output`` counting all its tensors."""
+    """Apply ``change`` to every floating-point tensor of a (nested) output, with ``key.output`` counting all its
+    tensors.
+    """
     if isinstance(value, Tensor):
         return change(key, value) if value.is_floating_point() else value
     leaves, spec = tree_flatten(value)
@@ -110,7 +125,9 @@ def map_tensors(value: Any, key: OpKey, change: Callable[[OpKey, Tensor], Tensor
 INPUT = OpKey("", "input")
 
 
-def change_inputs(args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def change_inputs(
+    args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Apply ``change`` to every floating-point model input; keys are ``input``, ``input[1]``, ... in call order."""
     return map_tensors((tuple(args), dict(kwargs)), INPUT, change)
 

@@ -1,9 +1,11 @@
-"""Where activations are quantized: one site per tensor, placed by the target's fusion rules before anything is measured.
+"""Where activations are quantized: one site per tensor, placed by the target's fusion rules before anything is
+measured.
 
 An integer kernel reads codes and writes codes. So a quantized layer needs a site on its input and, where the runtime's
-kernel writes codes (convolutions), one on its output, after the activation that the runtime fuses into it. A residual add
-stays in integers when its operands and its result are sites. Operations that only move values (slicing, padding with zero,
-pooling by maximum, reshaping) keep the site of what they move: the moved tensor is an *echo*, quantized with the same codes.
+kernel writes codes (convolutions), one on its output, after the activation that the runtime fuses into it. A residual
+add stays in integers when its operands and its result are sites. Operations that only move values (slicing, padding
+with zero, pooling by maximum, reshaping) keep the site of what they move: the moved tensor is an *echo*, quantized
+with the same codes.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from quantkit.graph.trace import Op, Trace
 from quantkit.targets import Target
 
 _MOVES = frozenset(
-    "reshape view flatten squeeze unsqueeze permute transpose movedim contiguous clone detach getitem narrow chunk split "
-    "unbind expand max_pool1d max_pool2d max_pool3d dropout alpha_dropout feature_dropout pixel_shuffle channel_shuffle".split()
+    "reshape view flatten squeeze unsqueeze permute transpose movedim contiguous clone detach getitem narrow chunk "
+    "split unbind expand max_pool1d max_pool2d max_pool3d dropout alpha_dropout feature_dropout pixel_shuffle "
+    "channel_shuffle".split()
 )
 
 
 @dataclass(frozen=True)
 class Site:
-    """One quantized tensor: the place that makes it, the echoes that must carry the same codes, the layers that read it
-    and its shape without the batch dimension."""
+    """One quantized tensor: the place that makes it, the echoes that must carry the same codes, the layers that read
+    it and its shape without the batch dimension.
+    """
 
     name: str
     place: OpKey
@@ -54,7 +58,12 @@ def _root(trace: Trace, value: int) -> int:
 def _fused(trace: Trace, value: int, activations: Iterable[str]) -> int:
     """The value after the activation a runtime fuses into the operation that made ``value`` (or ``value`` itself)."""
     readers = trace.consumers.get(value, ())
-    if len(readers) == 1 and readers[0].key.op in activations and len(readers[0].inputs) == 1 and value not in trace.outputs:
+    if (
+        len(readers) == 1
+        and readers[0].key.op in activations
+        and len(readers[0].inputs) == 1
+        and value not in trace.outputs
+    ):
         return readers[0].outputs[0]
     return value
 
@@ -83,7 +92,9 @@ def _operands(trace: Trace, op: Op) -> list[int]:
 
 
 def _place_integer_op(placement: _Placement, op: Op, target: Target) -> None:
-    """Give an element-wise operation sites when all its operands are activations of one shape and one already has a site."""
+    """Give an element-wise operation sites when all its operands are activations of one shape and one already has a
+    site.
+    """
     trace, operands = placement.trace, _operands(placement.trace, op)
     same_shape = len({trace.shape[v] for v in operands}) == 1
     if len(operands) != len(op.inputs) or len(operands) < 2 or not same_shape or len(op.outputs) != 1:
@@ -95,7 +106,9 @@ def _place_integer_op(placement: _Placement, op: Op, target: Target) -> None:
 
 
 def _names(model: nn.Module, places: Iterable[OpKey]) -> dict[OpKey, str]:
-    """A leaf module's only call is named as the module, everything else by its key; inputs are ``input``, ``input.1``."""
+    """A leaf module's only call is named as the module, everything else by its key; inputs are ``input``,
+    ``input.1``.
+    """
     leaves = {name for name, module in model.named_modules() if name and not any(True for _ in module.children())}
     names = {}
     for place in places:

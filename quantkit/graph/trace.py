@@ -17,17 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantkit.errors import InvalidRequest
 from quantkit.graph.intercept import OpKey, change_inputs, intercept, map_tensors, tensors_of
-
-QUANTIZABLE: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-    nn.ConvTranspose3d: "conv_transpose3d",
-    nn.Embedding: "embedding",
-}
+from quantkit.graph.layers import layer_kind, weight_of
 
 
 @dataclass(frozen=True)
@@ -67,14 +57,6 @@ class Trace:
     kinds: dict[str, str]
     makers: dict[int, Op]
     consumers: dict[int, tuple[Op, ...]]
-
-
-def layer_kind(module: nn.Module) -> str | None:
-    """The kind of a module that owns a weight to quantize, e.g. "conv2d"; None for all others."""
-    for kind, name in QUANTIZABLE.items():
-        if isinstance(module, kind):
-            return name
-    return None
 
 
 class _Numbers:
@@ -143,7 +125,7 @@ class _Recorder:
         if layer is None or not any(t is layer.weight for t in tensors_of((args, kwargs))):
             return
         made = result.numel() // max(1, result.shape[0])
-        macs = 0 if isinstance(layer, nn.Embedding) else made * layer.weight[0].numel()
+        macs = 0 if isinstance(layer, nn.Embedding) else made * weight_of(layer, "")[0].numel()
         self.calls[key.scope].append(Call(key, inputs[0], output, macs))
 
 

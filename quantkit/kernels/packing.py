@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CorruptFile
-from quantkit.formats import bit_planes, packed_bytes
+from quantkit.formats import SCALE_BYTES, bit_planes, packed_bytes
+from quantkit.kernels.reference import QuantizedWeight
 
 
 def split_planes(codes: Tensor, bits: int) -> list[tuple[int, Tensor]]:
@@ -41,7 +42,9 @@ def unpack_plane(packed: Tensor, width: int, count: int) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes of ``bits`` bits as one uint8 vector of ``packed_bytes(codes.numel(), bits)`` bytes, plane after plane."""
+    """Signed codes of ``bits`` bits as one uint8 vector of ``packed_bytes(codes.numel(), bits)`` bytes, plane after
+    plane.
+    """
     return torch.cat([pack_plane(plane, width) for width, plane in split_planes(codes, bits)])
 
 
@@ -61,3 +64,15 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         unsigned = (unsigned << width) | plane.to(torch.int16)
         start += size
     return (unsigned - (1 << bits - 1)).to(torch.int8).reshape(shape)
+
+
+def packed_weight_bytes(weight: QuantizedWeight) -> int:
+    """Bytes of a weight as it is stored: packed codes, scales and packed zero points, counted from the packed
+    tensors.
+    """
+    zeros = 0 if weight.zero_point is None else pack(weight.zero_point, weight.format.bits).numel()
+    return (
+        pack(weight.codes, weight.format.bits).numel()
+        + SCALE_BYTES[weight.format.scale] * weight.scale.numel()
+        + zeros
+    )

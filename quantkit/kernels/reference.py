@@ -28,13 +28,13 @@ class _StraightThrough(torch.autograd.Function):
     """Fake quantization whose gradient is 1 inside the representable range and 0 where the value was clipped."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, low, high):  # type: ignore[override]
+    def forward(ctx, x, scale, zero_point, low, high):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.range = (low, high)
         return dequantize(quantize(x, scale, zero_point, low, high), scale, zero_point)
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[override]
+    def backward(ctx, gradient):
         x, scale, zero_point = ctx.saved_tensors
         low, high = ctx.range
         code = x / scale + zero_point

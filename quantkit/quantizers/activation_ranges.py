@@ -95,7 +95,7 @@ def mse_range(histogram: Histogram, bits: int) -> SiteRange:
     grid = torch.linspace(1.0, 0.02, 99).tolist()
     low = high = 1.0
     best = error(range_between(edges.low, edges.high, bits))
-    improved = counts.sum() > 0
+    improved = bool(counts.sum() > 0)
     while improved:
         improved = False
         for side in ("high", "low"):

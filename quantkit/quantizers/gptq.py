@@ -21,8 +21,9 @@ MAX_DAMPING = 1.0
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """The upper Cholesky factor of the damped inverse Hessian: ``upper`` (groups, K, K), ``dead`` (groups, K) marks inputs
-    that were always zero, ``damping`` is the share of the mean diagonal that was needed."""
+    """The upper Cholesky factor of the damped inverse Hessian: ``upper`` (groups, K, K), ``dead`` (groups, K) marks
+    inputs that were always zero, ``damping`` is the share of the mean diagonal that was needed.
+    """
 
     upper: Tensor
     dead: Tensor
@@ -53,7 +54,8 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor |
 def gptq_codes(
     weight: Tensor, factor: InverseFactor, scale: Tensor, zero_point: Tensor, low: int, high: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes of ``weight`` (..., groups, O, K), as floats, rounded along K by GPTQ, and the loss of each row (..., groups, O).
+    """Codes of ``weight`` (..., groups, O, K), as floats, rounded along K by GPTQ, and the loss of each row (...,
+    groups, O).
 
     ``scale`` and ``zero_point`` broadcast to the weight; leading dimensions try several of them at once. The loss is
     e H e^T of the rounding error e under the damped Hessian: the sum of the squared scaled errors, column by column.

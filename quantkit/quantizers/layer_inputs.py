@@ -1,4 +1,5 @@
-"""The inputs of a layer as a matrix: what its weight multiplies, one row per output position (im2col for convolutions).
+"""The inputs of a layer as a matrix: what its weight multiplies, one row per output position (im2col for
+convolutions).
 
 Taken from the arguments of the call itself, not from the module's attributes, so that padding a user's class applies
 before the convolution is seen.
@@ -49,7 +50,8 @@ def input_columns(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     x = _pad(x, given.get("padding", 0), kernel, dilation)
     for axis in range(dims):
         x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
-    x = x[(...,) + tuple(slice(None, None, d) for d in dilation)]
+    every: list[Any] = [slice(None, None, d) for d in dilation]
+    x = x[(..., *every)]
     batch, channels, *positions = x.shape[: 2 + dims]
     x = x.reshape(batch, groups, channels // groups, math.prod(positions), math.prod(kernel))
     return x.permute(1, 0, 3, 2, 4).reshape(groups, batch * math.prod(positions), -1)

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.graph.intercept import OpKey, change_inputs, intercept, map_tensors
+from quantkit.graph.layers import weight_of
 from quantkit.graph.sites import Site
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
 
 
 def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) -> Callable[[OpKey, Tensor], Tensor]:
-    """A function of (place, tensor) that applies ``change`` to the tensors of ``sites`` and leaves all others alone."""
+    """A function of (place, tensor) that applies ``change`` to the tensors of ``sites`` and leaves all others
+    alone.
+    """
     places = {site.place: site for site in sites}
     return lambda place, tensor: change(places[place], tensor) if place in places else tensor
 
@@ -74,9 +77,8 @@ class SimulatedModel(nn.Module):
     def set_weight(self, name: str, weight: QuantizedWeight) -> None:
         """Give a layer its codes; its module's weight becomes their dequantized value."""
         self.weights[name] = weight
-        parameter = self.model.get_submodule(name).weight
         with torch.no_grad():
-            parameter.copy_(weight.dequantize())
+            weight_of(self.model, name).copy_(weight.dequantize())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.graph.intercept import OpKey
+from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.sites import Site
 from quantkit.graph.trace import Trace
 from quantkit.progress import track
@@ -56,7 +57,8 @@ def layer_hessians(
 ) -> dict[str, Tensor]:
     """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now.
 
-    Products are taken in float32 over slices of rows and summed in float64. A forward stops at the last layer asked for.
+    Products are taken in float32 over slices of rows and summed in float64. A forward stops at the last layer asked
+    for.
     """
     watched = {call.key: name for name in layers for call in trace.calls[name]}
     last = max(watched, key=[op.key for op in trace.ops].index)
@@ -85,15 +87,16 @@ def _accumulate(sums: dict[str, Tensor], name: str, columns: Tensor) -> None:
         sums[name] += (rows.transpose(1, 2) @ rows).double()
 
 
-def in_memory_bound(trace: Trace, widths: Mapping[str, int], layers: Sequence[str]) -> Iterator[list[str]]:
-    """Split ``layers`` into runs whose Hessians, (groups x K^2) doubles each as in ``widths``, stay under 1 GiB together."""
+def in_memory_bound(model: nn.Module, layers: Sequence[str]) -> Iterator[list[str]]:
+    """Split ``layers`` into runs whose Hessians (groups x K x K doubles each) stay under 1 GiB together."""
     run: list[str] = []
     held = 0
     for name in layers:
-        if run and held + widths[name] > HESSIAN_BYTES:
+        size = 8 * groups_of(model, name) * weight_of(model, name)[0].numel() ** 2
+        if run and held + size > HESSIAN_BYTES:
             yield run
             run, held = [], 0
         run.append(name)
-        held += widths[name]
+        held += size
     if run:
         yield run

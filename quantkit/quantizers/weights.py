@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.kernels.reference import QuantizedWeight, quantize
+from quantkit.progress import warn
 from quantkit.quantizers.gptq import InverseFactor, gptq_codes, inverse_factor
 from quantkit.quantizers.weight_ranges import mse_range
 
@@ -32,9 +33,9 @@ def quantize_weight(
 ) -> Rounded:
     """Codes of ``weight`` (output channels first) in each format.
 
-    With ``hessian`` (groups, K, K), the sum of X^T X over the layer's inputs, rounding is GPTQ, with one factorization for
-    all formats. Without it, or where it cannot be factored, rounding is to nearest with ranges of least squared error.
-    ``groups`` is the convolution's. Computed in float32 unless the weight is float64.
+    With ``hessian`` (groups, K, K), the sum of X^T X over the layer's inputs, rounding is GPTQ, with one factorization
+    for all formats. Without it, or where it cannot be factored, rounding is to nearest with ranges of least squared
+    error. ``groups`` is the convolution's. Computed in float32 unless the weight is float64.
     """
     rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -53,6 +54,13 @@ def quantize_weight(
             format=format,
         )
     return Rounded(found, "nearest" if factor is None else "gptq", 0.0 if factor is None else factor.damping)
+
+
+def rounding_note(layer: str, rounded: Rounded, asked: str) -> str:
+    """One phrase on how a layer was rounded; warns where GPTQ was asked for and could not be had."""
+    if rounded.rounding == "nearest" and asked != "nearest":
+        warn(f"{layer}: the Hessian of its inputs cannot be factored; rounded to nearest")
+    return f"gptq, damping {rounded.damping:g}" if rounded.rounding == "gptq" else rounded.rounding
 
 
 def _ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

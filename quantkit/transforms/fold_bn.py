@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from quantkit.graph.layers import bias_of, weight_of
 from quantkit.graph.trace import Trace
 
 _FOLDABLE = ("linear", "conv1d", "conv2d", "conv3d")
 
 
 def foldable_pairs(model: nn.Module, trace: Trace) -> list[tuple[str, str]]:
-    """(layer, BatchNorm) names where every output of the layer goes only to that BatchNorm and it reads nothing else."""
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    """(layer, BatchNorm) names where every output of the layer goes only to that BatchNorm and it reads nothing
+    else.
+    """
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
     reads: dict[str, set[int]] = {}
     for op in trace.ops:
         if op.key.op == "batch_norm" and op.key.scope in norms:
@@ -37,24 +40,32 @@ def fold(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
     """Fold each BatchNorm into its layer, in place; the BatchNorm becomes an Identity. Computed in float64."""
     for name, norm_name in pairs:
         layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
-        dtype = layer.weight.dtype
-        statistics = [None if t is None else t.double() for t in (norm.running_mean, norm.running_var)]
-        affine = [None if t is None else t.detach().double() for t in (norm.weight, norm.bias)]
-        bias = None if layer.bias is None else layer.bias.detach().double()
-        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        weight, bias = fuse(layer.weight.detach().double(), bias, *statistics, norm.eps, *affine)
-        layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=layer.weight.requires_grad)
-        layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=layer.weight.requires_grad)
+        weight, bias = weight_of(model, name), bias_of(model, name)
+        gain, shift = _affine_of(norm)
+        moved = shift if bias is None else shift + gain * bias.double()
+        layer.weight = nn.Parameter(gain.reshape(-1, *[1] * (weight.dim() - 1)).mul(weight).to(weight), False)
+        layer.bias = nn.Parameter(moved.to(weight), False)
+        layer.requires_grad_(weight.requires_grad)
         replace_by_identity(model, norm_name)
 
 
+def _affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(gain, shift), float64, of what a BatchNorm computes from its running statistics: gain x + shift."""
+    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    gain = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        gain = gain * norm.weight.detach()
+    shift = -gain * norm.running_mean
+    return gain, shift if norm.bias is None else shift + norm.bias.detach()
+
+
 def shape_like_folded(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
-    """Give a float model the modules ``fold`` would leave, with meaningless biases, ready to receive folded weights."""
+    """Give a float model the modules ``fold`` would leave, biases zero, ready to receive folded weights."""
     for name, norm_name in pairs:
         layer = model.get_submodule(name)
-        if layer.bias is None:
-            channels = layer.weight.shape[0]
-            layer.bias = nn.Parameter(torch.zeros(channels, dtype=layer.weight.dtype, device=layer.weight.device))
+        if bias_of(model, name) is None:
+            weight = weight_of(model, name)
+            layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
         replace_by_identity(model, norm_name)
 
 

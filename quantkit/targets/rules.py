@@ -1,0 +1,64 @@
+"""Which schemes each layer may take: the request's candidates, the user's rules, what the target can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.formats import Scheme, check_group
+from quantkit.targets import Target
+
+Rules = Mapping[str, str | Sequence[str]] | Sequence[tuple[str, str | Sequence[str]]]
+
+
+def parse_schemes(schemes: Iterable[str | Scheme] | None, target: Target) -> tuple[Scheme, ...]:
+    """The candidate schemes of a request, or the target's defaults, without repeats. Raises InvalidRequest with every
+    candidate the target cannot run and why."""
+    if isinstance(schemes, str):
+        schemes = schemes.replace(",", " ").split()
+    parsed = tuple(dict.fromkeys(Scheme.parse(s) for s in (target.default_schemes if schemes is None else schemes)))
+    if not parsed:
+        raise InvalidRequest("schemes is empty: name at least one candidate, such as 'w8a8'.")
+    refused = [reason for scheme in parsed if (reason := target.refusal(scheme))]
+    if refused:
+        raise InvalidRequest(
+            "; ".join(refused) + f". Candidates that can run: {', '.join(target.default_schemes)}, float."
+        )
+    return parsed
+
+
+def candidate_schemes(
+    layers: Mapping[str, tuple[int, ...]], schemes: Iterable[str | Scheme] | None, rules: Rules | None, target: Target
+) -> dict[str, tuple[Scheme, ...]]:
+    """The schemes each layer (name -> weight shape) may take; a later rule overrides an earlier one.
+
+    Raises InvalidRequest when a rule's pattern matches no layer, a candidate cannot run on the target, or a group size
+    does not fit a layer.
+    """
+    default = parse_schemes(schemes, target)
+    allowed = dict.fromkeys(layers, default)
+    for pattern, value in _pairs(rules):
+        matched = [name for name in layers if fnmatchcase(name, pattern)]
+        if not matched:
+            raise InvalidRequest(
+                f"The rule {pattern!r} matches no layer.{did_you_mean(pattern.strip('*'), list(layers))} "
+                f"Layers: {', '.join(list(layers)[:8])}{', ...' if len(layers) > 8 else ''}."
+            )
+        wanted = parse_schemes([value] if isinstance(value, str) else value, target)
+        allowed.update(dict.fromkeys(matched, wanted))
+    for name, wanted in allowed.items():
+        for scheme in wanted:
+            if scheme.weight is not None:
+                check_group(name, scheme.weight, layers[name])
+    return allowed
+
+
+def _pairs(rules: Rules | None) -> list[tuple[str, str | Sequence[str]]]:
+    if rules is None:
+        return []
+    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    for rule in pairs:
+        if not isinstance(rule, tuple | list) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise InvalidRequest(f"A rule is a pair (pattern, scheme or schemes), not {rule!r}.")
+    return [(pattern, wanted) for pattern, wanted in pairs]

@@ -1,0 +1,148 @@
+"""A user's model made ready: checked, copied, folded, traced, its layers and sites found. The model itself is
+untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from quantkit.errors import InvalidRequest
+from quantkit.graph.batches import Batch, first_samples
+from quantkit.graph.layers import layer_kind, weight_of
+from quantkit.graph.sites import Site, place_sites
+from quantkit.graph.trace import Trace, trace
+from quantkit.plan import Layer
+from quantkit.progress import notice
+from quantkit.targets import Target
+from quantkit.transforms.fold_bn import fold, foldable_pairs
+
+SITE_BYTES = 5  # a float32 scale and a uint8 zero point
+TRACE_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float32 copy of the model in eval mode with BatchNorm folded, and what is known about it.
+
+    ``folds`` are the (layer, BatchNorm) pairs that were folded. ``layers`` are in execution order, those never called
+    last; each is quantizable or carries the reason why not. ``other_bytes`` is what the model stores besides the
+    layers' weights: biases, unfolded norms, buffers, and a scale and zero point per site.
+    """
+
+    model: nn.Module
+    trace: Trace
+    folds: tuple[tuple[str, str], ...]
+    layers: dict[str, Layer]
+    sites: tuple[Site, ...]
+    other_bytes: int
+    float_bytes: int
+
+    @property
+    def quantizable(self) -> list[str]:
+        return [name for name, layer in self.layers.items() if not layer.reason]
+
+
+def prepare(
+    model: nn.Module, batches: Sequence[Batch], target: Target, keep_float: Collection[str] = (), inplace: bool = False
+) -> Prepared:
+    """Check and prepare ``model``; layers named in ``keep_float`` are not quantized.
+
+    Raises InvalidRequest for NaN or infinite weights, a batch the model rejects, or a model without a quantizable
+    layer.
+    """
+    element_bytes = {name: p.element_size() for name, p in model.named_parameters()}
+    float_bytes = sum(t.numel() * t.element_size() for t in _stored(model))
+    own = _own_copy(model, inplace)
+    _require_finite_weights(own)
+    example = first_samples(batches[0], TRACE_SAMPLES)
+    folds = foldable_pairs(own, trace(own, example))
+    fold(own, folds)
+    found = trace(own, example)
+    layers = _layers(own, found, target, set(keep_float), element_bytes)
+    names = [name for name, layer in layers.items() if not layer.reason]
+    if not names:
+        reasons = "; ".join(f"{n}: {layer.reason}" for n, layer in layers.items()) or "it has none of the known layers"
+        raise InvalidRequest(f"The model has no layer to quantize ({reasons}).")
+    sites = place_sites(own, found, target, names)
+    layers = _with_inputs(layers, sites)
+    stored = sum(t.numel() * t.element_size() for t in _stored(own))
+    weights = sum(layer.weights for layer in layers.values()) * 4
+    other = stored - weights + SITE_BYTES * len(sites)
+    return Prepared(own, found, tuple(folds), layers, sites, other, float_bytes)
+
+
+def _own_copy(model: nn.Module, inplace: bool) -> nn.Module:
+    own = model if inplace else copy.deepcopy(model)
+    if own.training:
+        notice("the model is in training mode: quantizing a copy in eval mode")
+    if any(p.device.type != "cpu" for p in own.parameters()):
+        notice("the model is not on the CPU: measuring and quantizing a copy there")
+    own = own.cpu().float().eval()
+    first: dict[int, str] = {}
+    for name, module in own.named_modules():
+        if layer_kind(module) is None:
+            continue
+        weight = weight_of(module, "")
+        if id(weight) in first:
+            notice(f"{name} shares its weight with {first[id(weight)]}: each gets its own codes")
+            module.weight = nn.Parameter(weight.detach().clone())
+        first[id(module.weight)] = name
+    return own
+
+
+def _stored(model: nn.Module) -> list[torch.Tensor]:
+    """The tensors a deployed model must store: parameters and buffers, without BatchNorm's training counters."""
+    buffers = [b for name, b in model.named_buffers() if not name.endswith("num_batches_tracked")]
+    return [*model.parameters(), *buffers]
+
+
+def _require_finite_weights(model: nn.Module) -> None:
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if bad:
+        raise InvalidRequest(
+            f"These weights contain NaN or infinite values: {', '.join(bad[:5])}. Repair the checkpoint."
+        )
+
+
+def _layers(
+    model: nn.Module, found: Trace, target: Target, keep_float: Collection[str], element_bytes: dict[str, int]
+) -> dict[str, Layer]:
+    position = {op.key: i for i, op in enumerate(found.ops)}
+    order = sorted(found.kinds, key=lambda n: position[found.calls[n][0].key] if n in found.calls else len(position))
+    layers = {}
+    for name in order:
+        weight, calls = weight_of(model, name), found.calls.get(name, ())
+        layers[name] = Layer(
+            name=name,
+            kind=found.kinds[name],
+            shape=tuple(weight.shape),
+            float_bytes=weight.numel() * element_bytes.get(f"{name}.weight", 4),
+            macs=sum(call.macs for call in calls),
+            calls=len(calls),
+            reason=_reason_to_stay_float(name, found, target, keep_float),
+        )
+    return layers
+
+
+def _reason_to_stay_float(name: str, found: Trace, target: Target, keep_float: Collection[str]) -> str:
+    if name in keep_float:
+        return "kept float by a rule"
+    if found.kinds[name] not in target.layers:
+        return f"{found.kinds[name]} is not supported by target {target.name} yet"
+    if name not in found.calls:
+        return "its weight takes part in no call of the traced run"
+    if any(call.input not in found.producer for call in found.calls[name]):
+        return "it reads a constant, not an activation"
+    return ""
+
+
+def _with_inputs(layers: dict[str, Layer], sites: Sequence[Site]) -> dict[str, Layer]:
+    return {
+        name: replace(layer, inputs=tuple(site.name for site in sites if name in site.consumers))
+        for name, layer in layers.items()
+    }

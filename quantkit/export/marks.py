@@ -24,8 +24,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, 
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, batch_size, first_samples
 from quantkit.graph.intercept import OpKey, operation_name, tensors_of
+from quantkit.graph.layers import layer_kind
 from quantkit.graph.sites import Site
-from quantkit.graph.trace import layer_kind
 from quantkit.progress import notice
 from quantkit.quantizers.simulate import SimulatedModel, run_with
 

@@ -21,7 +21,7 @@ from quantkit.export.parity import DEFAULT_TOLERANCE, OutputParity, Tolerance, m
 from quantkit.export.rewrite import bypass_marks, quantize_marks
 from quantkit.export.weights import IR_VERSION, minimum_runtime
 from quantkit.graph.batches import Batch
-from quantkit.graph.trace import layer_kind
+from quantkit.graph.layers import layer_kind
 from quantkit.plan import Plan
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.store import write_atomically

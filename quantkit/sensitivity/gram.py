@@ -1,10 +1,10 @@
 """Damage of every format alone and of every pair, from the same forwards: the Gauss-Newton Gram matrix.
 
-Quantize one layer (or site), record the shift u of the outputs; A = sqrt(p) (u - E_p u) / sqrt(N). The Gram matrix of all A
-is the Gauss-Newton estimate of every second-order term d_i^T H d_j of the KL divergence, positive semi-definite by
-construction, at the cost of the forwards that single damages need anyway ("Augmenting Hessians with Inter-Layer
-Dependencies", Schaefer et al., arXiv 2306.04879; the Gram form is METHODS b, estimator 3). Its diagonal is then scaled to
-the measured damage: G' = D G D with D_k = sqrt(2 damage_k / G_kk), which keeps it positive semi-definite.
+Quantize one layer (or site), record the shift u of the outputs; A = sqrt(p) (u - E_p u) / sqrt(N). The Gram matrix of
+all A is the Gauss-Newton estimate of every second-order term d_i^T H d_j of the KL divergence, positive semi-definite
+by construction, at the cost of the forwards that single damages need anyway ("Augmenting Hessians with Inter-Layer
+Dependencies", Schaefer et al., arXiv 2306.04879; the Gram form is METHODS b, estimator 3). Its diagonal is then scaled
+to the measured damage: G' = D G D with D_k = sqrt(2 damage_k / G_kk), which keeps it positive semi-definite.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def gram(subject: Subject, perturbations: Sequence[Perturbation], progress: bool
     return Scores(means, errors, scaled_gram(gram_matrix(shifts), means))
 
 
-def _measure(subject: Subject, one: Perturbation, reference: Sequence[Tensor], damage: Damage) -> tuple[Tensor, Tensor]:
+def _measure(
+    subject: Subject, one: Perturbation, reference: Sequence[Tensor], damage: Damage
+) -> tuple[Tensor, Tensor]:
     """Damage per row (float64) and the flattened shift of all rows."""
     losses, shifts = [], []
     for before, after in zip(reference, subject.outputs([one]), strict=True):

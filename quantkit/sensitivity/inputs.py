@@ -1,8 +1,8 @@
 """The inputs a profile measures on, drawn from the calibration set.
 
 Calibration samples are usually training samples, on which a network is overconfident and damage is understated. Convex
-mixes of pairs of the same samples are inputs it has not memorised (mixup, Zhang et al., arXiv 1710.09412; here only the
-inputs are mixed, labels are not needed). Where inputs cannot be mixed, they are used as they are.
+mixes of pairs of the same samples are inputs it has not memorised (mixup, Zhang et al., arXiv 1710.09412; here only
+the inputs are mixed, labels are not needed). Where inputs cannot be mixed, they are used as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ LEAST, MOST = 0.5, 0.8
 
 
 def mixed_pairs(batches: Sequence[Batch], generator: torch.Generator) -> list[Batch] | None:
-    """Each sample mixed with another, weight uniform in [0.5, 0.8]; None where inputs are not floating-point tensors of one
-    shape per argument, or there are fewer than two samples."""
+    """Each sample mixed with another, weight uniform in [0.5, 0.8]; None where inputs are not floating-point tensors
+    of one shape per argument, or there are fewer than two samples.
+    """
     flattened = [tree_flatten(batch) for batch in batches]
     columns = list(zip(*(leaves for leaves, _ in flattened), strict=False))
     mixable = all(len(leaves) == len(columns) for leaves, _ in flattened) and all(_continuous(c) for c in columns)

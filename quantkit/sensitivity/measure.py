@@ -1,4 +1,6 @@
-"""What every estimator works on: a float model, inputs to measure on, and the perturbations whose damage is asked for."""
+"""What every estimator works on: a float model, inputs to measure on, and the perturbations whose damage is asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
+from quantkit.graph.layers import weight_of
 from quantkit.graph.sites import Site
 from quantkit.graph.trace import run_model
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
@@ -44,7 +47,9 @@ class Scores:
 
 @dataclass
 class Subject:
-    """The model under study. ``batches`` are the inputs to measure on, ``sites`` where activations can be perturbed."""
+    """The model under study. ``batches`` are the inputs to measure on, ``sites`` where activations can be
+    perturbed.
+    """
 
     model: nn.Module
     batches: Sequence[Batch]
@@ -57,7 +62,9 @@ class Subject:
         change = at_sites([self.sites[name] for name in ranges], lambda site, x: ranges[site.name].fake_quantize(x))
         with torch.no_grad(), _swapped_weights(self.model, perturbations):
             for args, kwargs in self.batches:
-                result = run_with(self.model, change, args, kwargs) if ranges else run_model(self.model, (args, kwargs))
+                result = (
+                    run_with(self.model, change, args, kwargs) if ranges else run_model(self.model, (args, kwargs))
+                )
                 yield rows_of(main_output(result))
 
 
@@ -67,7 +74,7 @@ def _swapped_weights(model: nn.Module, perturbations: Sequence[Perturbation]) ->
     try:
         for p in perturbations:
             if isinstance(p.change, QuantizedWeight):
-                weight = model.get_submodule(p.owner).weight
+                weight = weight_of(model, p.owner)
                 saved.append((weight, weight.data))
                 weight.data = p.change.dequantize().to(weight)
         yield
@@ -83,7 +90,9 @@ def main_output(result: Any) -> Tensor:
     for tensor in candidates:
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             return tensor
-    raise InvalidRequest("The model returns no floating-point tensor, so there is nothing to compare with the float model.")
+    raise InvalidRequest(
+        "The model returns no floating-point tensor, so there is nothing to compare with the float model."
+    )
 
 
 def rows_of(output: Tensor) -> Tensor:
@@ -100,7 +109,9 @@ def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KLDamage:
-    """KL divergence to the float model's own distribution: no labels, zero gradient at the float point (METHODS 0.1)."""
+    """KL divergence to the float model's own distribution: no labels, zero gradient at the float point (METHODS
+    0.1).
+    """
 
     name = "KL divergence of the output distribution"
 
@@ -108,7 +119,9 @@ class KLDamage:
         return kl_rows(reference.log_softmax(-1), output.log_softmax(-1))
 
     def shift(self, reference: Tensor, output: Tensor) -> Tensor:
-        """Rows whose inner products are the Gauss-Newton terms of KL: sqrt(p) (u - E_p u), u the shift of the logits."""
+        """Rows whose inner products are the Gauss-Newton terms of KL: sqrt(p) (u - E_p u), u the shift of the
+        logits.
+        """
         p = reference.softmax(-1)
         u = output - reference
         return p.sqrt() * (u - (p * u).sum(-1, keepdim=True))

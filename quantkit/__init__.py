@@ -1,3 +1,31 @@
 """Mixed-precision post-training quantization: your model, your limit, a file you can deploy."""
 
-__version__ = "0.1.0"
+from quantkit.allocation.allocate import allocate
+from quantkit.budget import Budget
+from quantkit.errors import QuantkitError
+from quantkit.formats import Scheme
+from quantkit.pipeline.apply import apply
+from quantkit.pipeline.profile import profile
+from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.result import Result, export_onnx
+from quantkit.plan import Plan, Profile
+from quantkit.recipe.run import load
+from quantkit.targets import Target
+from quantkit.version import VERSION as __version__
+
+__all__ = [
+    "Budget",
+    "Plan",
+    "Profile",
+    "QuantkitError",
+    "Result",
+    "Scheme",
+    "Target",
+    "__version__",
+    "allocate",
+    "apply",
+    "export_onnx",
+    "load",
+    "profile",
+    "quantize",
+]

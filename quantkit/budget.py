@@ -30,7 +30,7 @@ _BYTES = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_COUNTS = {"": 1, "bops": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _NANOSECONDS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 _PERCENT = {"%": 1}
 _BITS = {"bits": 1}
@@ -49,7 +49,8 @@ UNITS: dict[str, Units] = {
 LIMITS = tuple(UNITS)
 MINIMIZABLE = ("size", "average_bits", "bops", "latency", "activation_bytes")
 _UNIT_OF_NUMBER = {"size": "B", "average_bits": "bits", "bops": "", "activation_bytes": "B", "accuracy_drop": ""}
-_OTHER_SPELLINGS = {"bit": "bits", "byte": "B", "bytes": "B", "percent": "%", "µs": "us", "μs": "us", "bops": ""}
+_OTHER_SPELLINGS = {"bit": "bits", "byte": "B", "bytes": "B", "percent": "%", "µs": "us", "μs": "us"}
+_LARGEST_EXPONENT = 30  # exact arithmetic on an amount such as 1e999999999 would not end
 _AMOUNT = re.compile(
     r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*(?:e[+-]?\d+)?|\.\d+|nan|inf(?:inity)?))[\s-]*(?P<unit>[^\s\d]*)", re.I
 )
@@ -183,8 +184,8 @@ def _read(name: str, asked: object) -> tuple[Fraction, str]:
     unit = _unit(name, word) if word else _UNIT_OF_NUMBER.get(name)
     if unit is None:
         raise InvalidRequest(f"{name}={text!r} needs a unit: {', '.join(u for u in UNITS[name] if u)}.")
-    if not number.is_finite() or number <= 0:
-        raise InvalidRequest(f"{name}={text!r}: a limit is a finite number above zero. {_UNDERSTOOD}")
+    if not number.is_finite() or number <= 0 or abs(number.adjusted()) > _LARGEST_EXPONENT:
+        raise InvalidRequest(f"{name}={text!r}: a limit is a finite number above zero, 1e-30 to 1e30. {_UNDERSTOOD}")
     return Fraction(number), unit
 
 

@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,30 @@ def canonical_json(data: Any) -> str:
 def digest_of(data: Any) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of ``canonical_json(data)``."""
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
+
+
+def _check_types(record: type, values: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first value that is not what the record's field of that name holds: files get edited."""
+    hints = get_type_hints(record)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise TypeError(f"{name} is {value!r:.60}, expected {record.__annotations__[name]}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is UnionType:
+        return any(_fits(value, option) for option in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if origin is tuple:
+        each = inner[:1] * len(value) if inner[-1] is Ellipsis and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -119,8 +144,12 @@ class Profile:
         try:
             return index[owner, fmt]
         except KeyError:
-            known = ", ".join(f for o, f in self.entries if o == owner) or "none"
+            known = ", ".join(self._profiled(owner, fmt[0])) or "none"
             raise InvalidRequest(f"{fmt} was not profiled for {owner!r}; profiled: {known}.") from None
+
+    def _profiled(self, owner: str, kind: str) -> list[str]:
+        """The weight ("w") or activation ("a") formats measured for an owner: a site may be named as its layer is."""
+        return [fmt for name, fmt in self.entries if name == owner and fmt[0] == kind]
 
     def site_formats(self, schemes: Mapping[str, Scheme]) -> dict[str, str]:
         """The format of every site that ``schemes`` implies: its consumers', else the widest profiled for it."""
@@ -129,7 +158,7 @@ class Profile:
             read = [
                 schemes[c].activation for c in site.consumers if c in schemes and schemes[c].activation is not None
             ]
-            known = [f for owner, f in self.entries if owner == name]
+            known = self._profiled(name, "a")
             if known:
                 formats[name] = str(read[0]) if read else max(known, key=_format_bits)
         return formats
@@ -147,13 +176,17 @@ class Profile:
         arrays = hashlib.sha256(self.damage.tobytes() + self.gram.tobytes()).hexdigest()
         return digest_of([self._header(), arrays])
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Profile) and self.digest() == other.digest()
+
     def _header(self) -> dict[str, Any]:
         header = {k: v for k, v in asdict(self).items() if k not in ("damage", "gram")}
         return header | {"version": PROFILE_VERSION}
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the arrays, and everything else as JSON in its header."""
-        arrays = {"damage": self.damage, "gram": self.gram}
+        # safetensors writes the memory of an array, whatever its strides say
+        arrays = {"damage": np.ascontiguousarray(self.damage), "gram": np.ascontiguousarray(self.gram)}
         metadata = {"quantkit_profile": canonical_json(self._header())}
         return write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
 
@@ -164,30 +197,77 @@ class Profile:
             with safe_open(str(path), framework="numpy") as file:
                 header = json.loads((file.metadata() or {})["quantkit_profile"])
                 arrays = {"damage": file.get_tensor("damage"), "gram": file.get_tensor("gram")}
-            if header.pop("version") != PROFILE_VERSION:
-                raise KeyError("version")
-            header["layers"] = {n: Layer(**_tuples(v)) for n, v in header["layers"].items()}
-            header["sites"] = {n: SiteRecord(**_tuples(v)) for n, v in header["sites"].items()}
-            header["entries"] = tuple((owner, fmt) for owner, fmt in header["entries"])
-            header["same_scheme"] = tuple(tuple(g) for g in header["same_scheme"])
-            header["candidates"] = {n: tuple(v) for n, v in header["candidates"].items()}
-            header["schemes"] = tuple(header["schemes"])
-            return cls(**header, **arrays)
+            return cls._from_header(header, arrays)
         except OSError as error:
             raise InvalidRequest(f"Cannot read the profile {str(path)!r}: {error.strerror or error}.") from error
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            found = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise CorruptFile(
-                f"{str(path)!r} is not a complete quantkit profile ({error}). Run `quantkit profile` again."
+                f"{str(path)!r} is not a complete quantkit profile ({found}). Run `quantkit profile` again."
             ) from error
 
+    @classmethod
+    def _from_header(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Profile:
+        """The profile of what a file holds; raises whatever a wrong type or shape leads to."""
+        version = header.pop("version")
+        if type(version) is not int or version != PROFILE_VERSION:
+            raise ValueError(f"version {version!r}, this quantkit reads {PROFILE_VERSION}")
+        values = arrays | _tuples(header)
+        if missing := sorted(cls.__dataclass_fields__.keys() - values.keys()):
+            raise KeyError(*missing)
+        values["layers"] = {n: _record(Layer, v) for n, v in header["layers"].items()}
+        values["sites"] = {n: _record(SiteRecord, v) for n, v in header["sites"].items()}
+        values["candidates"] = _tuples(header["candidates"])
+        values["provenance"] = header["provenance"]
+        _check_types(cls, values)
+        count = len(values["entries"])
+        if arrays["damage"].shape != (count,) or arrays["gram"].shape != (count, count):
+            shapes = f"{arrays['damage'].shape} and {arrays['gram'].shape}"
+            raise ValueError(f"damage and gram of shapes {shapes} for {count} entries")
+        return cls(**values)
 
-def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists, and lists in them, as the tuples the records hold."""
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return {key: frozen(value) for key, value in data.items()}
+
+
+def _record(kind: type, data: Mapping[str, Any]) -> Any:
+    values = _tuples(data)
+    _check_types(kind, values)
+    return kind(**values)
 
 
 def _format_bits(fmt: str) -> int:
     activation = Scheme.parse(fmt).activation
     return activation.bits if activation else 0
+
+
+def _parsed(schemes: Mapping[str, str | Scheme]) -> dict[str, Scheme]:
+    """The scheme of each name; raises InvalidRequest with the name whose scheme cannot be read."""
+    parsed = {}
+    for name, scheme in schemes.items():
+        try:
+            parsed[name] = Scheme.parse(scheme)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{name!r}: {error}") from error
+    return parsed
+
+
+def _site_formats(sites: Mapping[str, str]) -> dict[str, str]:
+    parsed = _parsed(sites)
+    for name, scheme in parsed.items():
+        if scheme.weight is not None:
+            raise InvalidRequest(f"site {name!r} is given {scheme}; a site has no weight: 'a8', say, or 'float'.")
+    return {name: str(scheme) for name, scheme in parsed.items()}
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 @dataclass(frozen=True)
@@ -224,14 +304,14 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan, hand-edited or not. Raises CorruptFile for broken JSON and InvalidRequest for unknown schemes
-        or keys.
+        """Read a plan, hand-edited or not. Raises CorruptFile for broken JSON and InvalidRequest for unknown schemes,
+        unknown keys and values of the wrong type.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError as error:
             raise InvalidRequest(f"Cannot read the plan {str(path)!r}: {error.strerror or error}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFile(
                 f"{str(path)!r} is not valid JSON ({error}): the plan is damaged or was cut off."
             ) from error
@@ -239,17 +319,27 @@ class Plan:
             raise CorruptFile(
                 f"{str(path)!r} is not a quantkit plan: it has no table 'schemes' (layer name -> scheme)."
             )
-        if data.pop("version", None) != PLAN_VERSION:
+        version = data.pop("version", None)
+        if type(version) is not int or version != PLAN_VERSION:
             raise CorruptFile(f"{str(path)!r} is not a plan of version {PLAN_VERSION}; allocate again.")
         known = set(cls.__dataclass_fields__)
-        for key in data.keys() - known:
+        for key in sorted(data.keys() - known):
             raise InvalidRequest(f"Unknown key {key!r} in the plan {str(path)!r}.{did_you_mean(key, sorted(known))}")
-        return replace(cls({}), **data | {"schemes": {n: Scheme.parse(s) for n, s in data["schemes"].items()}})
+        try:
+            values = data | {"schemes": _parsed(data["schemes"])}
+            _check_types(cls, values)
+            return cls(**values | {"sites": _site_formats(values.get("sites", {}))})
+        except (InvalidRequest, TypeError) as error:
+            raise InvalidRequest(f"In the plan {str(path)!r}: {str(error).rstrip('.')}.") from error
 
     @classmethod
     def of(cls, schemes: Plan | Mapping[str, str | Scheme]) -> Plan:
         """A plan from itself or from a plain mapping layer name -> scheme."""
-        return schemes if isinstance(schemes, Plan) else cls({n: Scheme.parse(s) for n, s in schemes.items()})
+        if isinstance(schemes, Plan):
+            return schemes
+        if not isinstance(schemes, Mapping):
+            raise InvalidRequest(f"A plan is a Plan or a mapping layer name -> scheme, not {schemes!r}.")
+        return cls(_parsed(schemes))
 
     def __str__(self) -> str:
         width = max([len(n) for n in self.schemes], default=5)

@@ -20,7 +20,7 @@ FACE = "__init__"
 
 # Lowest first. A part may import what stands on a lower line, or beside it as long as no circle forms.
 ORDER = (
-    ("errors", "progress", "formats"),
+    ("errors", "progress", "formats", "version"),
     ("plan", "budget", "store", "targets"),
     ("kernels",),
     ("graph",),

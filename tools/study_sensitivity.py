@@ -90,7 +90,7 @@ def main() -> None:
     unseen = Subject(ready.model, split_batches([((evaluation,), {})], 256), {})
     reference = list(unseen.outputs())
     print(
-        f"ResNet20, GPTQ weights, {options.plans} random plans a band, KL on {len(evaluation)} unseen images; Spearman:"
+        f"ResNet20, GPTQ weights, {options.plans} random plans a band; Spearman with KL on {len(evaluation)} unseen images"
     )
     print("band  sum of KL, plain   Gram, plain   sum of KL, mixed   Gram, mixed")
     for number, (band, choices) in enumerate(BANDS.items()):

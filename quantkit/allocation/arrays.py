@@ -72,6 +72,12 @@ class Arrays:
         first = order[np.searchsorted(self.cell[order], np.arange(len(self.state)))]
         return score[first], first
 
+    def lowest(self, score: Floats) -> tuple[Floats, Integers]:
+        """Smallest score of each choice and the position of the option that has it (the first among equals)."""
+        order = np.lexsort((score, self.choice))
+        first = order[np.searchsorted(self.choice[order], np.arange(len(self.offsets) - 1))]
+        return score[first], first
+
     def state_sum(self, cell_values: Floats) -> Floats:
         """Sum over the cells of each state."""
         total: Floats = np.bincount(self.state, weights=cell_values, minlength=len(self.component)).astype(np.float64)
@@ -104,10 +110,15 @@ class Arrays:
         """Option index per choice of the options at ``positions`` (one per choice, in order)."""
         return tuple(int(k) for k in positions - self.offsets[:-1])
 
-    def heaviest(self, weight: Floats) -> Integers:
-        """The option of largest weight of each choice (a solver's 0.9999999 is a 1)."""
-        order = np.lexsort((-weight, self.choice))
-        return order[np.searchsorted(self.choice[order], np.arange(len(self.offsets) - 1))]
+    def within(self, positions: Integers) -> bool:
+        """Whether the options at ``positions`` meet every limit, in exact integers."""
+        return bool((self.costs[positions].sum(axis=0) <= self.limits).all())
+
+    @cached_property
+    def relative_cost(self) -> Floats:
+        """Cost of each option, each limit's share of it added up: what "wide" and "cheap" mean under several
+        limits."""
+        return np.asarray((self.costs / np.maximum(self.limits, 1)).sum(axis=1), dtype=np.float64)
 
     def smallest(self, limit: int) -> int:
         """The least total cost under one limit, the others ignored."""

@@ -15,7 +15,16 @@ from quantkit.allocation.arrays import Arrays
 from quantkit.allocation.problem import Floats, Found, Integers, Problem
 from quantkit.allocation.registry import NoAssignment
 
+MOST_COMBINATIONS = 2**25
+_MOST_IN_A_HALF = 2**17
 _BLOCK = 2**21
+
+
+def can_enumerate(arrays: Arrays, most: int = MOST_COMBINATIONS) -> bool:
+    """Whether there are at most so many combinations, and lists of their halves fit into memory."""
+    sizes = _sizes(arrays)
+    halves = [math.prod(sizes[k] for k in half) for half in _halves(sizes)]
+    return math.prod(halves) <= most and max(halves) <= _MOST_IN_A_HALF
 
 
 def enumerate_halves(problem: Problem) -> Found:
@@ -40,6 +49,14 @@ def enumerate_halves(problem: Problem) -> Found:
         raise NoAssignment("No combination meets the limits.")
     assignment = arrays.assignment(np.sort(np.concatenate([left[best[0]], right[best[1]]])))
     return Found(assignment, problem.objective(assignment))
+
+
+def _sizes(arrays: Arrays) -> list[int]:
+    """Number of consistent combinations of every component."""
+    sizes = [0] * (int(arrays.component.max(initial=-1)) + 1)
+    for state, component in enumerate(arrays.component):
+        sizes[component] += math.prod(np.bincount(arrays.cell)[arrays.state == state].tolist())
+    return sizes
 
 
 def _halves(sizes: list[int]) -> tuple[list[int], list[int]]:

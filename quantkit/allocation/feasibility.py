@@ -2,66 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.highs import minimize
+from quantkit.allocation.highs import highs
 from quantkit.allocation.problem import Choice, Problem
-from quantkit.allocation.registry import NoAssignment, Settings
-from quantkit.errors import InfeasibleBudget
+from quantkit.allocation.reduce import Reduced
+from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 
 
-def require_each_limit(problem: Problem) -> None:
-    """Raise InfeasibleBudget when a limit of a reduced problem is below the least its cost can be."""
+@dataclass(frozen=True)
+class Conflict:
+    """The limit ``name`` cannot be met while those of ``held`` hold; ``smallest`` is the least its cost can be then,
+    counted as the problem asked counts it."""
+
+    name: str
+    smallest: int
+    held: tuple[str, ...]
+
+
+def out_of_reach(problem: Problem) -> list[int]:
+    """The limits of a reduced problem that lie below the least their cost can be."""
     arrays = Arrays.of(problem)
-    for k, (name, limit) in enumerate(problem.limits):
-        if (least := arrays.smallest(k)) > limit:
-            raise InfeasibleBudget(
-                f"The limit {name} = {limit:,} cannot be met: the smallest is {least:,}.", name, least
-            )
+    return [k for k, (_, limit) in enumerate(problem.limits) if arrays.smallest(k) > limit]
 
 
-def explain_infeasible(problem: Problem) -> InfeasibleBudget:
-    """The error for a reduced problem whose limits can each be met, but not together: a limit, and the least its cost
-    can be while the others hold. Where no single limit is to blame, the first that cannot be added to those before
-    it."""
-    count = len(problem.limits)
-    for k in range(count):
-        least = smallest_given(problem, k, [j for j in range(count) if j != k])
-        if least is not None:
-            return _conflict(problem, k, [j for j in range(count) if j != k], least)
-    for k in range(1, count):
-        least = smallest_given(problem, k, list(range(k)))
+def blame(reduced: Reduced) -> Conflict:
+    """A limit that cannot be met while all others hold, one out of reach by itself first. Where there is none, the
+    first that cannot be met with those before it.
+
+    Raises SolverGaveUp when nothing is wrong with the problem."""
+    problem = reduced.problem
+    names, count = [name for name, _ in problem.limits], len(problem.limits)
+    alone = out_of_reach(problem)
+    ways = [(k, [j for j in range(count) if j != k]) for k in [*alone, *range(count)]]
+    for k, held in [*ways, *((k, list(range(k))) for k in range(count))]:
+        least = smallest_given(problem, k, held)
         if least is not None and least > problem.limits[k][1]:
-            return _conflict(problem, k, list(range(k)), least)
-    raise AssertionError("explain_infeasible was asked about a problem that has an assignment")
+            return Conflict(names[k], reduced.asked_cost(k, least), tuple(names[j] for j in held))
+    raise SolverGaveUp("The solver found no assignment, but there is one. Try solver='highs'.")
 
 
-def smallest_given(problem: Problem, limit: int, others: list[int]) -> int | None:
-    """The least total cost under one limit while ``others`` hold; None when they cannot hold together."""
-    kept = _first_free(problem, [limit, *others])
-    arrays = Arrays.of(kept)
-    try:
-        found = minimize(arrays, arrays.costs[:, 0].astype(float), Settings())
-    except NoAssignment:
-        return None
-    return kept.cost(found.assignment)[0]
-
-
-def _first_free(problem: Problem, order: list[int]) -> Problem:
-    """The problem under some of its limits, the first of them without effect."""
+def smallest_given(problem: Problem, limit: int, held: list[int]) -> int | None:
+    """The least total cost under one limit while those of ``held`` hold; None when they cannot hold together."""
     choices = tuple(
-        Choice(one.name, tuple(replace(o, costs=tuple(o.costs[k] for k in order)) for o in one.options))
+        Choice(
+            one.name,
+            tuple(
+                replace(o, damage=float(o.costs[limit]), costs=tuple(o.costs[k] for k in held)) for o in one.options
+            ),
+        )
         for one in problem.choices
     )
-    free = sum(max(option.costs[0] for option in one.options) for one in choices)
-    limits = tuple(problem.limits[k] for k in order)
-    return replace(problem, choices=choices, limits=((limits[0][0], free), *limits[1:]), pairs=None)
-
-
-def _conflict(problem: Problem, limit: int, others: list[int], least: int) -> InfeasibleBudget:
-    name, asked = problem.limits[limit]
-    held = ", ".join(f"{problem.limits[k][0]} <= {problem.limits[k][1]:,}" for k in others)
-    return InfeasibleBudget(
-        f"The limit {name} = {asked:,} cannot be met while {held}: the smallest is {least:,}.", name, least
-    )
+    least = replace(problem, choices=choices, limits=tuple(problem.limits[k] for k in held), pairs=None)
+    try:
+        return problem.cost(highs(least, Settings()).assignment)[limit]
+    except NoAssignment:
+        return None

@@ -121,7 +121,7 @@ def _site_formats(
     """The formats each site may take: those profiled for it, and float where a reader computes with float inputs."""
     formats: dict[str, list[str]] = {name: [] for name in profile.sites}
     for owner, fmt in profile.entries:
-        if owner in formats:
+        if owner in formats and Scheme.parse(fmt).weight is None:  # a site may be named as a layer is
             formats[owner].append(fmt)
     for name, known in formats.items():
         weight_only = any(

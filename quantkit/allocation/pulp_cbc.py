@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.problem import Found, Problem
+from quantkit.allocation.problem import Floats, Found, Integers, Problem
+from quantkit.allocation.program import minimize_sum
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp, solver
-from quantkit.allocation.rows import Rows, rescaled
+from quantkit.allocation.rows import Rows
 
-_TIGHTENINGS = 20
+_TOLERANCE = 1e-6
+# Fixed seeds; CBC's default is to overlook improvements below 1e-5.
+_OPTIONS = ["randomSeed 1", "randomCbcSeed 1", "increment 1e-9"]
 
 
 @solver("pulp")
 def pulp_cbc(problem: Problem, settings: Settings) -> Found:
-    """Minimize the sum of damages: one thread, fixed seeds, stops at a gap or a number of nodes.
+    """Minimize the sum of damages: one thread, stops at a gap or a number of nodes."""
 
-    CBC's answer counts only once it meets the limits in exact integers; a limit it broke by its tolerance is
-    tightened."""
-    arrays = Arrays.of(problem)
-    rows = Rows.of(arrays)
-    scaled, _, _ = rescaled(arrays.damage, arrays)
-    most, proven = rows.most.copy(), True
-    for _ in range(_TIGHTENINGS):
-        values, optimal = _run(rows, scaled.tolist(), most.tolist(), settings, proven)
-        positions = arrays.heaviest(np.array(values[: len(arrays.choice)]))
-        over = rows.below[:, positions].sum(axis=1) - rows.most
-        if (over <= 0).all():
-            assignment = arrays.assignment(positions)
-            exact = optimal and proven and settings.gap == 0.0
-            return Found(assignment, problem.separable_objective(assignment)) if exact else Found(assignment)
-        most, proven = most - np.maximum(over, 0), False
-    raise SolverGaveUp("CBC's answers break the limits by more than its tolerance. Try solver='highs'.")
+    def run(rows: Rows, scores: Floats, most: Integers) -> tuple[Floats, float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3.3 announces 4.0, which setup.cfg excludes
+            values, optimal = _run(rows, scores.tolist(), most.tolist(), settings)
+        total = math.fsum(values[: len(scores)] * scores)
+        return values, total * (1 - settings.gap) - _TOLERANCE if optimal else -math.inf
+
+    return minimize_sum(problem, run)
 
 
-def _run(
-    rows: Rows, scores: list[float], most: list[int], settings: Settings, first: bool
-) -> tuple[list[float], bool]:
+def _run(rows: Rows, scores: list[float], most: list[int], settings: Settings) -> tuple[Floats, bool]:
     """(variable values, whether CBC calls them optimal)."""
     import pulp
 
@@ -47,15 +42,14 @@ def _run(
         model += pulp.LpAffineExpression([(variables[k], v) for k, v in zip(positions, values, strict=True)]) == side
     for costs, limit in zip(rows.below.tolist(), most, strict=True):
         model += pulp.LpAffineExpression(zip(variables, costs, strict=False)) <= limit
-    command = pulp.PULP_CBC_CMD(
-        msg=False, threads=1, gapRel=settings.gap, maxNodes=settings.nodes, options=["randomSeed 1", "randomCbcSeed 1"]
-    )
-    status = model.solve(command)
-    if status == pulp.LpStatusInfeasible and first:
+    command = pulp.PULP_CBC_CMD(msg=False, threads=1, gapRel=settings.gap, maxNodes=settings.nodes, options=_OPTIONS)
+    try:
+        status = model.solve(command)
+    except pulp.PulpSolverError as error:
+        raise SolverGaveUp(f"CBC did not run ({error}). Try solver='highs'.") from error
+    if status == pulp.LpStatusInfeasible:
         raise NoAssignment("CBC: no assignment meets the limits.")
-    if any(variable.value() is None for variable in variables) or model.sol_status not in (
-        pulp.LpSolutionOptimal,
-        pulp.LpSolutionIntegerFeasible,
-    ):
+    found = (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    if model.sol_status not in found or any(variable.value() is None for variable in variables):
         raise SolverGaveUp(f"CBC ended ({pulp.LpStatus[status]}) without an assignment. Try solver='highs'.")
-    return [float(variable.value()) for variable in variables], model.sol_status == pulp.LpSolutionOptimal
+    return np.array([variable.value() for variable in variables]), model.sol_status == pulp.LpSolutionOptimal

@@ -10,50 +10,48 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.enumerate_halves import enumerate_halves
-from quantkit.allocation.problem import Assignment, Choice, Found, Problem
+from quantkit.allocation.enumerate_halves import can_enumerate, enumerate_halves
+from quantkit.allocation.problem import Found, Problem
 from quantkit.allocation.registry import NoAssignment, Settings, solver
 from quantkit.allocation.relaxation import relax
+from quantkit.allocation.restrict import Mask, original, restricted
+from quantkit.allocation.separable import least_sum
 from quantkit.allocation.swaps import swaps
 
-MOST_COMBINATIONS = 2**25
 _AT_A_LEAF = 2**16
 _NODES = 400
-
-Mask = npt.NDArray[np.bool_]
+_OPTIONS_AT_ALL_NODES = 250
 
 
 @solver("quadratic", pairs=True)
 def quadratic(problem: Problem, settings: Settings) -> Found:
     """The proven optimum up to 2**25 combinations (12 choices of 4 options); beyond, swaps and a limited tree
-    search.
+    search. Without pair terms the integer program.
     """
-    if problem.combinations <= MOST_COMBINATIONS:
+    if problem.pairs is None:
+        return least_sum(problem, settings)
+    if can_enumerate(Arrays.of(problem)):
         return enumerate_halves(problem)
-    found = swaps(problem, settings)
-    return _Tree(problem, found, min(settings.nodes, _NODES)).search()
+    affordable = int(_NODES * min(1.0, (_OPTIONS_AT_ALL_NODES / problem.offsets[-1]) ** 3))
+    return _Tree(problem, swaps(problem, settings), min(settings.nodes, affordable)).search()
 
 
-@dataclass(eq=False)
 class _Tree:
-    """Best-first branch and bound: the best assignment so far and its objective, nodes left to look at."""
+    """Best-first branch and bound: the best assignment so far and its objective, nodes left to look at.
 
-    problem: Problem
-    found: Found
-    nodes: int
+    A node is a set of options and a lower bound of what they allow."""
+
+    def __init__(self, problem: Problem, found: Found, nodes: int) -> None:
+        self.problem, self.nodes, self.root_bound = problem, nodes, found.bound
+        self.best, self.lowest = found.assignment, problem.objective(found.assignment)
 
     def search(self) -> Found:
         """The best assignment and the least bound of what was not looked at."""
-        self.best, self.lowest = self.found.assignment, self.problem.objective(self.found.assignment)
-        everything = np.ones(self.problem.offsets[-1], dtype=bool)
-        heap: list[tuple[float, int, Mask]] = [(self.found.bound, 0, everything)]
+        heap: list[tuple[float, int, Mask]] = [(self.root_bound, 0, np.ones(self.problem.offsets[-1], dtype=bool))]
         pushed = 0
         while heap and heap[0][0] < self.lowest and self.nodes:
             self.nodes -= 1
@@ -65,54 +63,35 @@ class _Tree:
 
     def _children(self, bound: float, mask: Mask) -> list[tuple[float, Mask]]:
         """The node split by the options of its least decided choice, without what cannot be better than the best."""
-        kept = np.flatnonzero(mask)
-        part = _restricted(self.problem, mask)
-        if part is None:
+        smaller = restricted(self.problem, mask)
+        if smaller is None:
             return []
-        arrays = Arrays.of(part)
-        relaxation = relax(part, arrays)
-        left = relaxation.forced < self.lowest
-        mask = np.zeros_like(mask)
-        mask[kept[left]] = True
-        part = _restricted(self.problem, mask)
-        if part is None:
+        part, mask = smaller
+        relaxation = relax(part, Arrays.of(part))
+        forced, weight = np.zeros(len(mask)), np.zeros(len(mask))
+        forced[mask], weight[mask] = relaxation.forced, relaxation.point
+        smaller = restricted(self.problem, mask & (forced < self.lowest))
+        if smaller is None:
             return []
-        if part.combinations <= _AT_A_LEAF:
+        part, mask = smaller
+        if can_enumerate(Arrays.of(part), _AT_A_LEAF):
             self._look_at_all(part, mask)
             return []
-        open_choices = np.add.reduceat(left, arrays.offsets[:-1]) > 1
-        weight = np.maximum.reduceat(relaxation.point, arrays.offsets[:-1])
-        choice = int(np.where(open_choices, weight, np.inf).argmin())
+        starts = self.problem.offsets[:-1]
+        decided = np.maximum.reduceat(np.where(mask, weight, 0.0), starts)
+        choice = int(np.where(np.add.reduceat(mask.astype(np.int64), starts) > 1, decided, np.inf).argmin())
+        own = np.arange(self.problem.offsets[choice], self.problem.offsets[choice + 1])
         children = []
-        for position in np.flatnonzero(left & (arrays.choice == choice)):
+        for option in own[mask[own]]:
             child = mask.copy()
-            child[kept[(arrays.choice == choice) & (np.arange(len(kept)) != position)]] = False
-            children.append((max(bound, float(relaxation.forced[position])), child))
+            child[own] = own == option
+            children.append((max(bound, float(forced[option])), child))
         return children
 
     def _look_at_all(self, part: Problem, mask: Mask) -> None:
         try:
-            assignment = _original(self.problem, mask, enumerate_halves(part).assignment)
+            assignment = original(self.problem, mask, enumerate_halves(part).assignment)
         except NoAssignment:
             return
         if (objective := self.problem.objective(assignment)) < self.lowest:
             self.best, self.lowest = assignment, objective
-
-
-def _restricted(problem: Problem, mask: Mask) -> Problem | None:
-    """The problem with some of its options; None when a choice has none left."""
-    choices = []
-    for choice, start in zip(problem.choices, problem.offsets, strict=False):
-        options = tuple(option for k, option in enumerate(choice.options) if mask[start + k])
-        if not options:
-            return None
-        choices.append(Choice(choice.name, options))
-    pairs = None if problem.pairs is None else problem.pairs[np.ix_(mask, mask)]
-    return replace(problem, choices=tuple(choices), pairs=pairs)
-
-
-def _original(problem: Problem, mask: Mask, assignment: Assignment) -> Assignment:
-    """The assignment of a restricted problem in the numbers of the whole one."""
-    starts = problem.offsets
-    kept = [np.flatnonzero(mask[a:b]) for a, b in pairwise(starts)]
-    return tuple(int(options[k]) for options, k in zip(kept, assignment, strict=True))

@@ -1,10 +1,11 @@
-"""A problem without its groups: merged choices, impossible tags removed. What solvers get; answers are mapped back."""
+"""A problem in the form solvers get: merged choices, impossible tags removed, costs as small integers. Answers are
+mapped back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,30 +16,41 @@ from quantkit.errors import InvalidRequest
 @dataclass(frozen=True)
 class Reduced:
     """``problem`` has no ``same``; its ``agree`` groups are disjoint, with two tags or more that every member offers.
+    Its costs count from the cheapest option of each choice, in units of their greatest common divisor; limits that
+    hold whatever is chosen are left out.
 
-    ``back[i][k]`` lists (original choice, original option) of option k of choice i.
+    ``back[i][k]`` lists (original choice, original option) of option k of choice i. ``scale`` has (cost of the
+    cheapest options, unit) of every limit of ``problem``.
     """
 
     problem: Problem
     back: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
+    scale: tuple[tuple[int, int], ...]
 
     def expand(self, assignment: Sequence[int]) -> Assignment:
         """The assignment of the original problem."""
         pairs = [pair for options, k in zip(self.back, assignment, strict=True) for pair in options[k]]
         return tuple(option for _, option in sorted(pairs))
 
+    def asked_cost(self, limit: int, cost: int) -> int:
+        """A total cost under a limit of ``problem``, counted as the original problem counts it."""
+        base, unit = self.scale[limit]
+        return base + unit * cost
+
 
 def reduce(problem: Problem) -> Reduced:
-    """Merge ``same`` groups (damages, costs and pair terms add up) and drop options that no agreement allows.
+    """Merge ``same`` groups (damages, costs and pair terms add up), drop options that no agreement allows, and count
+    costs from the cheapest.
 
-    Raises InvalidRequest, naming the members, where a group has no option in common.
+    Merged choices have the name of their first member. Raises InvalidRequest, naming the members, where a group has no
+    option in common.
     """
     members = connected([choice.name for choice in problem.choices], problem.same)
-    merged_name = {name: "+".join(group) for group in members for name in group}
-    regrouped = [tuple(dict.fromkeys(merged_name[name] for name in group)) for group in problem.agree]
-    components = connected([merged_name[group[0]] for group in members], regrouped)
+    first = {name: group[0] for group in members for name in group}
+    regrouped = [tuple(dict.fromkeys(first[name] for name in group)) for group in problem.agree]
+    components = connected([group[0] for group in members], regrouped)
     index = {choice.name: i for i, choice in enumerate(problem.choices)}
-    choices = {merged_name[group[0]]: _merge(problem, [index[n] for n in group]) for group in members}
+    choices = {group[0]: _merge(problem, [index[n] for n in group]) for group in members}
     tags = {name: _common_tags(component, choices) for component in components for name in component}
     kept: list[Choice] = []
     back: list[tuple[tuple[tuple[int, int], ...], ...]] = []
@@ -49,7 +61,39 @@ def reduce(problem: Problem) -> Reduced:
         back.append(tuple(origins[k] for k in keep))
     agree = tuple(c for c in components if len(c) > 1 and len(tags[c[0]] or ()) > 1)
     pairs = None if problem.pairs is None else _merge_pairs(problem, back)
-    return Reduced(Problem(tuple(kept), problem.limits, pairs, (), agree), tuple(back))
+    counted, limits, scale = _counted_from_cheapest(kept, problem.limits)
+    return Reduced(Problem(counted, limits, pairs, (), agree), tuple(back), scale)
+
+
+def _counted_from_cheapest(
+    choices: Sequence[Choice], limits: Sequence[tuple[str, int]]
+) -> tuple[tuple[Choice, ...], tuple[tuple[str, int], ...], tuple[tuple[int, int], ...]]:
+    """(choices with costs above the cheapest option in units of their gcd, limits that can be broken, (base, unit) of
+    each)."""
+    columns: list[list[list[int]]] = []
+    kept: list[tuple[str, int]] = []
+    scale: list[tuple[int, int]] = []
+    for k, (name, limit) in enumerate(limits):
+        costs = [[option.costs[k] for option in choice.options] for choice in choices]
+        base = sum(min(own) for own in costs)
+        above = [[cost - min(own) for cost in own] for own in costs]
+        unit = max(1, math.gcd(*(cost for own in above for cost in own)))
+        if base + sum(max(own) for own in above) <= limit:
+            continue
+        columns.append([[cost // unit for cost in own] for own in above])
+        kept.append((name, (limit - base) // unit))
+        scale.append((base, unit))
+    counted = tuple(
+        Choice(
+            choice.name,
+            tuple(
+                replace(option, costs=tuple(column[i][j] for column in columns))
+                for j, option in enumerate(choice.options)
+            ),
+        )
+        for i, choice in enumerate(choices)
+    )
+    return counted, tuple(kept), tuple(scale)
 
 
 def connected(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:

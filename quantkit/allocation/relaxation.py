@@ -19,9 +19,11 @@ import numpy as np
 from quantkit.allocation.arrays import Arrays
 from quantkit.allocation.interior import relaxed_optimum
 from quantkit.allocation.problem import Floats, Problem
+from quantkit.allocation.rows import Rows, rescaled
 
 _LARGEST_EIGENPROBLEM = 1200
 _SAFETY = 1e-9
+_TINY = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,19 +38,51 @@ class Relaxation:
 
 def relax(problem: Problem, arrays: Arrays) -> Relaxation:
     """The relaxation of a reduced problem, quadratic or separable."""
-    count = len(arrays.damage)
-    curved, linear = np.zeros((count, count)), arrays.damage
-    if problem.pairs is not None:
-        curved, linear = _convexified(problem.pairs, arrays)
     most = arrays.limits.astype(np.float64)
-    point, price = relaxed_optimum(curved, linear, arrays.choice, arrays.costs.T.astype(np.float64), most)
-    slope = curved @ point + linear
-    value = 0.5 * float(point @ curved @ point) + float(linear @ point)
+    if problem.pairs is None:
+        point, price = linear_optimum(arrays)
+        slope, value = arrays.damage, float(arrays.damage @ point)
+    else:
+        curved, linear = _convexified(problem.pairs, arrays)
+        point, price = _quadratic_optimum(curved, linear, arrays)
+        slope = curved @ point + linear
+        value = 0.5 * float(point @ curved @ point) + float(linear @ point)
     score = slope + arrays.costs @ price
     constant = value - float(slope @ point) - float(price @ most)
     total, forced = arrays.forced(score)
     safety = _SAFETY * (abs(value) + abs(float(slope @ point)) + float(price @ most))
     return Relaxation(total + constant - safety, forced + constant - safety, point)
+
+
+def linear_optimum(arrays: Arrays) -> tuple[Floats, Floats]:
+    """(point, prices of the limits) of the linear program; some point and no prices where HiGHS has none."""
+    from scipy.optimize import linprog
+
+    rows = Rows.of(arrays)
+    scores, scale, _ = rescaled(arrays)
+    equal, right, below = rows.matrices()
+    costs = np.concatenate([scores, np.zeros(rows.size - len(scores))])
+    result = linprog(costs, below, rows.most, equal, right, bounds=(0, 1), method="highs")
+    if result.status != 0:
+        _, first = arrays.best(arrays.damage)
+        return np.isin(np.arange(len(scores)), first).astype(np.float64), np.zeros(len(rows.most))
+    return result.x[: len(scores)], np.maximum(-result.ineqlin.marginals, 0.0) / scale
+
+
+def _quadratic_optimum(curved: Floats, linear: Floats, arrays: Arrays) -> tuple[Floats, Floats]:
+    """(point, prices of the limits) near the optimum; limits that hold whatever is chosen have no price."""
+    rows, options = Rows.of(arrays), len(linear)
+    equal, right, below = rows.matrices()
+    binding = np.maximum.reduceat(arrays.costs, arrays.offsets[:-1]).sum(axis=0) > arrays.limits
+    whole = np.zeros((rows.size, rows.size))
+    whole[:options, :options] = curved
+    costs = np.concatenate([linear, np.zeros(rows.size - options)])
+    start = np.full(rows.size, 0.5)
+    start[:options] = 1.0 / np.diff(arrays.offsets)[arrays.choice]
+    most, price = arrays.limits.astype(np.float64), np.zeros(len(binding))
+    point, price[binding] = relaxed_optimum(whole, costs, equal.toarray(), right, below[binding], most[binding], start)
+    shares = point[:options] / np.add.reduceat(point[:options], arrays.offsets[:-1])[arrays.choice]
+    return shares, price
 
 
 def _convexified(pairs: Floats, arrays: Arrays) -> tuple[Floats, Floats]:
@@ -59,17 +93,21 @@ def _convexified(pairs: Floats, arrays: Arrays) -> tuple[Floats, Floats]:
 
 
 def _movable_share(pairs: Floats, diagonal: Floats, arrays: Arrays) -> float:
-    """The largest s for which pairs - s diag(pairs) stays positive semi-definite along changes inside the choices."""
+    """The largest s for which pairs - s diag(pairs) stays positive semi-definite along changes inside the choices.
+
+    Changes lead away from the least damaging option of each choice and are divided by their own damage: the
+    eigenproblem is well conditioned however many orders of magnitude the damages span."""
     from scipy.linalg import eigh
 
-    count, first = len(diagonal), arrays.offsets[:-1]
-    others = np.setdiff1d(np.arange(count), first)
-    if count > _LARGEST_EIGENPROBLEM or not len(others):
+    weight = diagonal + _TINY * max(float(diagonal.max(initial=0.0)), 1e-300)
+    _, home = arrays.lowest(weight)
+    others = np.setdiff1d(np.arange(len(diagonal)), home)
+    if len(diagonal) > _LARGEST_EIGENPROBLEM or not len(others):
         return 0.0
-    changes = np.zeros((count, len(others)))
-    changes[others, np.arange(len(others))] = 1.0
-    changes[first[arrays.choice[others]], np.arange(len(others))] = -1.0
-    weight = diagonal + 1e-12 * max(float(diagonal.max(initial=0.0)), 1e-300)
+    changes = np.zeros((len(diagonal), len(others)))
+    size = 1.0 / np.sqrt(weight[others])
+    changes[others, np.arange(len(others))] = size
+    changes[home[arrays.choice[others]], np.arange(len(others))] = -size
     below, above = changes.T @ pairs @ changes, changes.T @ (weight[:, None] * changes)
     smallest = float(eigh(below, above, eigvals_only=True, subset_by_index=[0, 0])[0])
-    return max(0.0, smallest - 1e-9)
+    return smallest - _SAFETY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from quantkit.allocation.problem import Floats, Integers
 class Rows:
     """``size`` binary variables: one per option, then one per state of choices that must agree.
 
-    ``equal``: (positions, values, right side) of equality rows. ``below``: integer coefficients (limits, options)
-    divided by their greatest common divisor, at most ``most``."""
+    ``equal``: (positions, values, right side) of equality rows. ``below``: integer coefficients (limits, options), at
+    most ``most``."""
 
     size: int
     equal: list[tuple[list[int], list[float], float]]
@@ -38,19 +39,34 @@ class Rows:
         for component in np.flatnonzero(states > 1):
             members = [variable[s] for s in free if arrays.component[s] == component]
             equal.append((members, [1.0] * len(members), 1.0))
-        divisor = [max(math.gcd(*(int(c) for c in column)), 1) for column in arrays.costs.T]
-        by = np.array(divisor, dtype=np.int64)
-        return cls(options + len(free), equal, (arrays.costs // by).T, arrays.limits // by)
+        return cls(options + len(free), equal, arrays.costs.T, arrays.limits)
+
+    def matrices(self) -> tuple[Any, Floats, Floats]:
+        """(equality rows as a sparse matrix, their right sides, limits as a matrix), as scipy takes them."""
+        from scipy.sparse import csr_array
+
+        starts = np.cumsum([0] + [len(positions) for positions, _, _ in self.equal])
+        flat = [k for positions, _, _ in self.equal for k in positions]
+        values = [v for _, coefficients, _ in self.equal for v in coefficients]
+        right = np.array([side for _, _, side in self.equal])
+        below = np.zeros((len(self.most), self.size))
+        below[:, : self.below.shape[1]] = self.below
+        return csr_array((values, flat, starts), shape=(len(right), self.size)), right, below
 
 
-def rescaled(score: Floats, arrays: Arrays) -> tuple[Floats, float, float]:
-    """(scores, scale, shift): shifted to start at 0 in every choice and scaled to at most 10,000.
+def spread(arrays: Arrays) -> float:
+    """The largest distance of a damage from the smallest of its choice."""
+    floor = np.minimum.reduceat(arrays.damage, arrays.offsets[:-1])
+    return float((arrays.damage - floor[arrays.choice]).max(initial=0.0))
+
+
+def rescaled(arrays: Arrays) -> tuple[Floats, float, float]:
+    """(scores, scale, shift): damages shifted to start at 0 in every choice and scaled to at most 10,000.
 
     Solvers stop at absolute tolerances near 1e-6, so damages of 1e-7 or 1e9 would be decided by rounding.
-    A total t of the new scores is t / scale + shift in the old unit.
+    A total t of the scores is t / scale + shift in the old unit.
     """
-    floor = np.minimum.reduceat(score, arrays.offsets[:-1])
-    above = score - floor[arrays.choice]
-    largest = float(above.max(initial=0.0))
+    floor = np.minimum.reduceat(arrays.damage, arrays.offsets[:-1])
+    largest = spread(arrays)
     scale = 1e4 / largest if largest > 0 else 1.0
-    return above * scale, scale, math.fsum(floor)
+    return (arrays.damage - floor[arrays.choice]) * scale, scale, math.fsum(floor)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
+from quantkit.allocation import baq, by_rank, greedy, lagrangian, swaps, uniform  # noqa: F401  # registered by name
 from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.feasibility import explain_infeasible, require_each_limit
-from quantkit.allocation.highs import highs
+from quantkit.allocation.feasibility import Conflict, blame, out_of_reach
 from quantkit.allocation.problem import Found, Problem, Solution
-from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.quadratic import quadratic
-from quantkit.allocation.reduce import reduce
-from quantkit.allocation.registry import PAIR_SOLVERS, SOLVERS, NoAssignment, Settings, SolverGaveUp, solver
+from quantkit.allocation.reduce import Reduced, reduce
+from quantkit.allocation.registry import PAIR_SOLVERS, SOLVERS, NoAssignment, Settings, solver
 from quantkit.allocation.relaxation import relax
-from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
+from quantkit.allocation.separable import least_sum
+from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError, did_you_mean
 
 PROVEN_GAP = 1e-9
 
@@ -22,12 +23,15 @@ PROVEN_GAP = 1e-9
 @solver("auto", pairs=True)
 def auto(problem: Problem, settings: Settings) -> Found:
     """An integer program on the damages alone; with pair terms the exact quadratic where small enough, else swaps."""
-    if problem.pairs is not None:
-        return quadratic(problem, settings)
-    try:
-        return pulp_cbc(problem, settings)
-    except SolverGaveUp:
-        return highs(problem, settings)
+    return least_sum(problem, settings) if problem.pairs is None else quadratic(problem, settings)
+
+
+def require_solver(name: str) -> None:
+    """Raise InvalidRequest for a name that is no solver's."""
+    if name not in SOLVERS:
+        raise InvalidRequest(
+            f"Unknown solver {name!r}; known: {', '.join(SOLVERS)}.{did_you_mean(name, list(SOLVERS))}"
+        )
 
 
 def solve(problem: Problem, solver: str = "auto", settings: Settings | None = None) -> Solution:
@@ -36,28 +40,50 @@ def solve(problem: Problem, solver: str = "auto", settings: Settings | None = No
     Solvers that know only sums minimize the damages alone; objective, bound and gap are those of the problem asked.
     Raises InfeasibleBudget with the limit that cannot be met, SolverGaveUp when the solver ended without an answer,
     InvalidRequest for an unknown solver."""
-    if solver not in SOLVERS:
-        raise InvalidRequest(
-            f"Unknown solver {solver!r}; known: {', '.join(SOLVERS)}.{did_you_mean(solver, list(SOLVERS))}"
-        )
+    require_solver(solver)
     settings = settings or Settings()
     reduced = reduce(problem)
-    require_each_limit(reduced.problem)
+    if out_of_reach(reduced.problem):
+        raise _infeasible(problem, blame(reduced))
     knows_objective = problem.pairs is None or solver in PAIR_SOLVERS
+    asked = reduced.problem if knows_objective else replace(reduced.problem, pairs=None)
     try:
-        asked = reduced.problem if knows_objective else replace(reduced.problem, pairs=None)
-        found = SOLVERS[solver](asked, settings)
+        found = SOLVERS[solver](asked, replace(settings, order=_order(problem, reduced, settings.order)))
     except NoAssignment:
-        raise explain_infeasible(reduced.problem) from None
+        raise _infeasible(problem, blame(reduced)) from None
     assignment = reduced.expand(found.assignment)
     if not problem.feasible(assignment):
         raise QuantkitError(f"Solver {solver!r} returned a plan that breaks a limit or a group. Please report this.")
-    bound = (
-        found.bound
-        if knows_objective and found.bound > -math.inf
-        else relax(reduced.problem, Arrays.of(reduced.problem)).bound
-    )
+    bound = found.bound if knows_objective else -math.inf
+    if bound == -math.inf:
+        bound = relax(reduced.problem, Arrays.of(reduced.problem)).bound
     objective = problem.objective(assignment)
     bound = min(bound, objective)
     gap = 0.0 if bound == objective else (objective - bound) / max(abs(objective), 1e-300)
     return Solution(assignment, objective, bound, gap, solver, gap <= PROVEN_GAP)
+
+
+def _infeasible(problem: Problem, conflict: Conflict) -> InfeasibleBudget:
+    limits = dict(problem.limits)
+    held = ", ".join(f"{name} <= {limits[name]:,}" for name in conflict.held)
+    given = f" while {held}" if held else ""
+    return InfeasibleBudget(
+        f"The limit {conflict.name} = {limits[conflict.name]:,} cannot be met{given}: the smallest is "
+        f"{conflict.smallest:,}.",
+        conflict.name,
+        conflict.smallest,
+    )
+
+
+def _order(problem: Problem, reduced: Reduced, order: Sequence[str]) -> tuple[str, ...]:
+    """An order of choices as one of merged choices, each ranked by its first member."""
+    owner = {
+        problem.choices[i].name: new.name
+        for new, back in zip(reduced.problem.choices, reduced.back, strict=True)
+        for i, _ in back[0]
+    }
+    if unknown := [name for name in order if name not in owner]:
+        raise InvalidRequest(
+            f"The order names {unknown[0]!r}, which is not a choice.{did_you_mean(unknown[0], list(owner))}"
+        )
+    return tuple(dict.fromkeys(owner[name] for name in order))

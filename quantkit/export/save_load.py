@@ -70,9 +70,9 @@ def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str
     return folder
 
 
-def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, Plan]:
-    """Read what ``save_result`` wrote onto a copy of ``model``, the float model of the same architecture (its weights
-    do not matter).
+def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, Plan, tuple[tuple[str, str], ...]]:
+    """(model, plan, folds) as ``save_result`` got them, on a copy of ``model``, the float model of the same
+    architecture (its weights do not matter).
 
     Raises CorruptFile for damaged files, InvalidRequest for missing ones, an edited plan and a model that does not
     fit.
@@ -86,15 +86,16 @@ def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, P
             "Apply the plan to the model again."
         )
     own = copy.deepcopy(model).cpu().float().eval()
+    folds = tuple((layer, norm) for layer, norm in header["folds"])
     try:
-        shape_like_folded(own, [(layer, norm) for layer, norm in header["folds"]])
+        shape_like_folded(own, folds)
         weights = {name: _weight(name, record, own, tensors) for name, record in header["layers"].items()}
     except AttributeError as error:
         raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
     _load_state(own, weights, tensors)
     sites = [_site(record) for record in header["sites"]]
     ranges = {name: SiteRange(**record) for name, record in header["ranges"].items()}
-    return SimulatedModel(own, sites, weights, ranges), plan
+    return SimulatedModel(own, sites, weights, ranges), plan, folds
 
 
 def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:

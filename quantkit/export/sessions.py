@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantkit.export.marks import leaf_names
 from quantkit.graph.batches import Batch
 from quantkit.graph.intercept import tensors_of
 
@@ -36,8 +37,9 @@ def open_session(
 
 
 def feeds(session: InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
-    """A batch as the session's inputs, in the order of its tensors."""
+    """A batch as the session's inputs: keyword tensors by name, the others in order."""
+    args, kwargs = batch
+    named = dict(zip(leaf_names(kwargs, "input"), tensors_of(kwargs), strict=True))
+    others = iter(tensors_of(args))
     names = [i.name for i in session.get_inputs()]
-    return {
-        name: tensor.detach().cpu().contiguous().numpy() for name, tensor in zip(names, tensors_of(batch), strict=True)
-    }
+    return {n: (named[n] if n in named else next(others)).detach().cpu().contiguous().numpy() for n in names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from quantkit.errors import InvalidRequest
-from quantkit.graph.intercept import tensors_of
+from quantkit.graph.intercept import forward_parameters, tensors_of
 from quantkit.progress import notice
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
@@ -39,23 +38,24 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
     come out as float32 on the CPU. Raises InvalidRequest for empty data and for NaN or infinite inputs, with the
     batch's number.
     """
+    _require_arguments(model, calibration, samples)
     items: Iterable[Any] = [calibration] if isinstance(calibration, Tensor | Mapping) else calibration
-    if not isinstance(items, Iterable):
-        raise InvalidRequest(f"calibration must be an iterable of model inputs, not {type(calibration).__name__}.")
+    lazy = not isinstance(items, list | tuple)
     most = _positional_parameters(model)
     batches: list[Batch] = []
     taken = dropped = 0
     for number, item in enumerate(items):
-        if samples is not None and taken >= samples:
-            break
         args, kwargs = as_batch(item)
         dropped = max(dropped, len(args) - most)
-        batch = tree_map(_on_cpu, (args[:most], kwargs))
+        batch = tree_map(lambda v: _on_cpu(v, copy=lazy), (args[:most], kwargs))
         if samples is not None:
             batch = first_samples(batch, samples - taken)
-        _require_finite(batch, number)
-        taken += batch_size(batch)
-        batches.append(batch)
+        _require_usable(batch, number)
+        if batch_size(batch):
+            taken += batch_size(batch)
+            batches.append(batch)
+        if samples is not None and taken >= samples:
+            break
     if taken == 0:
         raise InvalidRequest(
             "The calibration data is empty. Pass a few hundred typical inputs; labels are not needed."
@@ -65,18 +65,28 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
     return batches
 
 
+def _require_arguments(model: Any, calibration: Any, samples: int | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidRequest(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
+    if not isinstance(calibration, Iterable):
+        raise InvalidRequest(f"calibration must be an iterable of model inputs, not {type(calibration).__name__}.")
+    if samples is not None and samples < 1:
+        raise InvalidRequest(f"samples={samples} leaves no calibration data: pass at least 1, or None for all.")
+
+
 def _positional_parameters(model: nn.Module) -> int:
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    parameters = forward_parameters(model)
+    if not parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 1 << 30
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: Any, copy: bool) -> Any:
+    """A tensor as float32 or integers on the CPU; ``copy`` where the iterable may fill the same memory again."""
     if not isinstance(value, Tensor):
         return value
-    value = value.detach().cpu()
-    return value.float() if value.is_floating_point() else value
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    return value.detach().to("cpu", dtype, copy=copy)
 
 
 def batch_size(batch: Batch) -> int:
@@ -90,8 +100,10 @@ def first_samples(batch: Batch, count: int) -> Batch:
     return tree_map(lambda v: v[:count] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
 
 
-def _require_finite(batch: Batch, number: int) -> None:
+def _require_usable(batch: Batch, number: int) -> None:
     for tensor in tensors_of(batch):
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise InvalidRequest(f"Calibration batch {number} contains a sparse or nested tensor: pass it dense.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InvalidRequest(
                 f"Calibration batch {number} contains NaN or infinite values. Remove or repair these inputs: "
@@ -129,6 +141,9 @@ def digest_model(model: nn.Module) -> str:
     """Identifies a model by its class and the names, shapes and values of its state."""
     hasher = hashlib.sha256(type(model).__qualname__.encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            hasher.update(f"{name}{tensor!r}".encode())
+            continue
         hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
             hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

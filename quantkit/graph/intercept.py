@@ -7,6 +7,7 @@ and exporting.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 @dataclass(frozen=True, order=True)
@@ -47,12 +48,18 @@ _ALIASES = {
     "itruediv": "div",
     "truediv": "div",
 }
+_TRANSPOSES = ("T", "mT", "H", "mH")
 
 
 def operation_name(func: Callable[..., Any]) -> str | None:
-    """The plain name of a torch call (``__iadd__``, ``add_`` and ``add`` are all "add"); None for attribute reads."""
+    """The plain name of a torch call (``__iadd__``, ``add_`` and ``add`` are all "add"); None for attribute reads,
+    but for those that compute (``x.T``).
+    """
     name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__", "__delete__", ""):
+    if name == "__get__":
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return attribute if attribute in _TRANSPOSES else None
+    if name in ("__set__", "__delete__", ""):
         return None
     plain = name.strip("_")
     return _ALIASES.get(plain, plain)
@@ -89,6 +96,8 @@ def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
     calls = _Calls(handler)
     hooks = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks, and its calls are not seen anyway
 
         def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
             calls.scopes.append(name)
@@ -125,11 +134,28 @@ def map_tensors(value: Any, key: OpKey, change: Callable[[OpKey, Tensor], Tensor
 INPUT = OpKey("", "input")
 
 
+def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of the model's forward, in order; none where Python cannot tell (scripted models)."""
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except ValueError:
+        return []
+
+
 def change_inputs(
-    args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]
+    model: nn.Module, args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Apply ``change`` to every floating-point model input; keys are ``input``, ``input[1]``, ... in call order."""
-    return map_tensors((tuple(args), dict(kwargs)), INPUT, change)
+    """Apply ``change`` to copies of every floating-point model input; keys are ``input``, ``input[1]``, ... in the
+    order of the forward's parameters.
+    """
+    order = {parameter.name: i for i, parameter in enumerate(forward_parameters(model))}
+    ordered = dict(sorted(kwargs.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+    return map_tensors(own_inputs(args, ordered), INPUT, change)
+
+
+def own_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of a model's inputs: one that works in place must not change the caller's data."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -17,11 +17,12 @@ QUANTIZABLE: dict[type[nn.Module], str] = {
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """The kind of a module that owns a weight to quantize, e.g. "conv2d"; None for all others."""
-    for kind, name in QUANTIZABLE.items():
-        if isinstance(module, kind):
-            return name
-    return None
+    """The kind of a module that owns a weight to quantize, e.g. "conv2d"; None for all others, also where the weight
+    is complex, computed from other tensors or handed in.
+    """
+    kind = next((name for known, name in QUANTIZABLE.items() if isinstance(module, known)), None)
+    weight = module._parameters.get("weight") if kind is not None else None
+    return kind if weight is not None and weight.is_floating_point() else None
 
 
 def weight_of(model: nn.Module, layer: str) -> nn.Parameter:

@@ -20,9 +20,9 @@ from quantkit.graph.trace import Op, Trace
 from quantkit.targets import Target
 
 _MOVES = frozenset(
-    "reshape view flatten squeeze unsqueeze permute transpose movedim contiguous clone detach getitem narrow chunk "
-    "split unbind expand max_pool1d max_pool2d max_pool3d dropout alpha_dropout feature_dropout pixel_shuffle "
-    "channel_shuffle".split()
+    "reshape reshape_as view view_as flatten unflatten squeeze unsqueeze permute transpose t T mT swapaxes movedim "
+    "contiguous clone detach getitem select narrow chunk split unbind expand expand_as max_pool1d max_pool2d "
+    "max_pool3d pixel_shuffle channel_shuffle".split()
 )
 
 
@@ -55,6 +55,11 @@ def _root(trace: Trace, value: int) -> int:
     return value
 
 
+def can_hold_site(trace: Trace, value: int) -> bool:
+    """True when the value, or the one it was moved from, is made at a place that running the model again will find."""
+    return _root(trace, value) in trace.producer
+
+
 def _fused(trace: Trace, value: int, activations: Iterable[str]) -> int:
     """The value after the activation a runtime fuses into the operation that made ``value`` (or ``value`` itself)."""
     readers = trace.consumers.get(value, ())
@@ -76,9 +81,6 @@ class _Placement:
     needs: dict[int, set[int]] = field(default_factory=dict)
     readers: dict[int, list[str]] = field(default_factory=dict)
 
-    def can_hold(self, value: int) -> bool:
-        return _root(self.trace, value) in self.trace.producer
-
     def add(self, value: int, reader: str | None = None) -> None:
         root = _root(self.trace, value)
         self.needs.setdefault(root, set()).add(value)
@@ -87,37 +89,33 @@ class _Placement:
             readers.append(reader)
 
 
-def _operands(trace: Trace, op: Op) -> list[int]:
-    return [v for v in op.inputs if v in trace.producer]
-
-
 def _place_integer_op(placement: _Placement, op: Op, target: Target) -> None:
     """Give an element-wise operation sites when all its operands are activations of one shape and one already has a
     site.
     """
-    trace, operands = placement.trace, _operands(placement.trace, op)
-    same_shape = len({trace.shape[v] for v in operands}) == 1
-    if len(operands) != len(op.inputs) or len(operands) < 2 or not same_shape or len(op.outputs) != 1:
+    trace = placement.trace
+    if len(op.inputs) < 2 or len(op.outputs) != 1 or any(a != 1 for a in op.arguments):  # alpha is a multiplication
         return
-    if not any(_root(trace, v) in placement.needs for v in operands):
+    if not all(v in trace.varying and v in trace.producer and can_hold_site(trace, v) for v in op.inputs):
         return
-    for value in (*operands, _fused(trace, op.outputs[0], target.fused_activations)):
+    if len({trace.shape[v] for v in op.inputs}) != 1 or not any(_root(trace, v) in placement.needs for v in op.inputs):
+        return
+    for value in (*op.inputs, _fused(trace, op.outputs[0], target.fused_activations)):
         placement.add(value)
 
 
-def _names(model: nn.Module, places: Iterable[OpKey]) -> dict[OpKey, str]:
-    """A leaf module's only call is named as the module, everything else by its key; inputs are ``input``,
-    ``input.1``.
+def _names(model: nn.Module, trace: Trace, places: Iterable[OpKey]) -> dict[OpKey, str]:
+    """Inputs are ``input``, ``input.1``; what a leaf module makes last, in its first call, is named as the module;
+    everything else is named by its key.
     """
     leaves = {name for name, module in model.named_modules() if name and not any(True for _ in module.children())}
-    names = {}
+    inputs = [key for key in trace.producer.values() if key.scope == "" and key.op == INPUT.op]
+    names = {key: f"input.{key.output}" if key.output else "input" for key in inputs}
+    taken = set(names.values())
+    last = {key.scope: key.op for key in trace.producer.values()}
     for place in places:
-        if place.scope in leaves and place.index == place.output == 0:
-            names[place] = place.scope
-        elif place.scope == "" and place.op == INPUT.op:
-            names[place] = f"input.{place.output}" if place.output else "input"
-        else:
-            names[place] = str(place)
+        named = place.scope in leaves - taken and place == OpKey(place.scope, last[place.scope])
+        names.setdefault(place, place.scope if named else str(place))
     return names
 
 
@@ -126,8 +124,6 @@ def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable
     placement = _Placement(trace)
     for name in layers:
         for call in trace.calls[name]:
-            if not placement.can_hold(call.input):
-                continue
             placement.add(call.input, name)
             if trace.kinds[name] in target.output_coded:
                 placement.add(_fused(trace, call.output, target.fused_activations))
@@ -136,7 +132,7 @@ def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable
             _place_integer_op(placement, op, target)
     order = {value: i for i, value in enumerate(trace.producer)}
     roots = sorted(placement.needs, key=order.__getitem__)
-    names = _names(model, [trace.producer[r] for r in roots])
+    names = _names(model, trace, [trace.producer[r] for r in roots])
     return tuple(
         Site(
             name=names[trace.producer[root]],

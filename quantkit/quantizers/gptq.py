@@ -57,24 +57,34 @@ def gptq_codes(
     """Codes of ``weight`` (..., groups, O, K), as floats, rounded along K by GPTQ, and the loss of each row (...,
     groups, O).
 
-    ``scale`` and ``zero_point`` broadcast to the weight; leading dimensions try several of them at once. The loss is
-    e H e^T of the rounding error e under the damped Hessian: the sum of the squared scaled errors, column by column.
+    ``scale`` and ``zero_point`` are (..., groups, O, scales), each for K / scales inputs in a row; leading dimensions
+    try several of them at once. The loss is e H e^T of the rounding error e under the damped Hessian: the sum of the
+    squared scaled errors, column by column.
     """
     upper, size = factor.upper, weight.shape[-1]
     scale, zero_point = torch.broadcast_tensors(scale, zero_point)
-    shape = torch.broadcast_shapes(weight.shape, scale.shape)
-    left = torch.where(factor.dead.unsqueeze(-2), torch.zeros_like(weight), weight).expand(shape).clone()
-    scale, zero_point = scale.expand(shape), zero_point.expand(shape)
-    codes, loss = torch.empty_like(left), left.new_zeros(shape[:-1])
+    rows = torch.broadcast_shapes(weight.shape[:-1], scale.shape[:-1])
+    weight = torch.where(factor.dead.unsqueeze(-2), torch.zeros_like(weight), weight)
+    left, scale, zero_point = (_columns(x, rows) for x in (weight, scale, zero_point))
+    codes, loss = torch.empty_like(left), left.new_zeros(left.shape[0], left.shape[2])
+    share = size // scale.shape[1]
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
-        errors = torch.empty_like(left[..., start:stop])
+        errors = torch.empty_like(left[:, start:stop])
         for j in range(start, stop):
-            s, z, column = scale[..., j], zero_point[..., j], left[..., j]
-            codes[..., j] = quantize(column, s, z, low, high)
-            error = (column - dequantize(codes[..., j], s, z)) / upper[:, j, j].unsqueeze(-1)
-            errors[..., j - start] = error
-            left[..., j:stop] -= error.unsqueeze(-1) * upper[:, j, j:stop].unsqueeze(-2)
-            loss += error.square()
-        left[..., stop:] -= errors @ upper[:, start:stop, stop:]
-    return codes, loss
+            s, z = scale[:, j // share], zero_point[:, j // share]
+            moved = upper[:, start:j, j].unsqueeze(1) @ errors[:, : j - start]  # by the columns before, in this block
+            column = left[:, j] - moved.squeeze(1)
+            codes[:, j] = quantize(column, s, z, low, high)
+            errors[:, j - start] = (column - dequantize(codes[:, j], s, z)) / upper[:, j, j].unsqueeze(-1)
+        loss += errors.square().sum(1)
+        left[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
+    shape = (*rows[:-2], rows[-1])
+    return codes.unflatten(2, shape).movedim((0, 1), (-3, -1)), loss.unflatten(1, shape).movedim(0, -2)
+
+
+def _columns(x: Tensor, rows: torch.Size) -> Tensor:
+    """``x`` (..., groups, O, K) with its rows expanded to ``rows``, as (groups, K, all rows): a column in one piece
+    of memory.
+    """
+    return x.expand(*rows, x.shape[-1]).movedim((-3, -1), (0, 1)).flatten(2).contiguous()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.graph.layers import bias_of, groups_of, weight_of
 from quantkit.graph.trace import Trace
+from quantkit.kernels.reference import QuantizedWeight, quantize
 from quantkit.progress import track
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import layer_hessians
 from quantkit.quantizers.weights import quantize_weight, rounding_note
+
+LARGEST_BIAS = 1 << 30  # leaves half of an INT32 accumulator to the products
 
 
 def round_in_sequence(
@@ -39,12 +44,26 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
     """Put biases on the grid an integer kernel adds them on: multiples of input scale x weight scale, in 32 bits.
 
     ``inputs`` are the sites each layer reads; a layer reading several has no single grid and keeps its bias, whose
-    rounding is then left to the runtime.
+    rounding is then left to the runtime. Channels whose weights are so small that the bias does not fit, as a vanished
+    BatchNorm gain leaves them, get a coarser weight scale.
     """
-    for name, weight in simulated.weights.items():
+    for name, weight in list(simulated.weights.items()):
         bias = bias_of(simulated.model, name)
         if bias is None or len(inputs[name]) != 1 or weight.scale.shape[1] != 1:
             continue
-        step = simulated.ranges[inputs[name][0]].scale * weight.scale.squeeze(1)
+        input_scale = simulated.ranges[inputs[name][0]].scale
         with torch.no_grad():
+            least = bias.abs().unsqueeze(1) / LARGEST_BIAS / input_scale
+            if (weight.scale.abs() < least).any():
+                weight = _coarser(weight, least)
+                simulated.set_weight(name, weight)
+            step = input_scale * weight.scale.squeeze(1)
             bias.copy_(torch.round(bias / step) * step)
+
+
+def _coarser(weight: QuantizedWeight, least: Tensor) -> QuantizedWeight:
+    """``weight`` with scales (O, 1) of at least ``least``, its codes rounded again where that changes them."""
+    scale = torch.where(weight.scale < 0, -1.0, 1.0) * torch.maximum(weight.scale.abs(), least)
+    zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
+    codes = quantize(weight.dequantize().flatten(1), scale, zero, *weight.format.code_range)
+    return replace(weight, codes=codes.reshape(weight.codes.shape).to(torch.int8), scale=scale)

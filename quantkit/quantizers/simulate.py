@@ -43,14 +43,22 @@ def run_with(
             before(key, call_args, call_kwargs)
         result = func(*call_args, **call_kwargs)
         changed = map_tensors(result, key, change)
-        in_place = changed is not result and any(result is a for a in call_args)
-        if in_place and not result.requires_grad:
-            return result.copy_(changed)  # other holders of this tensor must see its codes too
+        if changed is not result and any(result is a for a in (*call_args, *call_kwargs.values())):
+            return _put_in_place(result, lambda x: map_tensors(x, key, change), changed)
         return changed
 
-    args, kwargs = change_inputs(args, kwargs, change)
+    args, kwargs = change_inputs(model, args, kwargs, change)
     with intercept(model, handle):
         return model(*args, **kwargs)
+
+
+def _put_in_place(result: Tensor, change: Callable[[Tensor], Tensor], changed: Tensor) -> Tensor:
+    """Write the changed values of an in-place operation back: other holders of this tensor must see its codes too."""
+    if not result.requires_grad:
+        return result.copy_(changed)
+    changed = change(result.clone())  # its gradient is asked of the values before they are overwritten
+    result.data.copy_(changed.detach())
+    return changed
 
 
 class SimulatedModel(nn.Module):
@@ -93,4 +101,6 @@ class SimulatedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):
+                raise  # how Python copies or pickles the wrapped module is not how this one is
             return getattr(super().__getattr__("model"), name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.errors import InvalidRequest
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.sites import Site
@@ -24,10 +25,18 @@ HESSIAN_BYTES = 1 << 30
 def site_histograms(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], progress: bool = True
 ) -> dict[str, Histogram]:
-    """A histogram of every site's values over ``batches`` of (args, kwargs): one pass for extremes, one to count."""
+    """A histogram of every site's values over ``batches`` of (args, kwargs): one pass for extremes, one to count.
+
+    Raises InvalidRequest where a site's values are not finite: no integer range covers them.
+    """
     extremes = {site.name: Extremes() for site in sites}
 
     def widen(site: Site, x: Tensor) -> Tensor:
+        if not torch.isfinite(x).all():
+            raise InvalidRequest(
+                f"The model computes NaN or infinite values at {site.name} on the calibration inputs, where integer "
+                "codes are asked for. Repair the model or the inputs, or keep the layers around it float by a rule."
+            )
         extremes[site.name] = extremes[site.name].seen(x)
         return x
 

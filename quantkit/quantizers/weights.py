@@ -16,7 +16,7 @@ from quantkit.quantizers.weight_ranges import mse_range
 
 ROUNDINGS = ("auto", "nearest", "gptq")
 STRETCH = torch.linspace(0.8, 1.6, 17)
-_ELEMENTS_AT_ONCE = 1 << 24
+_ELEMENTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _gptq(rows: Tensor, format: WeightFormat, hessian: Tensor, factor: InverseFa
     best_codes, best_scale = [], []
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
         scales = base * stretch
-        codes, loss = gptq_codes(some, factor, _spread(scales, some), _spread(offset, some), *format.code_range)
+        codes, loss = gptq_codes(some, factor, scales, offset, *format.code_range)
         best = loss.argmin(0)[None, ..., None]
         best_codes.append(codes.gather(0, best.expand(1, *codes.shape[1:]))[0])
         best_scale.append(scales.gather(0, best.expand(1, *scales.shape[1:]))[0])

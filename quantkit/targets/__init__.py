@@ -38,7 +38,9 @@ class Target:
             return name
         if name not in target_names():
             known = target_names()
-            raise InvalidRequest(f"Unknown target {name!r}; known: {', '.join(known)}.{did_you_mean(name, known)}")
+            raise InvalidRequest(
+                f"Unknown target {name!r}; known: {', '.join(known)}.{did_you_mean(str(name), known)}"
+            )
         data = yaml.safe_load((resources.files(__package__) / f"{name}.yaml").read_text())
         values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}

@@ -9,7 +9,8 @@ from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import Scheme, check_group
 from quantkit.targets import Target
 
-Rules = Mapping[str, str | Sequence[str]] | Sequence[tuple[str, str | Sequence[str]]]
+Wanted = str | Scheme | Sequence[str | Scheme]
+Rules = Mapping[str, Wanted] | Sequence[tuple[str, Wanted]]
 
 
 def parse_schemes(schemes: Iterable[str | Scheme] | None, target: Target) -> tuple[Scheme, ...]:
@@ -17,6 +18,8 @@ def parse_schemes(schemes: Iterable[str | Scheme] | None, target: Target) -> tup
     candidate the target cannot run and why."""
     if isinstance(schemes, str):
         schemes = schemes.replace(",", " ").split()
+    elif schemes is not None and not isinstance(schemes, Iterable):
+        raise InvalidRequest(f"schemes is a list such as ['w4a8', 'w8a8'], not {schemes!r}.")
     parsed = tuple(dict.fromkeys(Scheme.parse(s) for s in (target.default_schemes if schemes is None else schemes)))
     if not parsed:
         raise InvalidRequest("schemes is empty: name at least one candidate, such as 'w8a8'.")
@@ -45,7 +48,7 @@ def candidate_schemes(
                 f"The rule {pattern!r} matches no layer.{did_you_mean(pattern.strip('*'), list(layers))} "
                 f"Layers: {', '.join(list(layers)[:8])}{', ...' if len(layers) > 8 else ''}."
             )
-        wanted = parse_schemes([value] if isinstance(value, str) else value, target)
+        wanted = parse_schemes([value] if isinstance(value, str | Scheme) else value, target)
         allowed.update(dict.fromkeys(matched, wanted))
     for name, wanted in allowed.items():
         for scheme in wanted:
@@ -54,11 +57,14 @@ def candidate_schemes(
     return allowed
 
 
-def _pairs(rules: Rules | None) -> list[tuple[str, str | Sequence[str]]]:
+def _pairs(rules: Rules | None) -> list[tuple[str, Wanted]]:
     if rules is None:
         return []
+    if isinstance(rules, str) or not isinstance(rules, Mapping | Sequence):
+        raise InvalidRequest(f"rules are pairs (pattern, scheme or schemes) or a table of them, not {rules!r}.")
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     for rule in pairs:
-        if not isinstance(rule, tuple | list) or len(rule) != 2 or not isinstance(rule[0], str):
+        readable = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)
+        if not readable or not isinstance(rule[1], str | Scheme | Sequence):
             raise InvalidRequest(f"A rule is a pair (pattern, scheme or schemes), not {rule!r}.")
     return [(pattern, wanted) for pattern, wanted in pairs]

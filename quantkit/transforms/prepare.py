@@ -4,22 +4,23 @@ untouched.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, first_samples
 from quantkit.graph.layers import layer_kind, weight_of
-from quantkit.graph.sites import Site, place_sites
+from quantkit.graph.sites import Site, can_hold_site, place_sites
 from quantkit.graph.trace import Trace, trace
 from quantkit.plan import Layer
 from quantkit.progress import notice
 from quantkit.targets import Target
 from quantkit.transforms.fold_bn import fold, foldable_pairs
+from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
 SITE_BYTES = 5  # a float32 scale and a uint8 zero point
 TRACE_SAMPLES = 2
@@ -52,22 +53,23 @@ def prepare(
 ) -> Prepared:
     """Check and prepare ``model``; layers named in ``keep_float`` are not quantized.
 
-    Raises InvalidRequest for NaN or infinite weights, a batch the model rejects, or a model without a quantizable
-    layer.
+    Raises InvalidRequest for NaN or infinite weights, parameters without values, compiled code, a batch the model
+    rejects, or a model without a quantizable layer.
     """
-    element_bytes = {name: p.element_size() for name, p in model.named_parameters()}
+    _require_plain_model(model)
+    element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
     float_bytes = sum(t.numel() * t.element_size() for t in _stored(model))
     own = _own_copy(model, inplace)
     _require_finite_weights(own)
-    example = first_samples(batches[0], TRACE_SAMPLES)
-    folds = foldable_pairs(own, trace(own, example))
+    example, found = _first_trace(own, batches[0])
+    folds = foldable_pairs(own, found)
     fold(own, folds)
     found = trace(own, example)
     layers = _layers(own, found, target, set(keep_float), element_bytes)
     names = [name for name, layer in layers.items() if not layer.reason]
     if not names:
-        reasons = "; ".join(f"{n}: {layer.reason}" for n, layer in layers.items()) or "it has none of the known layers"
-        raise InvalidRequest(f"The model has no layer to quantize ({reasons}).")
+        reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
+        raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
     sites = place_sites(own, found, target, names)
     layers = _with_inputs(layers, sites)
     stored = sum(t.numel() * t.element_size() for t in _stored(own))
@@ -76,13 +78,29 @@ def prepare(
     return Prepared(own, found, tuple(folds), layers, sites, other, float_bytes)
 
 
+def _require_plain_model(model: nn.Module) -> None:
+    compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
+    if compiled or isinstance(model, torch.jit.ScriptModule):
+        raise InvalidRequest(
+            f"The model went through {'torch.compile' if compiled else 'torch.jit'}, which hides its layers. "
+            "Pass the model as it was before; the result can be compiled."
+        )
+    without = [name for name, p in model.named_parameters() if is_lazy(p) or p.is_meta]
+    if without:
+        raise InvalidRequest(
+            f"These parameters have no values yet: {', '.join(without[:5])}. Run the model on a batch once (lazy "
+            "layers) or load its weights (meta device) first."
+        )
+
+
 def _own_copy(model: nn.Module, inplace: bool) -> nn.Module:
-    own = model if inplace else copy.deepcopy(model)
+    own = model if inplace else _copied(model)
     if own.training:
         notice("the model is in training mode: quantizing a copy in eval mode")
     if any(p.device.type != "cpu" for p in own.parameters()):
         notice("the model is not on the CPU: measuring and quantizing a copy there")
     own = own.cpu().float().eval()
+    make_weights_plain(own)
     first: dict[int, str] = {}
     for name, module in own.named_modules():
         if layer_kind(module) is None:
@@ -95,6 +113,27 @@ def _own_copy(model: nn.Module, inplace: bool) -> nn.Module:
     return own
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy_with_computed_tensors(model)
+    except Exception as error:  # whatever the user's classes raise
+        raise InvalidRequest(
+            f"The model cannot be copied: {type(error).__name__}: {str(error).rstrip(' .')}. "
+            "Remove what copy.deepcopy cannot copy, or pass inplace=True."
+        ) from error
+
+
+def _first_trace(model: nn.Module, batch: Batch) -> tuple[Batch, Trace]:
+    """A trace on a few samples of the batch, or on all of it where the model does not take fewer (as where rows
+    refer to each other), and the inputs used.
+    """
+    example = first_samples(batch, TRACE_SAMPLES)
+    try:
+        return example, trace(model, example)
+    except InvalidRequest:
+        return batch, trace(model, batch)
+
+
 def _stored(model: nn.Module) -> list[torch.Tensor]:
     """The tensors a deployed model must store: parameters and buffers, without BatchNorm's training counters."""
     buffers = [b for name, b in model.named_buffers() if not name.endswith("num_batches_tracked")]
@@ -102,7 +141,8 @@ def _stored(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _require_finite_weights(model: nn.Module) -> None:
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    statistics = [(name, b) for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    bad = [name for name, p in (*model.named_parameters(), *statistics) if not torch.isfinite(p).all()]
     if bad:
         raise InvalidRequest(
             f"These weights contain NaN or infinite values: {', '.join(bad[:5])}. Repair the checkpoint."
@@ -134,10 +174,19 @@ def _reason_to_stay_float(name: str, found: Trace, target: Target, keep_float: C
         return "kept float by a rule"
     if found.kinds[name] not in target.layers:
         return f"{found.kinds[name]} is not supported by target {target.name} yet"
-    if name not in found.calls:
+    calls = found.calls.get(name, ())
+    own = {call.key for call in calls}
+    if others := [op.key for op in found.consumers.get(found.stored[f"{name}.weight"], ()) if op.key not in own]:
+        return f"its weight is read by {others[0]}, not only by its own calls"
+    if not calls:
         return "its weight takes part in no call of the traced run"
-    if any(call.input not in found.producer for call in found.calls[name]):
+    read = [call.input for call in calls]
+    if any(v in found.stored.values() for v in read) or all(
+        v in found.makers and v not in found.varying for v in read
+    ):
         return "it reads a constant, not an activation"
+    if not all(can_hold_site(found, v) for v in read):
+        return "it reads a tensor that no traced call made (scripted code, or writing through a view)"
     return ""
 
 

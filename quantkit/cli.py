@@ -1,0 +1,137 @@
+"""The command line: one verb per question. Errors are one paragraph on stderr; see ``main`` for the exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from quantkit.errors import QuantkitError
+from quantkit.version import VERSION
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 done, 1 bad request, 2 budget infeasible, 3 parity or accuracy not met, 130
+    interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    _show_notices(options.quiet)
+    try:
+        options.command(options)
+    except QuantkitError as error:
+        if options.debug:
+            raise
+        print(f"quantkit: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("quantkit: interrupted; no file was left half-written, finished stages are reused.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _show_notices(quiet: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("quantkit: %(message)s"))
+    logger = logging.getLogger("quantkit")
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quantkit", description="Mixed-precision post-training quantization.")
+    parser.add_argument("--version", action="version", version=f"quantkit {VERSION}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show where an error was raised")
+    common.add_argument("--quiet", action="store_true", help="no progress, only warnings")
+
+    def verb(name: str, command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text, parents=[common])
+        made.set_defaults(command=command)
+        return made
+
+    for name, command, text in (
+        ("run", _run, "do it all: profile, allocate, quantize, export, compare"),
+        ("plan", _plan, "say what a recipe would do, how long and with how much memory; changes nothing"),
+        ("profile", _profile, "measure which layers are sensitive"),
+    ):
+        made = verb(name, command, text)
+        made.add_argument("recipe", type=Path)
+        made.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. budget='3 bits'"
+        )
+        if name == "profile":
+            made.add_argument("--out", type=Path, help="where to write (default: profile.safetensors in the output)")
+    allocating = verb("allocate", _allocate, "choose bits for a budget from a profile")
+    allocating.add_argument("profile", type=Path)
+    allocating.add_argument("--budget", required=True, help="such as '4 bits' or '300 KB'")
+    allocating.add_argument("--solver", default="auto")
+    allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
+    allocating.add_argument("--out", type=Path, default=Path("plan.json"), help="where to write (default: plan.json)")
+    exporting = verb("export", _export, "write the ONNX file of a saved result")
+    exporting.add_argument("folder", type=Path)
+    exporting.add_argument("--out", type=Path, help="where to write (default: model.onnx in the folder)")
+    verb("list", _list, "name formats, targets, estimators, solvers and recipes")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from quantkit.recipe.read import read_recipe
+    from quantkit.recipe.run import run_recipe
+    from quantkit.report.summary import summary
+
+    recipe = read_recipe(options.recipe, options.set)
+    result, measured = run_recipe(recipe, progress=not options.quiet)
+    print(summary(result.plan, measured))
+    print(f"\nleft in {recipe.output}: model.onnx, plan.json, weights.safetensors, recipe.yaml")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from quantkit.recipe.forecast import forecast_of
+    from quantkit.recipe.read import read_recipe
+
+    print(forecast_of(read_recipe(options.recipe, options.set)))
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from quantkit.recipe.read import read_recipe
+    from quantkit.recipe.run import profile_recipe
+
+    recipe = read_recipe(options.recipe, options.set)
+    measured, path = profile_recipe(recipe, options.out, progress=not options.quiet)
+    print(f"{len(measured.entries)} formats of {len(measured.candidates)} layers and {len(measured.sites)} sites")
+    print(f"digest {measured.digest()}, written to {path}")
+
+
+def _allocate(options: argparse.Namespace) -> None:
+    from quantkit.allocation.allocate import allocate
+    from quantkit.plan import Profile
+
+    plan = allocate(Profile.load(options.profile), options.budget, solver=options.solver, schemes=options.schemes)
+    plan.save(options.out)
+    print(plan)
+    print(f"written to {options.out}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from quantkit.recipe.run import ONNX_FILE, load
+
+    report = load(options.folder).export_onnx(options.out or options.folder / ONNX_FILE)
+    print(f"{report.path}: {report.file_bytes:,} bytes, {report.weight_bytes:,} of them the layers' weights")
+    for found in report.parity:
+        how = "integer kernels" if found.optimized else "as spelled"
+        print(f"{found.output}, {how}: {found.relative_error:.2%} from the simulated model")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from quantkit.recipe.inventory import inventory
+
+    print(inventory())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

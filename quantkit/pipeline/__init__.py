@@ -1,0 +1,1 @@
+"""profile -> allocate -> apply -> compare: the only place that knows the order of the stages."""

@@ -1,0 +1,171 @@
+"""The last stage: quantize a model by a plan, and measure what that did to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
+from quantkit.formats import ActivationFormat, Scheme, check_group
+from quantkit.graph.batches import Batch
+from quantkit.kernels.packing import packed_weight_bytes
+from quantkit.kernels.reference import SiteRange
+from quantkit.pipeline.request import DEFAULT_TARGET, calibration_batches, choose
+from quantkit.pipeline.result import Result
+from quantkit.plan import Plan, average_bits
+from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.sequence import round_biases, round_in_sequence
+from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.statistics import site_histograms
+from quantkit.quantizers.weights import ROUNDINGS
+from quantkit.sensitivity.measure import LOSSES, Subject, damage_for
+from quantkit.targets import Target
+from quantkit.transforms.prepare import Prepared, prepare
+
+Evaluate = Callable[[nn.Module], float]
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan | Mapping[str, str | Scheme],
+    calibration: Any,
+    *,
+    samples: int | None = None,
+    target: str | Target = DEFAULT_TARGET,
+    rounding: str = "auto",
+    ranges: str = "mse",
+    loss: str = "auto",
+    evaluate: Evaluate | None = None,
+    progress: bool = True,
+    inplace: bool = False,
+) -> Result:
+    """Quantize ``model`` by ``plan`` (a Plan, or a mapping layer name -> scheme; layers not named stay float).
+
+    Layers are rounded one after the other, each on the inputs it gets from the network quantized so far. ``evaluate``
+    (model -> float, higher is better) is reported for the float and for the quantized model; it must not use the
+    calibration data. Raises InvalidRequest for a plan that does not fit the model or the target.
+    """
+    goal, decided = Target.load(target), Plan.of(plan)
+    choose("rounding", rounding, ROUNDINGS)
+    choose("ranges", ranges, RANGES)
+    choose("loss", loss, ("auto", *LOSSES))
+    _check_schemes(model, decided, goal)
+    batches = calibration_batches(model, calibration, samples)
+    ready = _prepared_for(model, decided, batches, goal, inplace)
+    formats = _site_formats(decided, ready)
+    metrics = {} if evaluate is None else {"float": float(evaluate(ready.model))}
+    reference = list(Subject(ready.model, batches, {}).outputs())
+    simulated = SimulatedModel(ready.model, ready.sites, {}, _site_ranges(ready, formats, ranges, batches, progress))
+    weights = {n: s.weight for n in ready.quantizable if (s := decided.schemes[n]).weight is not None}
+    round_in_sequence(simulated, ready.trace, weights, batches, rounding, progress)
+    round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
+    final = _recounted(decided, simulated, ready, formats)
+    metrics |= compare_outputs(simulated, batches, reference, loss)
+    if evaluate is not None:
+        metrics["quantized"] = float(evaluate(simulated))
+    return Result(simulated, final, ready.folds, batches, metrics=metrics)
+
+
+def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:
+    known = [name for name, _ in model.named_modules() if name]
+    for name, scheme in plan.schemes.items():
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise InvalidRequest(f"The plan names layer {name!r}, which the model does not have.{hint}")
+        if reason := target.refusal(scheme):
+            raise InvalidRequest(f"The plan gives layer {name!r} {scheme}: {reason}.")
+    if all(scheme.is_float for scheme in plan.schemes.values()):
+        raise InvalidRequest("The plan quantizes no layer: every scheme in it is 'float'.")
+
+
+def _prepared_for(model: nn.Module, plan: Plan, batches: list[Batch], target: Target, inplace: bool) -> Prepared:
+    """The prepared model with the layers that the plan leaves float out of it, after checking that the plan fits."""
+    every = prepare(model, batches, target)
+    for name, scheme in plan.schemes.items():
+        if name not in every.layers:
+            hint = did_you_mean(name, list(every.layers))
+            raise InvalidRequest(f"{name!r} in the plan owns no weight to quantize.{hint}")
+        if not scheme.is_float and every.layers[name].reason:
+            raise InvalidRequest(f"The plan gives layer {name!r} {scheme}, but {every.layers[name].reason}.")
+        if scheme.weight is not None:
+            check_group(name, scheme.weight, every.layers[name].shape)
+    known = [site.name for site in every.sites]
+    for name in plan.sites:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise InvalidRequest(f"The plan names site {name!r}, which the model does not have.{hint}")
+    quantized = {name for name, scheme in plan.schemes.items() if not scheme.is_float}
+    return prepare(model, batches, target, [name for name in every.layers if name not in quantized], inplace)
+
+
+def _site_formats(plan: Plan, ready: Prepared) -> dict[str, ActivationFormat]:
+    """The format of each site: that of the layers reading it, else the plan's, else the widest the plan uses.
+
+    Raises InvalidRequest where the plan contradicts itself.
+    """
+    used = [s.activation for s in plan.schemes.values() if s.activation is not None]
+    widest = max(used, key=lambda a: a.bits)
+    formats = {}
+    for site in ready.sites:
+        asked = {c: a for c in site.consumers if (a := plan.schemes[c].activation) is not None}
+        if site.name in plan.sites:
+            asked[f"site {site.name}"] = _activation(site.name, plan.sites[site.name])
+        if len(set(asked.values())) > 1:
+            given = ", ".join(f"{name} {fmt}" for name, fmt in asked.items())
+            raise InvalidRequest(
+                f"The plan asks for several formats of one tensor, {site.name!r}: {given}. Give it one."
+            )
+        formats[site.name] = next(iter(asked.values()), widest)
+    return formats
+
+
+def _activation(site: str, text: str) -> ActivationFormat:
+    scheme = Scheme.parse(text)
+    if scheme.activation is None or scheme.weight is not None:
+        raise InvalidRequest(f"The plan gives site {site!r} {text!r}, which is no activation format such as 'a8'.")
+    return scheme.activation
+
+
+def _site_ranges(
+    ready: Prepared, formats: Mapping[str, ActivationFormat], ranges: str, batches: Sequence[Batch], progress: bool
+) -> dict[str, SiteRange]:
+    histograms = site_histograms(ready.model, ready.sites, batches, progress)
+    return {name: RANGES[ranges](histogram, formats[name].bits) for name, histogram in histograms.items()}
+
+
+def _recounted(
+    plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat]
+) -> Plan:
+    """The plan with sizes counted from what was packed; raises QuantkitError if they are not what it promised."""
+    packed = {name: packed_weight_bytes(weight) for name, weight in simulated.weights.items()}
+    size = sum(packed.get(name, layer.float_bytes) for name, layer in ready.layers.items())
+    if plan.size_bytes and size != plan.size_bytes:
+        raise QuantkitError(
+            f"The plan promised {plan.size_bytes:,} bytes of weights, {size:,} were packed. If the plan was edited by "
+            "hand, set its size_bytes to 0; otherwise please report this."
+        )
+    return replace(
+        plan,
+        schemes={name: plan.schemes.get(name, Scheme()) for name in ready.layers},
+        sites={name: str(fmt) for name, fmt in formats.items()},
+        size_bytes=size,
+        total_bytes=size + ready.other_bytes,
+        average_bits=average_bits(ready.layers, size),
+    )
+
+
+def compare_outputs(
+    model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], loss: str
+) -> dict[str, float]:
+    """Damage and agreement of the largest output with the float model's outputs ``reference`` on the calibration
+    inputs.
+    """
+    damage = damage_for(loss, reference[0])
+    after = list(Subject(model, batches, {}).outputs())
+    losses = torch.cat([damage.rows(a, b) for a, b in zip(reference, after, strict=True)])
+    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, after, strict=True)])
+    return {"calibration_damage": float(losses.mean()), "calibration_agreement": float(same.float().mean())}

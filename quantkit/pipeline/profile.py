@@ -1,0 +1,87 @@
+"""The first stage: what each format of each layer and site costs, alone and in pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.graph.batches import batch_size
+from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, make_ready
+from quantkit.plan import Profile, digest_of
+from quantkit.progress import notice
+from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity.inputs import mixed_pairs
+from quantkit.sensitivity.measure import Subject, damage_for
+from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
+from quantkit.store import require_writable
+from quantkit.targets import Target
+from quantkit.targets.rules import Rules
+
+
+def profile(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    schemes: Schemes | None = None,
+    samples: int | None = None,
+    loss: str = "auto",
+    target: str | Target = DEFAULT_TARGET,
+    rules: Rules | None = None,
+    sensitivity: str = "gram",
+    rounding: str = "auto",
+    ranges: str = "mse",
+    seed: int = 0,
+    progress: bool = True,
+    workdir: str | Path | None = None,
+) -> Profile:
+    """Measure what each format of each layer and site costs, alone and in pairs.
+
+    ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
+    it. ``schemes``: candidate schemes, default the target's. ``rules``: ordered (pattern, scheme or schemes), a later
+    one wins. ``loss``: "kl", "mse" or "auto". With ``workdir`` the profile is kept there under a key of everything it
+    depends on and reused when nothing changed. Raises InvalidRequest before any measuring when the request cannot be
+    carried out.
+    """
+    if workdir is not None:
+        require_writable(workdir)
+    request = make_ready(
+        model, calibration, schemes=schemes, samples=samples, loss=loss, target=target, rules=rules,
+        sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
+    )  # fmt: skip
+    return measure(request, progress, workdir)
+
+
+def measure(request: Request, progress: bool, workdir: str | Path | None) -> Profile:
+    """The profile of a request: the one kept in ``workdir``, or a new one, which is kept there."""
+    kept = None if workdir is None else Path(workdir) / f"profile-{digest_of(request.settings)}.safetensors"
+    if kept is not None and kept.exists():
+        notice(f"reusing the profile {kept}")
+        return Profile.load(kept)
+    measured = _measure(request, progress)
+    if kept is not None:
+        measured.save(kept)
+    return measured
+
+
+def _measure(request: Request, progress: bool) -> Profile:
+    ready, batches, settings = request.ready, request.batches, request.settings
+    perturbations, rounded = weight_perturbations(ready, request.candidates, batches, settings["rounding"], progress)
+    perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress)
+    inputs = mixed_pairs(batches, torch.Generator().manual_seed(settings["seed"]))
+    notice(
+        "measuring on pair-mixed calibration inputs" if inputs else "measuring on the calibration inputs as they are"
+    )
+    subject = Subject(ready.model, inputs or batches, {s.name: s for s in ready.sites}, settings["loss"])
+    damage = damage_for(subject.loss, next(subject.outputs()))
+    notice(f"damage is the {damage.name}")
+    scores = ESTIMATORS[settings["sensitivity"]](subject, perturbations, progress)
+    provenance = {
+        "inputs": "pair-mixed" if inputs else "plain",
+        "damage": damage.name,
+        "samples": sum(batch_size(b) for b in batches),
+        "rounded": rounded,
+    }
+    return request.profile([(p.owner, p.format) for p in perturbations], scores, provenance)

@@ -1,0 +1,137 @@
+"""A request checked and made ready: everything that can be known, or be wrong, before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Size, nn
+
+from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.formats import ActivationFormat, Scheme
+from quantkit.graph.batches import Batch, digest_batches, digest_model, read_batches, split_batches
+from quantkit.plan import Profile, SiteRecord
+from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.weights import ROUNDINGS
+from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity.measure import LOSSES, Scores
+from quantkit.targets import Target
+from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes
+from quantkit.transforms.prepare import Prepared, prepare
+from quantkit.version import VERSION
+
+BATCH = 128
+DEFAULT_TARGET = "onnxruntime-cpu"
+Schemes = Iterable[str | Scheme]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The prepared model, its inputs in batches, the candidates of every layer, and what else decides the result."""
+
+    ready: Prepared
+    batches: list[Batch]
+    candidates: dict[str, tuple[Scheme, ...]]
+    target: Target
+    settings: dict[str, Any]
+
+    @property
+    def site_formats(self) -> list[ActivationFormat]:
+        """The activation formats that some candidate uses."""
+        used = {s.activation for options in self.candidates.values() for s in options if s.activation is not None}
+        return sorted(used, key=str)
+
+    def entries(self) -> list[tuple[str, str]]:
+        """(owner, format) of everything a profile measures: weight formats layer by layer, then site formats."""
+        weights = [
+            (name, str(weight))
+            for name, options in self.candidates.items()
+            for weight in dict.fromkeys(s.weight for s in options if s.weight is not None)
+        ]
+        return weights + [(site.name, str(fmt)) for site in self.ready.sites for fmt in self.site_formats]
+
+    def profile(self, entries: Sequence[tuple[str, str]], scores: Scores, provenance: Mapping[str, Any]) -> Profile:
+        """The profile of this request with these scores; its settings are added to the provenance."""
+        ready = self.ready
+        return Profile(
+            layers=ready.layers,
+            sites={s.name: SiteRecord(s.name, Size(s.shape).numel(), s.consumers) for s in ready.sites},
+            schemes=tuple(self.settings["schemes"]),
+            entries=tuple(entries),
+            damage=scores.damage,
+            gram=np.diag(2 * scores.damage) if scores.gram is None else scores.gram,
+            other_bytes=ready.other_bytes,
+            float_bytes=ready.float_bytes,
+            target=self.target.name,
+            candidates={name: tuple(str(s) for s in options) for name, options in self.candidates.items()},
+            provenance=self.settings | dict(provenance),
+        )
+
+    def unmeasured(self) -> Profile:
+        """The profile with all damages zero: enough to tell which budgets can be met."""
+        entries = self.entries()
+        nothing = np.zeros(len(entries))
+        return self.profile(entries, Scores(nothing, nothing), {})
+
+
+def make_ready(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    schemes: Schemes | None = None,
+    samples: int | None = None,
+    loss: str = "auto",
+    target: str | Target = DEFAULT_TARGET,
+    rules: Rules | None = None,
+    sensitivity: str = "gram",
+    rounding: str = "auto",
+    ranges: str = "mse",
+    seed: int = 0,
+) -> Request:
+    """Check a request and prepare the model. Raises InvalidRequest, cheapest checks first."""
+    goal = Target.load(target)
+    choose("sensitivity", sensitivity, ESTIMATORS)
+    choose("rounding", rounding, ROUNDINGS)
+    choose("ranges", ranges, RANGES)
+    choose("loss", loss, ("auto", *LOSSES))
+    wanted = parse_schemes(schemes, goal)
+    batches = calibration_batches(model, calibration, samples)
+    settings = {
+        "schemes": [str(s) for s in wanted],
+        "rules": repr(rules),
+        "loss": loss,
+        "target": goal.name,
+        "sensitivity": sensitivity,
+        "rounding": rounding,
+        "ranges": ranges,
+        "seed": seed,
+        "model": digest_model(model),
+        "calibration": digest_batches(batches),
+        "quantkit": VERSION,
+    }
+    ready = prepare(model, batches, goal)
+    allowed = candidate_schemes({n: ready.layers[n].shape for n in ready.quantizable}, wanted, rules, goal)
+    always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
+    if always_float:
+        ready = prepare(model, batches, goal, always_float)
+    return Request(ready, batches, {name: allowed[name] for name in ready.quantizable}, goal, settings)
+
+
+def calibration_batches(model: nn.Module, calibration: Any, samples: int | None) -> list[Batch]:
+    """The calibration data, read once, in batches of at most ``BATCH`` samples."""
+    if calibration is None:
+        raise InvalidRequest(
+            "calibration is None, and quantizing without data is not supported yet. "
+            "Pass a few hundred typical inputs; labels are not needed."
+        )
+    if samples is not None and samples < 1:
+        raise InvalidRequest(f"samples={samples}: at least one calibration sample is needed.")
+    return split_batches(read_batches(model, calibration, samples), BATCH)
+
+
+def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> None:
+    """Raise InvalidRequest, with the known names, for a name that is none of them."""
+    if value not in (names := list(known)):
+        raise InvalidRequest(f"Unknown {name} {value!r}; known: {', '.join(names)}.{did_you_mean(str(value), names)}")

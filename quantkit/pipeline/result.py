@@ -1,0 +1,79 @@
+"""What quantizing gives back: a model that runs, the decision behind it, and the ways out to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from quantkit.errors import InvalidRequest
+from quantkit.graph.batches import Batch, as_batch
+from quantkit.plan import Plan, Profile
+from quantkit.quantizers.simulate import SimulatedModel
+
+if TYPE_CHECKING:
+    from quantkit.export.onnx_writer import ExportReport
+    from quantkit.export.parity import Tolerance
+
+
+@dataclass
+class Result:
+    """A quantized model, the plan it obeys and what was measured on it.
+
+    ``model`` runs like the original. ``metrics`` compares it with the float model: on the calibration inputs, and on
+    the user's own metric where ``evaluate`` was given. ``folds`` are the (layer, BatchNorm) pairs that were folded,
+    ``calibration`` the inputs it was made with (empty when it was loaded).
+    """
+
+    model: SimulatedModel
+    plan: Plan
+    folds: tuple[tuple[str, str], ...] = ()
+    calibration: Sequence[Batch] = ()
+    profile: Profile | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write plan.json and weights.safetensors into ``folder``; ``quantkit.load`` reads them back."""
+        from quantkit.export.save_load import save_result
+
+        return save_result(self.model, self.plan, self.folds, folder)
+
+    def export_onnx(
+        self, path: str | Path, *, example: Any = None, check: Sequence[Any] = (), tolerance: Tolerance | None = None
+    ) -> ExportReport:
+        """Write an ONNX file for onnxruntime and compare it there with ``model`` before the call returns.
+
+        ``example`` is one batch of model inputs (default: the first calibration batch), ``check`` the batches to
+        compare on (default: the example). Raises ParityError, and leaves no file, when they differ by more than
+        ``tolerance``; InvalidRequest when the model cannot be exported.
+        """
+        from quantkit.export.onnx_writer import export_onnx
+
+        batch = self.example() if example is None else as_batch(example)
+        options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
+        checked = [as_batch(item) for item in check]
+        return export_onnx(self.model, batch, path, check=checked, plan=self.plan, **options)
+
+    def example(self) -> Batch:
+        """The first calibration batch; raises InvalidRequest where the result was loaded without data."""
+        if not self.calibration:
+            raise InvalidRequest(
+                "A loaded result carries no calibration data: pass example=, one batch of model inputs, to export it."
+            )
+        return self.calibration[0]
+
+
+def export_onnx(result: Result, path: str | Path, **options: Any) -> ExportReport:
+    """``result.export_onnx(path, ...)``."""
+    return result.export_onnx(path, **options)
+
+
+def load_result(folder: str | Path, model: nn.Module) -> Result:
+    """The result saved in ``folder``, on a copy of ``model``, a float model of the same architecture."""
+    from quantkit.export.save_load import load_result
+
+    simulated, plan, folds = load_result(folder, model)
+    return Result(simulated, plan, folds)

@@ -1,0 +1,53 @@
+"""``quantkit plan``: what a recipe would do to which layer, whether its budget can be met, how long and how much
+memory.
+"""
+
+from __future__ import annotations
+
+from quantkit.allocation.allocate import allocate
+from quantkit.graph.batches import batch_size
+from quantkit.pipeline.forecast import forecast
+from quantkit.pipeline.request import Request, make_ready
+from quantkit.recipe.read import Recipe
+from quantkit.recipe.run import inputs_of, items_of
+
+
+def forecast_of(recipe: Recipe) -> str:
+    """The text that ``quantkit plan`` prints. Raises InfeasibleBudget when no plan can meet the recipe's budget."""
+    inputs = inputs_of(recipe)
+    settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver")}
+    request = make_ready(inputs.model, items_of(inputs.calibration), **settings)
+    allocate(request.unmeasured(), recipe.get("budget"))
+    cost = forecast(request)
+    samples = sum(batch_size(batch) for batch in request.batches)
+    return "\n".join(
+        [
+            *_layers(request),
+            f"{len(request.ready.sites)} activation sites",
+            _sizes(request),
+            f"the budget {recipe.get('budget')!r} can be met",
+            f"measuring: {cost.forwards} forwards of {samples} samples, about {cost.seconds:.0f} s with "
+            f"{cost.rounding_seconds:.0f} s of rounding",
+            f"memory: about {cost.peak_bytes / 1e6:,.0f} MB beyond one forward",
+        ]
+    )
+
+
+def _layers(request: Request) -> list[str]:
+    """A line per layer: kind, shape, and its candidates or why it stays float."""
+    width = max(len(name) for name in request.ready.layers)
+    return [
+        f"{name:<{width}}  {layer.kind:<8} {'x'.join(map(str, layer.shape)):<14} "
+        + (f"float: {layer.reason}" if layer.reason else ", ".join(map(str, request.candidates[name])))
+        for name, layer in request.ready.layers.items()
+    ]
+
+
+def _sizes(request: Request) -> str:
+    ready = request.ready
+    sizes = [
+        [layer.weight_bytes(scheme) for scheme in request.candidates.get(name, ())] or [layer.float_bytes]
+        for name, layer in ready.layers.items()
+    ]
+    least, most = (sum(pick(options) for options in sizes) + ready.other_bytes for pick in (min, max))
+    return f"size between {least:,} and {most:,} bytes; {ready.float_bytes:,} in float"

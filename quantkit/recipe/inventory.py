@@ -1,0 +1,35 @@
+"""``quantkit list``: the names one may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantkit.allocation.registry import SOLVERS
+from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.weights import ROUNDINGS
+from quantkit.recipe.sources import METRICS
+from quantkit.sensitivity import ESTIMATORS
+from quantkit.targets import Target, target_names
+
+
+def inventory(folder: Path = Path("recipes")) -> str:
+    """Formats of every target, and the names of estimators, solvers, roundings, ranges, metrics and recipes."""
+    lines = []
+    for name in target_names():
+        target = Target.load(name)
+        lines += [
+            f"target      {name}: {target.description}",
+            f"  schemes   {', '.join(target.default_schemes)}, float",
+        ]
+        lines += [f"  layers    {', '.join(target.layers)}"]
+    for title, names in (
+        ("sensitivity", ESTIMATORS),
+        ("solver", SOLVERS),
+        ("rounding", ROUNDINGS),
+        ("ranges", RANGES),
+        ("metric", METRICS),
+    ):
+        lines.append(f"{title:<11} {', '.join(names)}")
+    recipes = sorted(str(path) for path in folder.glob("*.yaml"))
+    lines.append(f"{'recipes':<11} {', '.join(recipes) or f'none in {folder}/'}")
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Carrying out a recipe: everything is read and checked first, then quantized, written, and measured in
+onnxruntime.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import nn
+
+from quantkit.budget import Budget
+from quantkit.errors import InvalidRequest
+from quantkit.pipeline.profile import profile
+from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.result import Result, load_result
+from quantkit.plan import Profile
+from quantkit.recipe.read import Recipe, read_recipe
+from quantkit.recipe.sources import Evaluate, Samples, evaluate_of, model_of, outputs_of, samples_of
+from quantkit.report.summary import Measured
+from quantkit.store import require_writable, write_atomically
+
+ONNX_FILE = "model.onnx"
+RECIPE_FILE = "recipe.yaml"
+PROFILE_FILE = "profile.safetensors"
+LATENCY_BATCH = 32
+CHECKED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, read and checked."""
+
+    model: nn.Module
+    calibration: Samples
+    evaluate: Evaluate | None
+    evaluation: Samples | None
+
+
+def inputs_of(recipe: Recipe) -> Inputs:
+    """The recipe's model and data; raises InvalidRequest, with the line, for what cannot be had."""
+    with recipe.blame("budget"):
+        Budget.parse(recipe.get("budget"))
+    model, calibration = model_of(recipe), samples_of(recipe, "calibration")
+    found = evaluate_of(recipe)
+    return Inputs(model, calibration, *(found or (None, None)))
+
+
+def items_of(samples: Samples) -> list[Any]:
+    """Samples as the calibration argument of ``quantize``."""
+    return [kwargs or args for args, kwargs in samples.batches]
+
+
+def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured]:
+    """Quantize by the recipe; leaves model.onnx, plan.json, weights.safetensors and the recipe in its output
+    folder.
+    """
+    folder = require_writable(recipe.output)
+    inputs = inputs_of(recipe)
+    result = quantize(
+        inputs.model,
+        calibration=items_of(inputs.calibration),
+        evaluate=inputs.evaluate,
+        progress=progress,
+        workdir=recipe.workdir,
+        **recipe.settings(),
+    )
+    result.save(folder)
+    record(recipe, folder)
+    return result, export_and_measure(result, inputs, folder / ONNX_FILE)
+
+
+def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> tuple[Profile, Path]:
+    """Only the profile of a recipe, written to ``path`` (default: profile.safetensors in its output folder)."""
+    path = path or recipe.output / PROFILE_FILE
+    require_writable(path.parent)
+    inputs = inputs_of(recipe)
+    settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver")}
+    measured = profile(
+        inputs.model, items_of(inputs.calibration), progress=progress, workdir=recipe.workdir, **settings
+    )
+    return measured, measured.save(path)
+
+
+def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
+    """Write the ONNX file, and measure size, speed and accuracy of it and of the float network in onnxruntime."""
+    from quantkit.export.latency import measure_latency_ratio
+    from quantkit.export.marks import mark_graph
+    from quantkit.export.onnx_model import OnnxModel
+    from quantkit.export.onnx_writer import export_float, export_onnx
+
+    example = result.example()
+    graph = mark_graph(result.model, example)
+    checked = result.calibration[:CHECKED_BATCHES]
+    report = export_onnx(result.model, example, path, check=checked, plan=result.plan, graph=graph)
+    metrics = dict(result.metrics)
+    if inputs.evaluate is not None:
+        metrics["onnx"] = float(inputs.evaluate(OnnxModel(path)))
+    if inputs.evaluation is not None:
+        metrics["agreement"] = agreement(result.model, OnnxModel(path), inputs.evaluation)
+    batch = inputs.calibration.first(LATENCY_BATCH)
+    with tempfile.TemporaryDirectory() as folder:
+        floating = export_float(result.model, example, Path(folder) / "float.onnx", graph=graph)
+        latency = measure_latency_ratio(floating, path, batch)
+        float_bytes = floating.stat().st_size
+    return Measured(float_bytes, report.file_bytes, latency.ratio, LATENCY_BATCH, metrics, report.minimum_runtime)
+
+
+def agreement(one: nn.Module, other: nn.Module, samples: Samples) -> float:
+    """Percent of samples on which two models have the same largest output."""
+    pairs = zip(outputs_of(one, samples), outputs_of(other, samples), strict=True)
+    same = np.concatenate([(a.argmax(-1) == b.argmax(-1)).numpy().reshape(-1) for a, b in pairs])
+    return float(100 * same.mean())
+
+
+def record(recipe: Recipe, folder: Path) -> Path:
+    """Keep the recipe beside its results, paths spelled out, so that ``load`` can build the model again."""
+    data = _absolute(recipe, recipe.data)
+    text = yaml.safe_dump(data, sort_keys=False)
+    return write_atomically(folder / RECIPE_FILE, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _absolute(recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's data with every path of an input absolute."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in ("weights", "npz"):
+            found[key] = str(recipe.resolved(value))
+        elif key in ("python", "preprocess") and value.partition(":")[0].endswith(".py"):
+            file, _, function = value.partition(":")
+            found[key] = f"{recipe.resolved(file)}:{function}"
+        elif key in ("model", "calibration", "evaluate"):
+            found[key] = _absolute(recipe, value)
+        else:
+            found[key] = value
+    return found
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> Result:
+    """The result saved in ``folder``, bit for bit.
+
+    ``model`` is a float model of the same architecture (its weights do not matter, it is copied); it is not needed
+    where a recipe made the folder, which then also gives the calibration data for ``export_onnx``. Raises
+    InvalidRequest where files are missing or do not belong to the model, CorruptFile where they are damaged.
+    """
+    if model is not None:
+        return load_result(folder, model)
+    if not (Path(folder) / RECIPE_FILE).exists():
+        raise InvalidRequest(
+            f"{str(folder)!r} was not made by a recipe, so it does not say how to build the model: pass model=, a "
+            "float model of the same architecture."
+        )
+    recipe = read_recipe(Path(folder) / RECIPE_FILE)
+    result = load_result(folder, model_of(recipe))
+    result.calibration = samples_of(recipe, "calibration").batches
+    return result

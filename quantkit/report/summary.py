@@ -1,0 +1,57 @@
+"""The table at the end of a run: float against quantized, in accuracy, bytes and time, and why each layer got its
+bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantkit.plan import Plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run measured. Bytes are those of the ONNX files; ``latency_ratio`` is quantized / float time of a run in
+    onnxruntime (one thread, a batch of ``latency_batch``); metrics are percent, None where the recipe evaluates
+    nothing.
+    """
+
+    float_bytes: int
+    quantized_bytes: int
+    latency_ratio: float
+    latency_batch: int
+    metrics: Mapping[str, float]
+    minimum_runtime: str
+
+
+ROWS = {
+    "float": "metric of the float model",
+    "quantized": "metric of the quantized model, simulated",
+    "onnx": "metric of the ONNX file in onnxruntime",
+    "agreement": "same largest output, simulated and onnxruntime (%)",
+    "calibration_damage": "damage on the calibration inputs",
+    "calibration_agreement": "same largest output as the float model, calibration inputs",
+}
+
+
+def summary(plan: Plan, measured: Measured) -> str:
+    """The table as text."""
+    saved = 1 - measured.quantized_bytes / measured.float_bytes
+    rows = [(label, f"{measured.metrics[key]:.6g}") for key, label in ROWS.items() if key in measured.metrics]
+    rows += [
+        ("ONNX file, float", f"{measured.float_bytes:,} bytes"),
+        ("ONNX file, quantized", f"{measured.quantized_bytes:,} bytes ({saved:.0%} smaller)"),
+        ("weights of the layers", f"{plan.size_bytes:,} bytes, {plan.average_bits:.3f} bits on average"),
+        (f"time in onnxruntime, batch {measured.latency_batch}", f"{measured.latency_ratio:.2f} of float"),
+        ("onnxruntime needed", f"{measured.minimum_runtime} or newer"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    table = [f"{label:<{width}}  {value}" for label, value in rows]
+    return "\n".join([*table, "", layer_table(plan)])
+
+
+def layer_table(plan: Plan) -> str:
+    """One line per layer: its scheme and the reason."""
+    width = max(len(name) for name in plan.schemes)
+    return "\n".join(f"{n:<{width}}  {s!s:<6}  {plan.why.get(n, '')}".rstrip() for n, s in plan.schemes.items())

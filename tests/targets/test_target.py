@@ -1,0 +1,84 @@
+"""What the onnxruntime target runs, against a list written by hand, and how it says no."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from quantkit.errors import InvalidRequest
+from quantkit.formats import Scheme
+from quantkit.targets import Target, target_names
+from tests.scheme_grammar import SCHEMES
+
+RUNS = {"float", "w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w7a8", "w8a8"}
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target.load("onnxruntime-cpu")
+
+
+def test_exactly_the_listed_schemes_of_the_whole_grammar_run(target: Target) -> None:
+    assert {text for text in SCHEMES if target.refusal(Scheme.parse(text)) is None} == RUNS
+
+
+def test_every_refusal_names_the_target_once(target: Target) -> None:
+    reasons = [target.refusal(Scheme.parse(text)) for text in SCHEMES if text not in RUNS]
+    assert {str(reason).count("not supported by target onnxruntime-cpu yet") for reason in reasons} == {1}
+    assert not any("?" in str(reason) for reason in reasons)
+
+
+NO = "not supported by target onnxruntime-cpu yet"
+REASONS = [
+    ("w4", f"w4 is {NO}: a layer needs a weight and an activation format"),
+    ("a8", f"a8 is {NO}: a layer needs a weight and an activation format"),
+    ("w16a8", f"weight format w16 is {NO} (bits: 2, 3, 4, 5, 6, 7, 8)"),
+    ("wfp8a8", f"weight format wfp8 is {NO} (bits: 2, 3, 4, 5, 6, 7, 8)"),
+    ("w4g32a8", f"weight groups (w4g32) are {NO}"),
+    ("w4za8", f"weight zero points (w4z) are {NO}"),
+    ("w4sf16a8", f"f16 scales (w4sf16) are {NO}"),
+    ("w4a4", f"activation format a4 is {NO} (static, bits: 8)"),
+    ("w4a8d", f"activation format a8d is {NO} (static, bits: 8)"),
+    ("w4a8g32", f"activation format a8g32 is {NO} (static, bits: 8)"),
+    ("w4afp8", f"activation format afp8 is {NO} (static, bits: 8)"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "reason"), REASONS, ids=[scheme for scheme, _ in REASONS])
+def test_a_refusal_says_which_part_of_the_scheme_is_the_reason(target: Target, scheme: str, reason: str) -> None:
+    assert target.refusal(Scheme.parse(scheme)) == reason
+
+
+def test_a_target_with_groups_and_zero_points_runs_them(target: Target) -> None:
+    wider = replace(target, weight_groups=True, weight_zero_points=True, activation_bits=(4, 8))
+    assert wider.refusal(Scheme.parse("w4g32za4")) is None
+    assert wider.refusal(Scheme.parse("w4g32zsf16a4")) == f"f16 scales (w4g32zsf16) are {NO}"
+
+
+def test_the_default_schemes_are_the_widths_with_a_kernel_from_narrow_to_wide(target: Target) -> None:
+    assert target.default_schemes == ("w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w8a8")
+    assert set(target.output_coded) == {"conv1d", "conv2d", "conv3d"}
+    assert set(target.layers) == {"conv1d", "conv2d", "conv3d", "linear"}
+
+
+def test_a_target_is_loaded_by_name_or_passed_through(target: Target) -> None:
+    assert target_names() == ["onnxruntime-cpu"]
+    assert target.name == "onnxruntime-cpu"
+    assert Target.load(target) is target
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("onnxruntime", "Unknown target 'onnxruntime'; known: onnxruntime-cpu. Did you mean 'onnxruntime-cpu'?"),
+        ("tpu", "Unknown target 'tpu'; known: onnxruntime-cpu."),
+        ("../targets/onnxruntime-cpu", "Unknown target '../targets/onnxruntime-cpu'; known: onnxruntime-cpu."),
+        (None, "Unknown target None; known: onnxruntime-cpu."),
+        (["onnxruntime-cpu"], "Unknown target ['onnxruntime-cpu']; known: onnxruntime-cpu."),
+    ],
+)
+def test_an_unknown_target_is_refused_with_the_known_ones(name: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Target.load(name)
+    assert str(caught.value).startswith(message)

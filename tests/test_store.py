@@ -1,0 +1,117 @@
+"""A file is whole or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import InvalidRequest
+from quantkit.store import require_writable, write_atomically
+
+
+def below_a_file(folder: Path) -> Path:
+    """A path that nobody can write to, root included: its folder is a regular file."""
+    (folder / "file").write_text("not a folder")
+    return folder / "file" / "inside"
+
+
+def test_the_file_holds_what_was_written_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deeper" / "out.bin"
+    assert write_atomically(str(path), lambda temporary: Path(temporary).write_bytes(b"abc")) == path
+    assert path.read_bytes() == b"abc"
+    assert os.listdir(path.parent) == ["out.bin"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_the_old_file_stands_whole_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    seen = []
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w") as file:
+            file.write("half of the")
+            file.flush()
+            seen.append((path.read_text(), Path(temporary).parent))
+            file.write(" new")
+
+    write_atomically(path, write)
+    assert seen == [("old", tmp_path)]
+    assert path.read_text() == "half of the new"
+
+
+def test_who_reads_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    path.write_text("old and long")
+    with path.open() as reader:
+        write_atomically(path, lambda temporary: Path(temporary).write_text("new"))
+        assert reader.read() == "old and long"
+    assert path.read_text() == "new"
+
+
+FAILURES = [ValueError("bad data"), KeyboardInterrupt(), SystemExit(3), OSError(28, "No space left on device")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("before", ["old", None])
+def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, failure: BaseException, before: str | None) -> None:
+    path = tmp_path / "out.txt"
+    if before is not None:
+        path.write_text(before)
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_text("half")
+        raise failure
+
+    expected = InvalidRequest if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(expected):
+        write_atomically(path, write)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == (
+        {} if before is None else {"out.txt": before}
+    )
+
+
+def test_a_full_disk_is_named_in_the_error(tmp_path: Path) -> None:
+    def write(temporary: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InvalidRequest) as caught:
+        write_atomically(tmp_path / "out.txt", write)
+    assert str(caught.value).startswith(f"Cannot write {str(tmp_path / 'out.txt')!r}: No space left on device. Choose")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_writing(tmp_path: Path) -> None:
+    path = below_a_file(tmp_path) / "out.txt"
+    with pytest.raises(InvalidRequest) as caught:
+        write_atomically(path, lambda temporary: pytest.fail("wrote although the folder does not exist"))
+    assert f"Cannot write {str(path)!r}: " in str(caught.value)
+    assert str(caught.value).endswith("Choose a folder that exists and can be written.")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("kept")
+    with pytest.raises(InvalidRequest, match=r"Cannot write .*out': "):
+        write_atomically(tmp_path / "out", lambda temporary: Path(temporary).write_text("new"))
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "kept").read_text() == "kept"
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    assert require_writable(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_a_writable_folder_keeps_its_files(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("kept")
+    require_writable(tmp_path)
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_requiring_a_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"Cannot write .*inside.*Choose a folder that exists"):
+        require_writable(below_a_file(tmp_path))

@@ -164,7 +164,7 @@ def compare_outputs(
     """Damage and agreement of the largest output with the float model's outputs ``reference`` on the calibration
     inputs.
     """
-    damage = damage_for(loss, reference[0])
+    damage = damage_for(loss, torch.cat(list(reference)))
     after = list(Subject(model, batches, {}).outputs())
     losses = torch.cat([damage.rows(a, b) for a, b in zip(reference, after, strict=True)])
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, after, strict=True)])

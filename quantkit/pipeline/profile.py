@@ -14,7 +14,7 @@ from quantkit.plan import Profile, digest_of
 from quantkit.progress import notice
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import Subject, damage_for
+from quantkit.sensitivity.measure import Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.store import require_writable
 from quantkit.targets import Target
@@ -75,13 +75,11 @@ def _measure(request: Request, progress: bool) -> Profile:
         "measuring on pair-mixed calibration inputs" if inputs else "measuring on the calibration inputs as they are"
     )
     subject = Subject(ready.model, inputs or batches, {s.name: s for s in ready.sites}, settings["loss"])
-    damage = damage_for(subject.loss, next(subject.outputs()))
-    notice(f"damage is the {damage.name}")
     scores = ESTIMATORS[settings["sensitivity"]](subject, perturbations, progress)
     provenance = {
         "inputs": "pair-mixed" if inputs else "plain",
-        "damage": damage.name,
         "samples": sum(batch_size(b) for b in batches),
         "rounded": rounded,
+        **scores.notes,
     }
     return request.profile([(p.owner, p.format) for p in perturbations], scores, provenance)

@@ -1,10 +1,11 @@
 """Damage of every format alone and of every pair, from the same forwards: the Gauss-Newton Gram matrix.
 
-Quantize one layer (or site), record the shift u of the outputs; A = sqrt(p) (u - E_p u) / sqrt(N). The Gram matrix of
-all A is the Gauss-Newton estimate of every second-order term d_i^T H d_j of the KL divergence, positive semi-definite
-by construction, at the cost of the forwards that single damages need anyway ("Augmenting Hessians with Inter-Layer
-Dependencies", Schaefer et al., arXiv 2306.04879; the Gram form is METHODS b, estimator 3). Its diagonal is then scaled
-to the measured damage: G' = D G D with D_k = sqrt(2 damage_k / G_kk), which keeps it positive semi-definite.
+Quantize one layer (or site) and record the shift u of the outputs. The inner products of these shifts, in the metric
+of the damage, are the Gauss-Newton estimate of every second-order term d_i^T H d_j, at the cost of the forwards that
+single damages need anyway ("Augmenting Hessians with Inter-Layer Dependencies", Schaefer et al., arXiv 2306.04879; the
+Gram form is METHODS b, estimator 3). Only their cosines C are used (``pair_terms``); lengths come from the measured
+damage: G = D C D with D_k = sqrt(2 damage_k), positive semi-definite, and half the sum of G over a plan predicts its
+damage.
 """
 
 from __future__ import annotations
@@ -17,47 +18,35 @@ from torch import Tensor
 
 from quantkit.progress import track
 from quantkit.sensitivity.measure import Damage, Perturbation, Scores, Subject, damage_for
+from quantkit.sensitivity.pair_terms import pair_terms
 
 
 def gram(subject: Subject, perturbations: Sequence[Perturbation], progress: bool = True) -> Scores:
     """Measure all perturbations: K forwards of the sample set, memory K x (output rows x classes) float32."""
-    reference = list(subject.outputs())
-    damage = damage_for(subject.loss, reference[0])
-    rows = sum(len(r) for r in reference)
-    shifts = torch.empty(len(perturbations), sum(r.numel() for r in reference))
+    outputs = list(subject.outputs())
+    reference = torch.cat(outputs)
+    damage = damage_for(subject.loss, reference)
+    shifts = torch.empty(len(perturbations), *reference.shape)
     means, errors = np.zeros(len(perturbations)), np.zeros(len(perturbations))
     for k, perturbation in enumerate(track(perturbations, "measuring formats", enabled=progress)):
-        per_row, shift = _measure(subject, perturbation, reference, damage)
-        shifts[k] = shift / rows**0.5
+        per_row = _measure(subject, perturbation, outputs, damage, shifts[k])
         means[k] = per_row.mean()
-        errors[k] = per_row.std() / max(1, rows) ** 0.5
-    return Scores(means, errors, scaled_gram(gram_matrix(shifts), means))
+        errors[k] = per_row.std(correction=min(1, len(per_row) - 1)) / len(per_row) ** 0.5
+    pairs = pair_terms(damage, reference, shifts, [p.owner for p in perturbations], [len(o) for o in outputs])
+    lengths = np.sqrt(2 * means)
+    matrix = pairs.cosines * np.outer(lengths, lengths)
+    np.fill_diagonal(matrix, 2 * means)
+    notes = {"damage": damage.name, "temperature": pairs.temperature, "reliability": pairs.reliability}
+    return Scores(means, errors, matrix, notes)
 
 
 def _measure(
-    subject: Subject, one: Perturbation, reference: Sequence[Tensor], damage: Damage
-) -> tuple[Tensor, Tensor]:
-    """Damage per row (float64) and the flattened shift of all rows."""
-    losses, shifts = [], []
+    subject: Subject, one: Perturbation, reference: Sequence[Tensor], damage: Damage, shift: Tensor
+) -> Tensor:
+    """Damage per row (float64); the shift of the outputs is written into ``shift`` (rows, classes)."""
+    losses, start = [], 0
     for before, after in zip(reference, subject.outputs([one]), strict=True):
         losses.append(damage.rows(before, after).double())
-        shifts.append(damage.shift(before, after).flatten())
-    return torch.cat(losses), torch.cat(shifts)
-
-
-def gram_matrix(shifts: Tensor) -> np.ndarray:
-    """All inner products of the rows of ``shifts`` (K, M), summed in float64 over slices of M to bound memory."""
-    total = torch.zeros(len(shifts), len(shifts), dtype=torch.float64)
-    for part in shifts.split(1 << 16, dim=1):
-        wide = part.double()
-        total += wide @ wide.T
-    return total.numpy()
-
-
-def scaled_gram(matrix: np.ndarray, damage: np.ndarray) -> np.ndarray:
-    """D G D with D_k = sqrt(2 damage_k / G_kk): the diagonal becomes twice the measured damage, definiteness stays."""
-    diagonal = np.diag(matrix)
-    factor = np.sqrt(np.divide(2 * damage, diagonal, out=np.zeros_like(damage), where=diagonal > 0))
-    scaled = matrix * np.outer(factor, factor)
-    np.fill_diagonal(scaled, 2 * damage)
-    return scaled
+        shift[start : start + len(after)] = after - before
+        start += len(after)
+    return torch.cat(losses)

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.sensitivity.measure import Batch
 
-LEAST, MOST = 0.5, 0.8
+LEAST, MOST = 0.7, 1.0
 
 
 def mixed_pairs(batches: Sequence[Batch], generator: torch.Generator) -> list[Batch] | None:
-    """Each sample mixed with another, weight uniform in [0.5, 0.8]; None where inputs are not floating-point tensors
+    """Each sample mixed with another, weight uniform in [0.7, 1]; None where inputs are not floating-point tensors
     of one shape per argument, or there are fewer than two samples.
     """
     flattened = [tree_flatten(batch) for batch in batches]

@@ -4,9 +4,9 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,13 @@ class Perturbation:
 class Scores:
     """Damage of each perturbation alone (K), its standard error over samples (K), and pair terms (K, K) or None.
 
-    Loss units, higher is worse; ``gram`` is scaled so that gram[k, k] = 2 damage[k].
+    Loss units, higher is worse; ``gram`` is scaled so that gram[k, k] = 2 damage[k]. ``notes``: how it was measured.
     """
 
     damage: np.ndarray
     standard_error: np.ndarray
     gram: np.ndarray | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,40 +115,47 @@ class KLDamage:
     """
 
     name = "KL divergence of the output distribution"
+    softens = True
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return kl_rows(reference.log_softmax(-1), output.log_softmax(-1))
 
-    def shift(self, reference: Tensor, output: Tensor) -> Tensor:
-        """Rows whose inner products are the Gauss-Newton terms of KL: sqrt(p) (u - E_p u), u the shift of the
-        logits.
+    def metric(self, reference: Tensor, shift: Tensor, temperature: float) -> Tensor:
+        """Vectors whose inner products are the Gauss-Newton terms of KL: sqrt(p) (u - E_p u), u the shift of the
+        logits, p the softmax of ``reference`` / ``temperature``.
         """
-        p = reference.softmax(-1)
-        u = output - reference
-        return p.sqrt() * (u - (p * u).sum(-1, keepdim=True))
+        p = (reference / temperature).softmax(-1)
+        return p.sqrt() * (shift - (p * shift).sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True)
 class SquaredError:
-    """Half the squared shift of the outputs, relative to their mean square: for outputs that are no logits."""
+    """Half the squared shift of the outputs, relative to the mean square ``scale`` of the float model's: for outputs
+    that are no logits.
+    """
 
+    scale: float
     name = "squared error of the outputs"
+    softens = False
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
-        return 0.5 * self.shift(reference, output).square().sum(-1)
+        return 0.5 * (output - reference).square().sum(-1) / self.scale
 
-    def shift(self, reference: Tensor, output: Tensor) -> Tensor:
-        return (output - reference) / reference.square().sum(-1).mean().sqrt().clamp(min=1e-12)
+    def metric(self, reference: Tensor, shift: Tensor, temperature: float) -> Tensor:
+        """The shift itself; the metric is flat, ``temperature`` changes nothing."""
+        return shift
 
 
 Damage = KLDamage | SquaredError
-LOSSES: dict[str, Callable[[], Damage]] = {"kl": KLDamage, "mse": SquaredError}
+LOSSES = ("kl", "mse")
 
 
-def damage_for(loss: str, output: Tensor) -> Damage:
-    """The damage measure: as named, or "auto": KL where rows have at least two classes, squared error otherwise."""
-    if loss == "auto":
-        return KLDamage() if output.shape[-1] >= 2 else SquaredError()
-    if loss not in LOSSES:
+def damage_for(loss: str, reference: Tensor) -> Damage:
+    """The damage measure, given all outputs (rows, classes) of the float model: as named, or "auto": KL where rows
+    have at least two classes, squared error otherwise.
+    """
+    if loss not in ("auto", *LOSSES):
         raise InvalidRequest(f"Unknown loss {loss!r}; known: auto, {', '.join(LOSSES)}.")
-    return LOSSES[loss]()
+    if loss == "kl" or (loss == "auto" and reference.shape[-1] >= 2):
+        return KLDamage()
+    return SquaredError(max(float(reference.double().square().sum(-1).mean()), 1e-24))

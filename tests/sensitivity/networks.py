@@ -1,0 +1,60 @@
+"""A small classifier with its perturbations, for the estimators to measure and for their twins to compute by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.graph.batches import Batch
+from quantkit.kernels.reference import SiteRange
+from quantkit.pipeline.request import Request, make_ready
+from quantkit.sensitivity.measure import Perturbation, Subject
+from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
+
+SCHEMES = ("w2a8", "w4a8", "w8a8")
+
+
+def classifier(classes: int = 4) -> nn.Sequential:
+    """Sharp enough that its outputs differ between inputs."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, classes)]
+    for layer in layers[::2]:
+        nn.init.normal_(layer.weight, std=0.6)
+    return nn.Sequential(*layers).eval()
+
+
+def inputs(count: int = 40, seed: int = 1) -> list[Batch]:
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    return [((part,), {}) for part in x.split(16)]
+
+
+def request_of(model: nn.Module, batches: list[Batch]) -> Request:
+    return make_ready(model, [args for args, _ in batches], schemes=SCHEMES)
+
+
+def perturbed(request: Request) -> list[Perturbation]:
+    """Every weight format of every layer and every activation format of every site."""
+    ready, batches = request.ready, request.batches
+    weights, _ = weight_perturbations(ready, request.candidates, batches, "nearest", progress=False)
+    return weights + site_perturbations(ready, request.site_formats, batches, "mse", progress=False)
+
+
+def subject_of(request: Request, batches: list[Batch]) -> Subject:
+    return Subject(request.ready.model, batches, {site.name: site for site in request.ready.sites})
+
+
+def by_hand(request: Request, x: Tensor, chosen: list[Perturbation]) -> Tensor:
+    """The classifier's output with perturbations in place, layer by layer. Sites are named by what they quantize."""
+    changes = {p.owner: p.change for p in chosen}
+    readers = {site.consumers[0]: site.name for site in request.ready.sites}
+    for name, layer in request.ready.model.named_children():
+        if isinstance(layer, nn.Linear):
+            site = changes.get(readers.get(name, ""))
+            if isinstance(site, SiteRange):
+                codes = (x / site.scale).round() + site.zero_point
+                x = (codes.clamp(0, 2**site.bits - 1) - site.zero_point) * site.scale
+            weight = changes[name].dequantize() if name in changes else layer.weight
+            x = x @ weight.T + layer.bias
+        else:
+            x = x.relu()
+    return x.detach()

@@ -1,0 +1,93 @@
+"""What a subject puts in place is what it says, and its damage is the divergence from the float model."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from quantkit.errors import InvalidRequest
+from quantkit.sensitivity.measure import KLDamage, SquaredError, damage_for, main_output, rows_of
+from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
+
+
+def test_outputs_are_those_of_the_network_with_the_perturbations_in_place() -> None:
+    batches = inputs()
+    request = request_of(classifier(), batches)
+    changes = perturbed(request)
+    subject = subject_of(request, batches)
+    x = torch.cat([args[0] for args, _ in batches])
+    layers = {p.owner: p for p in changes}
+    for chosen in ([], [changes[0]], [changes[-1]], list(layers.values())):
+        expected = by_hand(request, x, chosen)
+        assert torch.allclose(torch.cat(list(subject.outputs(chosen))), expected, atol=1e-5)
+
+
+def test_weights_are_back_after_measuring_also_when_it_fails() -> None:
+    batches = inputs()
+    request = request_of(classifier(), batches)
+    changes = perturbed(request)
+    before = {name: tensor.clone() for name, tensor in request.ready.model.state_dict().items()}
+    list(subject_of(request, batches).outputs(changes[:1]))
+    broken = subject_of(request, [*batches, ((torch.ones(2, 5),), {})])
+    with pytest.raises(InvalidRequest, match="rejected"):
+        list(broken.outputs(changes[:1]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in request.ready.model.state_dict().items())
+
+
+def test_divergence_is_that_of_torch_and_never_negative() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(50, 5, generator=draw) * 4, torch.randn(50, 5, generator=draw) * 4
+    expected = nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    assert torch.allclose(KLDamage().rows(a, b), expected, atol=1e-6)
+    assert (KLDamage().rows(a, a * (1 + 1e-7)) >= 0).all()
+
+
+def test_metric_vectors_give_the_second_order_of_the_divergence() -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits, u = torch.randn(6, 5, generator=draw).double(), torch.randn(1, 6, 5, generator=draw).double()
+    v = KLDamage().metric(logits, u, 1.0)[0]
+    step = 1e-3
+    divergence = KLDamage().rows(logits, logits + step * u[0])
+    assert torch.allclose(0.5 * v.square().sum(-1), divergence / step**2, rtol=5e-3)
+
+
+def test_squared_error_is_relative_and_the_same_for_any_unit() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 3, generator=draw), torch.randn(8, 3, generator=draw)
+    one, ten = damage_for("mse", a), damage_for("mse", 10 * a)
+    assert isinstance(one, SquaredError)
+    expected = 0.5 * ((a - b) ** 2).sum() / (a**2).sum()
+    assert torch.allclose(one.rows(a, b).mean(), expected)
+    assert torch.allclose(one.rows(a, b), ten.rows(10 * a, 10 * b))
+
+
+def test_auto_takes_the_divergence_for_classes_only() -> None:
+    assert isinstance(damage_for("auto", torch.ones(4, 2)), KLDamage)
+    assert isinstance(damage_for("auto", torch.ones(4, 1)), SquaredError)
+    assert isinstance(damage_for("kl", torch.ones(4, 2)), KLDamage)
+    with pytest.raises(InvalidRequest, match=r"Unknown loss 'huber'; known: auto, kl, mse"):
+        damage_for("huber", torch.ones(4, 2))
+
+
+def test_damage_is_measured_on_logits_else_on_the_first_float_tensor() -> None:
+    logits, other = torch.ones(2, 3), torch.zeros(2, 3)
+    assert main_output({"hidden": other, "logits": logits}) is logits
+    assert main_output(namedtuple("Output", ["hidden", "logits"])(other, logits)) is logits
+    assert main_output((torch.ones(2, dtype=torch.long), [other])) is other
+    with pytest.raises(InvalidRequest, match="no floating-point tensor"):
+        main_output((torch.ones(2, dtype=torch.long),))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((2, 5), (2, 5)), ((2, 7, 5), (14, 5)), ((2, 5, 3, 4), (24, 5)), ((6,), (6, 1))]
+)
+def test_rows_have_the_classes_last(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert tuple(rows_of(torch.ones(shape)).shape) == expected
+
+
+def test_rows_of_maps_keep_the_classes_of_a_position_together() -> None:
+    maps = torch.randn(2, 5, 3, 4)
+    assert torch.equal(rows_of(maps)[1 * 12 + 2 * 4 + 3], maps[1, :, 2, 3])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantkit.allocation.from_profile import COSTS, Question, candidates, fixed_cost, question
-from quantkit.allocation.problem import Solution
+from quantkit.allocation.problem import Assignment
 from quantkit.allocation.reasons import reasons
 from quantkit.allocation.registry import Settings
 from quantkit.allocation.solve import solve
@@ -38,7 +38,7 @@ def allocate(
         solution = solve(asked.problem, solver, Settings(seed=seed, gap=GAP))
     except InfeasibleBudget as error:
         raise _in_asked_unit(error, limit, profile, schemes) from error
-    plan = _plan(profile, asked, solution)
+    plan = plan_of(profile, asked, solution.assignment)
     _recount(plan, profile, limits)
     provenance = {
         "budget": str(limit),
@@ -56,9 +56,9 @@ def allocate(
     return Plan(**{**vars(plan), "provenance": provenance})
 
 
-def _plan(profile: Profile, asked: Question, solution: Solution) -> Plan:
-    """The plan of a solution, its sizes counted from the formats."""
-    chosen, sites = asked.answer(solution.assignment)
+def plan_of(profile: Profile, asked: Question, assignment: Assignment) -> Plan:
+    """The plan of an assignment, its sizes counted from the formats."""
+    chosen, sites = asked.answer(assignment)
     schemes = {name: chosen.get(name, Scheme()) for name in profile.layers}
     size = sum(layer.weight_bytes(schemes[name]) for name, layer in profile.layers.items())
     return Plan(
@@ -68,7 +68,7 @@ def _plan(profile: Profile, asked: Question, solution: Solution) -> Plan:
         total_bytes=size + profile.other_bytes,
         average_bits=average_bits(profile.layers, size),
         predicted_damage=profile.predict(chosen, sites),
-        why=reasons(profile, asked, solution.assignment),
+        why=reasons(profile, asked, assignment),
     )
 
 

@@ -3,7 +3,7 @@ bit-operations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,7 @@ def question(profile: Profile, limits: Mapping[str, int], schemes: Iterable[str 
         Problem(
             choices=tuple(choices),
             limits=tuple(rest.items()),
-            pairs=_pairs(profile, index, choices, [*allowed, *sites]),
+            pairs=_pairs(profile, choices, [*allowed, *sites]),
             same=tuple(
                 group for names in profile.same_scheme if len(group := tuple(n for n in names if n in allowed)) > 1
             ),
@@ -177,21 +177,26 @@ def _entry(profile: Profile, index: Mapping[tuple[str, str], int], owner: str, f
     return index[owner, fmt]
 
 
-def _pairs(
-    profile: Profile, index: Mapping[tuple[str, str], int], choices: list[Choice], owners: list[str]
-) -> Floats | None:
+def _pairs(profile: Profile, choices: list[Choice], owners: list[str]) -> Floats | None:
     """The pair terms of all options; None where the profile has none beside the damages themselves."""
     if not np.any(profile.gram - np.diag(np.diag(profile.gram))):
         return None
-    nothing = len(profile.entries)
-    padded = np.zeros((nothing + 1, nothing + 1))
-    padded[:nothing, :nothing] = profile.gram
-    rows = []
+    rows = option_entries(profile, choices, owners)
+    return with_nothing(profile.gram)[np.ix_(rows, rows)]
+
+
+def option_entries(profile: Profile, choices: Sequence[Choice], owners: Sequence[str]) -> list[int]:
+    """The position in ``profile.entries`` of what every option changes; one past the last for what changes nothing."""
+    index, rows = profile.index(), []
     for owner, choice in zip(owners, choices, strict=True):
         for option in choice.options:
             scheme = Scheme.parse(option.name)
-            fmt = (
-                scheme.weight if owner in profile.layers and not choice.name.startswith("site ") else scheme.activation
-            )
-            rows.append(nothing if fmt is None else index[owner, str(fmt)])
-    return padded[np.ix_(rows, rows)]
+            of_layer = owner in profile.layers and not choice.name.startswith("site ")
+            fmt = scheme.weight if of_layer else scheme.activation
+            rows.append(len(profile.entries) if fmt is None else index[owner, str(fmt)])
+    return rows
+
+
+def with_nothing(gram: Floats) -> Floats:
+    """The matrix with a last row and column of zeros, the pair terms of what changes nothing."""
+    return np.pad(gram, (0, 1))

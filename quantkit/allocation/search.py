@@ -82,13 +82,31 @@ class Search:
         if alone[best := int(alone.argmin())] < 0.0 and self.lower([best]):
             return True
         some = self._promising(delta, extra)
-        both = delta[some][:, None] + delta[some][None, :] + self._cross(some, now[some])
-        both[self.arrays.choice[some][:, None] == self.arrays.choice[some][None, :]] = np.inf
-        for k, room in enumerate(slack):
-            both[extra[some, k][:, None] + extra[some, k][None, :] > room] = np.inf
+        both = self._exchanges(some, delta, extra, now, slack)
         if not both.size or both.flat[best := int(both.argmin())] >= 0.0:
             return False
         return self.lower([int(some[best // len(some)]), int(some[best % len(some)])])
+
+    def best_moves(self, count: int) -> list[list[int]]:
+        """The ``count`` changes of one or two options within the limits with the least predicted objective."""
+        delta, extra, now = self.changes()
+        slack = self.arrays.limits - self.used
+        some = self._promising(delta, extra)
+        both = np.full((len(some), len(some) + 1), np.inf)
+        both[:, 1:] = self._exchanges(some, delta, extra, now, slack)
+        both[:, 1:][np.tril_indices(len(some))] = np.inf
+        both[:, 0] = np.where((extra[some] <= slack).all(axis=1), delta[some], np.inf)
+        order = np.argsort(both, axis=None, kind="stable")[:count]
+        pairs = [divmod(int(k), len(some) + 1) for k in order if np.isfinite(both.flat[k])]
+        return [[int(some[i])] + ([int(some[j - 1])] if j else []) for i, j in pairs]
+
+    def _exchanges(self, some: Integers, delta: Floats, extra: Integers, now: Integers, slack: Integers) -> Floats:
+        """The change of the objective when two options are switched, infinite where the limits or a choice forbid."""
+        both: Floats = delta[some][:, None] + delta[some][None, :] + self._cross(some, now[some])
+        both[self.arrays.choice[some][:, None] == self.arrays.choice[some][None, :]] = np.inf
+        for k, room in enumerate(slack):
+            both[extra[some, k][:, None] + extra[some, k][None, :] > room] = np.inf
+        return both
 
     def _cross(self, some: Integers, now: Integers) -> Floats:
         """Pair terms between two changes: (new - old) times (new - old)."""

@@ -1,0 +1,143 @@
+"""A limit on accuracy: the cheapest plan whose evaluated accuracy is good enough.
+
+Along a front of plans by bisection, and layer by layer along an order of sensitivity ("Augmenting Hessians with
+Inter-Layer Dependencies", METHODS b: one bisection per bit level, from high to low). Accuracy is assumed to rise with
+the cost and is not trusted to: what is returned was itself evaluated, and so were its neighbours. Evaluations cost
+forwards of a whole data set; they are kept by plan and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quantkit.errors import InvalidRequest
+from quantkit.formats import Scheme
+from quantkit.plan import Plan
+
+NEIGHBOURS = 2
+ONE_SIDED_95 = 1.6448536269514722  # the normal quantile
+Metric = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A plan's ``cost`` (what is to be small), the drop of its metric, and the one-sided 95 % upper confidence bound
+    of that drop (NaN unless the metric came per sample).
+    """
+
+    plan: Plan
+    cost: float
+    drop: float
+    bound: float
+
+
+@dataclass
+class Judge:
+    """Evaluates plans against a largest drop of the metric, each plan once.
+
+    ``evaluate`` gives a plan's metric, or one number per sample, higher is better; ``reference`` is the same of the
+    float model. With ``confident`` the confidence bound must meet the limit, not the drop itself. Raises
+    InvalidRequest where that needs numbers per sample and there are none, or counts differ.
+    """
+
+    evaluate: Callable[[Plan], Metric]
+    reference: Metric
+    allowed: float
+    cost: Callable[[Plan], float]
+    confident: bool = False
+    seen: dict[str, Evaluation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.confident and np.ndim(self.reference) == 0:
+            raise InvalidRequest(
+                "A confidence bound of the accuracy drop needs one number per sample from evaluate; it returned one."
+            )
+
+    def look(self, plan: Plan) -> Evaluation:
+        """The evaluation of a plan, the one kept where there is one."""
+        key = plan.digest()
+        if key not in self.seen:
+            drop, bound = drop_of(self.reference, self.evaluate(plan))
+            self.seen[key] = Evaluation(plan, self.cost(plan), drop, bound)
+        return self.seen[key]
+
+    def meets(self, plan: Plan) -> bool:
+        found = self.look(plan)
+        return (found.bound if self.confident else found.drop) <= self.allowed
+
+    def cheapest(self) -> Evaluation | None:
+        """Of everything evaluated the cheapest that meets the limit, the least drop among equals."""
+        good = [found for found in self.seen.values() if self.meets(found.plan)]
+        return min(good, key=lambda found: (found.cost, found.drop), default=None)
+
+    @property
+    def curve(self) -> tuple[tuple[float, float], ...]:
+        """(cost, drop) of everything evaluated, cheapest first."""
+        return tuple(sorted((found.cost, found.drop) for found in self.seen.values()))
+
+
+def drop_of(reference: Metric, metric: Metric) -> tuple[float, float]:
+    """(drop of the metric, its paired one-sided 95 % upper bound: mean + 1.645 standard errors of the differences).
+
+    The bound is NaN where the metric is a single number. Raises InvalidRequest for counts that differ and for NaN.
+    """
+    before, after = np.asarray(reference, dtype=np.float64), np.asarray(metric, dtype=np.float64)
+    if before.shape != after.shape:
+        raise InvalidRequest(
+            f"evaluate returned {after.size} numbers for a plan and {before.size} for the float model."
+        )
+    difference = before - after
+    if not np.isfinite(difference).all():
+        raise InvalidRequest("evaluate returned a number that is not finite.")
+    if difference.ndim == 0:
+        return float(difference), math.nan
+    count = difference.size
+    error = difference.std(ddof=1) / math.sqrt(count) if count > 1 else math.inf
+    return float(difference.mean()), float(difference.mean() + ONE_SIDED_95 * error)
+
+
+def along_front(front: Sequence[Plan], judge: Judge) -> Evaluation | None:
+    """The cheapest plan of a front (cheapest first) that meets the limit, by bisection; then its cheaper neighbours
+    are evaluated too, since accuracy need not be monotone. None where even the dearest does not.
+    """
+    if not front or not judge.meets(front[-1]):
+        return None
+    low, high = -1, len(front) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if judge.meets(front[middle]) else (middle, high)
+    for plan in front[max(0, high - NEIGHBOURS) : high]:
+        judge.look(plan)
+    return judge.cheapest()
+
+
+def by_levels(
+    order: Sequence[str],
+    levels: Sequence[Mapping[str, Scheme]],
+    plan_of: Callable[[Mapping[str, Scheme]], Plan],
+    judge: Judge,
+) -> Evaluation | None:
+    """Layer by layer: at each level (high to low bits) the longest prefix of ``order`` (least sensitive first) that
+    can take it; only those layers go on to the next level.
+
+    ``levels[k]`` gives every layer's scheme at level k, the first where all start; ``plan_of`` makes a plan of a
+    scheme per layer. About log2(layers) evaluations a level. None where the first level does not meet the limit.
+    """
+    schemes = dict(levels[0])
+    if not judge.meets(plan_of(schemes)):
+        return None
+    allowed = list(order)
+    for level in levels[1:]:
+        plans = [plan_of(schemes | {n: level[n] for n in allowed[:count]}) for count in range(len(allowed) + 1)]
+        low, high = 0, len(plans)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if judge.meets(plans[middle]) else (low, middle)
+        beyond = [n for n in range(low + 1, min(low + NEIGHBOURS + 1, len(plans))) if judge.meets(plans[n])]
+        allowed = allowed[: max([low, *beyond])]
+        schemes |= {name: level[name] for name in allowed}
+    return judge.cheapest()

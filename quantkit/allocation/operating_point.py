@@ -1,0 +1,181 @@
+"""Re-measure where you stand: a plan improved by what is measured around it, not around the float model.
+
+Below four bits the second order at the float point mispredicts (METHODS b). Rounds: measure every single change of the
+plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
+one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
+selects (arXiv 2410.14649). What is measured comes through ``Measurements``; nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from quantkit.allocation.from_profile import Question, option_entries, with_nothing
+from quantkit.allocation.problem import Assignment, Choice, Floats, Integers, Problem
+from quantkit.allocation.reduce import Reduced, reduce
+from quantkit.allocation.search import Search
+from quantkit.plan import Profile
+
+KICKS = 60
+CANDIDATES = 16  # exchanges tried on a part of the inputs, and the part
+PART = 0.25
+FINALISTS = 4
+
+
+class Measurements(Protocol):
+    """What may be measured. ``entries`` are positions in the profile's entries: the formats of a plan."""
+
+    def plan(self, entries: Sequence[int], share: float = 1.0) -> float:
+        """Damage of a plan on a share of the inputs (the same ones every time); costs ``share`` of a measurement."""
+
+    def around(self, entries: Sequence[int]) -> tuple[Floats, Floats]:
+        """(damage (K,) of the plan with each entry put in place of its owner's, pair terms (K, K) of the changes, zero
+        for entries the plan has). Costs a measurement per entry that is not in the plan.
+        """
+
+
+@dataclass
+class Ledger:
+    """Measurements spent and left, and a line per step: what was tried, what it cost and what it gained."""
+
+    allowed: float
+    spent: float = 0.0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def affords(self, cost: float) -> bool:
+        return self.spent + cost <= self.allowed
+
+    def note(self, step: str, cost: float, damage: float, accepted: bool) -> None:
+        self.spent += cost
+        self.steps.append({"step": step, "measurements": cost, "damage": damage, "accepted": accepted})
+
+
+def improve(
+    profile: Profile,
+    asked: Question,
+    start: Assignment,
+    measurements: Measurements,
+    allowed: float,
+    seed: int = 0,
+) -> tuple[Assignment, Ledger]:
+    """The best assignment found with at most ``allowed`` measurements; never one that measures worse than
+    ``start``.
+    """
+    walk = _Walk(profile, asked, start, measurements, Ledger(allowed), np.random.default_rng(seed))
+    while walk.look_around():
+        moved = walk.jump()
+        if not walk.exchange() and not moved:
+            break
+    return walk.assignment, walk.ledger
+
+
+@dataclass
+class _Walk:
+    """Where the walk stands, and what was last measured around it (``local``: a problem whose objective is the change
+    of the damage).
+    """
+
+    profile: Profile
+    asked: Question
+    assignment: Assignment
+    measurements: Measurements
+    ledger: Ledger
+    generator: np.random.Generator
+    local: Problem | None = None
+    damage: float = np.inf
+
+    def entries(self, assignment: Assignment) -> list[int]:
+        return self.profile.chosen(*self.asked.answer(assignment))
+
+    def look_around(self) -> bool:
+        """Measure the plan and every single change of it; False when that is no longer affordable."""
+        chosen = self.entries(self.assignment)
+        cost = len(self.profile.entries) - len(chosen) + (self.damage == np.inf)
+        if not self.ledger.affords(cost):
+            return False
+        if self.damage == np.inf:
+            self.damage = self.measurements.plan(chosen)
+        damage, pairs = self.measurements.around(chosen)
+        terms = pairs.copy()
+        np.fill_diagonal(terms, 2 * (damage - self.damage))
+        terms[chosen, chosen] = 0.0
+        rows = option_entries(self.profile, self.asked.problem.choices, [*self.asked.layers, *self.asked.sites])
+        self.local = replace(self.asked.problem, pairs=with_nothing(terms)[np.ix_(rows, rows)])
+        self.ledger.note("look around", cost, self.damage, True)
+        return True
+
+    def jump(self) -> bool:
+        """Solve again within a trust region, halved until what it proposes measures better."""
+        assert self.local is not None
+        radius = max(2, len(self.asked.layers) // 2)
+        while radius >= 2 and self.ledger.affords(1):
+            proposed = self._solve_within(radius)
+            if proposed == self.assignment:
+                return False
+            damage = self.measurements.plan(self.entries(proposed))
+            accepted = damage < self.damage
+            self.ledger.note(f"jump within {radius} changes", 1, damage, accepted)
+            if accepted:
+                self.assignment, self.damage = proposed, damage
+                return True
+            radius //= 2
+        return False
+
+    def _solve_within(self, radius: int) -> Assignment:
+        """The least predicted damage with at most ``radius`` choices changed, by swaps from where the walk stands."""
+        assert self.local is not None
+        choices = tuple(
+            Choice(
+                choice.name,
+                tuple(replace(o, costs=(*o.costs, int(k != now))) for k, o in enumerate(choice.options)),
+            )
+            for choice, now in zip(self.local.choices, self.assignment, strict=True)
+        )
+        limited = replace(self.local, choices=choices, limits=(*self.local.limits, ("changes", radius)))
+        reduced = reduce(limited)
+        search = Search(reduced.problem)
+        found = search.improve([_positions(reduced, self.assignment)], self.generator, KICKS)
+        return reduced.expand(search.arrays.assignment(found))
+
+    def exchange(self) -> bool:
+        """The best of the most promising exchanges, measured on a part of the inputs first; whether one was taken."""
+        taken = False
+        cost = CANDIDATES * PART + PART + FINALISTS
+        while self.ledger.affords(cost):
+            tried = list(self._promising(CANDIDATES))
+            if not tried:
+                break
+            part = self.measurements.plan(self.entries(self.assignment), PART)
+            rough = [self.measurements.plan(self.entries(one), PART) for one in tried]
+            finalists = [k for k in np.argsort(rough, kind="stable")[:FINALISTS] if rough[k] < part]
+            exact = {int(k): self.measurements.plan(self.entries(tried[k])) for k in finalists}
+            best = min(exact, key=exact.__getitem__, default=None)
+            better = best is not None and exact[best] < self.damage
+            spent = (len(tried) + 1) * PART + len(exact)
+            self.ledger.note("exchange", spent, self.damage if best is None else exact[best], better)
+            if not better or best is None:
+                break
+            self.assignment, self.damage, taken = tried[best], exact[best], True
+        return taken
+
+    def _promising(self, count: int) -> Iterator[Assignment]:
+        """The exchanges (one choice, or two) within the limits with the least predicted change."""
+        assert self.local is not None
+        reduced = reduce(self.local)
+        search = Search(reduced.problem)
+        search.place(_positions(reduced, self.assignment))
+        for options in search.best_moves(count):
+            yield reduced.expand(search.arrays.assignment(search.with_options(options)))
+
+
+def _positions(reduced: Reduced, assignment: Assignment) -> Integers:
+    """Positions of the reduced problem's options that stand for an assignment of the original one."""
+    options = [
+        next(k for k, origin in enumerate(back) if all(assignment[i] == option for i, option in origin))
+        for back in reduced.back
+    ]
+    return np.array(reduced.problem.positions(options), dtype=np.int64)

@@ -1,0 +1,120 @@
+"""A limit on accuracy: what is returned was evaluated, meets the limit, and is the cheapest that was seen to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.allocation.bisection import Judge, along_front, by_levels, drop_of
+from quantkit.errors import InvalidRequest
+from quantkit.formats import Scheme
+from quantkit.plan import Plan
+
+
+def front_of(count: int) -> list[Plan]:
+    names = [f"layer{i}" for i in range(count)]
+    plans = [{n: Scheme.parse("w8a8" if k <= i else "w4a8") for k, n in enumerate(names)} for i in range(-1, count)]
+    return [Plan(schemes=schemes, size_bytes=100 + i) for i, schemes in enumerate(plans)]
+
+
+def judge_of(drops: Sequence[float], allowed: float) -> tuple[Judge, list[int]]:
+    """A judge that knows the drop of every plan by its size, and the list of what was evaluated."""
+    asked: list[int] = []
+
+    def evaluate(plan: Plan) -> float:
+        asked.append(plan.size_bytes - 100)
+        return 90 - drops[plan.size_bytes - 100]
+
+    return Judge(evaluate, 90.0, allowed, lambda plan: plan.size_bytes), asked
+
+
+@given(st.integers(1, 40), st.floats(-1, 41))
+@settings(deadline=None, derandomize=True)
+def test_finds_the_cheapest_of_a_monotone_front_in_logarithmic_time(count: int, allowed: float) -> None:
+    drops = [float(count - i) for i in range(count + 1)]
+    judge, asked = judge_of(drops, allowed)
+    found = along_front(front_of(count), judge)
+    expected = next((i for i, drop in enumerate(drops) if drop <= allowed), None)
+    assert (None if found is None else found.cost - 100) == expected
+    assert len(asked) == len(set(asked)) <= math.ceil(math.log2(count + 1)) + 4
+
+
+@given(st.lists(st.floats(0, 2), min_size=2, max_size=20))
+@settings(deadline=None, derandomize=True)
+def test_any_front_gives_an_evaluated_plan_that_meets_the_limit_and_no_cheaper_evaluated_one_does(
+    drops: list[float],
+) -> None:
+    judge, asked = judge_of(drops, 1.0)
+    found = along_front(front_of(len(drops) - 1), judge)
+    if drops[-1] > 1:
+        assert found is None
+        return
+    assert 90 - (90 - drops[int(found.cost) - 100]) <= 1
+    assert int(found.cost) - 100 == min(i for i in asked if 90 - (90 - drops[i]) <= 1)
+    assert [cost - 100 for cost, _ in judge.curve] == sorted(asked)
+
+
+def test_neighbours_below_the_bisection_are_evaluated_too() -> None:
+    drops = [3.0, 3.0, 0.5, 3.0, 0.5, 0.0]
+    judge, _ = judge_of(drops, 1.0)
+    assert along_front(front_of(5), judge).cost == 102
+
+
+LAYERS = ("a", "b", "c", "d", "e")
+LEVELS = [dict.fromkeys(LAYERS, Scheme.parse(text)) for text in ("w8a8", "w4a8", "w2a8")]
+
+
+def plan_of(schemes: Mapping[str, Scheme]) -> Plan:
+    return Plan(schemes=dict(schemes), size_bytes=sum(s.weight.bits for s in schemes.values()))
+
+
+def additive(costs: Mapping[str, float]) -> Callable[[Plan], float]:
+    """Each layer loses its cost at 4 bits and three times as much at 2."""
+    return lambda plan: -sum(costs[n] * {8: 0, 4: 1, 2: 3}[s.weight.bits] for n, s in plan.schemes.items())
+
+
+def test_levels_lower_the_longest_prefix_and_only_those_go_on() -> None:
+    costs = {"a": 0.1, "b": 0.1, "c": 0.2, "d": 0.4, "e": 9.0}
+    judge = Judge(additive(costs), 0.0, 1.0, lambda plan: plan.size_bytes)
+    found = by_levels(LAYERS, LEVELS, plan_of, judge)
+    # four layers at 4 bits lose 0.8, lowering "a" to 2 bits loses 0.2 more
+    assert {n: s.weight.bits for n, s in found.plan.schemes.items()} == {"a": 2, "b": 4, "c": 4, "d": 4, "e": 8}
+    assert found.drop == pytest.approx(1.0)
+
+
+def test_levels_that_cannot_start_or_are_free_of_loss() -> None:
+    nothing = dict.fromkeys(LAYERS, 0.0)
+    judge = Judge(additive(nothing), 0.0, 1.0, lambda plan: plan.size_bytes)
+    assert all(s.weight.bits == 2 for s in by_levels(LAYERS, LEVELS, plan_of, judge).plan.schemes.values())
+    hopeless = Judge(lambda plan: -5.0, 0.0, 1.0, lambda plan: plan.size_bytes)
+    assert by_levels(LAYERS, LEVELS, plan_of, hopeless) is None
+    assert hopeless.curve == ((40, 5.0),)
+
+
+def test_confidence_bound_covers_the_true_drop_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        before = draw.random(400) < 0.9
+        after = np.where(draw.random(400) < 0.1, draw.random(400) < 0.6, before)  # true drop 0.1 x (0.9 - 0.6)
+        _, bound = drop_of(before.astype(float), after.astype(float))
+        covered += bound >= 0.03
+    assert covered / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_confident_judge_is_stricter_and_needs_numbers_per_sample() -> None:
+    before, after = [1.0] * 99 + [1.0], [1.0] * 99 + [0.0]
+    plan = plan_of(LEVELS[0])
+    assert Judge(lambda p: after, before, 0.015, lambda p: 0).meets(plan)
+    assert not Judge(lambda p: after, before, 0.015, lambda p: 0, confident=True).meets(plan)
+    with pytest.raises(InvalidRequest, match="needs one number per sample"):
+        Judge(lambda p: 1.0, 1.0, 0.5, lambda p: 0, confident=True)
+    with pytest.raises(InvalidRequest, match="99 numbers for a plan and 100"):
+        drop_of(before, after[:-1])
+    with pytest.raises(InvalidRequest, match="not finite"):
+        drop_of(1.0, math.nan)

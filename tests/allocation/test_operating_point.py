@@ -1,0 +1,115 @@
+"""A plan improved by measuring around it: never worse, inside its limits, no more measurements than allowed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from quantkit.allocation.allocate import allocate
+from quantkit.allocation.from_profile import Question, question
+from quantkit.allocation.operating_point import improve
+from quantkit.budget import Budget
+from quantkit.plan import Layer, Profile, SiteRecord
+
+BITS = (2, 3, 4, 8)
+
+
+class Saturating:
+    """Damage that a network might have: a quadratic form of the formats chosen, which bends where it is large."""
+
+    def __init__(self, profile: Profile, seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        steps = np.array([2.0 ** -int(fmt[1:]) for _, fmt in profile.entries])
+        self.vectors = draw.normal(size=(len(steps), 6)) * steps[:, None] * 2
+        self.profile, self.cost = profile, 0.0
+
+    def value(self, entries: Sequence[int]) -> float:
+        return float(np.tanh(np.square(self.vectors[list(entries)].sum(0)).sum())) + 0.05
+
+    def plan(self, entries: Sequence[int], share: float = 1.0) -> float:
+        self.cost += share
+        return self.value(entries)
+
+    def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        owners = [owner for owner, _ in self.profile.entries]
+        base = {owners[k]: k for k in entries}
+        self.cost += len(owners) - len(entries)
+        damage = np.array([self.value(list((base | {owners[k]: k}).values())) for k in range(len(owners))])
+        shifts = np.array([self.vectors[k] - self.vectors[base[owners[k]]] for k in range(len(owners))])
+        return damage, 2 * shifts @ shifts.T * (1 - self.value(entries) ** 2)
+
+
+def profile_of(layers: int, seed: int) -> Profile:
+    draw = np.random.default_rng(seed)
+    shapes = {f"layer{i}": (8, int(draw.integers(1, 5)) * 8, 3, 3) for i in range(layers)}
+    records = {
+        name: Layer(name, "conv2d", shape, 4 * int(np.prod(shape)), inputs=("input",))
+        for name, shape in shapes.items()
+    }
+    entries = [(name, f"w{b}") for name in shapes for b in BITS] + [("input", "a8")]
+    vectors = draw.normal(size=(len(entries), 6)) * np.array([2.0 ** -int(f[1:]) for _, f in entries])[:, None]
+    gram = vectors @ vectors.T
+    return Profile(
+        layers=records,
+        sites={"input": SiteRecord("input", 10, tuple(shapes))},
+        schemes=tuple(f"w{b}a8" for b in BITS),
+        entries=tuple(entries),
+        damage=np.diag(gram) / 2,
+        gram=gram,
+        other_bytes=0,
+        float_bytes=sum(layer.float_bytes for layer in records.values()),
+        target="onnxruntime-cpu",
+    )
+
+
+def asked_and_start(profile: Profile, budget: str) -> tuple[Question, tuple[int, ...]]:
+    asked = question(profile, Budget.parse(budget).limits(profile))
+    plan = allocate(profile, budget)
+    names = [[o.name for o in c.options] for c in asked.problem.choices]
+    wanted = [str(plan.schemes[n]) for n in asked.layers] + [plan.sites[n] for n in asked.sites]
+    return asked, tuple(own.index(w) for own, w in zip(names, wanted, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("budget", ["2.75 bits", "4 bits"])
+def test_improved_plan_is_never_worse_and_keeps_limits_and_allowance(seed: int, budget: str) -> None:
+    profile = profile_of(8, seed)
+    asked, start = asked_and_start(profile, budget)
+    measure = Saturating(profile, seed)
+    allowed = 3 * len(profile.entries)
+    found, ledger = improve(profile, asked, start, measure, allowed, seed)
+    before, after = (measure.value(profile.chosen(*asked.answer(a))) for a in (start, found))
+    assert after <= before
+    assert asked.problem.feasible(found)
+    assert measure.cost == pytest.approx(ledger.spent)
+    assert ledger.spent <= allowed
+    assert [step["damage"] for step in ledger.steps if step["accepted"]][-1] == pytest.approx(after)
+
+
+def test_it_comes_close_to_the_best_plan_there_is() -> None:
+    """Against brute force over small networks, whose float profile knows nothing of the true damage."""
+    ratios, starts = [], []
+    for seed in range(8):
+        profile = profile_of(5, seed)
+        asked, start = asked_and_start(profile, "3 bits")
+        measure = Saturating(profile, seed + 100)
+        found, _ = improve(profile, asked, start, measure, 4 * len(profile.entries), seed)
+        everything = itertools.product(*(range(len(c.options)) for c in asked.problem.choices))
+        best = min(measure.value(profile.chosen(*asked.answer(a))) for a in everything if asked.problem.feasible(a))
+        starts.append(measure.value(profile.chosen(*asked.answer(start))) / best)
+        ratios.append(measure.value(profile.chosen(*asked.answer(found))) / best)
+    assert np.median(ratios) < 1.02
+    assert np.median(starts) > 1.05
+
+
+def test_same_seed_gives_the_same_plan_and_nothing_allowed_changes_nothing() -> None:
+    profile = profile_of(8, 1)
+    asked, start = asked_and_start(profile, "3 bits")
+    runs = [improve(profile, asked, start, Saturating(profile, 3), 100, seed=5)[0] for _ in range(2)]
+    assert runs[0] == runs[1] != start
+    untouched = Saturating(profile, 3)
+    assert improve(profile, asked, start, untouched, 0)[0] == start
+    assert untouched.cost == 0

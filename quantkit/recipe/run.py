@@ -108,7 +108,15 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
         floating = export_float(result.model, example, Path(folder) / "float.onnx", graph=graph)
         latency = measure_latency_ratio(floating, path, batch)
         float_bytes = floating.stat().st_size
-    return Measured(float_bytes, report.file_bytes, latency.ratio, LATENCY_BATCH, metrics, report.minimum_runtime)
+    return Measured(
+        float_bytes=float_bytes,
+        quantized_bytes=report.file_bytes,
+        weight_bytes=report.weight_bytes,
+        latency_ratio=latency.ratio,
+        latency_batch=LATENCY_BATCH,
+        metrics=metrics,
+        minimum_runtime=report.minimum_runtime,
+    )
 
 
 def agreement(one: nn.Module, other: nn.Module, samples: Samples) -> float:
@@ -150,6 +158,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Result:
     """
     if model is not None:
         return load_result(folder, model)
+    if not Path(folder).is_dir():
+        raise InvalidRequest(f"Cannot load a result: there is no folder {str(folder)!r}.")
     if not (Path(folder) / RECIPE_FILE).exists():
         raise InvalidRequest(
             f"{str(folder)!r} was not made by a recipe, so it does not say how to build the model: pass model=, a "

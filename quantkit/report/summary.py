@@ -12,13 +12,14 @@ from quantkit.plan import Plan
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run measured. Bytes are those of the ONNX files; ``latency_ratio`` is quantized / float time of a run in
-    onnxruntime (one thread, a batch of ``latency_batch``); metrics are percent, None where the recipe evaluates
-    nothing.
+    """What a run measured. Bytes are those of the ONNX files, ``weight_bytes`` those of the layers' weights counted in
+    the quantized one; ``latency_ratio`` is quantized / float time of a run in onnxruntime (one thread, a batch of
+    ``latency_batch``); metrics are percent, None where the recipe evaluates nothing.
     """
 
     float_bytes: int
     quantized_bytes: int
+    weight_bytes: int
     latency_ratio: float
     latency_batch: int
     metrics: Mapping[str, float]
@@ -42,13 +43,20 @@ def summary(plan: Plan, measured: Measured) -> str:
     rows += [
         ("ONNX file, float", f"{measured.float_bytes:,} bytes"),
         ("ONNX file, quantized", f"{measured.quantized_bytes:,} bytes ({saved:.0%} smaller)"),
-        ("weights of the layers", f"{plan.size_bytes:,} bytes, {plan.average_bits:.3f} bits on average"),
+        ("weights of the layers, planned", f"{plan.size_bytes:,} bytes, {plan.average_bits:.3f} bits on average"),
+        ("weights of the layers, in the file", f"{measured.weight_bytes:,} bytes, {stored_bits(plan, measured)}"),
         (f"time in onnxruntime, batch {measured.latency_batch}", f"{measured.latency_ratio:.2f} of float"),
         ("onnxruntime needed", f"{measured.minimum_runtime} or newer"),
     ]
     width = max(len(label) for label, _ in rows)
     table = [f"{label:<{width}}  {value}" for label, value in rows]
     return "\n".join([*table, "", layer_table(plan)])
+
+
+def stored_bits(plan: Plan, measured: Measured) -> str:
+    """Average bits, counted again from what the file holds."""
+    weights = 8 * plan.size_bytes / plan.average_bits
+    return f"{8 * measured.weight_bytes / weights:.3f} bits on average"
 
 
 def layer_table(plan: Plan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from quantkit.allocation.feasibility import OutOfReach
 from quantkit.allocation.from_profile import COSTS, Question, candidates, fixed_cost, question
 from quantkit.allocation.problem import Assignment
 from quantkit.allocation.reasons import reasons
@@ -36,10 +37,10 @@ def allocate(
     asked = question(profile, limits, schemes)
     try:
         solution = solve(asked.problem, solver, Settings(seed=seed, gap=GAP))
-    except InfeasibleBudget as error:
+    except OutOfReach as error:
         raise _in_asked_unit(error, limit, profile, schemes) from error
     plan = plan_of(profile, asked, solution.assignment)
-    _recount(plan, profile, limits)
+    recount(plan, profile, limits)
     provenance = {
         "budget": str(limit),
         "limits": limits,
@@ -72,7 +73,7 @@ def plan_of(profile: Profile, asked: Question, assignment: Assignment) -> Plan:
     )
 
 
-def _recount(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> None:
+def recount(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> None:
     """Count the plan itself against the limits: a budget is a postcondition, whatever a solver said."""
     for name, limit in limits.items():
         used = sum(COSTS[name](layer, plan.schemes[layer.name]) for layer in profile.layers.values())
@@ -82,14 +83,16 @@ def _recount(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> None:
 
 
 def _in_asked_unit(
-    error: InfeasibleBudget, budget: Budget, profile: Profile, schemes: Iterable[str | Scheme] | None
+    error: OutOfReach, budget: Budget, profile: Profile, schemes: Iterable[str | Scheme] | None
 ) -> InfeasibleBudget:
-    """The error with the smallest in the unit the user wrote, fixed costs included."""
-    name = error.limit
-    least = int(error.smallest) + fixed_cost(profile, candidates(profile, schemes), name)
+    """The error with the smallest in the unit the user wrote, fixed costs included, as an amount that a budget can
+    be asked with."""
+    name, least = error.conflict.name, error.conflict.smallest
+    least += fixed_cost(profile, candidates(profile, schemes), name)
     smallest, unit = budget.in_asked_unit(name, least, profile), budget.unit(name)
-    text = f"{smallest:,g}{unit if unit in ('', '%') else ' ' + unit}"
-    others = [f"{key} {value}" for key, value in budget.asked.items() if key != name]
+    number = f"{smallest:.3f}".rstrip("0").rstrip(".")
+    text = f"{number}{unit if unit in ('', '%') else ' ' + unit}"
+    others = [f"{key} {value}" for key, value in budget.asked.items() if key in error.conflict.held]
     given = f" while {' and '.join(others)} hold{'s' if len(others) == 1 else ''}" if others else ""
     return InfeasibleBudget(
         f"No plan has {name.replace('_', ' ')} {budget.asked[name]}{given}: the smallest that can be reached is "

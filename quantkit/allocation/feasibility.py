@@ -9,6 +9,7 @@ from quantkit.allocation.highs import highs
 from quantkit.allocation.problem import Choice, Problem
 from quantkit.allocation.reduce import Reduced
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
+from quantkit.errors import InfeasibleBudget
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class Conflict:
     name: str
     smallest: int
     held: tuple[str, ...]
+
+
+class OutOfReach(InfeasibleBudget):
+    """No assignment meets the limits of a problem; ``conflict`` says which limit, and while which others hold."""
+
+    def __init__(self, message: str, conflict: Conflict) -> None:
+        super().__init__(message, conflict.name, conflict.smallest)
+        self.conflict = conflict
 
 
 def out_of_reach(problem: Problem) -> list[int]:

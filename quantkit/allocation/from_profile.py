@@ -11,7 +11,7 @@ import numpy as np
 from quantkit.allocation.problem import Assignment, Choice, Floats, Option, Problem
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
-from quantkit.plan import Layer, Profile
+from quantkit.plan import Layer, Plan, Profile
 
 FLOAT_BITS = 32
 FLOAT = "float"
@@ -46,6 +46,23 @@ class Question:
         split = len(self.layers)
         schemes = {layer: Scheme.parse(name) for layer, name in zip(self.layers, names[:split], strict=True)}
         return schemes, dict(zip(self.sites, names[split:], strict=True))
+
+
+def assignment_of(profile: Profile, asked: Question, plan: Plan) -> Assignment:
+    """The assignment that gives this plan; raises InvalidRequest where a choice offers no such option."""
+    found = []
+    for owner, choice in zip([*asked.layers, *asked.sites], asked.problem.choices, strict=True):
+        if choice.name == owner:
+            scheme = plan.schemes.get(owner, Scheme())
+            read = [plan.sites[site] for site in profile.layers[owner].inputs if site in plan.sites]
+            wanted = (str(scheme), read[0] if read else str(scheme.activation or FLOAT))
+        else:
+            wanted = (plan.sites.get(owner, FLOAT),) * 2
+        offered = [(option.name, option.tag) for option in choice.options]
+        if wanted not in offered:
+            raise InvalidRequest(f"The plan gives {owner!r} {wanted[0]}, which is not among its candidates.")
+        found.append(offered.index(wanted))
+    return tuple(found)
 
 
 def candidates(profile: Profile, schemes: Iterable[str | Scheme] | None = None) -> dict[str, tuple[Scheme, ...]]:

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from quantkit.allocation import baq, by_rank, greedy, lagrangian, swaps, uniform  # noqa: F401  # registered by name
 from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.feasibility import Conflict, blame, out_of_reach
+from quantkit.allocation.feasibility import Conflict, OutOfReach, blame, out_of_reach
 from quantkit.allocation.problem import Found, Problem, Solution
 from quantkit.allocation.quadratic import quadratic
 from quantkit.allocation.reduce import Reduced, reduce
 from quantkit.allocation.registry import PAIR_SOLVERS, SOLVERS, NoAssignment, Settings, solver
 from quantkit.allocation.relaxation import relax
 from quantkit.allocation.separable import least_sum
-from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError, did_you_mean
+from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 
 PROVEN_GAP = 1e-9
 
@@ -38,8 +38,8 @@ def solve(problem: Problem, solver: str = "auto", settings: Settings | None = No
     """The assignment with the least objective a solver finds within the limits, verified in exact integers.
 
     Solvers that know only sums minimize the damages alone; objective, bound and gap are those of the problem asked.
-    Raises InfeasibleBudget with the limit that cannot be met, SolverGaveUp when the solver ended without an answer,
-    InvalidRequest for an unknown solver."""
+    Raises OutOfReach (an InfeasibleBudget) with the limit that cannot be met, SolverGaveUp when the solver ended
+    without an answer, InvalidRequest for an unknown solver."""
     require_solver(solver)
     settings = settings or Settings()
     reduced = reduce(problem)
@@ -63,15 +63,14 @@ def solve(problem: Problem, solver: str = "auto", settings: Settings | None = No
     return Solution(assignment, objective, bound, gap, solver, gap <= PROVEN_GAP)
 
 
-def _infeasible(problem: Problem, conflict: Conflict) -> InfeasibleBudget:
+def _infeasible(problem: Problem, conflict: Conflict) -> OutOfReach:
     limits = dict(problem.limits)
     held = ", ".join(f"{name} <= {limits[name]:,}" for name in conflict.held)
     given = f" while {held}" if held else ""
-    return InfeasibleBudget(
+    return OutOfReach(
         f"The limit {conflict.name} = {limits[conflict.name]:,} cannot be met{given}: the smallest is "
         f"{conflict.smallest:,}.",
-        conflict.name,
-        conflict.smallest,
+        conflict,
     )
 
 

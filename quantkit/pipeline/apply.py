@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
-from quantkit.formats import ActivationFormat, Scheme, check_group
+from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.graph.batches import Batch
 from quantkit.kernels.packing import packed_weight_bytes
 from quantkit.kernels.reference import SiteRange
-from quantkit.pipeline.request import DEFAULT_TARGET, calibration_batches, choose
+from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose, require_accepted
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, average_bits
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.sequence import round_biases, round_in_sequence
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import site_histograms
-from quantkit.quantizers.weights import ROUNDINGS
-from quantkit.sensitivity.measure import LOSSES, Subject, damage_for
+from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 
 Evaluate = Callable[[nn.Module], float]
+_ANY_WEIGHT = WeightFormat("8")
 
 
 def apply(
@@ -50,24 +50,43 @@ def apply(
     calibration data. Raises InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
-    choose("rounding", rounding, ROUNDINGS)
-    choose("ranges", ranges, RANGES)
-    choose("loss", loss, ("auto", *LOSSES))
+    for name, value in {"rounding": rounding, "ranges": ranges, "loss": loss}.items():
+        choose(name, value, CHOICES[name])
+    require_metric(evaluate)
     _check_schemes(model, decided, goal)
     batches = calibration_batches(model, calibration, samples)
-    ready = _prepared_for(model, decided, batches, goal, inplace)
-    formats = _site_formats(decided, ready)
-    metrics = {} if evaluate is None else {"float": float(evaluate(ready.model))}
+    kept_float = _kept_float(model, decided, batches, goal)
+    ready = prepare(model, batches, goal, kept_float)
+    formats = _site_formats(decided, ready, goal)
+    if inplace:  # only now that nothing can be refused any more
+        ready = prepare(model, batches, goal, kept_float, inplace=True)
+    metrics = {} if evaluate is None else {"float": _metric(evaluate, ready.model)}
     reference = list(Subject(ready.model, batches, {}).outputs())
-    simulated = SimulatedModel(ready.model, ready.sites, {}, _site_ranges(ready, formats, ranges, batches, progress))
+    found = _site_ranges(ready, formats, ranges, batches, progress)
+    simulated = SimulatedModel(ready.model, ready.sites, {}, found)
+    simulated.eval()
     weights = {n: s.weight for n in ready.quantizable if (s := decided.schemes[n]).weight is not None}
     round_in_sequence(simulated, ready.trace, weights, batches, rounding, progress)
     round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
     final = _recounted(decided, simulated, ready, formats)
     metrics |= compare_outputs(simulated, batches, reference, loss)
     if evaluate is not None:
-        metrics["quantized"] = float(evaluate(simulated))
+        metrics["quantized"] = _metric(evaluate, simulated)
     return Result(simulated, final, ready.folds, batches, metrics=metrics)
+
+
+def require_metric(evaluate: Any) -> None:
+    """Raise InvalidRequest for an ``evaluate`` that is no function."""
+    if evaluate is not None and not callable(evaluate):
+        raise InvalidRequest(f"evaluate must be a function (model -> float), not {type(evaluate).__name__}.")
+
+
+def _metric(evaluate: Evaluate, model: nn.Module) -> float:
+    found: Any = evaluate(model)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRequest(f"evaluate returned {found!r:.60}, not a number. Let it return the metric.") from error
 
 
 def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:
@@ -82,9 +101,10 @@ def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:
         raise InvalidRequest("The plan quantizes no layer: every scheme in it is 'float'.")
 
 
-def _prepared_for(model: nn.Module, plan: Plan, batches: list[Batch], target: Target, inplace: bool) -> Prepared:
-    """The prepared model with the layers that the plan leaves float out of it, after checking that the plan fits."""
+def _kept_float(model: nn.Module, plan: Plan, batches: list[Batch], target: Target) -> list[str]:
+    """The layers that the plan leaves float, after checking that the plan fits the model."""
     every = prepare(model, batches, target)
+    require_accepted(every.model, batches)
     for name, scheme in plan.schemes.items():
         if name not in every.layers:
             hint = did_you_mean(name, list(every.layers))
@@ -93,19 +113,29 @@ def _prepared_for(model: nn.Module, plan: Plan, batches: list[Batch], target: Ta
             raise InvalidRequest(f"The plan gives layer {name!r} {scheme}, but {every.layers[name].reason}.")
         if scheme.weight is not None:
             check_group(name, scheme.weight, every.layers[name].shape)
+    _check_size(plan, every)
     known = [site.name for site in every.sites]
     for name in plan.sites:
         if name not in known:
             hint = did_you_mean(name, known)
             raise InvalidRequest(f"The plan names site {name!r}, which the model does not have.{hint}")
     quantized = {name for name, scheme in plan.schemes.items() if not scheme.is_float}
-    return prepare(model, batches, target, [name for name in every.layers if name not in quantized], inplace)
+    return [name for name in every.layers if name not in quantized]
 
 
-def _site_formats(plan: Plan, ready: Prepared) -> dict[str, ActivationFormat]:
+def _check_size(plan: Plan, ready: Prepared) -> None:
+    size = sum(layer.weight_bytes(plan.schemes.get(name, Scheme())) for name, layer in ready.layers.items())
+    if plan.size_bytes and size != plan.size_bytes:
+        raise InvalidRequest(
+            f"The plan promises {plan.size_bytes:,} bytes of weights, its schemes take {size:,}. If it was edited by "
+            "hand, set its size_bytes to 0; otherwise it belongs to another model."
+        )
+
+
+def _site_formats(plan: Plan, ready: Prepared, target: Target) -> dict[str, ActivationFormat]:
     """The format of each site: that of the layers reading it, else the plan's, else the widest the plan uses.
 
-    Raises InvalidRequest where the plan contradicts itself.
+    Raises InvalidRequest where the plan contradicts itself or asks for what the target cannot run.
     """
     used = [s.activation for s in plan.schemes.values() if s.activation is not None]
     widest = max(used, key=lambda a: a.bits)
@@ -120,6 +150,8 @@ def _site_formats(plan: Plan, ready: Prepared) -> dict[str, ActivationFormat]:
                 f"The plan asks for several formats of one tensor, {site.name!r}: {given}. Give it one."
             )
         formats[site.name] = next(iter(asked.values()), widest)
+        if reason := target.refusal(Scheme(_ANY_WEIGHT, formats[site.name])):
+            raise InvalidRequest(f"The plan gives site {site.name!r} {formats[site.name]}: {reason}.")
     return formats
 
 
@@ -145,8 +177,7 @@ def _recounted(
     size = sum(packed.get(name, layer.float_bytes) for name, layer in ready.layers.items())
     if plan.size_bytes and size != plan.size_bytes:
         raise QuantkitError(
-            f"The plan promised {plan.size_bytes:,} bytes of weights, {size:,} were packed. If the plan was edited by "
-            "hand, set its size_bytes to 0; otherwise please report this."
+            f"The plan promised {plan.size_bytes:,} bytes of weights, {size:,} were packed. Please report this."
         )
     return replace(
         plan,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantkit.errors import CorruptFile
 from quantkit.graph.batches import batch_size
 from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, make_ready
 from quantkit.plan import Profile, digest_of
-from quantkit.progress import notice
+from quantkit.progress import notice, warn
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import Subject
+from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.store import require_writable
 from quantkit.targets import Target
@@ -54,32 +56,50 @@ def profile(
     return measure(request, progress, workdir)
 
 
-def measure(request: Request, progress: bool, workdir: str | Path | None) -> Profile:
-    """The profile of a request: the one kept in ``workdir``, or a new one, which is kept there."""
+def measure(request: Request, progress: bool, workdir: str | Path | None, bench: Bench | None = None) -> Profile:
+    """The profile of a request: the one kept in ``workdir``, or a new one, which is kept there. ``bench``: where it
+    is at hand already.
+    """
     kept = None if workdir is None else Path(workdir) / f"profile-{digest_of(request.settings)}.safetensors"
     if kept is not None and kept.exists():
-        notice(f"reusing the profile {kept}")
-        return Profile.load(kept)
-    measured = _measure(request, progress)
+        try:
+            found = Profile.load(kept)
+        except CorruptFile as error:
+            warn(f"measuring again: {error}")
+        else:
+            notice(f"reusing the profile {kept}")
+            return found
+    measured = _measure(request, progress, bench)
     if kept is not None:
         measured.save(kept)
     return measured
 
 
-def _measure(request: Request, progress: bool) -> Profile:
+@dataclass(frozen=True)
+class Bench:
+    """What a request is measured on: its model with its inputs, and every format, rounded; ``notes`` say how."""
+
+    subject: Subject
+    perturbations: list[Perturbation]
+    notes: dict[str, Any]
+
+
+def bench_of(request: Request, progress: bool) -> Bench:
+    """Round every candidate format, find every range, and draw the inputs to measure on."""
     ready, batches, settings = request.ready, request.batches, request.settings
     perturbations, rounded = weight_perturbations(ready, request.candidates, batches, settings["rounding"], progress)
     perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(settings["seed"]))
-    notice(
-        "measuring on pair-mixed calibration inputs" if inputs else "measuring on the calibration inputs as they are"
-    )
+    notice(f"measuring on {'pair-mixed calibration inputs' if inputs else 'the calibration inputs as they are'}")
     subject = Subject(ready.model, inputs or batches, {s.name: s for s in ready.sites}, settings["loss"])
-    scores = ESTIMATORS[settings["sensitivity"]](subject, perturbations, progress)
-    provenance = {
-        "inputs": "pair-mixed" if inputs else "plain",
-        "samples": sum(batch_size(b) for b in batches),
-        "rounded": rounded,
-        **scores.notes,
-    }
-    return request.profile([(p.owner, p.format) for p in perturbations], scores, provenance)
+    samples = sum(batch_size(b) for b in batches)
+    notes = {"inputs": "pair-mixed" if inputs else "plain", "samples": samples, "rounded": rounded}
+    return Bench(subject, perturbations, notes)
+
+
+def _measure(request: Request, progress: bool, bench: Bench | None = None) -> Profile:
+    bench = bench or bench_of(request, progress)
+    generator = torch.Generator().manual_seed(request.settings["seed"])
+    scores = ESTIMATORS[request.settings["sensitivity"]](bench.subject, bench.perturbations, progress, generator)
+    entries = [(p.owner, p.format) for p in bench.perturbations]
+    return request.profile(entries, scores, bench.notes | dict(scores.notes))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from torch import Size, nn
+import torch
+from torch import Size, Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme
 from quantkit.graph.batches import Batch, digest_batches, digest_model, read_batches, split_batches
-from quantkit.plan import Profile, SiteRecord
+from quantkit.graph.trace import Trace, run_model
+from quantkit.plan import Profile, SiteRecord, digest_of
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS
@@ -25,6 +28,12 @@ from quantkit.version import VERSION
 BATCH = 128
 DEFAULT_TARGET = "onnxruntime-cpu"
 Schemes = Iterable[str | Scheme]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "sensitivity": tuple(ESTIMATORS),
+    "rounding": ROUNDINGS,
+    "ranges": tuple(RANGES),
+    "loss": ("auto", *LOSSES),
+}
 
 
 @dataclass(frozen=True)
@@ -92,31 +101,43 @@ def make_ready(
 ) -> Request:
     """Check a request and prepare the model. Raises InvalidRequest, cheapest checks first."""
     goal = Target.load(target)
-    choose("sensitivity", sensitivity, ESTIMATORS)
-    choose("rounding", rounding, ROUNDINGS)
-    choose("ranges", ranges, RANGES)
-    choose("loss", loss, ("auto", *LOSSES))
+    asked = {"sensitivity": sensitivity, "rounding": rounding, "ranges": ranges, "loss": loss}
+    for name, value in asked.items():
+        choose(name, value, CHOICES[name])
     wanted = parse_schemes(schemes, goal)
     batches = calibration_batches(model, calibration, samples)
-    settings = {
-        "schemes": [str(s) for s in wanted],
-        "rules": repr(rules),
-        "loss": loss,
-        "target": goal.name,
-        "sensitivity": sensitivity,
-        "rounding": rounding,
-        "ranges": ranges,
-        "seed": seed,
-        "model": digest_model(model),
-        "calibration": digest_batches(batches),
-        "quantkit": VERSION,
-    }
     ready = prepare(model, batches, goal)
+    require_accepted(ready.model, batches)
     allowed = candidate_schemes({n: ready.layers[n].shape for n in ready.quantizable}, wanted, rules, goal)
     always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
     if always_float:
         ready = prepare(model, batches, goal, always_float)
+    settings: dict[str, Any] = {
+        "schemes": [str(s) for s in wanted],
+        "rules": repr(rules),
+        "target": digest_of(asdict(goal)),
+        "seed": seed,
+        "model": digest_model(model),
+        "operations": _digest_operations(ready.trace),
+        "calibration": digest_batches(batches),
+        "quantkit": VERSION,
+        **asked,
+    }
     return Request(ready, batches, {name: allowed[name] for name in ready.quantizable}, goal, settings)
+
+
+def _digest_operations(trace: Trace) -> str:
+    """Identifies what a model computes: its class and weights stay the same while its ``forward`` is being edited."""
+    return digest_of(
+        [[str(op.key), op.inputs, op.outputs, [repr(a) for a in op.arguments if _is_plain(a)]] for op in trace.ops]
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what prints the same in every process."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def calibration_batches(model: nn.Module, calibration: Any, samples: int | None) -> list[Batch]:
@@ -129,6 +150,25 @@ def calibration_batches(model: nn.Module, calibration: Any, samples: int | None)
     if samples is not None and samples < 1:
         raise InvalidRequest(f"samples={samples}: at least one calibration sample is needed.")
     return split_batches(read_batches(model, calibration, samples), BATCH)
+
+
+def require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Run the model on one batch of every form beyond the first batch's, which it was traced on: raises InvalidRequest
+    for what it rejects.
+    """
+    seen = {_form_of(batches[0])}
+    for batch in batches[1:]:
+        if (form := _form_of(batch)) not in seen:
+            seen.add(form)
+            with torch.no_grad():
+                run_model(model, batch)
+
+
+def _form_of(batch: Batch) -> str:
+    """The structure of a batch, with the types of its tensors and their shapes but for the number of samples."""
+    leaves, structure = tree_flatten(batch)
+    forms = [(leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return f"{structure} {forms}"
 
 
 def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> None:

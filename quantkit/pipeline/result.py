@@ -13,6 +13,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, as_batch
 from quantkit.plan import Plan, Profile
 from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.store import require_writable
 
 if TYPE_CHECKING:
     from quantkit.export.onnx_writer import ExportReport
@@ -52,6 +53,7 @@ class Result:
         """
         from quantkit.export.onnx_writer import export_onnx
 
+        require_writable(Path(path).parent)
         batch = self.example() if example is None else as_batch(example)
         options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
         checked = [as_batch(item) for item in check]
@@ -76,4 +78,5 @@ def load_result(folder: str | Path, model: nn.Module) -> Result:
     from quantkit.export.save_load import load_result
 
     simulated, plan, folds = load_result(folder, model)
+    simulated.eval()
     return Result(simulated, plan, folds)

@@ -15,7 +15,7 @@ from quantkit.recipe.run import inputs_of, items_of
 def forecast_of(recipe: Recipe) -> str:
     """The text that ``quantkit plan`` prints. Raises InfeasibleBudget when no plan can meet the recipe's budget."""
     inputs = inputs_of(recipe)
-    settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver")}
+    settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver", "effort")}
     request = make_ready(inputs.model, items_of(inputs.calibration), **settings)
     allocate(request.unmeasured(), recipe.get("budget"))
     cost = forecast(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantkit.allocation.registry import SOLVERS
+from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.recipe.sources import METRICS
@@ -25,6 +26,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
     for title, names in (
         ("sensitivity", ESTIMATORS),
         ("solver", SOLVERS),
+        ("effort", EFFORTS),
         ("rounding", ROUNDINGS),
         ("ranges", RANGES),
         ("metric", METRICS),

@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "target": _TEXT,
     "sensitivity": _TEXT,
     "solver": _TEXT,
+    "effort": _TEXT,
     "rounding": _TEXT,
     "ranges": _TEXT,
     "seed": _NUMBER,
@@ -89,16 +90,19 @@ class Recipe:
         """The existing file a key names."""
         text = str(self.get(*keys))
         found = self.resolved(text)
-        if not found.exists():
+        if not found.is_file():
             hint = " Set QUANTKIT_DATA to the folder of the data." if _VARIABLE.search(text) else ""
             raise self.error(keys, f"there is no file {str(found)!r}.{hint}")
         return found
 
     def resolved(self, text: str) -> Path:
-        """A path as the recipe means it: the variable filled in, relative to the recipe's folder."""
+        """A path as the recipe means it: the variable filled in (it is relative to where the command runs), the rest
+        relative to the recipe's folder.
+        """
 
         def value(match: re.Match[str]) -> str:
-            return os.environ.get("QUANTKIT_DATA") or match["default"] or "."
+            given = os.environ.get("QUANTKIT_DATA")
+            return os.path.abspath(given) if given else match["default"] or "."
 
         return (self.path.parent / _VARIABLE.sub(value, text)).resolve()
 
@@ -127,26 +131,35 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        lines = dict(_lines(path, node, ()))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
+        if isinstance(error, InvalidRequest):
+            raise
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise InvalidRequest(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from error
     if not isinstance(data, dict):
         raise InvalidRequest(f"{path}: a recipe is a table of keys; known keys: {', '.join(_known())}.")
-    lines = dict(_lines(node, ()))
     for change in changes:
         _change(path, data, lines, change)
     _check(path, data, lines)
     return Recipe(path, data, lines)
 
 
-def _lines(node: yaml.Node | None, keys: Keys) -> Iterator[tuple[Keys, str]]:
+def _lines(path: Path, node: yaml.Node | None, keys: Keys) -> Iterator[tuple[Keys, str]]:
     """(path of keys, line number) of every key; raises InvalidRequest for a key that stands twice."""
     if not isinstance(node, yaml.MappingNode):
         return
+    first: dict[str, int] = {}
     for key, value in node.value:
-        yield (*keys, str(key.value)), str(key.start_mark.line + 1)
-        yield from _lines(value, (*keys, str(key.value)))
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in first:
+            raise InvalidRequest(
+                f"{path}:{line}: {'.'.join((*keys, name))}: stands here and on line {first[name]}. Keep one of them."
+            )
+        first[name] = line
+        yield (*keys, name), str(line)
+        yield from _lines(path, value, (*keys, name))
 
 
 def _change(path: Path, data: dict[str, Any], lines: dict[Keys, str], change: str) -> None:

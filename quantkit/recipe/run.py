@@ -14,16 +14,22 @@ import numpy as np
 import yaml
 from torch import nn
 
+from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
+from quantkit.graph.batches import split_batches
+from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.pipeline.profile import profile
 from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose
 from quantkit.pipeline.result import Result, load_result
 from quantkit.plan import Profile
 from quantkit.recipe.read import Recipe, read_recipe
 from quantkit.recipe.sources import Evaluate, Samples, evaluate_of, model_of, outputs_of, samples_of
 from quantkit.report.summary import Measured
 from quantkit.store import require_writable, write_atomically
+from quantkit.targets import Target
+from quantkit.targets.rules import parse_schemes
 
 ONNX_FILE = "model.onnx"
 RECIPE_FILE = "recipe.yaml"
@@ -44,11 +50,27 @@ class Inputs:
 
 def inputs_of(recipe: Recipe) -> Inputs:
     """The recipe's model and data; raises InvalidRequest, with the line, for what cannot be had."""
-    with recipe.blame("budget"):
-        Budget.parse(recipe.get("budget"))
+    _check_names(recipe)
     model, calibration = model_of(recipe), samples_of(recipe, "calibration")
     found = evaluate_of(recipe)
     return Inputs(model, calibration, *(found or (None, None)))
+
+
+def _check_names(recipe: Recipe) -> None:
+    """The budget and the names a recipe chooses, checked where their lines are known."""
+    with recipe.blame("budget"):
+        Budget.parse(recipe.get("budget"))
+    with recipe.blame("target"):
+        target = Target.load(recipe.get("target", default=DEFAULT_TARGET))
+    with recipe.blame("schemes"):
+        parse_schemes(recipe.get("schemes"), target)
+    if recipe.get("solver") is not None:
+        with recipe.blame("solver"):
+            require_solver(recipe.get("solver"))
+    for key, known in {**CHOICES, "effort": tuple(EFFORTS)}.items():
+        if recipe.get(key) is not None:
+            with recipe.blame(key):
+                choose(key, recipe.get(key), known)
 
 
 def items_of(samples: Samples) -> list[Any]:
@@ -70,6 +92,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured]
         workdir=recipe.workdir,
         **recipe.settings(),
     )
+    (folder / ONNX_FILE).unlink(missing_ok=True)  # that of an earlier run would not be the plan's
     result.save(folder)
     record(recipe, folder)
     return result, export_and_measure(result, inputs, folder / ONNX_FILE)
@@ -80,7 +103,7 @@ def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> 
     path = path or recipe.output / PROFILE_FILE
     require_writable(path.parent)
     inputs = inputs_of(recipe)
-    settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver")}
+    settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver", "effort")}
     measured = profile(
         inputs.model, items_of(inputs.calibration), progress=progress, workdir=recipe.workdir, **settings
     )
@@ -103,7 +126,7 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
         metrics["onnx"] = float(inputs.evaluate(OnnxModel(path)))
     if inputs.evaluation is not None:
         metrics["agreement"] = agreement(result.model, OnnxModel(path), inputs.evaluation)
-    batch = inputs.calibration.first(LATENCY_BATCH)
+    batch = split_batches(result.calibration, LATENCY_BATCH)[0]
     with tempfile.TemporaryDirectory() as folder:
         floating = export_float(result.model, example, Path(folder) / "float.onnx", graph=graph)
         latency = measure_latency_ratio(floating, path, batch)
@@ -139,8 +162,8 @@ def _absolute(recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in data.items():
         if key in ("weights", "npz"):
             found[key] = str(recipe.resolved(value))
-        elif key in ("python", "preprocess") and value.partition(":")[0].endswith(".py"):
-            file, _, function = value.partition(":")
+        elif key in ("python", "preprocess") and value.rpartition(":")[0].endswith(".py"):
+            file, _, function = value.rpartition(":")
             found[key] = f"{recipe.resolved(file)}:{function}"
         elif key in ("model", "calibration", "evaluate"):
             found[key] = _absolute(recipe, value)
@@ -166,6 +189,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Result:
             "float model of the same architecture."
         )
     recipe = read_recipe(Path(folder) / RECIPE_FILE)
-    result = load_result(folder, model_of(recipe))
-    result.calibration = samples_of(recipe, "calibration").batches
+    model = model_of(recipe)
+    result = load_result(folder, model)
+    items = items_of(samples_of(recipe, "calibration"))
+    result.calibration = calibration_batches(model, items, recipe.get("samples"))
     return result

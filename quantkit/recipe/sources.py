@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,9 +21,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from quantkit.errors import CorruptFile, did_you_mean
-from quantkit.graph.batches import Batch, as_batch, split_batches
+from quantkit.errors import CorruptFile, InvalidRequest, QuantkitError, did_you_mean
+from quantkit.graph.batches import Batch, as_batch, batch_size, split_batches
+from quantkit.plan import digest_of
 from quantkit.recipe.read import Recipe
+from quantkit.sensitivity.measure import main_output
 
 BATCH = 128
 Evaluate = Callable[[nn.Module], float]
@@ -33,23 +38,49 @@ def function_of(recipe: Recipe, *keys: str) -> Callable[..., Any]:
     if not colon or not name.isidentifier():
         raise recipe.error(keys, f"{text!r} is not package.module:function or file.py:function.")
     module = _module(recipe, keys, place)
-    found = getattr(module, name, None)
+    found: Any = getattr(module, name, None)
     if not callable(found):
         known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise recipe.error(keys, f"{place!r} has no function {name!r}.{did_you_mean(name, known)}")
-    return found
+
+    def call(*arguments: Any) -> Any:
+        with _users_code(recipe, keys):
+            return found(*arguments)
+
+    return call
+
+
+@contextmanager
+def _users_code(recipe: Recipe, keys: Sequence[str]) -> Iterator[None]:
+    """What fails inside is the fault of what this key names."""
+    try:
+        yield
+    except QuantkitError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise recipe.error(
+            keys, f"{type(error).__name__}: {str(error).rstrip(' .')}. --debug shows where in the code it names."
+        ) from error
 
 
 def _module(recipe: Recipe, keys: Sequence[str], place: str) -> ModuleType:
     if place.endswith(".py"):
         return _module_of_file(recipe, keys, recipe.resolved(place))
-    folders = [str(Path.cwd()), str(recipe.path.parent.resolve())]
-    added = [folder for folder in folders if folder not in sys.path]
+    with _importable(Path.cwd(), recipe.path.parent.resolve()), _users_code(recipe, keys):
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise recipe.error(
+                keys, f"{error}. Python looks in the current directory and beside the recipe."
+            ) from error
+
+
+@contextmanager
+def _importable(*folders: Path) -> Iterator[None]:
+    added = [str(folder) for folder in folders if str(folder) not in sys.path]
     sys.path[:0] = added
     try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise recipe.error(keys, f"{error}. Python looks in the current directory and beside the recipe.") from error
+        yield
     finally:
         for folder in added:
             sys.path.remove(folder)
@@ -58,11 +89,13 @@ def _module(recipe: Recipe, keys: Sequence[str], place: str) -> ModuleType:
 def _module_of_file(recipe: Recipe, keys: Sequence[str], file: Path) -> ModuleType:
     if not file.is_file():
         raise recipe.error(keys, f"there is no file {str(file)!r}.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise recipe.error(keys, f"{str(file)!r} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # A name of its own: the file may be called as something installed is, and so may a file of another recipe.
+    name = f"recipe_{file.stem}_{digest_of(str(file))}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # for a name that ends in .py there always is one
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    with _importable(file.parent), _users_code(recipe, keys):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -90,41 +123,59 @@ class Samples:
     batches: list[Batch]
     labels: np.ndarray | None = None
 
-    def first(self, count: int) -> Batch:
-        """The first ``count`` samples as one batch."""
-        return split_batches(self.batches, count)[0]
-
 
 def samples_of(recipe: Recipe, section: str, batch: int = BATCH) -> Samples:
     """The inputs (and labels) a section names, or what its Python function returns (an iterable of model inputs)."""
     if recipe.get(section, "python") is not None:
-        items = function_of(recipe, section, "python")()
-        return Samples([as_batch(item) for item in items])
+        return _samples_of_function(recipe, section)
     arrays = _arrays(recipe, section)
-    chosen = _selection(recipe, section, arrays)
     prepare = function_of(recipe, section, "preprocess") if recipe.get(section, "preprocess") else torch.from_numpy
 
+    def chosen(key: str, name: str) -> np.ndarray:
+        array = _array(recipe, (section, key), arrays, name)
+        return array[_selection(recipe, section, arrays, len(array) if array.ndim else 0)]
+
     def tensor(name: str) -> torch.Tensor:
-        value = prepare(np.ascontiguousarray(_array(recipe, (section, "inputs"), arrays, name)[chosen]))
+        value = prepare(np.ascontiguousarray(chosen("inputs", name)))
         if not isinstance(value, torch.Tensor):
             raise recipe.error((section, "preprocess"), f"returned {type(value).__name__}, not a tensor.")
-        return value
+        return value.float() if value.is_floating_point() else value
 
     inputs = recipe.get(section, "inputs")
-    item = tree_map(tensor, tuple(inputs) if isinstance(inputs, list) else inputs)
-    labels = recipe.get(section, "labels")
-    return Samples(
-        split_batches([as_batch(item)], batch),
-        None if labels is None else _array(recipe, (section, "labels"), arrays, labels)[chosen],
-    )
+    with recipe.blame(section, "inputs"):
+        item = as_batch(tree_map(tensor, tuple(inputs) if isinstance(inputs, list) else inputs))
+    name = recipe.get(section, "labels")
+    labels = None if name is None else chosen("labels", name)
+    if labels is not None and len(labels) != batch_size(item):
+        raise recipe.error((section, "labels"), f"{len(labels)} labels for {batch_size(item)} inputs.")
+    return Samples(split_batches([item], batch), labels)
+
+
+def _samples_of_function(recipe: Recipe, section: str) -> Samples:
+    keys = (section, "python")
+    items = function_of(recipe, *keys)()
+    if isinstance(items, torch.Tensor | Mapping):
+        items = [items]  # one item of many samples
+    found: list[Batch] = []
+    samples, most = 0, recipe.get("samples", default=float("inf"))
+    with recipe.blame(*keys), _users_code(recipe, keys):
+        for item in items:  # it may never end: ``samples`` is how much of it is wanted
+            found.append(as_batch(item))
+            samples += batch_size(found[-1])
+            if samples >= most:
+                break
+    return Samples(found)
 
 
 def _arrays(recipe: Recipe, section: str) -> Mapping[str, np.ndarray]:
     path = recipe.path_of(section, "npz")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds one array without a name")
+        with file:
             return dict(file)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise CorruptFile(f"{str(path)!r} is damaged or not an npz file ({error}).") from error
 
 
@@ -134,16 +185,27 @@ def _array(recipe: Recipe, keys: Sequence[str], arrays: Mapping[str, np.ndarray]
     return arrays[name]
 
 
-def _selection(recipe: Recipe, section: str, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Which samples: all, those of an index array in the file, or a [start, stop] range."""
-    select = recipe.get(section, "select")
-    if select is None:
-        return slice(None)
+def _selection(recipe: Recipe, section: str, arrays: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    """The indices of the wanted of ``count`` samples: all, those of an index array in the file, or a range."""
+    keys = (section, "select")
+    select = recipe.get(*keys)
     if isinstance(select, str):
-        return _array(recipe, (section, "select"), arrays, select)
-    if len(select) != 2 or not all(isinstance(v, int) for v in select) or not 0 <= select[0] < select[1]:
-        raise recipe.error((section, "select"), f"{select} is not the name of an index array or [start, stop].")
-    return slice(*select)
+        indices = _array(recipe, keys, arrays, select)
+        if indices.dtype == bool and indices.shape == (count,):
+            indices = np.flatnonzero(indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise recipe.error(keys, f"the array {select!r} does not hold the numbers of samples.")
+    elif select is None:
+        indices = np.arange(count)
+    elif len(select) == 2 and all(type(v) is int for v in select) and 0 <= select[0] <= select[1]:
+        indices = np.arange(*select)
+    else:
+        raise recipe.error(keys, f"{select} is not the name of an index array or [start, stop].")
+    if not indices.size:
+        raise recipe.error(keys if select else (section,), "selects no sample. Choose at least one.")
+    if indices.max() >= count or indices.min() < -count:
+        raise recipe.error(keys, f"asks for sample {indices.max()}, and the file has {count}, numbered from 0.")
+    return indices.astype(np.int64)
 
 
 def evaluate_of(recipe: Recipe) -> tuple[Evaluate, Samples | None] | None:
@@ -160,18 +222,20 @@ def evaluate_of(recipe: Recipe) -> tuple[Evaluate, Samples | None] | None:
 
 
 def outputs_of(model: nn.Module, samples: Samples) -> Iterator[torch.Tensor]:
-    """The first output tensor for each batch."""
+    """For each batch the output that damage is measured on."""
     with torch.no_grad():
         for args, kwargs in samples.batches:
-            result = model(*args, **kwargs)
-            while not isinstance(result, torch.Tensor):
-                result = next(iter(result.values() if isinstance(result, Mapping) else result))
-            yield result
+            yield main_output(model(*args, **kwargs))
 
 
 def top1(model: nn.Module, samples: Samples) -> float:
     """Percent of samples whose largest output is their label."""
     found = np.concatenate([output.argmax(-1).numpy() for output in outputs_of(model, samples)])
+    if samples.labels is None or found.shape != samples.labels.shape:
+        expected = None if samples.labels is None else samples.labels.shape
+        raise InvalidRequest(
+            f"top1 compares one class a sample with its label: the outputs give {found.shape}, the labels {expected}."
+        )
     return float(100 * np.mean(found == samples.labels))
 
 

@@ -1,12 +1,10 @@
-"""Estimators of the damage that formats do: a name, and a function of (subject, perturbations, progress) giving
-Scores.
+"""Estimators of the damage that formats do: a name, and a function of (subject, perturbations, progress, generator)
+giving Scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from quantkit.sensitivity import gram, kl, noise  # noqa: F401  # registered by name
+from quantkit.sensitivity.registry import ESTIMATORS, RANKINGS, require_additive
 
-from quantkit.sensitivity.gram import gram
-from quantkit.sensitivity.measure import Scores
-
-ESTIMATORS: dict[str, Callable[..., Scores]] = {"gram": gram}
+__all__ = ["ESTIMATORS", "RANKINGS", "require_additive"]

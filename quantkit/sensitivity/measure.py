@@ -4,9 +4,9 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.quantizers.simulate import at_sites, run_with
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
+Place = tuple[str, bool]  # a layer's weight (name, False) or a site's tensor (name, True)
 
 
 @dataclass(frozen=True)
@@ -32,52 +33,87 @@ class Perturbation:
     format: str
     change: QuantizedWeight | SiteRange
 
+    @property
+    def place(self) -> Place:
+        """What is changed: a site may be named as the layer that makes it."""
+        return self.owner, isinstance(self.change, SiteRange)
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Damage of each perturbation alone (K), its standard error over samples (K), and pair terms (K, K) or None.
+    """Damage of each perturbation alone (K), its standard error over samples or draws (K), and pair terms (K, K) or
+    None.
 
-    Loss units, higher is worse; ``gram`` is scaled so that gram[k, k] = 2 damage[k]. ``notes``: how it was measured.
+    Loss units, higher is worse; ``gram`` is scaled so that gram[k, k] = 2 damage[k]. Of a subject with a base plan,
+    ``damage`` is the increase over the base, below zero where a format is better than the base's; half the sum of
+    ``gram`` over a plan predicts the plan's increase. ``notes``: how it was measured. ``ranking``: the numbers only
+    order layers; they are in no unit and must not be added up.
     """
 
     damage: np.ndarray
     standard_error: np.ndarray
     gram: np.ndarray | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    ranking: bool = False
 
 
 @dataclass
 class Subject:
-    """The model under study. ``batches`` are the inputs to measure on, ``sites`` where activations can be
-    perturbed.
+    """The model under study. ``batches`` are the inputs to measure on, ``sites`` where activations can be perturbed.
+
+    ``base``: the plan to measure around, at most one perturbation per layer and site; empty is the float model.
     """
 
     model: nn.Module
     batches: Sequence[Batch]
     sites: Mapping[str, Site]
     loss: str = "auto"
+    base: Sequence[Perturbation] = ()
 
     def outputs(self, perturbations: Sequence[Perturbation] = ()) -> Iterator[Tensor]:
-        """The model's output (samples x positions, classes) for each batch, with the perturbations in place."""
-        ranges = {p.owner: p.change for p in perturbations if isinstance(p.change, SiteRange)}
-        change = at_sites([self.sites[name] for name in ranges], lambda site, x: ranges[site.name].fake_quantize(x))
-        with torch.no_grad(), _swapped_weights(self.model, perturbations):
+        """The model's output (samples x positions, classes) for each batch, with the base plan and, where they differ
+        from it, the perturbations in place.
+        """
+        return self.outputs_with(*applied([*self.base, *perturbations]))
+
+    def float_outputs(self) -> Iterator[Tensor]:
+        """The float model's outputs, whatever the base: what damage is measured against."""
+        return replace(self, base=()).outputs()
+
+    def outputs_with(
+        self, weights: Mapping[str, Tensor], at: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> Iterator[Tensor]:
+        """The outputs with these weights (layer -> tensor) and these functions applied to the tensors of sites; the
+        base plan is not added.
+        """
+        change = at_sites([self.sites[name] for name in at], lambda site, x: at[site.name](x))
+        with torch.no_grad(), swapped_weights(self.model, weights):
             for args, kwargs in self.batches:
-                result = (
-                    run_with(self.model, change, args, kwargs) if ranges else run_model(self.model, (args, kwargs))
-                )
+                result = run_with(self.model, change, args, kwargs) if at else run_model(self.model, (args, kwargs))
                 yield rows_of(main_output(result))
 
 
+Weights = dict[str, Tensor]
+AtSites = dict[str, Callable[[Tensor], Tensor]]
+
+
+def applied(perturbations: Iterable[Perturbation]) -> tuple[Weights, AtSites]:
+    """What layers compute with (layer -> weight) and what sites do to their tensors; a later perturbation wins."""
+    changes = {p.place: p.change for p in perturbations}
+    weights = {owner: c.dequantize() for (owner, _), c in changes.items() if isinstance(c, QuantizedWeight)}
+    at: AtSites = {owner: c.fake_quantize for (owner, _), c in changes.items() if isinstance(c, SiteRange)}
+    return weights, at
+
+
 @contextmanager
-def _swapped_weights(model: nn.Module, perturbations: Sequence[Perturbation]) -> Iterator[None]:
+def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Layers compute with these weights inside the block, and with their own again after it, whatever happens."""
     saved: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for p in perturbations:
-            if isinstance(p.change, QuantizedWeight):
-                weight = weight_of(model, p.owner)
-                saved.append((weight, weight.data))
-                weight.data = p.change.dequantize().to(weight)
+        for layer, values in weights.items():
+            weight = weight_of(model, layer)
+            saved.append((weight, weight.data))
+            weight.data = values.to(weight)
         yield
     finally:
         for weight, data in reversed(saved):
@@ -103,6 +139,11 @@ def rows_of(output: Tensor) -> Tensor:
     return output.reshape(-1, output.shape[-1]).float() if output.dim() > 1 else output.reshape(-1, 1).float()
 
 
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """+1 or -1 for every element, each with probability one half (Rademacher), drawn on the CPU."""
+    return torch.randint(0, 2, like.shape, generator=generator).to(like).mul_(2).sub_(1)
+
+
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row, in nats; never below zero."""
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
@@ -119,6 +160,19 @@ class KLDamage:
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return kl_rows(reference.log_softmax(-1), output.log_softmax(-1))
+
+    def smooth_rows(self, reference: Tensor, output: Tensor) -> Tensor:
+        """``rows`` to be differentiated: rounding takes a divergence of zero below zero, where ``rows`` is flat."""
+        log_p = reference.log_softmax(-1)
+        return (log_p.exp() * (log_p - output.log_softmax(-1))).sum(-1)
+
+    def cotangent(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Random rows c with E[c c^T] = diag(p) - p p^T, the Hessian of the divergence at ``output``: e_y - p, y a
+        label drawn from p. Minus the gradient of the cross entropy to y, hence the Fisher information.
+        """
+        p = output.softmax(-1)
+        label = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+        return torch.zeros_like(p).scatter_(-1, label, 1.0) - p
 
     def metric(self, reference: Tensor, shift: Tensor, temperature: float) -> Tensor:
         """Vectors whose inner products are the Gauss-Newton terms of KL: sqrt(p) (u - E_p u), u the shift of the
@@ -141,6 +195,12 @@ class SquaredError:
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return 0.5 * (output - reference).square().sum(-1) / self.scale
 
+    smooth_rows = rows
+
+    def cotangent(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Random rows c with E[c c^T] = 1 / scale, the Hessian of the squared error: random signs."""
+        return random_signs(output, generator) / self.scale**0.5
+
     def metric(self, reference: Tensor, shift: Tensor, temperature: float) -> Tensor:
         """The shift itself; the metric is flat, ``temperature`` changes nothing."""
         return shift
@@ -159,3 +219,18 @@ def damage_for(loss: str, reference: Tensor) -> Damage:
     if loss == "kl" or (loss == "auto" and reference.shape[-1] >= 2):
         return KLDamage()
     return SquaredError(max(float(reference.double().square().sum(-1).mean()), 1e-24))
+
+
+def damage_rows(damage: Damage, reference: Iterable[Tensor], outputs: Iterable[Tensor]) -> Tensor:
+    """Damage of each row over all batches, float64."""
+    return torch.cat([damage.rows(a, b).double() for a, b in zip(reference, outputs, strict=True)])
+
+
+def notes_on(subject: Subject, damage: Damage, here: Tensor) -> dict[str, Any]:
+    """What was measured, and around a base plan the base's own damage, given the damage ``here`` of its rows."""
+    return {"damage": damage.name} | ({"base_damage": float(here.mean())} if subject.base else {})
+
+
+def mean_and_error(rows: Tensor) -> tuple[float, float]:
+    """Mean of independent numbers and its standard error."""
+    return float(rows.mean()), float(rows.std(correction=min(1, len(rows) - 1))) / len(rows) ** 0.5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.from_profile import Question, question
+from quantkit.allocation.from_profile import Question, assignment_of, question
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
 from quantkit.plan import Layer, Profile, SiteRecord
@@ -68,9 +68,9 @@ def profile_of(layers: int, seed: int) -> Profile:
 def asked_and_start(profile: Profile, budget: str) -> tuple[Question, tuple[int, ...]]:
     asked = question(profile, Budget.parse(budget).limits(profile))
     plan = allocate(profile, budget)
-    names = [[o.name for o in c.options] for c in asked.problem.choices]
-    wanted = [str(plan.schemes[n]) for n in asked.layers] + [plan.sites[n] for n in asked.sites]
-    return asked, tuple(own.index(w) for own, w in zip(names, wanted, strict=True))
+    start = assignment_of(profile, asked, plan)
+    assert asked.answer(start) == ({n: s for n, s in plan.schemes.items() if n in asked.layers}, plan.sites)
+    return asked, start
 
 
 @pytest.mark.parametrize("seed", range(6))

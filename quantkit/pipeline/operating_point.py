@@ -1,0 +1,38 @@
+"""Effort after the profile: a plan improved by measuring around it, on the inputs the profile was measured on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quantkit.allocation.allocate import plan_of, recount
+from quantkit.allocation.from_profile import assignment_of, question
+from quantkit.allocation.operating_point import improve
+from quantkit.budget import Budget
+from quantkit.pipeline.profile import Bench
+from quantkit.plan import Plan, Profile
+from quantkit.progress import notice
+from quantkit.sensitivity.around import PlanDamage
+
+# Measurements (forwards of the sample set with a whole plan in place) allowed per profiled format.
+EFFORTS = {"fast": 0.0, "balanced": 1.5, "thorough": 3.0}
+
+
+def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: str, seed: int, progress: bool) -> Plan:
+    """The plan that ``effort`` finds from ``plan``, never one that measures worse; what it took is in its
+    provenance.
+    """
+    limits = budget.limits(profile)
+    asked = question(profile, limits)
+    start = assignment_of(profile, asked, plan)
+    measurements = PlanDamage(bench.subject, bench.perturbations, progress)
+    allowed = EFFORTS[effort] * len(profile.entries)
+    found, ledger = improve(profile, asked, start, measurements, allowed, seed)
+    better = plan_of(profile, asked, found)
+    recount(better, profile, limits)
+    damages = [step["damage"] for step in ledger.steps if step["accepted"]]
+    if damages:
+        notice(
+            f"{effort} effort: measured damage {damages[0]:.4g} -> {damages[-1]:.4g}, {ledger.spent:.0f} measurements"
+        )
+    spent = {"effort": effort, "measurements": ledger.spent, "steps": ledger.steps}
+    return replace(better, provenance=plan.provenance | {"operating_point": spent})

@@ -1,0 +1,187 @@
+"""A subject's damage as a function to differentiate: by the weights of its layers and by the tensors at its sites.
+
+The damage of the float model has zero gradient and, as its Hessian, the Fisher information (METHODS 0.1). A site's
+tensor is not cut out of the graph: zeros are added to it, and derivatives are taken by these. Everything is float32,
+in eval mode, without autocast, and with attention computed by plain products: fused attention has no second
+derivative (METHODS a4). ``torch.autograd.grad`` is used throughout, since gradients that ``backward`` would store keep
+their graph alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quantkit.graph.batches import split_batches
+from quantkit.graph.intercept import OpKey
+from quantkit.graph.layers import weight_of
+from quantkit.graph.sites import Site
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.quantizers.simulate import at_sites, run_with
+from quantkit.sensitivity.measure import (
+    Perturbation,
+    Place,
+    Subject,
+    applied,
+    damage_for,
+    main_output,
+    rows_of,
+    swapped_weights,
+)
+
+GRAPH_SAMPLES = 64  # a graph of second derivatives holds every activation of its samples several times
+
+Before = Callable[[OpKey, tuple, dict], None]
+AtOutput = Callable[[OpKey, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One batch with its graph: ``loss`` is the batch's share of the mean damage, ``output`` and ``reference`` are
+    (rows, classes).
+
+    ``variables``: what the loss can be differentiated by, a weight or the zeros added to a site's tensor; places the
+    batch does not reach have none. ``raw`` and ``here``: a site's tensor before and after the base plan's quantizer.
+    """
+
+    loss: Tensor
+    output: Tensor
+    reference: Tensor
+    variables: Mapping[Place, Tensor]
+    raw: Mapping[str, Tensor] = field(default_factory=dict)
+    here: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Landscape:
+    """The damage around a subject's base plan, batch by batch, and the displacements that perturbations are there.
+
+    Use it inside ``opened``. Memory: the graph of one batch of at most ``GRAPH_SAMPLES`` samples, and the float
+    outputs of all.
+    """
+
+    def __init__(self, subject: Subject, perturbations: Sequence[Perturbation]) -> None:
+        self.subject = replace(subject, batches=split_batches(subject.batches, GRAPH_SAMPLES))
+        self.perturbations = perturbations
+        self.members: dict[Place, list[int]] = {}
+        for k, p in enumerate(perturbations):
+            self.members.setdefault(p.place, []).append(k)
+        self.reference = list(self.subject.float_outputs())
+        self.damage = damage_for(subject.loss, torch.cat(self.reference))
+        self.rows = sum(len(r) for r in self.reference)
+        self.base_weights, self.base_sites = applied(subject.base)
+
+    def __len__(self) -> int:
+        return len(self.reference)
+
+    def weight(self, layer: str) -> nn.Parameter:
+        return weight_of(self.subject.model, layer)
+
+    @property
+    def layers(self) -> list[Place]:
+        return [place for place in self.members if not place[1]]
+
+    @property
+    def sites(self) -> list[Place]:
+        return [place for place in self.members if place[1]]
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The model at the base plan and ready to be differentiated by the perturbed weights; as it was on the way
+        out, whatever happens.
+        """
+        weights = [self.weight(name) for name, _ in self.layers]
+        with swapped_weights(self.subject.model, self.base_weights), differentiable(self.subject.model, weights):
+            yield
+
+    def point(self, i: int, at_output: AtOutput | None = None, before: Before | None = None) -> Point:
+        """Run batch ``i``. ``before(key, args, kwargs)`` sees every torch call, ``at_output(place, tensor)`` may
+        replace what it makes, ahead of what sites do to it.
+        """
+        variables: dict[Place, Tensor] = {place: self.weight(place[0]) for place in self.layers}
+        raw: dict[str, Tensor] = {}
+        here: dict[str, Tensor] = {}
+
+        def change(site: Site, x: Tensor) -> Tensor:
+            raw[site.name] = x.detach().clone()  # the model may overwrite it in place
+            value = self.base_sites[site.name](x) if site.name in self.base_sites else x
+            here[site.name] = value.detach().clone()
+            if (site.name, True) in self.members:
+                # an in-place operation asks twice for its result
+                value = value + variables.setdefault((site.name, True), torch.zeros_like(value).requires_grad_())
+            return value
+
+        watched = [self.subject.sites[name] for name in dict.fromkeys([*self.base_sites, *(n for n, _ in self.sites)])]
+        changed = at_sites(watched, change)
+        both = changed if at_output is None else lambda key, x: changed(key, at_output(key, x))
+        args, kwargs = self.subject.batches[i]
+        output = rows_of(main_output(run_with(self.subject.model, both, args, kwargs, before)))
+        reference = self.reference[i]
+        loss = self.damage.smooth_rows(reference, output).sum() / self.rows
+        return Point(loss, output, reference, variables, raw, here)
+
+    def displacement(self, k: int, point: Point) -> Tensor | None:
+        """How perturbation ``k`` moves its weight or its site's tensor away from the base; None where the batch does
+        not reach the site.
+        """
+        one = self.perturbations[k]
+        if isinstance(one.change, QuantizedWeight):
+            weight = self.weight(one.owner).detach()
+            return one.change.dequantize().to(weight) - weight
+        if one.owner not in point.raw:
+            return None
+        return one.change.fake_quantize(point.raw[one.owner]) - point.here[one.owner]
+
+
+@contextmanager
+def differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients on, for these weights alone; eval mode, float32, plain attention. Every flag is put back."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    device = next((p.device.type for p, _ in wanted), "cpu")
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        for module, mode in training:
+            module.training = mode
+
+
+def gradients(value: Tensor, variables: Sequence[Tensor], again: bool = True) -> list[Tensor]:
+    """The gradient by each variable, zeros where there is none; ``again``: to be differentiated once more."""
+    if not value.requires_grad or not variables:
+        return [torch.zeros_like(v) for v in variables]
+    return list(
+        torch.autograd.grad(value, list(variables), create_graph=again, allow_unused=True, materialize_grads=True)
+    )
+
+
+def hessian_product(
+    first: Sequence[Tensor], variables: Sequence[Tensor], direction: Sequence[Tensor], by: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Hessian times ``direction`` by double backward (Pearlmutter, 1994), given the gradients ``first`` by
+    ``variables``; the block of rows belonging to ``by`` (default ``variables``). The graph stays usable.
+    """
+    by = list(variables if by is None else by)
+    live = [(g, v) for g, v in zip(first, direction, strict=True) if g.requires_grad]
+    if not live or not by:
+        return [torch.zeros_like(v) for v in by]
+    slopes, along = zip(*live, strict=True)
+    return list(
+        torch.autograd.grad(slopes, by, along, retain_graph=True, allow_unused=True, materialize_grads=True)
+    )
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """Inner product, summed in float64."""
+    return float((a.detach().double() * b.detach().double()).sum())

@@ -1,0 +1,73 @@
+"""Damage of uniform noise as wide as a format's step: sensitivity to a format whatever its rounding.
+
+Rounding to nearest moves a value by at most half a step, about uniformly: w + step * eta with eta uniform in
+[-0.5, 0.5], variance step^2 / 12 (QuantNAS; METHODS g2). The step is the format's own, (max - min) / (2^b - 1) of each
+range it covers: per output channel or group for weights, per tensor for sites. What clipping costs is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.graph.layers import weight_of
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.progress import track
+from quantkit.sensitivity.measure import (
+    Perturbation,
+    Scores,
+    Subject,
+    applied,
+    damage_for,
+    damage_rows,
+    mean_and_error,
+    notes_on,
+)
+from quantkit.sensitivity.registry import estimator
+
+DRAWS = 4
+
+
+@estimator("noise")
+def noise(
+    subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
+) -> Scores:
+    """Mean damage over ``DRAWS`` draws of noise in place of each perturbation: DRAWS x K forwards of the sample set.
+
+    The standard error joins that over samples with that over draws.
+    """
+    reference = list(subject.float_outputs())
+    damage = damage_for(subject.loss, torch.cat(reference))
+    here = damage_rows(damage, reference, subject.outputs())
+    found = []
+    for one in track(perturbations, "measuring noise", enabled=progress):
+        draws = [damage_rows(damage, reference, _noisy_outputs(subject, one, generator)) - here for _ in range(DRAWS)]
+        mean, over_samples = mean_and_error(torch.stack(draws).mean(0))
+        _, over_draws = mean_and_error(torch.stack([rows.mean() for rows in draws]))
+        found.append((mean, np.hypot(over_samples, over_draws)))
+    means, errors = np.array(found).reshape(-1, 2).T.copy()
+    return Scores(means, errors, notes=notes_on(subject, damage, here) | {"draws": DRAWS})
+
+
+def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generator) -> Iterator[Tensor]:
+    """Outputs with noise in place of one perturbation; the rest of the base plan stays."""
+    weights, at = applied(p for p in subject.base if p.place != one.place)
+    if isinstance(one.change, QuantizedWeight):
+        weights[one.owner] = noisy_weight(weight_of(subject.model, one.owner), one.change, generator)
+    else:
+        at[one.owner] = partial(_with_noise, step=one.change.scale, generator=generator)
+    return subject.outputs_with(weights, at)
+
+
+def noisy_weight(weight: Tensor, codes: QuantizedWeight, generator: torch.Generator) -> Tensor:
+    """``weight`` plus uniform noise as wide as the step of each group of ``codes``; nothing where a step is 0."""
+    step = codes.scale.to(weight).unsqueeze(-1)
+    return _with_noise(weight.detach().reshape(*codes.scale.shape, -1), step, generator).reshape(weight.shape)
+
+
+def _with_noise(x: Tensor, step: Tensor | float, generator: torch.Generator) -> Tensor:
+    return x + step * (torch.rand(x.shape, generator=generator).to(x) - 0.5)

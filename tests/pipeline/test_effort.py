@@ -1,0 +1,68 @@
+"""Effort after the profile: plans improved on measured damage, inside the budget, with what it took written down."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.errors import InvalidRequest
+from quantkit.pipeline.operating_point import EFFORTS
+from quantkit.pipeline.profile import bench_of
+from quantkit.pipeline.request import make_ready
+from quantkit.plan import Plan, Profile
+from quantkit.sensitivity.around import PlanDamage
+
+
+def network() -> nn.Sequential:
+    """Deep and narrow, so that two bits hurt and layers depend on each other."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()]
+    for _ in range(4):
+        layers += [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(216, 6)).eval()
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.data *= 2.5
+    return model
+
+
+def images() -> Tensor:
+    return torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+SCHEMES = ["w2a8", "w3a8", "w4a8", "w8a8"]
+
+
+def measured_damage(profile: Profile, plan: Plan) -> float:
+    """Damage of a plan on the inputs of the profile, measured anew."""
+    request = make_ready(network(), [images()], schemes=SCHEMES)
+    bench = bench_of(request, progress=False)
+    return PlanDamage(bench.subject, bench.perturbations, progress=False).plan(
+        profile.chosen(plan.schemes, plan.sites)
+    )
+
+
+@pytest.mark.parametrize("effort", ["balanced", "thorough"])
+def test_more_effort_measures_better_and_says_what_it_took(effort: str) -> None:
+    options = {"schemes": SCHEMES, "progress": False, "solver": "uniform"}  # a start that leaves room
+    fast = quantkit.quantize(network(), "2.8 bits", [images()], **options)
+    better = quantkit.quantize(network(), "2.8 bits", [images()], effort=effort, **options)
+    assert better.plan.average_bits <= 2.8
+    assert better.profile == fast.profile
+    before, after = (measured_damage(fast.profile, one.plan) for one in (fast, better))
+    assert after < before
+    took = better.plan.provenance["operating_point"]
+    assert took["measurements"] <= EFFORTS[effort] * len(fast.profile.entries)
+    accepted = [step["damage"] for step in took["steps"] if step["accepted"]]
+    assert accepted == sorted(accepted, reverse=True)
+    assert (accepted[0], accepted[-1]) == (pytest.approx(before), pytest.approx(after))
+    assert "operating_point" not in fast.plan.provenance
+
+
+def test_unknown_effort_is_refused() -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"Unknown effort 'fats'; known: fast, balanced, thorough\. Did you mean 'fast'"
+    ):
+        quantkit.quantize(network(), "3 bits", [images()], effort="fats")

@@ -129,12 +129,28 @@ class Budget:
         """The limits as integers for a profiled model: ``size`` in bytes of everything stored, ``average_bits`` in
         packed bytes of the layers' weights, ``bops`` in bit-operations. Raises InvalidRequest for a limit that needs
         more than a profile to be met."""
-        for name in ("latency", "activation_bytes", "accuracy_drop"):
+        if self.accuracy_drop is not None or self.minimize is not None:
+            raise InvalidRequest(
+                "A limit on accuracy is met by evaluating plans, which needs the model: use quantize with "
+                "evaluate=. minimize goes with it."
+            )
+        for name in ("latency", "activation_bytes"):
             if name in self.asked:
                 raise InvalidRequest(f"A limit on {name} is not supported yet; supported: size, average_bits, bops.")
-        if self.minimize is not None:
-            raise InvalidRequest("minimize goes with a limit on accuracy, which is not supported yet.")
         return {name: math.floor(self._absolute(name, profile)) for name in self.asked}
+
+    def without_accuracy(self) -> Budget | None:
+        """The limits beside that on accuracy; None where there are none."""
+        others = {name: getattr(self, name) for name in LIMITS if name != "accuracy_drop"}
+        return Budget(**others) if any(value is not None for value in others.values()) else None
+
+    def allowed_drop(self, reference: float) -> float:
+        """The largest drop of the metric from ``reference``, that of the float model. Raises InvalidRequest where the
+        budget does not limit it."""
+        if self.accuracy_drop is None:
+            raise InvalidRequest(f"The budget {self} does not limit the accuracy drop.")
+        number, unit = _read("accuracy_drop", self.accuracy_drop)
+        return float(number) * (abs(reference) / 100 if unit == "%" else 1)
 
     def _absolute(self, name: str, profile: Profile) -> Fraction:
         number, unit = _read(name, self.asked[name])

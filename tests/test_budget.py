@@ -216,16 +216,28 @@ def test_a_budget_reads_back_from_its_own_text(mapping: dict[str, str]) -> None:
     assert Budget.parse(budget) is budget
 
 
-@pytest.mark.parametrize("name", ["latency", "activation_bytes", "accuracy_drop"])
+@pytest.mark.parametrize("name", ["latency", "activation_bytes"])
 def test_a_limit_that_a_profile_cannot_answer_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Budget.parse({"size": "1 KB", name: WRITTEN[name][0]}).limits(PROFILE)
     assert str(caught.value) == f"A limit on {name} is not supported yet; supported: size, average_bits, bops."
 
 
-def test_minimize_is_refused_until_accuracy_limits_are_supported() -> None:
-    with pytest.raises(InvalidRequest, match="minimize goes with a limit on accuracy, which is not supported yet"):
-        Budget.parse("4 bits, minimize=size").limits(PROFILE)
+@pytest.mark.parametrize("text", ["4 bits, minimize=size", "4 bits, accuracy_drop=1%", "accuracy_drop=0.5"])
+def test_a_limit_on_accuracy_is_nothing_a_profile_alone_can_meet(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"needs the model: use quantize with evaluate="):
+        Budget.parse(text).limits(PROFILE)
+
+
+def test_accuracy_stands_apart_from_the_other_limits() -> None:
+    both = Budget.parse("4 bits, accuracy_drop=1%, minimize=bops")
+    assert both.without_accuracy() == Budget(average_bits=4)
+    assert Budget(accuracy_drop=0.5).without_accuracy() is None
+    assert both.allowed_drop(80.0) == pytest.approx(0.8)
+    assert both.allowed_drop(-2.0) == pytest.approx(0.02)
+    assert Budget(accuracy_drop=0.5).allowed_drop(80.0) == 0.5
+    with pytest.raises(InvalidRequest, match="does not limit the accuracy"):
+        Budget.parse("4 bits").allowed_drop(80.0)
 
 
 @given(st.text(alphabet="0123456789.,=+-_ %e" + "bitskKMBzopslatencyv", max_size=16))

@@ -60,7 +60,7 @@ def apply(
     formats = _site_formats(decided, ready, goal)
     if inplace:  # only now that nothing can be refused any more
         ready = prepare(model, batches, goal, kept_float, inplace=True)
-    metrics = {} if evaluate is None else {"float": _metric(evaluate, ready.model)}
+    metrics = {} if evaluate is None else {"float": metric_of(evaluate, ready.model)}
     reference = list(Subject(ready.model, batches, {}).outputs())
     found = _site_ranges(ready, formats, ranges, batches, progress)
     simulated = SimulatedModel(ready.model, ready.sites, {}, found)
@@ -71,7 +71,7 @@ def apply(
     final = _recounted(decided, simulated, ready, formats)
     metrics |= compare_outputs(simulated, batches, reference, loss)
     if evaluate is not None:
-        metrics["quantized"] = _metric(evaluate, simulated)
+        metrics["quantized"] = metric_of(evaluate, simulated)
     return Result(simulated, final, ready.folds, batches, metrics=metrics)
 
 
@@ -81,7 +81,8 @@ def require_metric(evaluate: Any) -> None:
         raise InvalidRequest(f"evaluate must be a function (model -> float), not {type(evaluate).__name__}.")
 
 
-def _metric(evaluate: Evaluate, model: nn.Module) -> float:
+def metric_of(evaluate: Evaluate, model: nn.Module) -> float:
+    """The metric of a model; raises InvalidRequest where ``evaluate`` returns no number."""
     found: Any = evaluate(model)
     try:
         return float(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from torch import nn
 from quantkit.allocation.allocate import allocate
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
-from quantkit.pipeline.apply import Evaluate, apply, require_metric
+from quantkit.pipeline.accuracy import meet_accuracy, require_accuracy_request
+from quantkit.pipeline.apply import Evaluate, apply, metric_of, require_metric
 from quantkit.pipeline.operating_point import EFFORTS, refine
 from quantkit.pipeline.profile import bench_of, measure
 from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, choose, make_ready
@@ -45,10 +48,11 @@ def quantize(
 ) -> Result:
     """The best model inside ``budget``: profile, allocate, apply, and a measured comparison with the float model.
 
-    See ``profile`` and ``apply`` for the arguments; ``evaluate`` is only reported. ``effort``: "fast" takes the plan
+    See ``profile`` and ``apply`` for the arguments; ``evaluate`` is only reported, unless the budget limits
+    ``accuracy_drop``: then plans are chosen by it. ``effort``: "fast" takes the plan
     that the profile predicts best; "balanced" and "thorough" improve it by measuring around it, with at most 1.5 and 3
     measurements per profiled format. Raises InvalidRequest for a bad request and InfeasibleBudget for one that cannot
-    be met, both before anything is measured.
+    be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
     """
     limit = Budget.parse(budget)
     require_solver(solver)
@@ -56,18 +60,19 @@ def quantize(
     if workdir is not None:
         require_writable(workdir)
     require_metric(evaluate)
+    require_accuracy_request(limit, evaluate)
     request = make_ready(
         model, calibration, schemes=schemes, samples=samples, loss=loss, target=target, rules=rules,
         sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
-    measured, plan = _decide(request, limit, solver, effort, progress, workdir)
-    items = [kwargs or args for args, kwargs in request.batches]
-    result = apply(
-        model, plan, items, target=target, rounding=rounding, ranges=ranges, loss=loss, evaluate=evaluate,
-        progress=progress, inplace=inplace,
+    finish = partial(
+        apply, model, calibration=[kwargs or args for args, kwargs in request.batches], target=target,
+        rounding=rounding, ranges=ranges, loss=loss, evaluate=evaluate, progress=progress, inplace=inplace,
     )  # fmt: skip
-    result.profile = measured
-    return result
+    if limit.accuracy_drop is not None:
+        return _within_accuracy(request, limit, evaluate, finish, progress, workdir)
+    measured, plan = _decide(request, limit, solver, effort, progress, workdir)
+    return replace(finish(plan), profile=measured)
 
 
 def _decide(
@@ -80,3 +85,21 @@ def _decide(
     measured = measure(request, progress, workdir, bench)
     plan = allocate(measured, limit, solver=solver, seed=seed)
     return measured, plan if bench is None else refine(plan, measured, limit, bench, effort, seed, progress)
+
+
+def _within_accuracy(
+    request: Request,
+    limit: Budget,
+    evaluate: Evaluate | None,
+    finish: Callable[[Plan], Result],
+    progress: bool,
+    workdir: str | Path | None,
+) -> Result:
+    assert evaluate is not None, "checked before"
+    others = limit.without_accuracy()
+    if others is not None:
+        allocate(request.unmeasured(), others)
+    bench = bench_of(request, progress)
+    measured = measure(request, progress, workdir, bench)
+    result = meet_accuracy(request, measured, bench, limit, partial(metric_of, evaluate), finish)
+    return replace(result, profile=measured)

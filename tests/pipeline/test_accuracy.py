@@ -1,0 +1,92 @@
+"""A limit on the accuracy drop: the plan that comes back was evaluated, meets it, and no cheaper evaluated one
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.errors import AccuracyNotMet, InfeasibleBudget, InvalidRequest
+from tests.pipeline.networks import small
+
+SCHEMES = ["w2a8", "w3a8", "w4a8", "w8a8"]
+
+
+def images(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def fidelity() -> Callable[[nn.Module], float]:
+    """100 less the relative error, in percent, of a model's outputs on 400 unseen images."""
+    x = images(400, 9)
+    with torch.no_grad():
+        expected = small()(x)
+
+    def evaluate(model: nn.Module) -> float:
+        with torch.no_grad():
+            return 100 - float((model(x) - expected).norm() / expected.norm() * 100)
+
+    return evaluate
+
+
+def quantize(budget: object, evaluate: Callable[[nn.Module], float] | None = None, **options: object):
+    return quantkit.quantize(
+        small(), budget, [images(64, 1)], evaluate=evaluate, schemes=SCHEMES, progress=False, **options
+    )
+
+
+@pytest.mark.parametrize("drop", [0.5, 2.0, 5.0])
+def test_result_meets_the_limit_and_no_cheaper_plan_of_the_curve_does(drop: float) -> None:
+    evaluate = fidelity()
+    result = quantize({"accuracy_drop": drop}, evaluate)
+    assert 100 - evaluate(result.model) <= drop
+    assert result.metrics["quantized"] == evaluate(result.model)
+    cheaper = [lost for cost, lost in result.curve if cost < result.plan.total_bytes]
+    assert all(lost > drop for lost in cheaper)
+    assert len(result.curve) == result.metrics["evaluations"] >= 2
+
+
+def test_more_drop_allowed_gives_a_smaller_plan() -> None:
+    evaluate = fidelity()
+    sizes = [quantize(f"accuracy_drop={drop}%", evaluate).plan.total_bytes for drop in (0.7, 2, 6)]
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_other_limits_hold_too() -> None:
+    evaluate = fidelity()
+    result = quantize("5 bits, accuracy_drop=8", evaluate)
+    assert result.plan.average_bits <= 5
+    assert 100 - evaluate(result.model) <= 8
+    with pytest.raises(InfeasibleBudget):
+        quantize("1 bits, accuracy_drop=50", evaluate)
+
+
+def test_limit_that_cannot_be_met_comes_with_the_best_plan_and_the_curve() -> None:
+    evaluate = fidelity()
+    with pytest.raises(
+        AccuracyNotMet, match=r"No plan keeps the drop within 0\.001.*Measured drop at size: "
+    ) as failed:
+        quantize("3 bits, accuracy_drop=0.001", evaluate)
+    assert failed.value.exit_code == 3
+    assert failed.value.best.average_bits <= 3
+    assert failed.value.curve
+    assert all(lost > 0.001 for _, lost in failed.value.curve)
+
+
+@pytest.mark.parametrize(
+    ("budget", "evaluate", "message"),
+    [
+        ("accuracy_drop=1", None, "needs evaluate, a function model -> number"),
+        ("4 bits, minimize=size", fidelity(), "add accuracy_drop"),
+        ("accuracy_drop=1, minimize=latency", fidelity(), "minimize=latency is not supported yet"),
+    ],
+)
+def test_request_without_what_it_needs_is_refused_first(budget: str, evaluate, message: str, monkeypatch) -> None:
+    monkeypatch.setattr("quantkit.pipeline.quantize.make_ready", lambda *a, **k: pytest.fail("looked at the model"))
+    with pytest.raises(InvalidRequest, match=message):
+        quantize(budget, evaluate)

@@ -80,8 +80,8 @@ def recipe_model(name: str) -> ModuleType:
     return module
 
 
-def case_of(name: str, rounding: str, data: Path) -> Case:
-    """Load a model with its images, and round every layer in every format of the bands."""
+def case_of(name: str, rounding: str, data: Path, bits: Sequence[int]) -> Case:
+    """Load a model with its images, and round every layer at so many bits."""
     weights, calibration_file, calibration_array, evaluation_file, evaluation_array = SOURCES[name]
     recipe = recipe_model(name)
     model = recipe.build()
@@ -90,7 +90,6 @@ def case_of(name: str, rounding: str, data: Path) -> Case:
     evaluation = recipe.preprocess(np.load(data / evaluation_file)[evaluation_array])
     batches = split_batches([((calibration,), {})], 128)
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
-    bits = sorted({b for band in BANDS.values() for b in band})
     candidates = {layer: [Scheme.parse(f"w{b}") for b in bits] for layer in ready.quantizable}
     changes, _ = weight_perturbations(ready, candidates, batches, rounding, progress=True)
     return Case(ready, batches, Subject(ready.model, split_batches([((evaluation,), {})], 256), {}), changes)
@@ -115,7 +114,10 @@ def study(case: Case, bands: Sequence[str], plans: int, seed: int) -> None:
     """Print a table: a row per band, three figures per way of predicting."""
     mixed = mixed_pairs(case.batches, torch.Generator().manual_seed(seed))
     subjects = {"plain": Subject(case.ready.model, case.batches, {}), "mixed": Subject(case.ready.model, mixed, {})}
-    scores = {name: gram(subject, case.changes) for name, subject in subjects.items()}
+    scores = {
+        name: gram(subject, case.changes, True, torch.Generator().manual_seed(seed))
+        for name, subject in subjects.items()
+    }
     for name, found in scores.items():
         notes = found.notes
         print(f"{name} inputs: temperature {notes['temperature']:g}, reliability {notes['reliability']:.2f}")
@@ -148,7 +150,7 @@ def main() -> None:
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
     for name in options.models:
         for rounding in options.rounding:
-            case = case_of(name, rounding, data)
+            case = case_of(name, rounding, data, sorted({b for band in BANDS.values() for b in band}))
             unseen = sum(len(args[0]) for args, _ in case.unseen.batches)
             print(f"\n{name}, {rounding}, {options.plans} random plans a band, KL on {unseen} unseen images")
             study(case, options.bands, options.plans, options.seed)

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from quantkit.errors import QuantkitError
 from quantkit.version import VERSION
@@ -41,11 +42,19 @@ def _show_notices(quiet: bool) -> None:
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Exits with 1 for a command that cannot be read; argparse's own 2 means an infeasible budget here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quantkit", description="Mixed-precision post-training quantization.")
+    parser = _Parser(prog="quantkit", description="Mixed-precision post-training quantization.")
     parser.add_argument("--version", action="version", version=f"quantkit {VERSION}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show where an error was raised")
     common.add_argument("--quiet", action="store_true", help="no progress, only warnings")
 

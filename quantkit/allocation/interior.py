@@ -33,6 +33,9 @@ class _Iterate:
     def complementarity(self) -> float:
         return float(self.point @ self.reduced + self.slack @ self.price) / (len(self.point) + len(self.slack))
 
+    def finite(self) -> bool:
+        return all(bool(np.isfinite(part).all()) for part in vars(self).values())
+
     def longest_step(self, move: _Iterate) -> float:
         """The largest step of at most 1 that keeps everything positive, short of the boundary."""
         now = np.concatenate([self.point, self.reduced, self.slack, self.price])
@@ -75,19 +78,27 @@ class _Program:
 
     def solve(self, start: Floats) -> tuple[Floats, Floats]:
         now = self._first(start)
-        for _ in range(_ITERATIONS):
-            gap = now.complementarity()
-            if gap < _DONE:
-                break
-            try:
-                direction = self._directions(now)
-                affine = direction(0.0, None)
-                ahead = now.moved(affine, now.longest_step(affine)).complementarity()
-                move = direction(gap * (ahead / gap) ** 3, affine)
-            except np.linalg.LinAlgError:
-                break
-            now = now.moved(move, now.longest_step(move))
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what overflows is not gone to
+            for _ in range(_ITERATIONS):
+                following = self._following(now)
+                if following is None or not following.finite():
+                    break
+                now = following
         return now.point, now.price
+
+    def _following(self, now: _Iterate) -> _Iterate | None:
+        """The next iterate; None at the optimum, and where the linear system is singular."""
+        gap = now.complementarity()
+        if gap < _DONE:
+            return None
+        try:
+            direction = self._directions(now)
+            affine = direction(0.0, None)
+            ahead = now.moved(affine, now.longest_step(affine)).complementarity()
+            move = direction(gap * (ahead / gap) ** 3, affine)
+        except np.linalg.LinAlgError:
+            return None
+        return now.moved(move, now.longest_step(move))
 
     def _first(self, start: Floats) -> _Iterate:
         weight = max(1e-6, float(np.abs(self.linear).mean()))

@@ -156,7 +156,7 @@ class Found:
 @dataclass(frozen=True)
 class Solution:
     """A verified assignment. ``bound`` is a lower bound of the objective of any feasible assignment, ``gap`` the
-    distance to it relative to the objective, ``proven`` whether the assignment is proven optimal."""
+    distance to it relative to the objective, ``proven`` whether that is all that was asked for (``Settings.gap``)."""
 
     assignment: Assignment
     objective: float

@@ -60,7 +60,7 @@ def _answer(problem: Problem, run: Run) -> Found:
             if attempt:
                 break
             raise
-        bound = bound if attempt else scaled_bound / scale + shift
+        bound = bound if attempt else max(scaled_bound, 0.0) / scale + shift  # no score is negative
         _, positions = arrays.best(-values[: len(arrays.choice)])
         over = arrays.costs[positions].sum(axis=0) - arrays.limits
         if (over <= 0).all():

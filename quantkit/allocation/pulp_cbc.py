@@ -26,7 +26,7 @@ class _Crashed(Exception):
 
 @solver("pulp")
 def pulp_cbc(problem: Problem, settings: Settings) -> Found:
-    """Minimize the sum of damages: one thread, stops at a gap or a number of nodes."""
+    """Minimize the sum of damages; stops at a gap or a number of nodes."""
 
     def run(rows: Rows, scores: Floats, most: Integers) -> tuple[Floats, float]:
         with warnings.catch_warnings():
@@ -63,9 +63,8 @@ def _attempt(
         model += pulp.LpAffineExpression([(variables[k], v) for k, v in zip(positions, values, strict=True)]) == side
     for costs, limit in zip(rows.below.tolist(), most, strict=True):
         model += pulp.LpAffineExpression(zip(variables, costs, strict=False)) <= limit
-    command = pulp.PULP_CBC_CMD(
-        msg=False, threads=1, gapRel=settings.gap, maxNodes=settings.nodes, options=list(options)
-    )
+    # Not threads=1: that is CBC's parallel search with one worker, which now and then sleeps for ten seconds.
+    command = pulp.PULP_CBC_CMD(msg=False, gapRel=settings.gap, maxNodes=settings.nodes, options=list(options))
     with TemporaryDirectory() as command.tmpDir:  # a crash would leave files behind
         try:
             status = model.solve(command)

@@ -126,6 +126,7 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
     batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]
+    outputs = _output_names(model, example)
     small = _resized(example, size)
     try:
         exported = _export(simulated, small, batched)
@@ -136,9 +137,18 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
         )
         batched = [False] * len(batched)
         exported = _export_at_fixed_size(simulated, example, batched)
-    with torch.no_grad():
-        outputs = leaf_names(model(*example[0], **example[1]), "output")
     return MarkedGraph(exported, inputs, outputs, tuple(n for n, b in zip(inputs, batched, strict=True) if b))
+
+
+def _output_names(model: nn.Module, example: Batch) -> tuple[str, ...]:
+    with torch.no_grad():
+        result = model(*example[0], **example[1])
+    if not tensors_of(result):
+        raise InvalidRequest(
+            f"The model cannot be exported to ONNX: it returns {type(result).__name__}, in which no tensor is found. "
+            "Let it return a tensor, a tuple or a dict."
+        )
+    return leaf_names(result, "output")
 
 
 def _resized(example: Batch, size: int) -> Batch:

@@ -29,9 +29,9 @@ from quantkit.quantizers.simulate import SimulatedModel
 Metric = Callable[[nn.Module], float]
 
 
-def require_accuracy_request(limit: Budget, evaluate: Metric | None) -> None:
-    """Raise InvalidRequest for a limit on accuracy that cannot be met: nothing to evaluate, or nothing to make
-    small.
+def require_accuracy_request(limit: Budget, evaluate: Metric | None, inplace: bool) -> None:
+    """Raise InvalidRequest for a limit on accuracy that cannot be met: nothing to evaluate, nothing to make small, or
+    no copies of the model to try plans on.
     """
     if limit.accuracy_drop is None and limit.minimize is None:
         return
@@ -40,6 +40,10 @@ def require_accuracy_request(limit: Budget, evaluate: Metric | None) -> None:
     if evaluate is None:
         raise InvalidRequest(
             f"accuracy_drop={limit.accuracy_drop} needs evaluate, a function model -> number, higher is better."
+        )
+    if inplace:
+        raise InvalidRequest(
+            "accuracy_drop tries several plans, and inplace=True leaves one model. Leave inplace out."
         )
     if limit.minimize not in (None, *COSTS):
         raise InvalidRequest(f"minimize={limit.minimize} is not supported yet; supported: {', '.join(COSTS)}.")

@@ -60,7 +60,7 @@ def quantize(
     if workdir is not None:
         require_writable(workdir)
     require_metric(evaluate)
-    require_accuracy_request(limit, evaluate)
+    require_accuracy_request(limit, evaluate, inplace)
     request = make_ready(
         model, calibration, schemes=schemes, samples=samples, loss=loss, target=target, rules=rules,
         sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,

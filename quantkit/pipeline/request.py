@@ -18,7 +18,7 @@ from quantkit.graph.trace import Trace, run_model
 from quantkit.plan import Profile, SiteRecord, digest_of
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.weights import ROUNDINGS
-from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity import ESTIMATORS, require_additive
 from quantkit.sensitivity.measure import LOSSES, Scores
 from quantkit.targets import Target
 from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes
@@ -104,6 +104,7 @@ def make_ready(
     asked = {"sensitivity": sensitivity, "rounding": rounding, "ranges": ranges, "loss": loss}
     for name, value in asked.items():
         choose(name, value, CHOICES[name])
+    require_additive(sensitivity)
     wanted = parse_schemes(schemes, goal)
     batches = calibration_batches(model, calibration, samples)
     ready = prepare(model, batches, goal)

@@ -5,6 +5,7 @@ memory.
 from __future__ import annotations
 
 from quantkit.allocation.allocate import allocate
+from quantkit.budget import Budget
 from quantkit.graph.batches import batch_size
 from quantkit.pipeline.forecast import forecast
 from quantkit.pipeline.request import Request, make_ready
@@ -17,7 +18,9 @@ def forecast_of(recipe: Recipe) -> str:
     inputs = inputs_of(recipe)
     settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver", "effort")}
     request = make_ready(inputs.model, items_of(inputs.calibration), **settings)
-    allocate(request.unmeasured(), recipe.get("budget"))
+    certain = Budget.parse(recipe.get("budget")).without_accuracy()
+    if certain is not None:
+        allocate(request.unmeasured(), certain)
     cost = forecast(request)
     samples = sum(batch_size(batch) for batch in request.batches)
     return "\n".join(
@@ -25,7 +28,7 @@ def forecast_of(recipe: Recipe) -> str:
             *_layers(request),
             f"{len(request.ready.sites)} activation sites",
             _sizes(request),
-            f"the budget {recipe.get('budget')!r} can be met",
+            "what the budget asks of accuracy has to be measured" if certain is None else f"{certain} can be met",
             f"measuring: {cost.forwards} forwards of {samples} samples, about {cost.seconds:.0f} s with "
             f"{cost.rounding_seconds:.0f} s of rounding",
             f"memory: about {cost.peak_bytes / 1e6:,.0f} MB beyond one forward",

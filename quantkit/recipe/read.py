@@ -132,7 +132,9 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
         lines = dict(_lines(path, node, ()))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
+    except RecursionError as error:
+        raise InvalidRequest(f"{path}: not valid YAML: a key refers to itself, or is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         if isinstance(error, InvalidRequest):
             raise
         mark = getattr(error, "problem_mark", None)
@@ -174,7 +176,7 @@ def _change(path: Path, data: dict[str, Any], lines: dict[Keys, str], change: st
             raise InvalidRequest(f"--set {change!r}: {key!r} in {str(path)!r} is not a table.")
     try:
         table[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InvalidRequest(f"--set {change!r}: the value is not valid YAML.") from error
     for length in range(1, len(keys)):
         lines.setdefault(keys[:length], "--set")
@@ -218,7 +220,7 @@ def _check_source(path: Path, table: Mapping[str, Any], lines: Mapping[Keys, str
     sources = ("python",) if name == "model" else ("npz", "python")
     given = [key for key in sources if key in table]
     if len(given) != 1:
-        found = "both" if given else "neither" if len(sources) > 1 else "it is missing"
+        found = "both" if given else "neither" if len(sources) > 1 else "none"
         raise _error(path, lines, (name,), f"needs {' or '.join(sources)}; found {found}.")
     if given == ["npz"] and "inputs" not in table:
         raise _error(

@@ -162,14 +162,22 @@ def _absolute(recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in data.items():
         if key in ("weights", "npz"):
             found[key] = str(recipe.resolved(value))
-        elif key in ("python", "preprocess") and value.rpartition(":")[0].endswith(".py"):
-            file, _, function = value.rpartition(":")
-            found[key] = f"{recipe.resolved(file)}:{function}"
+        elif key in ("python", "preprocess"):
+            found[key] = _absolute_function(recipe, value)
         elif key in ("model", "calibration", "evaluate"):
             found[key] = _absolute(recipe, value)
         else:
             found[key] = value
     return found
+
+
+def _absolute_function(recipe: Recipe, text: str) -> str:
+    """A function of a file, or of a module beside the recipe, with that file's absolute path; others as they are."""
+    place, _, function = text.rpartition(":")
+    beside = "." not in place and recipe.resolved(f"{place}.py").is_file()
+    if beside or place.endswith(".py"):
+        return f"{recipe.resolved(f'{place}.py' if beside else place)}:{function}"
+    return text
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> Result:

@@ -112,7 +112,8 @@ def model_of(recipe: Recipe) -> nn.Module:
     except SafetensorError as error:
         raise CorruptFile(f"{str(path)!r} is damaged or not a safetensors file ({error}).") from error
     except RuntimeError as error:
-        raise recipe.error(("model", "weights"), f"the weights do not fit the model: {error}") from error
+        found = " ".join(str(error).split())  # one paragraph of a list
+        raise recipe.error(("model", "weights"), f"the weights do not fit the model: {found}") from error
     return model
 
 
@@ -142,8 +143,7 @@ def samples_of(recipe: Recipe, section: str, batch: int = BATCH) -> Samples:
         return value.float() if value.is_floating_point() else value
 
     inputs = recipe.get(section, "inputs")
-    with recipe.blame(section, "inputs"):
-        item = as_batch(tree_map(tensor, tuple(inputs) if isinstance(inputs, list) else inputs))
+    item = as_batch(tree_map(tensor, tuple(inputs) if isinstance(inputs, list) else inputs))
     name = recipe.get(section, "labels")
     labels = None if name is None else chosen("labels", name)
     if labels is not None and len(labels) != batch_size(item):
@@ -158,7 +158,7 @@ def _samples_of_function(recipe: Recipe, section: str) -> Samples:
         items = [items]  # one item of many samples
     found: list[Batch] = []
     samples, most = 0, recipe.get("samples", default=float("inf"))
-    with recipe.blame(*keys), _users_code(recipe, keys):
+    with _users_code(recipe, keys), recipe.blame(*keys):
         for item in items:  # it may never end: ``samples`` is how much of it is wanted
             found.append(as_batch(item))
             samples += batch_size(found[-1])

@@ -39,10 +39,11 @@ ROWS = {
 def summary(plan: Plan, measured: Measured) -> str:
     """The table as text."""
     saved = 1 - measured.quantized_bytes / measured.float_bytes
+    change = f"{abs(saved):.0%} {'smaller' if saved >= 0 else 'larger'}"
     rows = [(label, f"{measured.metrics[key]:.6g}") for key, label in ROWS.items() if key in measured.metrics]
     rows += [
         ("ONNX file, float", f"{measured.float_bytes:,} bytes"),
-        ("ONNX file, quantized", f"{measured.quantized_bytes:,} bytes ({saved:.0%} smaller)"),
+        ("ONNX file, quantized", f"{measured.quantized_bytes:,} bytes ({change})"),
         ("weights of the layers, planned", f"{plan.size_bytes:,} bytes, {plan.average_bits:.3f} bits on average"),
         ("weights of the layers, in the file", f"{measured.weight_bytes:,} bytes, {stored_bits(plan, measured)}"),
         (f"time in onnxruntime, batch {measured.latency_batch}", f"{measured.latency_ratio:.2f} of float"),

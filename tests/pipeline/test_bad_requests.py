@@ -15,6 +15,7 @@ import quantkit
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.pipeline import apply as last_stage
 from quantkit.pipeline import profile as first_stage
+from quantkit.pipeline import quantize as whole
 from tests.pipeline.networks import images, small
 
 
@@ -24,6 +25,7 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("something was measured")
 
     monkeypatch.setattr(first_stage, "_measure", fail)
+    monkeypatch.setattr(whole, "bench_of", fail)
     for name in ("site_histograms", "round_in_sequence", "Subject"):
         monkeypatch.setattr(last_stage, name, fail)
 
@@ -108,6 +110,10 @@ BUDGETS = {
     "zero": Bad(r"^average_bits='0 bits': a limit is a finite number above zero", {"budget": "0 bits"}),
     "unknown limit": Bad(r"^'sise' is not a limit\. Did you mean 'size'\?", {"budget": {"sise": "3 KB"}}),
     "not yet": Bad(r"^A limit on latency is not supported yet; supported: size", {"budget": "latency=60%"}),
+    "accuracy in place": Bad(
+        r"^accuracy_drop tries several plans, and inplace=True leaves one model\. Leave inplace out\.$",
+        {"budget": "accuracy_drop=1%", "inplace": True, "evaluate": lambda model: 1.0},
+    ),
     "bits out of reach": Bad(
         r"^No plan has average bits 1 bits: the smallest that can be reached is 2\.829 bits\. Ask for at least that",
         {"budget": "1 bits"},
@@ -129,8 +135,10 @@ NAMES = {
     ),
     "no scheme": Bad(r"^schemes is empty: name at least one candidate", {"schemes": []}),
     "target": Bad(r"^Unknown target 'onnxruntime'; known: onnxruntime-cpu.*Did you mean", {"target": "onnxruntime"}),
-    "estimator": Bad(r"^Unknown sensitivity 'gramm'; known: gram.*Did you mean 'gram'", {"sensitivity": "gramm"}),
+    "estimator": Bad(r"^Unknown sensitivity 'gramm'; known: .*Did you mean 'gram'", {"sensitivity": "gramm"}),
+    "estimator of ranks": Bad(r"^sensitivity='depth' ranks layers and gives no damages", {"sensitivity": "depth"}),
     "solver": Bad(r"^Unknown solver 'gredy'; known: .*Did you mean 'greedy'", {"solver": "gredy"}),
+    "effort": Bad(r"^Unknown effort 'throrough'; known: fast, .*Did you mean 'thorough'", {"effort": "throrough"}),
     "rounding": Bad(r"^Unknown rounding 'gptqq'; known: .*Did you mean 'gptq'", {"rounding": "gptqq"}),
     "ranges": Bad(r"^Unknown ranges 'minmx'; known: .*Did you mean 'minmax'", {"ranges": "minmx"}),
     "loss": Bad(r"^Unknown loss 'kll'; known: auto, kl, mse", {"loss": "kll"}),
@@ -166,7 +174,7 @@ def test_a_bad_request_is_refused(bad: Bad, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-ONLY_QUANTIZE = {"budget", "solver", "evaluate"}
+ONLY_QUANTIZE = {"budget", "solver", "effort", "evaluate"}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ def pictures_and_features(count: int, seed: int) -> dict[str, Tensor]:
     return {"image": pictures(count, seed), "features": randn(count, 5, seed=seed + 100)}
 
 
+pytestmark = pytest.mark.slow  # exports take about a second each, the first of a process three
+
 Make = Callable[[int, int], Any]
 NETWORKS: dict[str, tuple[type[nn.Module], Make]] = {
     "MobileNet block with Hardswish": (MobileNet, pictures),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from quantkit.export.sessions import open_session
 from quantkit.formats import Scheme
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan
-from tests.pipeline.networks import images, small
+from tests.graph.models import settled
+from tests.pipeline.networks import Small, images, small
 
 SITE_BYTES = 5  # a float32 scale and a zero point of one byte
 LAYER_WEIGHTS = {"stem.0": 12 * 2 * 9, "conv": 12 * 12 * 9, "mix": 12 * 12, "head": 12 * 10}
@@ -67,6 +69,7 @@ def test_what_is_saved_is_inside_the_budget(budget, tmp_path: Path) -> None:
     assert made.plan.total_bytes == found["size"]
 
 
+@pytest.mark.slow
 def test_a_larger_budget_is_used_for_less_damage() -> None:
     damages = [quantized(budget).plan.predicted_damage for budget in ("3 bits", "4 bits", "6 bits")]
     assert damages == sorted(damages, reverse=True)
@@ -83,6 +86,7 @@ def test_every_layer_has_a_reason(result: Result) -> None:
     assert all(str(scheme) in result.plan.why[name] for name, scheme in result.plan.schemes.items())
 
 
+@pytest.mark.slow
 def test_onnxruntime_and_the_saved_result_compute_the_same(result: Result, tmp_path: Path) -> None:
     x = images(50, seed=9)
     with torch.no_grad():
@@ -213,6 +217,24 @@ def test_nearest_rounding_and_extreme_ranges() -> None:
     made = quantized("4 bits", rounding="nearest", ranges="minmax", loss="mse", schemes=["w3a8", "w5a8"])
     assert {str(scheme) for scheme in made.plan.schemes.values()} <= {"w3a8", "w5a8"}
     assert set(made.profile.provenance["rounded"].values()) == {"nearest"}
+
+
+def test_a_record_of_the_users_own_runs_but_is_not_exported(tmp_path: Path) -> None:
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Wrapped(Small):
+        def forward(self, x):
+            return Output(super().forward(x))
+
+    made = quantkit.quantize(settled(Wrapped()), "4 bits", images(), progress=False)
+    assert made.model(images(3)).logits.shape == (3, 10)
+    with pytest.raises(
+        InvalidRequest, match=r"it returns Output, in which no tensor is found\. Let it return a tensor"
+    ):
+        made.export_onnx(tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_samples_caps_the_calibration_data() -> None:

@@ -4,7 +4,20 @@ giving Scores.
 
 from __future__ import annotations
 
-from quantkit.sensitivity import gram, kl, noise  # noqa: F401  # registered by name
+from quantkit.sensitivity import (  # noqa: F401  # registered by name
+    depth,
+    first_order,
+    fisher,
+    gram,
+    hessian_eigenvalue,
+    hessian_trace,
+    hvp_pairs,
+    kl,
+    lim,
+    noise,
+    pairwise,
+    zd,
+)
 from quantkit.sensitivity.registry import ESTIMATORS, RANKINGS, require_additive
 
 __all__ = ["ESTIMATORS", "RANKINGS", "require_additive"]

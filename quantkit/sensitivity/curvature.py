@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import split_batches
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.layers import weight_of
@@ -60,14 +61,16 @@ class Point:
 class Landscape:
     """The damage around a subject's base plan, batch by batch, and the displacements that perturbations are there.
 
-    Use it inside ``opened``. Memory: the graph of one batch of at most ``GRAPH_SAMPLES`` samples, and the float
-    outputs of all.
+    Use it inside ``opened``. ``layers`` are studied besides those that are perturbed. Memory: the graph of one batch
+    of at most ``GRAPH_SAMPLES`` samples, and the float outputs of all.
     """
 
-    def __init__(self, subject: Subject, perturbations: Sequence[Perturbation]) -> None:
+    def __init__(
+        self, subject: Subject, perturbations: Sequence[Perturbation] = (), layers: Sequence[str] = ()
+    ) -> None:
         self.subject = replace(subject, batches=split_batches(subject.batches, GRAPH_SAMPLES))
         self.perturbations = perturbations
-        self.members: dict[Place, list[int]] = {}
+        self.members: dict[Place, list[int]] = {(name, False): [] for name in layers}
         for k, p in enumerate(perturbations):
             self.members.setdefault(p.place, []).append(k)
         self.reference = list(self.subject.float_outputs())
@@ -92,15 +95,23 @@ class Landscape:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """The model at the base plan and ready to be differentiated by the perturbed weights; as it was on the way
-        out, whatever happens.
+        out, whatever happens. Raises InvalidRequest for a model that overwrites what its gradient needs.
         """
         weights = [self.weight(name) for name, _ in self.layers]
         with swapped_weights(self.subject.model, self.base_weights), differentiable(self.subject.model, weights):
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise InvalidRequest(
+                    f"The model cannot be differentiated: it overwrites in place what its gradient needs ({error}). "
+                    "Choose 'gram', 'kl' or another estimator that only runs the model forward."
+                ) from error
 
     def point(self, i: int, at_output: AtOutput | None = None, before: Before | None = None) -> Point:
         """Run batch ``i``. ``before(key, args, kwargs)`` sees every torch call, ``at_output(place, tensor)`` may
-        replace what it makes, ahead of what sites do to it.
+        replace what it makes, ahead of what sites do to it. Raises InvalidRequest where nothing has a gradient.
         """
         variables: dict[Place, Tensor] = {place: self.weight(place[0]) for place in self.layers}
         raw: dict[str, Tensor] = {}
@@ -120,6 +131,12 @@ class Landscape:
         both = changed if at_output is None else lambda key, x: changed(key, at_output(key, x))
         args, kwargs = self.subject.batches[i]
         output = rows_of(main_output(run_with(self.subject.model, both, args, kwargs, before)))
+        if torch.is_grad_enabled() and self.members and not output.requires_grad:
+            raise InvalidRequest(
+                "The model cannot be differentiated: its output does not depend on any layer or site under study by "
+                "operations that have a gradient (is its forward wrapped in torch.no_grad?). Choose 'gram', 'kl' or "
+                "another estimator that only runs the model forward."
+            )
         reference = self.reference[i]
         loss = self.damage.smooth_rows(reference, output).sum() / self.rows
         return Point(loss, output, reference, variables, raw, here)
@@ -167,7 +184,10 @@ def gradients(value: Tensor, variables: Sequence[Tensor], again: bool = True) ->
 
 
 def hessian_product(
-    first: Sequence[Tensor], variables: Sequence[Tensor], direction: Sequence[Tensor], by: Sequence[Tensor] | None = None
+    first: Sequence[Tensor],
+    variables: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    by: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Hessian times ``direction`` by double backward (Pearlmutter, 1994), given the gradients ``first`` by
     ``variables``; the block of rows belonging to ``by`` (default ``variables``). The graph stays usable.
@@ -177,9 +197,7 @@ def hessian_product(
     if not live or not by:
         return [torch.zeros_like(v) for v in by]
     slopes, along = zip(*live, strict=True)
-    return list(
-        torch.autograd.grad(slopes, by, along, retain_graph=True, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(slopes, by, along, retain_graph=True, allow_unused=True, materialize_grads=True))
 
 
 def inner(a: Tensor, b: Tensor) -> float:

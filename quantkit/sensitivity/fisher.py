@@ -9,7 +9,7 @@ get independent labels, so cross terms vanish on average and the sum over its ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantkit.graph.batches import batch_size
-from quantkit.graph.intercept import OpKey, tensors_of
+from quantkit.graph.intercept import OpKey
 from quantkit.graph.layers import layer_kind
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point
 from quantkit.sensitivity.first_order import slopes
-from quantkit.sensitivity.measure import Perturbation, Scores, Subject, mean_and_error
+from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject, mean_and_error
 from quantkit.sensitivity.registry import estimator
 
 DRAWS = 4
@@ -87,18 +87,62 @@ def _squares(land: Landscape, i: int, generator: torch.Generator) -> Tensor:
     calls = _Calls(land)
     point = land.point(i, calls.at_output, calls.before)
     count = max(1, batch_size(land.subject.batches[i]))
-    at = {place: point.variables[place] for place in land.sites if place in point.variables}
-    variables = [*calls.added.values(), *at.values()]
+    variables: dict[OpKey | Place, Tensor] = dict(calls.added.items())
+    variables |= {place: point.variables[place] for place in land.sites if place in point.variables}
     total = torch.zeros(len(land.perturbations), count, dtype=torch.float64)
-    if not variables or not point.output.requires_grad:
+    if not variables:
         return total
-    drawn = [_gradients(land, point, variables, generator) for _ in range(DRAWS)]
+    drawn = _slopes(land, point, variables, generator)
     with torch.no_grad():
-        for k, one in enumerate(land.perturbations):
+        for k in range(len(land.perturbations)):
             shifts = _shifts(land, calls, point, k)
-            where = [n for n, key in enumerate([*calls.added, *at]) if key in shifts]
-            names = [[*calls.added, *at][n] for n in where]
-            for draw in drawn:
-                products = [per_sample(draw[n], shifts[name], count) for n, name in zip(where, names, strict=True)]
-                total[k] += sum(products, torch.zeros(count, dtype=torch.float64)) ** 2 / DRAWS
+            products = torch.zeros(DRAWS, count, dtype=torch.float64)
+            for key, shift in shifts.items():
+                products += per_sample(drawn[key], shift, count)
+            total[k] = products.square().mean(0)
     return total
+
+
+def _slopes(
+    land: Landscape, point: Point, variables: Mapping[OpKey | Place, Tensor], generator: torch.Generator
+) -> dict[OpKey | Place, Tensor]:
+    """Gradients of the log-likelihood of labels drawn anew, summed over the rows, a first dimension for the draws."""
+    found = []
+    for _ in range(DRAWS):
+        drawn = land.damage.cotangent(point.output.detach(), generator)
+        found.append(
+            torch.autograd.grad(
+                point.output,
+                list(variables.values()),
+                drawn,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+    return {key: torch.stack(slopes) for key, slopes in zip(variables, zip(*found, strict=True), strict=True)}
+
+
+def _shifts(land: Landscape, calls: _Calls, point: Point, k: int) -> dict[OpKey | Place, Tensor]:
+    """What perturbation ``k`` adds to the outputs of the calls that read its weight, or to its site's tensor."""
+    one = land.perturbations[k]
+    moved = land.displacement(k, point)
+    if moved is None:
+        return {}
+    if one.place[1]:
+        return {one.place: moved}
+    weight = id(land.weight(one.owner))
+    return {key: calls.shift(key, moved) for key, (used, _, _) in calls.made.items() if used == weight}
+
+
+def per_sample(slopes: Tensor, shift: Tensor, count: int) -> Tensor:
+    """Inner products (draws, count) of each sample's elements, for ``slopes`` (draws, ...) and ``shift`` (...) with
+    samples along the first dimension of the latter. Where that cannot be, one of the whole batch, and zeros: samples
+    have independent labels, so their cross terms vanish on average.
+    """
+    if shift.dim() and len(shift) % count == 0:
+        rows = shift.reshape(count, -1)
+        return torch.einsum("rnd,nd->rn", slopes.reshape(len(slopes), count, -1), rows).double().cpu()
+    whole = torch.zeros(len(slopes), count, dtype=torch.float64)
+    whole[:, 0] = slopes.flatten(1).double().cpu() @ shift.flatten().double().cpu()
+    return whole

@@ -8,7 +8,15 @@ import numpy as np
 import torch
 
 from quantkit.progress import track
-from quantkit.sensitivity.measure import Perturbation, Scores, Subject, damage_for, damage_rows, mean_and_error, notes_on
+from quantkit.sensitivity.measure import (
+    Perturbation,
+    Scores,
+    Subject,
+    damage_for,
+    damage_rows,
+    mean_and_error,
+    notes_on,
+)
 from quantkit.sensitivity.registry import estimator
 
 

@@ -58,3 +58,59 @@ def by_hand(request: Request, x: Tensor, chosen: list[Perturbation]) -> Tensor:
         else:
             x = x.relu()
     return x.detach()
+
+
+class Attention(nn.Module):
+    """Self-attention of two heads on a stream of width 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [h.unflatten(-1, (2, 4)).transpose(1, 2) for h in self.qkv(x).chunk(3, dim=-1)]
+        mixed = nn.functional.scaled_dot_product_attention(*heads)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; its last add is done in place, as some models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.attention = Attention()
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norms[0](x))
+        out = self.mlp(self.norms[1](x))
+        out += x
+        return out
+
+
+class Transformer(nn.Module):
+    """Three blocks between an embedding of continuous inputs (N, T, 6) and a head of four classes per position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def transformer() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer().eval()
+
+
+def sequences(count: int = 12, seed: int = 1) -> list[Batch]:
+    x = torch.randn(count, 5, 6, generator=torch.Generator().manual_seed(seed))
+    return [((part,), {}) for part in x.split(8)]

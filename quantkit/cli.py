@@ -7,10 +7,13 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from quantkit.errors import QuantkitError
 from quantkit.version import VERSION
+
+if TYPE_CHECKING:
+    from quantkit.plan import Profile
 
 INTERRUPTED = 130
 
@@ -77,13 +80,18 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--out", type=Path, help="where to write (default: profile.safetensors in the output)")
     allocating = verb("allocate", _allocate, "choose bits for a budget from a profile")
     allocating.add_argument("profile", type=Path)
-    allocating.add_argument("--budget", required=True, help="such as '4 bits' or '300 KB'")
+    wanted = allocating.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--budget", help="such as '4 bits' or '300 KB'")
+    wanted.add_argument("--front", action="store_true", help="every budget at once, as table, CSV and picture")
     allocating.add_argument("--solver", default="auto")
     allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
-    allocating.add_argument("--out", type=Path, default=Path("plan.json"), help="where to write (default: plan.json)")
+    allocating.add_argument("--out", type=Path, help="where to write (default: plan.json; front.csv and front.png)")
     exporting = verb("export", _export, "write the ONNX file of a saved result")
     exporting.add_argument("folder", type=Path)
     exporting.add_argument("--out", type=Path, help="where to write (default: model.onnx in the folder)")
+    explaining = verb("explain", _explain, "say why layers got their bits, and what others would cost and gain")
+    explaining.add_argument("plan", type=Path)
+    explaining.add_argument("layer", nargs="?", help="only this layer")
     verb("list", _list, "name formats, targets, estimators, solvers and recipes")
     return parser
 
@@ -120,10 +128,32 @@ def _allocate(options: argparse.Namespace) -> None:
     from quantkit.allocation.allocate import allocate
     from quantkit.plan import Profile
 
-    plan = allocate(Profile.load(options.profile), options.budget, solver=options.solver, schemes=options.schemes)
-    plan.save(options.out)
+    profile = Profile.load(options.profile)
+    if options.front:
+        _front(profile, options)
+        return
+    plan = allocate(profile, options.budget, solver=options.solver, schemes=options.schemes)
+    path = plan.save(options.out or "plan.json")
     print(plan)
-    print(f"written to {options.out}")
+    print(f"written to {path}")
+
+
+def _front(profile: Profile, options: argparse.Namespace) -> None:
+    from quantkit.allocation.front import pareto
+    from quantkit.report.front import front_table, save_csv, save_picture
+
+    front = pareto(profile, schemes=options.schemes)
+    stem = options.out or Path("front")
+    paths = save_csv(front, stem.with_suffix(".csv")), save_picture(front, stem.with_suffix(".png"))
+    print(front_table(front))
+    print(f"written to {' and '.join(map(str, paths))}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from quantkit.plan import Plan
+    from quantkit.report.summary import explain
+
+    print(explain(Plan.load(options.plan), options.layer))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from quantkit.version import VERSION
 from tests.conftest import REPOSITORY
 from tests.recipe.tiny import rewritten, write_tiny
 
-VERBS = ("run", "plan", "profile", "allocate", "export", "list")
+VERBS = ("run", "plan", "profile", "allocate", "export", "explain", "list")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -107,6 +107,26 @@ def test_profile_then_allocate(recipe: str, tmp_path: Path, capsys) -> None:
     assert Plan.load("deep/greedy.json").provenance["solver"] == "greedy"
 
 
+def test_front_of_a_profile(shared: Path, recipe: str, tmp_path: Path, capsys) -> None:
+    assert main(["allocate", str(shared / "profile.safetensors"), "--front", "--out", "every"]) == 0
+    assert files_in(tmp_path) == {"every.csv", "every.png"}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len((tmp_path / "every.csv").read_text().splitlines()) + 1
+    assert lines[-1] == "written to every.csv and every.png"
+
+
+def test_explain(shared: Path, recipe: str, capsys) -> None:
+    assert main(["allocate", str(shared / "profile.safetensors"), "--budget", "5 bits"]) == 0
+    capsys.readouterr()
+    assert main(["explain", "plan.json", "conv"]) == 0
+    assert re.match(r"conv: w\da8\n  w\da8 adds [\d.e-]+ of damage on its own\n", capsys.readouterr().out)
+    assert main(["explain", "plan.json"]) == 0
+    everything = capsys.readouterr().out
+    assert all(f"{name}: " in everything for name in Plan.load("plan.json").schemes)
+    assert main(["explain", "plan.json", "cnov"]) == 1
+    assert "Did you mean 'conv'" in capsys.readouterr().err
+
+
 def test_list(capsys, monkeypatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert main(["list"]) == 0
@@ -151,7 +171,7 @@ UNREADABLE = {
     "unknown verb": (["quantise"], "invalid choice: 'quantise'"),
     "no recipe": (["run"], "the following arguments are required: recipe"),
     "unknown option": (["run", "x.yaml", "--fast"], "unrecognized arguments: --fast"),
-    "no budget": (["allocate", "p.safetensors"], "the following arguments are required: --budget"),
+    "no budget": (["allocate", "p.safetensors"], "one of the arguments --budget --front is required"),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.plan import Plan
 
 
@@ -64,3 +65,14 @@ def layer_table(plan: Plan) -> str:
     """One line per layer: its scheme and the reason."""
     width = max(len(name) for name in plan.schemes)
     return "\n".join(f"{n:<{width}}  {s!s:<6}  {plan.why.get(n, '')}".rstrip() for n, s in plan.schemes.items())
+
+
+def explain(plan: Plan, layer: str | None = None) -> str:
+    """Why layers got their schemes, all or one, a line per reason; raises InvalidRequest for an unknown layer."""
+    if layer is not None and layer not in plan.schemes:
+        raise InvalidRequest(f"The plan has no layer {layer!r}.{did_you_mean(layer, list(plan.schemes))}")
+    names = list(plan.schemes) if layer is None else [layer]
+    return "\n".join(
+        "\n  ".join([f"{name}: {plan.schemes[name]}", *plan.why.get(name, "no reason was recorded").split("; ")])
+        for name in names
+    )

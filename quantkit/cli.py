@@ -78,14 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "profile":
             made.add_argument("--out", type=Path, help="where to write (default: profile.safetensors in the output)")
-    allocating = verb("allocate", _allocate, "choose bits for a budget from a profile")
-    allocating.add_argument("profile", type=Path)
-    wanted = allocating.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--budget", help="such as '4 bits' or '300 KB'")
-    wanted.add_argument("--front", action="store_true", help="every budget at once, as table, CSV and picture")
-    allocating.add_argument("--solver", default="auto")
-    allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
-    allocating.add_argument("--out", type=Path, help="where to write (default: plan.json; front.csv and front.png)")
+    _add_allocate_arguments(verb("allocate", _allocate, "choose bits for a budget from a profile"))
     exporting = verb("export", _export, "write the ONNX file of a saved result")
     exporting.add_argument("folder", type=Path)
     exporting.add_argument("--out", type=Path, help="where to write (default: model.onnx in the folder)")
@@ -94,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     explaining.add_argument("layer", nargs="?", help="only this layer")
     verb("list", _list, "name formats, targets, estimators, solvers and recipes")
     return parser
+
+
+def _add_allocate_arguments(allocating: argparse.ArgumentParser) -> None:
+    allocating.add_argument("profile", type=Path)
+    wanted = allocating.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--budget", help="such as '4 bits' or '300 KB'")
+    wanted.add_argument("--front", action="store_true", help="every budget at once, as table, CSV and picture")
+    allocating.add_argument("--solver", default="auto")
+    allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
+    allocating.add_argument("--out", type=Path, help="where to write (default: plan.json; front.csv and front.png)")
 
 
 def _run(options: argparse.Namespace) -> None:

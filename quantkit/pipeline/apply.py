@@ -23,7 +23,7 @@ from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import site_histograms
 from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.targets import Target
-from quantkit.transforms.prepare import Prepared, prepare
+from quantkit.transforms.prepare import Prepared, leave_float, prepare
 
 Evaluate = Callable[[nn.Module], float]
 _ANY_WEIGHT = WeightFormat("8")
@@ -55,8 +55,9 @@ def apply(
     require_metric(evaluate)
     _check_schemes(model, decided, goal)
     batches = calibration_batches(model, calibration, samples)
-    kept_float = _kept_float(model, decided, batches, goal)
-    ready = prepare(model, batches, goal, kept_float)
+    every = prepare(model, batches, goal)
+    kept_float = _kept_float(every, decided, batches)
+    ready = leave_float(every, goal, kept_float)
     formats = _site_formats(decided, ready, goal)
     if inplace:  # only now that nothing can be refused any more
         ready = prepare(model, batches, goal, kept_float, inplace=True)
@@ -102,9 +103,8 @@ def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:
         raise InvalidRequest("The plan quantizes no layer: every scheme in it is 'float'.")
 
 
-def _kept_float(model: nn.Module, plan: Plan, batches: list[Batch], target: Target) -> list[str]:
+def _kept_float(every: Prepared, plan: Plan, batches: list[Batch]) -> list[str]:
     """The layers that the plan leaves float, after checking that the plan fits the model."""
-    every = prepare(model, batches, target)
     require_accepted(every.model, batches)
     for name, scheme in plan.schemes.items():
         if name not in every.layers:

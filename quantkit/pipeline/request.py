@@ -22,7 +22,7 @@ from quantkit.sensitivity import ESTIMATORS, require_additive
 from quantkit.sensitivity.measure import LOSSES, Scores
 from quantkit.targets import Target
 from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes
-from quantkit.transforms.prepare import Prepared, prepare
+from quantkit.transforms.prepare import Prepared, leave_float, prepare
 from quantkit.version import VERSION
 
 BATCH = 128
@@ -112,7 +112,7 @@ def make_ready(
     allowed = candidate_schemes({n: ready.layers[n].shape for n in ready.quantizable}, wanted, rules, goal)
     always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
     if always_float:
-        ready = prepare(model, batches, goal, always_float)
+        ready = leave_float(ready, goal, always_float)
     settings: dict[str, Any] = {
         "schemes": [str(s) for s in wanted],
         "rules": repr(rules),

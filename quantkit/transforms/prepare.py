@@ -24,6 +24,7 @@ from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_w
 
 SITE_BYTES = 5  # a float32 scale and a uint8 zero point
 TRACE_SAMPLES = 2
+KEPT = "kept float by a rule"
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,30 @@ def prepare(
     fold(own, folds)
     found = trace(own, example)
     layers = _layers(own, found, target, set(keep_float), element_bytes)
+    return _placed(Prepared(own, found, tuple(folds), layers, (), 0, float_bytes), target)
+
+
+def leave_float(ready: Prepared, target: Target, names: Collection[str]) -> Prepared:
+    """The same model with these layers not quantized either, and the sites that are left. Raises InvalidRequest where
+    no quantizable layer is.
+    """
+    reasons = {name: layer.reason or (KEPT if name in names else "") for name, layer in ready.layers.items()}
+    layers = {name: replace(layer, reason=reasons[name]) for name, layer in ready.layers.items()}
+    return _placed(replace(ready, layers=layers), target)
+
+
+def _placed(ready: Prepared, target: Target) -> Prepared:
+    """With the sites that its quantizable layers need, and what is stored besides weights."""
+    own, layers = ready.model, ready.layers
     names = [name for name, layer in layers.items() if not layer.reason]
     if not names:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
-    sites = place_sites(own, found, target, names)
-    layers = _with_inputs(layers, sites)
+    sites = place_sites(own, ready.trace, target, names)
     stored = sum(t.numel() * t.element_size() for t in _stored(own))
     weights = sum(layer.weights for layer in layers.values()) * 4
     other = stored - weights + SITE_BYTES * len(sites)
-    return Prepared(own, found, tuple(folds), layers, sites, other, float_bytes)
+    return replace(ready, layers=_with_inputs(layers, sites), sites=sites, other_bytes=other)
 
 
 def _require_plain_model(model: nn.Module) -> None:
@@ -96,9 +111,9 @@ def _require_plain_model(model: nn.Module) -> None:
 def _own_copy(model: nn.Module, inplace: bool) -> nn.Module:
     own = model if inplace else _copied(model)
     if own.training:
-        notice("the model is in training mode: quantizing a copy in eval mode")
+        notice(f"the model is in training mode: quantizing {'it' if inplace else 'a copy'} in eval mode")
     if any(p.device.type != "cpu" for p in own.parameters()):
-        notice("the model is not on the CPU: measuring and quantizing a copy there")
+        notice(f"the model is not on the CPU: measuring and quantizing {'it' if inplace else 'a copy'} there")
     own = own.cpu().float().eval()
     make_weights_plain(own)
     first: dict[int, str] = {}
@@ -171,7 +186,7 @@ def _layers(
 
 def _reason_to_stay_float(name: str, found: Trace, target: Target, keep_float: Collection[str]) -> str:
     if name in keep_float:
-        return "kept float by a rule"
+        return KEPT
     if found.kinds[name] not in target.layers:
         return f"{found.kinds[name]} is not supported by target {target.name} yet"
     calls = found.calls.get(name, ())

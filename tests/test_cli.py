@@ -262,6 +262,8 @@ def in_a_process(*arguments: str, folder: Path) -> subprocess.Popen[str]:
         [sys.executable, "-m", "quantkit.cli", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        # a shell without job control starts what runs in its background deaf to Ctrl-C, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

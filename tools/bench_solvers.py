@@ -8,6 +8,8 @@
 * ``--feasibility``: plans of every solver on larger problems, counted again here: how many are over a limit?
 * ``--large``: 500 layers x 8 formats x 3 limits, time and gap.
 * ``--quadratic``: 12 x 4 with pair terms against brute force, and 40 x 5 against a long tabu search.
+
+On a machine that does other work too, set OPENBLAS_NUM_THREADS=1: threads on small matrices wait for each other.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ def blame(reduced: Reduced) -> Conflict:
 
 def smallest_given(problem: Problem, limit: int, held: list[int]) -> int | None:
     """The least total cost under one limit while those of ``held`` hold; None when they cannot hold together."""
+    if not held:
+        return Arrays.of(problem).smallest(limit)
     choices = tuple(
         Choice(
             one.name,

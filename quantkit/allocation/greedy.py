@@ -1,4 +1,4 @@
-"""Greedy: every choice at its least damage, then the downgrade of least damage per cost saved, until all limits
+"""Greedy: every choice at its least damage, then the downgrade of least damage per overuse removed, until all limits
 hold."""
 
 from __future__ import annotations

@@ -112,7 +112,10 @@ class _Program:
         )
 
     def _directions(self, now: _Iterate) -> Callable[[float, _Iterate | None], _Iterate]:
-        """Newton directions towards a complementarity, corrected by the products of an earlier direction."""
+        """Newton directions towards a complementarity, corrected by the products of an earlier direction; both from
+        one factorization. Raises LinAlgError where the system is singular."""
+        from scipy.linalg.lapack import dgetrf, dgetrs
+
         count, rows = len(now.point), len(self.right)
         limits = len(self.most)
         system = np.zeros((count + rows + limits,) * 2)
@@ -122,6 +125,9 @@ class _Program:
         system[:count, count + rows :] = self.below.T
         system[count + rows :, :count] = self.below
         system[count + rows :, count + rows :] = -np.diag(now.slack / now.price)
+        factors, pivots, failure = dgetrf(system)
+        if failure:
+            raise np.linalg.LinAlgError("Singular matrix")
         stationary = self.curved @ now.point + self.linear - self.equal.T @ now.free - now.reduced
         stationary = stationary + self.below.T @ now.price
         missing, over = self.equal @ now.point - self.right, self.below @ now.point + now.slack - self.most
@@ -136,7 +142,7 @@ class _Program:
                     now.slack - at_slack / now.price - over,
                 ]
             )
-            step = np.linalg.solve(system, right)
+            step = dgetrs(factors, pivots, right)[0]
             point, free, price = step[:count], step[count : count + rows], step[count + rows :]
             reduced = (at_point - now.reduced * point) / now.point - now.reduced
             slack = (at_slack - now.slack * price) / now.price - now.slack

@@ -27,6 +27,10 @@ Run = Callable[[Rows, Floats, Integers], tuple[Floats, float]]
 
 def minimize_sum(problem: Problem, run: Run) -> Found:
     """The assignment of least total damage within the limits of a reduced problem, and a lower bound."""
+    if not problem.choices:  # solvers refuse programs without variables
+        if not problem.within_limits(()):
+            raise NoAssignment("Nothing can be chosen, and a limit is negative.")
+        return Found((), 0.0)
     arrays = Arrays.of(problem)
     _, forced = arrays.forced(arrays.damage)
     found, largest = _answer(problem, run), spread(arrays)

@@ -46,6 +46,8 @@ def solve(problem: Problem, solver: str = "auto", settings: Settings | None = No
     reduced = reduce(problem)
     if out_of_reach(reduced.problem):
         raise _infeasible(problem, blame(reduced))
+    if not problem.choices:
+        return Solution((), 0.0, 0.0, 0.0, solver, True)
     knows_objective = problem.pairs is None or solver in PAIR_SOLVERS
     asked = reduced.problem if knows_objective else replace(reduced.problem, pairs=None)
     try:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from quantkit.progress import track
-from quantkit.sensitivity.measure import Perturbation, Subject, damage_for
+from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject, damage_for, damage_rows
 from quantkit.sensitivity.pair_terms import gram_matrix, pair_terms
+from quantkit.sensitivity.sketch import sketch_for
 
 
 class PlanDamage:
@@ -39,17 +40,19 @@ class PlanDamage:
         kind = [type(p.change) for p in self.perturbations]
         place = {(owner[k], kind[k]): k for k in entries}
         outputs = list(self.subject.outputs([self.perturbations[k] for k in entries]))
-        here = torch.cat(outputs)
-        reference = torch.cat(self.reference)
-        damage = np.full(len(owner), float(self.damage.rows(reference, here).double().mean()))
+        damage = np.full(len(owner), float(damage_rows(self.damage, self.reference, outputs).mean()))
+        is_logits = isinstance(self.damage, KLDamage)
+        sketch = sketch_for(self.reference, len(owner), is_logits, torch.Generator().manual_seed(0))
+        small = outputs if sketch is None else [sketch(i, o) for i, o in enumerate(outputs)]
+        here = torch.cat(small)
         shifts = torch.zeros(len(owner), *here.shape)
         others = [k for k in range(len(owner)) if k not in set(entries)]
         for k in track(others, "measuring changes of the plan", enabled=self.progress):
             changed = place | {(owner[k], kind[k]): k}
-            output = torch.cat(list(self.subject.outputs([self.perturbations[j] for j in changed.values()])))
-            damage[k] = float(self.damage.rows(reference, output).double().mean())
-            shifts[k] = output - here
-        return damage, self._pair_terms(here, shifts, [len(o) for o in outputs], owner)
+            output = list(self.subject.outputs([self.perturbations[j] for j in changed.values()]))
+            damage[k] = float(damage_rows(self.damage, self.reference, output).mean())
+            shifts[k] = torch.cat(output if sketch is None else [sketch(i, o) for i, o in enumerate(output)]) - here
+        return damage, self._pair_terms(here, shifts, [len(o) for o in small], owner)
 
     def _pair_terms(self, here: Tensor, shifts: Tensor, sizes: Sequence[int], owners: Sequence[str]) -> np.ndarray:
         """Trusted cosines, with the lengths that the metric at the plan gives the shifts."""

@@ -7,7 +7,7 @@ gradient, and <g, d> is the first-order increase, with its sign.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def _damage(land: Landscape, point: Point) -> Tensor:
     return point.loss
 
 
-def slopes(land: Landscape, i: int, value=_damage) -> np.ndarray:
+def slopes(land: Landscape, i: int, value: Callable[[Landscape, Point], Tensor] = _damage) -> np.ndarray:
     """<gradient of ``value``, displacement> of every perturbation (K), batch ``i``'s share of the mean."""
     point = land.point(i)
     places = [p for p in land.members if p in point.variables]

@@ -17,9 +17,20 @@ import torch
 from torch import Tensor
 
 from quantkit.progress import track
-from quantkit.sensitivity.measure import Damage, Perturbation, Scores, Subject, damage_for, mean_and_error, notes_on
+from quantkit.sensitivity.measure import (
+    Damage,
+    KLDamage,
+    Perturbation,
+    Scores,
+    Subject,
+    damage_for,
+    damage_rows,
+    mean_and_error,
+    notes_on,
+)
 from quantkit.sensitivity.pair_terms import gram_matrix, pair_terms
 from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.sketch import Sketch, sketch_for
 
 
 @estimator("gram")
@@ -29,39 +40,63 @@ def gram(
     progress: bool = True,
     generator: torch.Generator | None = None,
 ) -> Scores:
-    """Measure all perturbations: K forwards of the sample set, memory K x (output rows x classes) float32. Nothing is
-    drawn from ``generator``.
+    """Measure all perturbations: K forwards of the sample set, memory K x (output rows x classes) float32, or
+    ``sketch.SHIFT_BYTES`` where that is less: larger outputs are sketched, with seed 0 where no ``generator`` is
+    given, and the notes say how far that falsifies single damages.
     """
     reference = list(subject.float_outputs())
     outputs = list(subject.outputs()) if subject.base else reference
-    here = torch.cat(outputs)
     damage = damage_for(subject.loss, torch.cat(reference))
-    before = torch.cat([damage.rows(a, b).double() for a, b in zip(reference, outputs, strict=True)])
+    before = damage_rows(damage, reference, outputs)
+    draw = generator or torch.Generator().manual_seed(0)
+    sketch = sketch_for(reference, len(perturbations), isinstance(damage, KLDamage), draw)
+    small = outputs if sketch is None else [sketch(i, o) for i, o in enumerate(outputs)]
+    here = torch.cat(small)
     shifts = torch.empty(len(perturbations), *here.shape)
     means, errors = np.zeros(len(perturbations)), np.zeros(len(perturbations))
     for k, perturbation in enumerate(track(perturbations, "measuring formats", enabled=progress)):
-        rows = _measure(subject, perturbation, reference, damage, shifts[k])
+        rows = _measure(subject, perturbation, reference, damage, shifts[k], sketch)
         shifts[k] -= here
         means[k], errors[k] = mean_and_error(rows - before)
-    pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], [len(o) for o in outputs])
+    pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], [len(o) for o in small])
     lengths = np.sqrt(2 * means) if not subject.base else _lengths(damage, here, shifts)
     matrix = pairs.cosines * np.outer(lengths, lengths)
     np.fill_diagonal(matrix, 2 * means)
     notes = notes_on(subject, damage, before)
     notes |= {"temperature": pairs.temperature, "reliability": pairs.reliability}
+    if sketch is not None:
+        float_outputs = torch.cat([sketch(i, r) for i, r in enumerate(reference)])
+        notes["sketch"] = _sketch_error(damage, float_outputs, here, shifts, means) | {"rows": sketch.share}
     return Scores(means, errors, matrix, notes)
 
 
 def _measure(
-    subject: Subject, one: Perturbation, reference: Sequence[Tensor], damage: Damage, outputs: Tensor
+    subject: Subject,
+    one: Perturbation,
+    reference: Sequence[Tensor],
+    damage: Damage,
+    outputs: Tensor,
+    sketch: Sketch | None,
 ) -> Tensor:
-    """Damage per row (float64); the outputs are written into ``outputs`` (rows, classes)."""
+    """Damage per row (float64); the outputs, sketched or not, are written into ``outputs`` (rows, classes)."""
     losses, start = [], 0
-    for before, after in zip(reference, subject.outputs([one]), strict=True):
+    for i, (before, after) in enumerate(zip(reference, subject.outputs([one]), strict=True)):
         losses.append(damage.rows(before, after).double())
-        outputs[start : start + len(after)] = after
-        start += len(after)
+        kept = after if sketch is None else sketch(i, after)
+        outputs[start : start + len(kept)] = kept
+        start += len(kept)
     return torch.cat(losses)
+
+
+def _sketch_error(
+    damage: Damage, reference: Tensor, here: Tensor, shifts: Tensor, full: np.ndarray
+) -> dict[str, float]:
+    """How many classes are left, and the median relative error of single damages measured on what was kept."""
+    before = damage.rows(reference, here).double().mean()
+    kept = np.array([float(damage.rows(reference, here + s).double().mean() - before) for s in shifts])
+    moved = full != 0
+    error = np.abs(kept - full)[moved] / np.abs(full[moved])
+    return {"classes": float(here.shape[1]), "relative_error": float(np.median(error)) if moved.any() else 0.0}
 
 
 def _lengths(damage: Damage, here: Tensor, shifts: Tensor) -> np.ndarray:

@@ -8,7 +8,7 @@ have a block per sample, so each sample has its own eigenvalue, found for all sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -64,9 +64,18 @@ def _orders(land: Landscape, values: dict[Place, float], damage: np.ndarray) -> 
 
 
 def top_eigenvalues(land: Landscape, generator: torch.Generator, progress: bool = True) -> dict[Place, float]:
-    """The eigenvalue of largest magnitude of every layer's block."""
+    """The eigenvalue of largest magnitude of every layer's block. The first batch alone finds where to start."""
     start = {p: torch.randn(land.weight(p[0]).shape, generator=generator) for p in land.layers}
     vectors = {p: (v / v.norm()).to(land.weight(p[0])) for p, v in start.items()}
+    if len(land) > 1:
+        _iterate(land, range(1), vectors, progress)
+    return _iterate(land, range(len(land)), vectors, progress)
+
+
+def _iterate(
+    land: Landscape, batches: Iterable[int], vectors: dict[Place, Tensor], progress: bool
+) -> dict[Place, float]:
+    """Power iteration from ``vectors``, which it moves, on the Hessian of some batches."""
     values: dict[Place, float] = dict.fromkeys(vectors, 0.0)
     still = dict.fromkeys(vectors, 0)
     for _ in track(range(MOST_STEPS), "eigenvalues of layers", enabled=progress):
@@ -74,13 +83,12 @@ def top_eigenvalues(land: Landscape, generator: torch.Generator, progress: bool 
         if not moving:
             break
         products = {p: torch.zeros_like(vectors[p]) for p in moving}
-        for i in range(len(land)):
+        for i in batches:
             _add_products(land, i, vectors, products)
         for p in moving:
-            value = inner(vectors[p], products[p])
-            change = abs(value - values[p]) / (abs(values[p]) + 1e-12)
-            still[p] = still[p] + 1 if change < TOLERANCE else 0
-            values[p], length = value, float(products[p].norm())
+            value, length = inner(vectors[p], products[p]), float(products[p].norm())
+            still[p] = still[p] + 1 if abs(value - values[p]) <= TOLERANCE * abs(values[p]) else 0
+            values[p] = value
             if length == 0:  # nothing depends on this layer
                 still[p] = STILL
             else:

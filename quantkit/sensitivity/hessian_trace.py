@@ -4,7 +4,7 @@ Omega_i(b) = 1/2 Tr(H_ii) / n_i ||Q_b(W_i) - W_i||^2 (Dong et al., arXiv 1911.03
 where the error points in no particular direction inside a layer; structured rounding breaks this. For a site the same
 with the mean trace over samples by its tensor, matrix-free: in eval mode samples do not interact, so one probe of the
 whole tensor is the sum of a probe per sample. Traces are Hutchinson's estimates z^T H z with random signs z, which
-have the least variance, drawn anew for every batch: at the same cost that averages over more probes.
+have the least variance, drawn anew for every batch, so that every batch is a probe of the whole.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ PRECISE = 0.03  # stop when every standard error is below this share of its trac
 IMPRECISE = 0.10  # above this share after joint probes, a layer gets probes of its own until it is not
 
 
+Probe = Callable[[Landscape, int, list[Place]], dict[Place, float]]
+
+
 @dataclass(frozen=True)
 class Trace:
     """The trace of one place's Hessian block, its standard error over probes, and how many of which kind."""
@@ -45,8 +48,9 @@ class Trace:
 def hessian_trace(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:
-    """Traces by up to ``MOST_PROBES`` joint probes, each a forward, a backward and two double backwards of the sample
-    set. Negative traces count as 0, with a warning. The standard error is that of the trace.
+    """Traces by up to ``MOST_PROBES`` joint probes (or one for each batch), each a forward, a backward and a double
+    backward of one batch, and as many double backwards again for every layer and site these leave vague. Negative
+    traces count as 0, with a warning. The standard error is that of the trace.
     """
     land = Landscape(subject, perturbations)
     with land.opened():
@@ -73,49 +77,52 @@ def hutchinson(land: Landscape, generator: torch.Generator, progress: bool, most
     """The trace of every place's block: joint probes until every standard error is small, then probes of their own
     for places where it stays large. A joint probe's variance holds that of all other blocks of its rows.
     """
-    joint = _estimate(land, partial(_joint_probe, generator=generator), list(land.members), PRECISE, most, progress)
+    everywhere = list(land.members)
+    joint = _estimate(land, partial(_joint_probe, generator=generator), everywhere, PRECISE, most, progress, True)
     vague = [place for place, t in joint.items() if t.relative_error > IMPRECISE]
-    alone = _estimate(land, partial(_own_probes, generator=generator), vague, IMPRECISE, most, progress)
+    alone = _estimate(land, partial(_own_probes, generator=generator), vague, IMPRECISE, most, progress, False)
     better = {p: Trace(t.mean, t.standard_error, joint[p].probes + t.probes, True) for p, t in alone.items()}
     return joint | {p: t for p, t in better.items() if t.standard_error < joint[p].standard_error}
 
 
 def _estimate(
-    land: Landscape,
-    probe: Callable[..., dict[Place, float]],
-    places: list[Place],
-    goal: float,
-    most: int,
-    progress: bool,
+    land: Landscape, probe: Probe, places: list[Place], goal: float, most: int, progress: bool, together: bool
 ) -> dict[Place, Trace]:
-    """Probe the whole sample set until every place's standard error is at most ``goal`` of its trace. Which places
-    are still to be made more precise is told to ``probe``.
+    """Probe batch after batch, all of them at least once, until every place's standard error is at most ``goal`` of
+    its trace. Places that are precise enough are left out of further probes unless ``together``: they cost nothing.
     """
     samples: dict[Place, list[float]] = {p: [] for p in places}
-    wanted = list(places)
-    for n in track(range(most), "Hessian traces", enabled=progress):
-        if not wanted:
+    least = max(min(LEAST_PROBES, most), len(land))
+    probed = places
+    for n in track(range(max(most, len(land))), "Hessian traces", enabled=progress):
+        found = probe(land, n % len(land), probed)
+        for p in probed:
+            samples[p].append(found.get(p, 0.0))
+        if n + 1 >= least:
+            traces = {p: _trace(land, samples[p]) for p in probed}
+            vague = [p for p, t in traces.items() if t.standard_error > goal * abs(t.mean)]
+            probed = probed if together and vague else vague
+        if not probed:
             break
-        parts = [probe(land, i, wanted) for i in range(len(land))]
-        for p in dict.fromkeys(name for part in parts for name in part):
-            samples[p].append(sum(part.get(p, 0.0) for part in parts))
-        if n + 1 >= min(LEAST_PROBES, most):
-            traces = {p: _trace(found) for p, found in samples.items()}
-            wanted = [p for p, t in traces.items() if t.standard_error > goal * abs(t.mean)]
-    return {p: _trace(found) for p, found in samples.items()}
+    return {p: _trace(land, found) for p, found in samples.items()}
 
 
-def _trace(samples: Sequence[float]) -> Trace:
-    if not samples:  # no batch reaches this site
-        return Trace(0.0, 0.0, 0)
-    spread = np.std(samples, ddof=1) / len(samples) ** 0.5 if len(samples) > 1 else abs(samples[0])
-    return Trace(float(np.mean(samples)), float(spread), len(samples))
+def _trace(land: Landscape, samples: Sequence[float]) -> Trace:
+    """From each batch's shares of the trace, probed in turn: the sum of their means. Its error takes every probe for
+    one of the whole, so that the spread of the data counts too.
+    """
+    values, count = np.array(samples), len(land)
+    shares = np.array([len(r) / land.rows for r in land.reference])[np.arange(len(values)) % count]
+    mean = sum(float(values[i::count].mean()) for i in range(count))
+    if len(values) == 1:
+        return Trace(mean, abs(mean), 1)
+    return Trace(mean, float((values / shares).std(ddof=1)) / len(values) ** 0.5, len(values))
 
 
 def _joint_probe(land: Landscape, i: int, _: Collection[Place], generator: torch.Generator) -> dict[Place, float]:
     """One probe over all weights, one over all sites: z_j^T (H z)_j of every place, batch ``i``'s share."""
     point = land.point(i)
-    found = {}
+    found: dict[Place, float] = {}
     for family in (land.layers, land.sites):
         places = [p for p in family if p in point.variables]
         variables = [point.variables[p] for p in places]

@@ -87,10 +87,11 @@ class Subject:
         base plan is not added.
         """
         change = at_sites([self.sites[name] for name in at], lambda site, x: at[site.name](x))
-        with torch.no_grad(), swapped_weights(self.model, weights):
-            for args, kwargs in self.batches:
+        for args, kwargs in self.batches:
+            # nothing is held while the caller looks at the outputs: it may not ask for all of them
+            with torch.no_grad(), swapped_weights(self.model, weights):
                 result = run_with(self.model, change, args, kwargs) if at else run_model(self.model, (args, kwargs))
-                yield rows_of(main_output(result))
+            yield rows_of(main_output(result))
 
 
 Weights = dict[str, Tensor]

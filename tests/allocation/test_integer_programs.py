@@ -67,12 +67,14 @@ def assert_blame_is_right(problem: Problem, error: OutOfReach) -> None:
         assert eased.within_limits(solve(eased).assignment)
 
 
+@pytest.mark.slow
 @repeatable(200)
 @given(networks(limits=(1, 3)))
 def test_solvers_and_brute_force_agree_on_networks(problem: Problem) -> None:
     assert_all_find_the_optimum(problem)
 
 
+@pytest.mark.slow
 @repeatable(120)
 @given(awkward_problems(limits=(0, 4)))
 def test_solvers_and_brute_force_agree_on_awkward_problems(problem: Problem) -> None:

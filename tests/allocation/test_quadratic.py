@@ -46,7 +46,8 @@ def test_quadratic_finds_and_proves_what_brute_force_finds(problem: Problem) -> 
         assert found.gap <= PRECISION
 
 
-@repeatable(60)
+@pytest.mark.slow
+@repeatable(40)
 @given(networks(**SMALL))
 def test_tree_search_alone_finds_the_optimum(problem: Problem) -> None:
     """What larger problems rely on, made to work where brute force can follow: nothing is enumerated at the root, and
@@ -99,7 +100,8 @@ def test_relaxation_is_close_where_shifts_hardly_cancel() -> None:
     assert max(shares) <= 1 + PRECISION
 
 
-@repeatable(80)
+@pytest.mark.slow
+@repeatable(40)
 @given(networks(**SMALL))
 def test_swaps_never_end_worse_than_where_they_start(problem: Problem) -> None:
     best = optimum(problem)

@@ -37,6 +37,17 @@ def test_weights_are_back_after_measuring_also_when_it_fails() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in request.ready.model.state_dict().items())
 
 
+def test_outputs_not_asked_for_leave_nothing_behind() -> None:
+    batches = inputs()
+    request = request_of(classifier(), batches)
+    weight = request.ready.model[0].weight.detach().clone()
+    outputs = subject_of(request, batches).outputs(perturbed(request)[:1])
+    next(outputs)
+    assert torch.is_grad_enabled()
+    assert torch.equal(request.ready.model[0].weight, weight)
+    assert len(list(outputs)) == len(batches) - 1
+
+
 def test_divergence_is_that_of_torch_and_never_negative() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(50, 5, generator=draw) * 4, torch.randn(50, 5, generator=draw) * 4

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
+from quantkit.formats import WeightFormat
 from quantkit.graph.batches import Batch
 from quantkit.kernels.reference import QuantizedWeight
 from quantkit.pipeline.request import Request
+from quantkit.quantizers.weights import quantize_weight
 from quantkit.sensitivity import noise as noise_module
 from quantkit.sensitivity.first_order import first_order
 from quantkit.sensitivity.fisher import fisher, per_sample
@@ -184,4 +186,52 @@ def test_fisher_sums_over_all_calls_that_read_a_weight() -> None:
     weights = [p for p in perturbed(request) if p.format == "w4"]
     expected = hvp_pairs(subject, weights, False, generator()).damage
     mean, error = averaged_fisher(subject, weights, 30)
+    assert (np.abs(mean - expected) < 3.5 * error).all()
+
+
+class Tokens(nn.Module):
+    """Embedded tokens, mixed over positions by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = (
+            nn.Embedding(9, 6, padding_idx=0),
+            nn.Conv1d(6, 6, 3, padding=1),
+            nn.Linear(6, 4),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(tokens).transpose(1, 2)).relu().transpose(1, 2))
+
+
+def convolutions() -> nn.Module:
+    """Stride, padding, groups, bias or none, and a transposed convolution."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 4, 2, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, groups=2, dilation=2),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
+
+
+@pytest.mark.parametrize("kind", ["tokens", "convolutions"])
+def test_fisher_knows_every_kind_of_layer(kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "tokens":
+        model, x = Tokens(), torch.randint(0, 9, (16, 5))
+    else:
+        model, x = convolutions(), torch.randn(16, 3, 6, 6)
+    request = request_of(model.eval(), [((x,), {})])
+    subject = subject_of(request, [((x,), {})])
+    weights = [p for p in perturbed(request) if p.format in ("w2", "w4")]
+    if kind == "tokens":  # the target leaves embeddings float; others may not
+        format_ = WeightFormat("3")
+        table = request.ready.model.embed.weight
+        weights.append(Perturbation("embed", "w3", quantize_weight(table, [format_]).weights[format_]))
+    expected = hvp_pairs(subject, weights, False, generator()).damage
+    mean, error = averaged_fisher(subject, weights, 30)
+    assert len(weights) >= 5 and (expected > 0).all()
     assert (np.abs(mean - expected) < 3.5 * error).all()

@@ -1,0 +1,68 @@
+"""Outputs made small enough to keep one copy per format: fewer classes, fewer rows.
+
+Vocabularies: each row keeps the classes most likely in the float model, and all others are thrown by a seeded hash
+into buckets whose logit is the log of their summed probability. That is a distribution over fewer outcomes, so damage,
+metric and softening apply to it as they are; merging outcomes can only lower a divergence, and by how much is measured
+against the full one. Softened far, buckets weigh less than their classes did. Long sequences: a seeded sample of the
+rows of each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_CLASSES = 2000
+TOP, BUCKETS = 192, 64
+SHIFT_BYTES = 1 << 31
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Which rows of each batch are kept, the classes (rows, TOP) each keeps, and the bucket (classes,) of all others;
+    the latter two None where all classes are kept.
+    """
+
+    rows: list[Tensor]
+    top: list[Tensor] | None
+    bucket: Tensor | None
+    share: float
+
+    def __call__(self, i: int, output: Tensor) -> Tensor:
+        """The output (rows, classes) of batch ``i``, made small."""
+        kept = output[self.rows[i].to(output.device)]
+        if self.top is None or self.bucket is None:
+            return kept
+        own = kept.gather(1, self.top[i].to(output.device))
+        others = kept.scatter(1, self.top[i].to(output.device), float("-inf"))
+        highest = others.max(1, keepdim=True).values
+        summed = torch.zeros(len(kept), BUCKETS, dtype=kept.dtype, device=kept.device)
+        summed.index_add_(1, self.bucket.to(output.device), (others - highest).exp())
+        return torch.cat([own, summed.clamp(min=torch.finfo(kept.dtype).tiny).log() + highest], dim=1)
+
+
+def sketch_for(reference: Sequence[Tensor], copies: int, merge: bool, generator: torch.Generator) -> Sketch | None:
+    """How to make ``copies`` of the outputs ``reference`` fit into ``SHIFT_BYTES``; None where they do as they are and
+    there are at most ``MOST_CLASSES`` classes. ``merge``: outputs are logits, whose classes may be merged.
+    """
+    total, classes = sum(len(r) for r in reference), reference[0].shape[-1]
+    merge = merge and classes > MOST_CLASSES
+    width = TOP + BUCKETS if merge else classes
+    share = SHIFT_BYTES / max(1, 4 * copies * total * width)
+    if share >= 1 and not merge:
+        return None
+    rows = [_sample(len(r), share, generator) for r in reference]
+    if not merge:
+        return Sketch(rows, None, None, min(share, 1.0))
+    top = [r[kept.to(r.device)].topk(TOP, dim=1).indices for r, kept in zip(reference, rows, strict=True)]
+    bucket = torch.randint(0, BUCKETS, (classes,), generator=generator)
+    return Sketch(rows, top, bucket, min(share, 1.0))
+
+
+def _sample(count: int, share: float, generator: torch.Generator) -> Tensor:
+    """Rows to keep, in order: at least two, one for each half that pair terms are compared between."""
+    kept = min(count, max(2, int(share * count)))
+    return torch.randperm(count, generator=generator)[:kept].sort().values

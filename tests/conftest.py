@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no benchmark data in {folder}: set QUANTKIT_DATA to its folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """What a test runs leaves torch's global switch as it was."""
+    yield
+    left_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left_on, "gradients were left switched off"

@@ -27,7 +27,7 @@ def highs(problem: Problem, settings: Settings) -> Found:
             integrality=np.ones(rows.size),
             bounds=Bounds(0, 1),
             constraints=constraints if len(most) else constraints[:1],
-            # Without presolve as fast here; with it HiGHS 1.12 prints a line of its own to the terminal now and then.
+            # As fast here without presolve, with which HiGHS 1.12 often prints a line of its own; so it rarely does.
             options={"mip_rel_gap": settings.gap, "node_limit": settings.nodes, "presolve": False},
         )
         if result.status == _INFEASIBLE:

@@ -223,9 +223,10 @@ def evaluate_of(recipe: Recipe) -> tuple[Evaluate, Samples | None] | None:
 
 def outputs_of(model: nn.Module, samples: Samples) -> Iterator[torch.Tensor]:
     """For each batch the output that damage is measured on."""
-    with torch.no_grad():
-        for args, kwargs in samples.batches:
-            yield main_output(model(*args, **kwargs))
+    for args, kwargs in samples.batches:
+        with torch.no_grad():  # not around the loop: two of these may run in turn
+            result = model(*args, **kwargs)
+        yield main_output(result)
 
 
 def top1(model: nn.Module, samples: Samples) -> float:

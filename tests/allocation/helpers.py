@@ -77,8 +77,9 @@ def _counted(problem: Problem, options: np.ndarray) -> Listed:
     if problem.pairs is None:
         return Listed(options, costs, sums, sums)
     objectives = np.zeros(len(options))
-    for i, j in itertools.product(range(len(problem.choices)), repeat=2):
-        objectives += 0.5 * problem.pairs[starts[i] + options[:, i], starts[j] + options[:, j]]
+    for i, j in itertools.combinations_with_replacement(range(len(problem.choices)), 2):
+        twice = 0.5 if i == j else 1.0  # the matrix is symmetric
+        objectives += twice * problem.pairs[starts[i] + options[:, i], starts[j] + options[:, j]]
     return Listed(options, costs, sums, objectives)
 
 

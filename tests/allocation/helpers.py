@@ -77,9 +77,10 @@ def _counted(problem: Problem, options: np.ndarray) -> Listed:
     if problem.pairs is None:
         return Listed(options, costs, sums, sums)
     objectives = np.zeros(len(options))
+    rows = np.ascontiguousarray((starts[:-1] + options).T)
     for i, j in itertools.combinations_with_replacement(range(len(problem.choices)), 2):
         twice = 0.5 if i == j else 1.0  # the matrix is symmetric
-        objectives += twice * problem.pairs[starts[i] + options[:, i], starts[j] + options[:, j]]
+        objectives += twice * problem.pairs[rows[i], rows[j]]
     return Listed(options, costs, sums, objectives)
 
 

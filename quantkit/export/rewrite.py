@@ -13,7 +13,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.export.editing import Editor
 from quantkit.export.marks import DOMAIN, marks
 from quantkit.export.moves import move_codes
-from quantkit.export.weights import LARGEST_UNPACKED, add_functions, is_in_planes, stored_codes
+from quantkit.export.weights import LARGEST_UNPACKED, add_functions, is_in_planes, midpoint, stored_codes
 from quantkit.kernels.reference import QuantizedWeight
 from quantkit.quantizers.simulate import SimulatedModel
 
@@ -120,11 +120,12 @@ class _Writer:
             weight, stored = self.simulated.weights[name], f"{name}.weight"
             codes = weight.codes.t().contiguous() if transposed else weight.codes
             axis = 1 if transposed else 0
-            value = stored_codes(self.editor, before, stored, codes, weight.format.bits)
+            value = stored_codes(self.editor, before, stored, codes, weight.format.bits, integer)
             if integer:
                 scale = self.editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
+                middle = midpoint(weight.format.bits)
                 zeros = self.editor.initializer(
-                    "zeros", np.zeros(len(weight.scale), np.int8)
+                    "midpoints" if middle else "zeros", np.full(len(weight.scale), middle)
                 )  # QGemm wants them spelled
                 value = self.editor.node(before, "DequantizeLinear", [value, scale, zeros], stored, axis=axis)
             else:

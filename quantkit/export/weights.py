@@ -3,7 +3,7 @@
 =======  ==================================================  ==========================================
 bits     initializers                                        expanded by
 =======  ==================================================  ==========================================
-8        INT8                                                nothing
+8        INT8; UINT8 around 128 where kernels take codes     nothing
 4        INT4                                                Cast
 2,3,5-7  one plane for each power of two in the width, as    ``quantkit::Unpack<bits>``, a function of
          bytes: those of ``kernels.packing``                 standard operators that the file carries
@@ -12,6 +12,10 @@ bits     initializers                                        expanded by
 onnxruntime folds all of them to the same INT8 tensor, so speed does not depend on the width. Planes are bytes and not
 ONNX's INT2 and UINT4 because these need opset 25 and a newer runtime for the same size and the same speed; the
 function keeps the graph readable and the file small where a dozen nodes for each layer would not.
+
+Full 8-bit weights are unsigned for integer kernels. On x86 CPUs without VNNI onnxruntime multiplies unsigned by signed
+bytes in pairs that it adds in 16 bits, which saturates: 2 x 255 x 127 does not fit, what 7-bit codes give does. For
+two unsigned operands it widens first, and the result is exact on every CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx import parser
@@ -47,12 +52,19 @@ def minimum_runtime(widths: Iterable[int]) -> str:
     return _MINIMUM_RUNTIME_INT4 if 4 in widths else _MINIMUM_RUNTIME
 
 
-def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int) -> ir.Value:
-    """The INT8 value of ``codes`` (any shape): stored in initializers named after ``name``, expanded ahead of
-    ``before``."""
+def midpoint(bits: int) -> np.generic:
+    """What stands for zero in the codes that integer kernels read."""
+    return np.uint8(128) if bits == 8 else np.int8(0)
+
+
+def stored_codes(
+    editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int, integer: bool = False
+) -> ir.Value:
+    """The value of ``codes`` (INT8, any shape): stored in initializers named after ``name``, expanded ahead of
+    ``before``; for ``integer`` kernels around ``midpoint``."""
     shape = tuple(codes.shape)
     if bits == 8:
-        return editor.initializer(name, codes.numpy())
+        return editor.initializer(name, (codes ^ -128).view(torch.uint8).numpy() if integer else codes.numpy())
     if bits == 4:
         packed = pack_plane(codes.reshape(-1).view(torch.uint8) & 0xF, 4)
         stored = editor.initializer(name, ir.PackedTensor(packed.numpy(), ir.DataType.INT4, shape=shape))

@@ -5,17 +5,19 @@
 Weights only, formats of 2, 3, 4, 6 and 8 bits, rounded on the calibration images. For every budget it prints the KL
 divergence from the float model, measured on evaluation images, of the plans that these choose:
 
-* uniform: the widest format that fits for every layer;
+* uniform: the widest format that fits for every layer; LIM, ZD: layers by rank (LayerwiseQuant);
 * greedy, trace (HAWQ-V2), sum of KL: on the plain calibration images, without pair terms;
 * profile: the Gram matrix on pair-mixed calibration images, ``effort="fast"``;
 * balanced, thorough: the same, improved by measuring around the plan, and how many measurements that took.
+
+``long_search.py`` says how good a plan can get.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,46 +31,51 @@ from quantkit.pipeline.operating_point import EFFORTS, refine
 from quantkit.pipeline.profile import Bench
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity.blocks import layer_order
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Scores, Subject
 
 BITS = (2, 3, 4, 6, 8)
-# column -> (inputs, estimator, solver)
+# way of choosing -> (inputs, estimator, solver)
 WAYS = {
     "uniform": ("plain", "kl", "uniform"),
     "greedy": ("plain", "kl", "greedy"),
+    "LIM": ("plain", "lim-layer", "by-rank"),
+    "ZD": ("plain", "zd-layer", "by-rank"),
     "trace": ("plain", "hessian-trace", "auto"),
     "sum of KL": ("plain", "kl", "auto"),
     "profile": ("mixed", "gram", "auto"),
 }
+DEFAULT = WAYS["profile"][:2]
 IMPROVED = [effort for effort, allowed in EFFORTS.items() if allowed]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A network with its profiles, one per (inputs, estimator), and the bench the improving efforts measure on."""
+    """A network with its profiles, one per (inputs, estimator), the orders of the estimators that only rank, and the
+    bench the improving efforts measure on.
+    """
 
     case: Case
     profiles: Mapping[tuple[str, str], Profile]
+    orders: Mapping[tuple[str, str], tuple[str, ...]]
     bench: Bench
+
+    @property
+    def profile(self) -> Profile:
+        """What quantkit measures by default."""
+        return self.profiles[DEFAULT]
+
+    def plan(self, way: str, bits: float, seed: int) -> Plan:
+        """The plan that a way of choosing finds."""
+        inputs, estimator, solver = WAYS[way]
+        order = self.orders.get((inputs, estimator), ())
+        profile = self.profiles.get((inputs, estimator), self.profile)
+        return allocate(profile, Budget(average_bits=bits), solver=solver, order=order, seed=seed)
 
     def unseen(self, plan: Plan) -> float:
         """KL on the evaluation images."""
         return self.case.measured([{name: str(scheme) for name, scheme in plan.schemes.items()}], "evaluating")[0]
-
-    def row(self, bits: float, seed: int) -> str:
-        """One line of the table: KL per way of choosing."""
-        budget = Budget(average_bits=bits)
-        cells = []
-        for inputs, estimator, solver in WAYS.values():
-            plan = allocate(self.profiles[inputs, estimator], budget, solver=solver, seed=seed)
-            cells.append(f"{self.unseen(plan):.4f}")
-        start = self.profiles["mixed", "gram"]
-        plan = allocate(start, budget, seed=seed)
-        for effort in IMPROVED:
-            better = refine(plan, start, budget, self.bench, effort, seed, progress=True)
-            cells.append(f"{self.unseen(better):.4f} ({better.provenance['operating_point']['measurements']:.0f})")
-        return f"{bits:<5}" + "".join(f" {cell:>12}" for cell in cells)
 
 
 def profile_of(case: Case, scores: Scores) -> Profile:
@@ -87,34 +94,58 @@ def profile_of(case: Case, scores: Scores) -> Profile:
     )
 
 
-def study_of(name: str, rounding: str, data: Path, seed: int) -> Study:
+def study_of(name: str, rounding: str, data: Path, samples: int, seed: int) -> Study:
     case = case_of(name, rounding, data, BITS)
-    mixed = mixed_pairs(case.batches, torch.Generator().manual_seed(seed))
-    subjects = {"plain": Subject(case.ready.model, case.batches, {}), "mixed": Subject(case.ready.model, mixed, {})}
-    profiles = {}
-    for inputs, estimator, _ in WAYS.values():
-        if (inputs, estimator) not in profiles:
-            generator = torch.Generator().manual_seed(seed)
-            scores = ESTIMATORS[estimator](subjects[inputs], case.changes, True, generator)
+    batches = case.batches[: -(-samples // 128)]
+    mixed = mixed_pairs(batches, torch.Generator().manual_seed(seed))
+    subjects = {"plain": Subject(case.ready.model, batches, {}), "mixed": Subject(case.ready.model, mixed, {})}
+    profiles, orders = {}, {}
+    for inputs, estimator, _ in dict.fromkeys(WAYS.values()):
+        generator = torch.Generator().manual_seed(seed)
+        scores = ESTIMATORS[estimator](subjects[inputs], case.changes, True, generator)
+        if scores.ranking:
+            orders[inputs, estimator] = layer_order(case.changes, scores)
+        else:
             profiles[inputs, estimator] = profile_of(case, scores)
-    return Study(case, profiles, Bench(subjects["mixed"], case.changes, {}))
+    return Study(case, profiles, orders, Bench(subjects["mixed"], case.changes, {}))
+
+
+def row(study: Study, bits: float, seed: int) -> str:
+    """One line of the table: KL per way of choosing."""
+    cells = [f"{study.unseen(study.plan(way, bits, seed)):.4f}" for way in WAYS]
+    start = study.plan("profile", bits, seed)
+    for effort in IMPROVED:
+        better = refine(start, study.profile, Budget(average_bits=bits), study.bench, effort, seed, progress=True)
+        cells.append(f"{study.unseen(better):.4f} ({better.provenance['operating_point']['measurements']:.0f})")
+    return f"{bits:<5}" + "".join(f" {cell:>12}" for cell in cells)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=SOURCES, default=["resnet20"])
+    parser.add_argument("--rounding", nargs="+", choices=("gptq", "nearest"), default=["gptq", "nearest"])
+    parser.add_argument("--bits", nargs="+", type=float, default=[2.25, 2.5, 3, 3.5, 4])
+    parser.add_argument("--samples", type=int, default=1024, help="calibration images to measure on")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def studies(options: argparse.Namespace) -> Iterator[tuple[str, Study]]:
+    """(title, study) of every model and rounding asked for."""
+    data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    for name in options.models:
+        for rounding in options.rounding:
+            study = study_of(name, rounding, data, options.samples, options.seed)
+            yield f"{name}, {rounding} rounding", study
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=SOURCES, default=["resnet20"])
-    parser.add_argument("--rounding", nargs="+", choices=("gptq", "nearest"), default=["gptq", "nearest"])
-    parser.add_argument("--bits", nargs="+", type=float, default=[2.25, 2.5, 3, 3.5, 4])
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
     options = parser.parse_args()
-    data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
-    for name in options.models:
-        for rounding in options.rounding:
-            study = study_of(name, rounding, data, options.seed)
-            print(f"\n{name}, {rounding} rounding: KL on unseen images at an average of so many bits (measurements)")
-            print(f"{'bits':5}" + "".join(f" {title:>12}" for title in [*WAYS, *IMPROVED]))
-            for bits in options.bits:
-                print(study.row(bits, options.seed), flush=True)
+    for title, study in studies(options):
+        print(f"\n{title}: KL on unseen images at an average of so many bits (measurements)")
+        print(f"{'bits':5}" + "".join(f" {way:>12}" for way in [*WAYS, *IMPROVED]))
+        for bits in options.bits:
+            print(row(study, bits, options.seed), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from quantkit.allocation.feasibility import OutOfReach
@@ -25,18 +25,20 @@ def allocate(
     *,
     solver: str = "auto",
     schemes: Iterable[str | Scheme] | None = None,
+    order: Sequence[str] = (),
     seed: int = 0,
 ) -> Plan:
     """The plan with the least predicted damage inside ``budget``; the same arguments give the same plan in any
     process.
 
-    ``schemes`` restricts the candidates to some of those profiled. Raises InfeasibleBudget with the smallest that can
-    be reached in the user's unit, InvalidRequest for a request the profile cannot answer."""
+    ``schemes`` restricts the candidates to some of those profiled; ``order`` names layers for the solver "by-rank",
+    the one that deserves the widest format first. Raises InfeasibleBudget with the smallest that can be reached in the
+    user's unit, InvalidRequest for a request the profile cannot answer."""
     limit = Budget.parse(budget)
     limits = limit.limits(profile)
     asked = question(profile, limits, schemes)
     try:
-        solution = solve(asked.problem, solver, Settings(seed=seed, gap=GAP))
+        solution = solve(asked.problem, solver, Settings(seed=seed, gap=GAP, order=order))
     except OutOfReach as error:
         raise _in_asked_unit(error, limit, profile, schemes) from error
     plan = plan_of(profile, asked, solution.assignment)

@@ -29,12 +29,14 @@ FINALISTS = 4
 class Measurements(Protocol):
     """What may be measured. ``entries`` are positions in the profile's entries: the formats of a plan."""
 
-    def plan(self, entries: Sequence[int], share: float = 1.0) -> float:
-        """Damage of a plan on a share of the inputs (the same ones every time); costs ``share`` of a measurement."""
+    def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
+        """Damage of each plan on a share of the inputs (the same ones every time); costs ``share`` of a measurement
+        each.
+        """
 
     def around(self, entries: Sequence[int]) -> tuple[Floats, Floats]:
         """(damage (K,) of the plan with each entry put in place of its owner's, pair terms (K, K) of the changes, zero
-        for entries the plan has). Costs a measurement per entry that is not in the plan.
+        for entries the plan has). Costs a measurement, and one per entry that is not in the plan.
         """
 
 
@@ -94,12 +96,11 @@ class _Walk:
     def look_around(self) -> bool:
         """Measure the plan and every single change of it; False when that is no longer affordable."""
         chosen = self.entries(self.assignment)
-        cost = len(self.profile.entries) - len(chosen) + (self.damage == np.inf)
-        if not self.ledger.affords(cost):
+        cost = 1 + len(self.profile.entries) - len(chosen)
+        if not chosen or not self.ledger.affords(cost):
             return False
-        if self.damage == np.inf:
-            self.damage = self.measurements.plan(chosen)
         damage, pairs = self.measurements.around(chosen)
+        self.damage = damage[chosen[0]]
         terms = pairs.copy()
         np.fill_diagonal(terms, 2 * (damage - self.damage))
         terms[chosen, chosen] = 0.0
@@ -116,7 +117,7 @@ class _Walk:
             proposed = self._solve_within(radius)
             if proposed == self.assignment:
                 return False
-            damage = self.measurements.plan(self.entries(proposed))
+            damage = self.measurements.plans([self.entries(proposed)])[0]
             accepted = damage < self.damage
             self.ledger.note(f"jump within {radius} changes", 1, damage, accepted)
             if accepted:
@@ -149,10 +150,10 @@ class _Walk:
             tried = list(self._promising(CANDIDATES))
             if not tried:
                 break
-            part = self.measurements.plan(self.entries(self.assignment), PART)
-            rough = [self.measurements.plan(self.entries(one), PART) for one in tried]
+            part, *rough = self.measurements.plans([self.entries(one) for one in [self.assignment, *tried]], PART)
             finalists = [k for k in np.argsort(rough, kind="stable")[:FINALISTS] if rough[k] < part]
-            exact = {int(k): self.measurements.plan(self.entries(tried[k])) for k in finalists}
+            measured = self.measurements.plans([self.entries(tried[k]) for k in finalists]) if finalists else []
+            exact = dict(zip(map(int, finalists), measured, strict=True))
             best = min(exact, key=exact.__getitem__, default=None)
             better = best is not None and exact[best] < self.damage
             spent = (len(tried) + 1) * PART + len(exact)

@@ -7,14 +7,16 @@ shifts that changes of the plan make (DESIGN 5.4).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quantkit.progress import track
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject, damage_for, damage_rows
-from quantkit.sensitivity.pair_terms import gram_matrix, pair_terms
+from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject, damage_for
+from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms
+from quantkit.sensitivity.replay import variations
 from quantkit.sensitivity.sketch import sketch_for
 
 
@@ -23,39 +25,51 @@ class PlanDamage:
 
     def __init__(self, subject: Subject, perturbations: Sequence[Perturbation], progress: bool = True) -> None:
         self.subject, self.perturbations, self.progress = subject, perturbations, progress
-        self.reference = list(subject.outputs())
+        self.reference = list(subject.float_outputs())
         self.damage = damage_for(subject.loss, torch.cat(self.reference))
 
-    def plan(self, entries: Sequence[int], share: float = 1.0) -> float:
-        """Mean damage of a plan on the first batches, ``share`` of them but at least one."""
+    def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
+        """Mean damage of each plan on the first batches, ``share`` of them but at least one.
+
+        Plans that differ from the first in a few late layers cost little more than it.
+        """
         count = max(1, round(share * len(self.reference)))
-        part = Subject(self.subject.model, self.subject.batches[:count], self.subject.sites, self.subject.loss)
-        outputs = part.outputs([self.perturbations[k] for k in entries])
-        losses = [self.damage.rows(a, b).double() for a, b in zip(self.reference, outputs, strict=False)]
-        return float(torch.cat(losses).mean())
+        part = replace(self.subject, batches=self.subject.batches[:count])
+        chosen = [[self.perturbations[k] for k in entries] for entries in many]
+        rows: list[list[Tensor]] = [[] for _ in many]
+        for batch, plan, output in variations(part, chosen):
+            rows[plan].append(self.damage.rows(self.reference[batch], output).double())
+        return [float(torch.cat(one).mean()) for one in rows]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(damage (K,) of the plan with each entry in place of its owner's, pair terms (K, K) of the changes)."""
-        owner = [p.owner for p in self.perturbations]
-        kind = [type(p.change) for p in self.perturbations]
-        place = {(owner[k], kind[k]): k for k in entries}
-        outputs = list(self.subject.outputs([self.perturbations[k] for k in entries]))
-        damage = np.full(len(owner), float(damage_rows(self.damage, self.reference, outputs).mean()))
-        is_logits = isinstance(self.damage, KLDamage)
-        sketch = sketch_for(self.reference, len(owner), is_logits, torch.Generator().manual_seed(0))
-        small = outputs if sketch is None else [sketch(i, o) for i, o in enumerate(outputs)]
-        here = torch.cat(small)
-        shifts = torch.zeros(len(owner), *here.shape)
-        others = [k for k in range(len(owner)) if k not in set(entries)]
-        for k in track(others, "measuring changes of the plan", enabled=self.progress):
-            changed = place | {(owner[k], kind[k]): k}
-            output = list(self.subject.outputs([self.perturbations[j] for j in changed.values()]))
-            damage[k] = float(damage_rows(self.damage, self.reference, output).mean())
-            shifts[k] = torch.cat(output if sketch is None else [sketch(i, o) for i, o in enumerate(output)]) - here
-        return damage, self._pair_terms(here, shifts, [len(o) for o in small], owner)
+        place = {self.perturbations[k].place: k for k in entries}
+        others = [k for k in range(len(self.perturbations)) if k not in set(entries)]
+        plans = [[*entries], *([*(place | {self.perturbations[k].place: k}).values()] for k in others)]
+        sketch = sketch_for(
+            self.reference,
+            len(self.perturbations),
+            isinstance(self.damage, KLDamage),
+            torch.Generator().manual_seed(0),
+        )
+        kept: list[list[Tensor]] = [[] for _ in plans]
+        rows: list[list[Tensor]] = [[] for _ in plans]
+        measured = variations(self.subject, [[self.perturbations[k] for k in plan] for plan in plans])
+        steps = len(plans) * len(self.reference)
+        for batch, plan, output in track(measured, "measuring around the plan", steps, enabled=self.progress):
+            rows[plan].append(self.damage.rows(self.reference[batch], output).double())
+            kept[plan].append(output if sketch is None else sketch(batch, output))
+        means = [float(torch.cat(one).mean()) for one in rows]
+        damage = np.full(len(self.perturbations), means[0])
+        damage[others] = means[1:]
+        sizes, here = [len(o) for o in kept[0]], torch.cat(kept[0])
+        shifts = torch.zeros(len(self.perturbations), *here.shape)
+        for k, one in zip(others, kept[1:], strict=True):
+            shifts[k] = torch.cat(one) - here
+        return damage, self._pair_terms(here, shifts, sizes)
 
-    def _pair_terms(self, here: Tensor, shifts: Tensor, sizes: Sequence[int], owners: Sequence[str]) -> np.ndarray:
+    def _pair_terms(self, here: Tensor, shifts: Tensor, sizes: Sequence[int]) -> np.ndarray:
         """Trusted cosines, with the lengths that the metric at the plan gives the shifts."""
-        pairs = pair_terms(self.damage, here, shifts, owners, sizes)
-        lengths = np.sqrt(np.diag(gram_matrix(self.damage, here, shifts, 1.0, [slice(0, len(here))])) / len(here))
+        pairs = pair_terms(self.damage, here, shifts, [p.owner for p in self.perturbations], sizes)
+        lengths = metric_lengths(self.damage, here, shifts)
         return pairs.cosines * np.outer(lengths, lengths)

@@ -28,7 +28,7 @@ from quantkit.sensitivity.measure import (
     mean_and_error,
     notes_on,
 )
-from quantkit.sensitivity.pair_terms import gram_matrix, pair_terms
+from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms
 from quantkit.sensitivity.registry import estimator
 from quantkit.sensitivity.sketch import Sketch, sketch_for
 
@@ -59,7 +59,7 @@ def gram(
         shifts[k] -= here
         means[k], errors[k] = mean_and_error(rows - before)
     pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], [len(o) for o in small])
-    lengths = np.sqrt(2 * means) if not subject.base else _lengths(damage, here, shifts)
+    lengths = np.sqrt(2 * means) if not subject.base else metric_lengths(damage, here, shifts)
     matrix = pairs.cosines * np.outer(lengths, lengths)
     np.fill_diagonal(matrix, 2 * means)
     notes = notes_on(subject, damage, before)
@@ -97,8 +97,3 @@ def _sketch_error(
     moved = full != 0
     error = np.abs(kept - full)[moved] / np.abs(full[moved])
     return {"classes": float(here.shape[1]), "relative_error": float(np.median(error)) if moved.any() else 0.0}
-
-
-def _lengths(damage: Damage, here: Tensor, shifts: Tensor) -> np.ndarray:
-    """Lengths (K) of the shifts in the metric at the outputs ``here``."""
-    return np.sqrt(np.diag(gram_matrix(damage, here, shifts, 1.0, [slice(0, len(here))])) / len(here))

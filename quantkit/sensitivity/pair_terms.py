@@ -79,6 +79,11 @@ def gram_matrix(
     return total.numpy()
 
 
+def metric_lengths(damage: Damage, here: Tensor, shifts: Tensor) -> np.ndarray:
+    """Lengths (K) of the shifts in the metric at the outputs ``here``."""
+    return np.sqrt(np.diag(gram_matrix(damage, here, shifts, 1.0, [slice(0, len(here))])) / len(here))
+
+
 def split_half_reliability(first: np.ndarray, second: np.ndarray) -> float:
     """How much of the variance of a mean over both halves is common to them, 0 to 1: 2 r / (1 + r) with r the
     agreement 2 <a, b> / (<a, a> + <b, b>) of the halves (Spearman 1910, Brown 1910). 1 where there is nothing to

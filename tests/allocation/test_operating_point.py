@@ -29,14 +29,14 @@ class Saturating:
     def value(self, entries: Sequence[int]) -> float:
         return float(np.tanh(np.square(self.vectors[list(entries)].sum(0)).sum())) + 0.05
 
-    def plan(self, entries: Sequence[int], share: float = 1.0) -> float:
-        self.cost += share
-        return self.value(entries)
+    def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
+        self.cost += share * len(many)
+        return [self.value(entries) for entries in many]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         owners = [owner for owner, _ in self.profile.entries]
         base = {owners[k]: k for k in entries}
-        self.cost += len(owners) - len(entries)
+        self.cost += 1 + len(owners) - len(entries)
         damage = np.array([self.value(list((base | {owners[k]: k}).values())) for k in range(len(owners))])
         shifts = np.array([self.vectors[k] - self.vectors[base[owners[k]]] for k in range(len(owners))])
         return damage, 2 * shifts @ shifts.T * (1 - self.value(entries) ** 2)

@@ -39,9 +39,9 @@ def measured_damage(profile: Profile, plan: Plan) -> float:
     """Damage of a plan on the inputs of the profile, measured anew."""
     request = make_ready(network(), [images()], schemes=SCHEMES)
     bench = bench_of(request, progress=False)
-    return PlanDamage(bench.subject, bench.perturbations, progress=False).plan(
-        profile.chosen(plan.schemes, plan.sites)
-    )
+    return PlanDamage(bench.subject, bench.perturbations, progress=False).plans(
+        [profile.chosen(plan.schemes, plan.sites)]
+    )[0]
 
 
 @pytest.mark.parametrize("effort", ["balanced", "thorough"])

@@ -29,9 +29,9 @@ def measured():
 def test_damage_of_a_plan_is_the_divergence_from_the_float_model(measured) -> None:
     measurements, changes, plan, outputs = measured
     rows = KLDamage().rows(outputs([]), outputs([changes[k] for k in plan]))
-    assert measurements.plan(plan) == pytest.approx(float(rows.mean()), rel=1e-3)
-    assert measurements.plan(plan, share=0.4) == pytest.approx(float(rows[:16].mean()), rel=1e-3)
-    assert measurements.plan([]) == 0
+    assert measurements.plans([plan])[0] == pytest.approx(float(rows.mean()), rel=1e-3)
+    assert measurements.plans([plan], share=0.4)[0] == pytest.approx(float(rows[:16].mean()), rel=1e-3)
+    assert measurements.plans([[]])[0] == 0
 
 
 def test_around_measures_every_change_of_the_plan(measured) -> None:
@@ -39,7 +39,7 @@ def test_around_measures_every_change_of_the_plan(measured) -> None:
     damage, _ = measurements.around(plan)
     for k, one in enumerate(changes):
         instead = [k if changes[j].owner == one.owner and changes[j].format[0] == one.format[0] else j for j in plan]
-        assert damage[k] == pytest.approx(measurements.plan(instead), rel=1e-6)
+        assert damage[k] == pytest.approx(measurements.plans([instead])[0], rel=1e-6)
 
 
 def test_pair_terms_are_those_of_the_plans_own_metric(measured) -> None:

@@ -47,7 +47,7 @@ def test_measured_increase_is_that_of_a_slow_twin_and_may_be_a_gain(case, name: 
     scores = ESTIMATORS[name](subject, changes, False, generator())
     assert np.allclose(scores.damage, increase, rtol=2e-3, atol=1e-6)
     assert scores.damage.min() < 0 and not scores.damage[plan].any()
-    assert scores.notes["base_damage"] == pytest.approx(PlanDamage(_plain(subject), changes, False).plan(plan))
+    assert scores.notes["base_damage"] == pytest.approx(PlanDamage(_plain(subject), changes, False).plans([plan])[0])
 
 
 def _plain(subject: Subject) -> Subject:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantkit.graph.layers import layer_kind, weight_of
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
-from quantkit.sensitivity.measure import Perturbation, Place, Subject, applied, swapped_weights
+from quantkit.sensitivity.measure import AtSites, Perturbation, Place, Subject, applied, swapped_weights
 
 Changes = Mapping[Place, QuantizedWeight | SiteRange]
 
@@ -39,7 +39,7 @@ def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Ite
         alone, tape = replace(subject, batches=[batch]), _Tape(model, layers)
         for k, state in enumerate(states):
             moved = {name: _weight(state, name, own) for name, at_site in changed[k] if not at_site}
-            at = {name: c.fake_quantize for (name, _), c in state.items() if isinstance(c, SiteRange)}
+            at: AtSites = {name: c.fake_quantize for (name, _), c in state.items() if isinstance(c, SiteRange)}
             if k == 0:
                 at |= {name: tape.noting(name, at.get(name, _as_it_is)) for name in {*at, *watched}}
             with swapped_weights(model, weights), tape.playing(changed[k]) if k else tape.recording():

@@ -49,6 +49,7 @@ UNITS: dict[str, Units] = {
 LIMITS = tuple(UNITS)
 MINIMIZABLE = ("size", "average_bits", "bops", "latency", "activation_bytes")
 _UNIT_OF_NUMBER = {"size": "B", "average_bits": "bits", "bops": "", "activation_bytes": "B", "accuracy_drop": ""}
+_COUNTED_IN = {"size": "B", "bops": "bops", "latency": "ns", "activation_bytes": "B"}
 _OTHER_SPELLINGS = {"bit": "bits", "byte": "B", "bytes": "B", "percent": "%", "µs": "us", "μs": "us"}
 _LARGEST_EXPONENT = 30  # exact arithmetic on an amount such as 1e999999999 would not end
 _AMOUNT = re.compile(
@@ -57,7 +58,7 @@ _AMOUNT = re.compile(
 _UNDERSTOOD = (
     "Understood: '4 bits', '300 KB' (B, KB, MB, GB, KiB, MiB, GiB), '25%' (of the float32 size), "
     "'bops=50%' or 'bops=12 G', 'latency=60%' or 'latency=3 ms', 'activation_bytes=64 KB', 'accuracy_drop=0.5' or "
-    "'accuracy_drop=1%', 'minimize=size'; several at once separated by commas."
+    "'accuracy_drop=1%', 'minimize=size', 'confident=true'; several at once separated by commas."
 )
 
 
@@ -68,8 +69,9 @@ class Budget:
     ``size``: everything the model stores. ``average_bits``: packed bits of the layers' weights per weight. ``bops``:
     sum of weight bits x activation bits x multiply-accumulates. ``latency``: per batch, or relative to the float
     model. ``activation_bytes``: peak of live sites. ``accuracy_drop``: in the units of ``evaluate``, or relative.
-    ``minimize`` names what to make small when accuracy is the limit. Raises InvalidRequest for an amount that cannot
-    be read or is not positive."""
+    ``minimize`` names what to make small when accuracy is the limit; with ``confident`` the drop's one-sided 95 %
+    confidence bound must meet it, which needs an ``evaluate`` that returns a number for each sample. Raises
+    InvalidRequest for an amount that cannot be read or is not positive."""
 
     size: str | int | float | None = None
     average_bits: str | int | float | None = None
@@ -78,6 +80,7 @@ class Budget:
     activation_bytes: str | int | float | None = None
     accuracy_drop: str | int | float | None = None
     minimize: str | None = None
+    confident: bool | str = False
 
     def __post_init__(self) -> None:
         for name in LIMITS:
@@ -88,8 +91,11 @@ class Budget:
                 f"minimize={self.minimize!r} is not something a plan can make small; known: {', '.join(MINIMIZABLE)}."
                 f"{did_you_mean(str(self.minimize), MINIMIZABLE)}"
             )
+        object.__setattr__(self, "confident", _truth("confident", self.confident))
         if not self.asked:
             raise InvalidRequest(f"The budget names no limit. {_UNDERSTOOD}")
+        if self.confident and self.accuracy_drop is None:
+            raise InvalidRequest("confident=true goes with a limit on accuracy: add accuracy_drop.")
 
     @property
     def asked(self) -> dict[str, str]:
@@ -116,7 +122,7 @@ class Budget:
         return cls._from_mapping(amounts)
 
     @classmethod
-    def _from_mapping(cls, amounts: Mapping[str, str | int | float | None]) -> Budget:
+    def _from_mapping(cls, amounts: Mapping[str, str | int | float | bool | None]) -> Budget:
         known = [field.name for field in fields(cls)]
         for name in amounts:
             if name not in known:
@@ -144,6 +150,14 @@ class Budget:
         others = {name: getattr(self, name) for name in LIMITS if name != "accuracy_drop"}
         return Budget(**others) if any(value is not None for value in others.values()) else None
 
+    def at_most(self, name: str, amount: int, profile: Profile) -> Budget:
+        """The limits beside that on accuracy, and ``name`` limited to ``amount`` of what ``limits`` counts."""
+        others = {other: getattr(self, other) for other in LIMITS if other not in ("accuracy_drop", name)}
+        if name != "average_bits":
+            return Budget(**others, **{name: f"{amount} {_COUNTED_IN[name]}"})
+        bits = Fraction(amount) / unit_size(name, "bits", profile)
+        return Budget(**others, average_bits=math.ceil(bits * 10**9) / 10**9)
+
     def allowed_drop(self, reference: float) -> float:
         """The largest drop of the metric from ``reference``, that of the float model. Raises InvalidRequest where the
         budget does not limit it."""
@@ -169,7 +183,8 @@ class Budget:
     def __str__(self) -> str:
         bare = ("size", "average_bits")
         items = [text if name in bare else f"{name}={text}" for name, text in self.asked.items()]
-        return ", ".join(items + ([f"minimize={self.minimize}"] if self.minimize else []))
+        items += [f"minimize={self.minimize}"] if self.minimize else []
+        return ", ".join(items + (["confident=true"] if self.confident else []))
 
 
 def unit_size(name: str, unit: str, profile: Profile) -> Fraction:
@@ -203,6 +218,13 @@ def _read(name: str, asked: object) -> tuple[Fraction, str]:
     if not number.is_finite() or number <= 0 or abs(number.adjusted()) > _LARGEST_EXPONENT:
         raise InvalidRequest(f"{name}={text!r}: a limit is a finite number above zero, 1e-30 to 1e30. {_UNDERSTOOD}")
     return Fraction(number), unit
+
+
+def _truth(name: str, asked: object) -> bool:
+    word = str(asked).strip().lower()
+    if word not in ("true", "false"):
+        raise InvalidRequest(f"{name}={asked!r} is neither true nor false.")
+    return word == "true"
 
 
 def _split(text: str) -> tuple[Decimal | None, str | None]:

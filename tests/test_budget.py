@@ -249,3 +249,14 @@ def test_any_text_is_either_refused_in_words_or_a_budget_that_reads_back(text: s
         return
     assert budget.asked
     assert Budget.parse(str(budget)) == budget
+
+
+def test_confidence_goes_with_accuracy() -> None:
+    budget = Budget.parse("accuracy_drop=0.5, confident=true")
+    assert budget.confident is True
+    assert Budget.parse(str(budget)) == budget
+    assert Budget(accuracy_drop=1).confident is False
+    with pytest.raises(InvalidRequest, match="confident='perhaps' is neither true nor false"):
+        Budget(accuracy_drop=1, confident="perhaps")
+    with pytest.raises(InvalidRequest, match="add accuracy_drop"):
+        Budget.parse("4 bits, confident=true")

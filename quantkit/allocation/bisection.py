@@ -20,7 +20,7 @@ from quantkit.plan import Plan
 
 NEIGHBOURS = 2
 ONE_SIDED_95 = 1.6448536269514722  # the normal quantile
-Metric = float | Sequence[float]
+Metric = float | Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Judge:
     """Evaluates plans against a largest drop of the metric, each plan once.
 
     ``evaluate`` gives a plan's metric, or one number per sample, higher is better; ``reference`` is the same of the
-    float model. With ``confident`` the confidence bound must meet the limit, not the drop itself. Raises
-    InvalidRequest where that needs numbers per sample and there are none, or counts differ.
+    float model. With ``confident`` the confidence bound must meet the limit, not the drop itself. ``admits``: whether
+    a plan meets all other limits. Raises InvalidRequest where numbers per sample are needed and there are none, or
+    counts differ.
     """
 
     evaluate: Callable[[Plan], Metric]
@@ -49,6 +50,7 @@ class Judge:
     allowed: float
     cost: Callable[[Plan], float]
     confident: bool = False
+    admits: Callable[[Plan], bool] = lambda plan: True
     seen: dict[str, Evaluation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,12 +68,14 @@ class Judge:
         return self.seen[key]
 
     def meets(self, plan: Plan) -> bool:
-        found = self.look(plan)
+        return self.accepts(self.look(plan))
+
+    def accepts(self, found: Evaluation) -> bool:
         return (found.bound if self.confident else found.drop) <= self.allowed
 
     def cheapest(self) -> Evaluation | None:
-        """Of everything evaluated the cheapest that meets the limit, the least drop among equals."""
-        good = [found for found in self.seen.values() if self.meets(found.plan)]
+        """Of everything evaluated the cheapest that meets all limits, the least drop among equals."""
+        good = [found for found in self.seen.values() if self.accepts(found) and self.admits(found.plan)]
         return min(good, key=lambda found: (found.cost, found.drop), default=None)
 
     @property
@@ -112,6 +116,23 @@ def along_front(front: Sequence[Plan], judge: Judge) -> Evaluation | None:
         low, high = (low, middle) if judge.meets(front[middle]) else (middle, high)
     for plan in front[max(0, high - NEIGHBOURS) : high]:
         judge.look(plan)
+    return judge.cheapest()
+
+
+def between(judge: Judge, plan_at: Callable[[float], Plan], tries: int) -> Evaluation | None:
+    """Plans between the points of a front: bisection on the cost, from the cheapest evaluated plan that meets the
+    limit down to the dearest cheaper one that does not, ``plan_at(cost)`` the best plan of at most that cost.
+    """
+    found = judge.cheapest()
+    cheaper = [] if found is None else [one.cost for one in judge.seen.values() if one.cost < found.cost]
+    if found is None or not cheaper:
+        return found
+    low, high = max(cheaper), found.cost
+    for _ in range(tries):
+        plan = plan_at((low + high) / 2)
+        if plan.digest() in judge.seen or not low < judge.cost(plan) < high:
+            break
+        low, high = (low, judge.cost(plan)) if judge.meets(plan) else (judge.cost(plan), high)
     return judge.cheapest()
 
 

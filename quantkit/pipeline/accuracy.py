@@ -8,28 +8,34 @@ data, and the metric of the returned plan on the data it was chosen by is optimi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from torch import nn
+import numpy as np
 
-from quantkit.allocation.allocate import allocate
-from quantkit.allocation.bisection import Evaluation, Judge, along_front
-from quantkit.allocation.from_profile import COSTS
+from quantkit.allocation.allocate import allocate, plan_of
+from quantkit.allocation.bisection import Evaluation, Judge, along_front, between, by_levels, drop_of
+from quantkit.allocation.from_profile import COSTS, FLOAT_BITS, assignment_of, candidates, question
 from quantkit.allocation.front import pareto
 from quantkit.budget import Budget
 from quantkit.errors import AccuracyNotMet, InvalidRequest
+from quantkit.formats import Scheme
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.pipeline.metric import Evaluate, outcome_of
 from quantkit.pipeline.profile import Bench
 from quantkit.pipeline.request import Request
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
 from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.sensitivity.augmented import augmented_scores
+from quantkit.sensitivity.measure import Scores
 
-Metric = Callable[[nn.Module], float]
+TRIES = 6  # plans evaluated between two points of the front
 
 
-def require_accuracy_request(limit: Budget, evaluate: Metric | None, inplace: bool) -> None:
+def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: bool) -> None:
     """Raise InvalidRequest for a limit on accuracy that cannot be met: nothing to evaluate, nothing to make small, or
     no copies of the model to try plans on.
     """
@@ -54,41 +60,105 @@ def meet_accuracy(
     profile: Profile,
     bench: Bench,
     limit: Budget,
-    evaluate: Metric,
+    evaluate: Evaluate,
     finish: Callable[[Plan], Result],
+    effort: str,
 ) -> Result:
     """The applied result of the cheapest plan found that meets the limit, all other limits included.
 
-    ``finish`` applies a plan and evaluates it. Raises AccuracyNotMet with the best plan and the measured (cost, drop)
-    points when none does, InfeasibleBudget when the other limits alone cannot be met.
+    Plans are looked for on the front and between its points; from ``effort`` "balanced" on also level by level, about
+    log2(layers) evaluations for each width. ``finish`` applies a plan. Raises AccuracyNotMet with the best plan and
+    the measured (cost, drop) points when none does, InfeasibleBudget when the other limits alone cannot be met.
     """
-    reference = evaluate(request.ready.model)
+    reference = outcome_of(evaluate, request.ready.model)
     front = _front(profile, limit)
     judge = Judge(
-        lambda plan: evaluate(_simulated(request, bench, profile, plan)),
+        lambda plan: outcome_of(evaluate, _simulated(request, bench, profile, plan)),
         reference,
-        limit.allowed_drop(reference),
+        limit.allowed_drop(float(np.mean(reference))),
         lambda plan: _cost(profile, plan, limit.minimize or "size"),
+        bool(limit.confident),
+        lambda plan: _within(profile, plan, limit),
     )
     found = along_front(front, judge)
-    dearer = [] if found is None else [plan for plan in front if judge.cost(plan) >= found.cost]
-    for plan in dearer:
+    if found is None:
+        raise _not_met(limit, judge)
+    between(judge, lambda cost: _plan_at(profile, limit, cost), TRIES)
+    if effort != "fast":
+        _by_levels(profile, bench, judge)
+    for plan in _meeting(judge, front):
         result = finish(plan)
-        drop = result.metrics["float"] - result.metrics["quantized"]
-        notice(f"plan of {judge.cost(plan):,.6g}: drop {drop:.4g} of {judge.allowed:.4g} allowed")
-        if drop <= judge.allowed:
-            result.metrics["evaluations"] = float(len(judge.seen))
-            result.curve = judge.curve
-            return result
-        judge.seen[plan.digest()] = Evaluation(plan, judge.cost(plan), drop, float("nan"))
+        outcome = outcome_of(evaluate, result.model)
+        applied = Evaluation(plan, judge.cost(plan), *drop_of(reference, outcome))
+        notice(f"plan of {applied.cost:,.6g}: drop {applied.drop:.4g} of {judge.allowed:.4g} allowed")
+        judge.seen[plan.digest()] = applied
+        if judge.accepts(applied):
+            metrics = {"float": float(np.mean(reference)), "quantized": float(np.mean(outcome))}
+            metrics |= {} if math.isnan(applied.bound) else {"drop_bound": applied.bound}
+            metrics["evaluations"] = float(len(judge.seen))
+            return replace(result, metrics=result.metrics | metrics, curve=judge.curve)
     raise _not_met(limit, judge)
+
+
+def _meeting(judge: Judge, front: Sequence[Plan]) -> list[Plan]:
+    """What to apply, cheapest first: every plan seen to meet the limits, and all of the front that costs more."""
+    good = [one.plan for one in judge.seen.values() if judge.accepts(one) and judge.admits(one.plan)]
+    least = min(judge.cost(plan) for plan in good)
+    distinct = {plan.digest(): plan for plan in [*good, *(plan for plan in front if judge.cost(plan) > least)]}
+    return sorted(distinct.values(), key=judge.cost)
+
+
+def _plan_at(profile: Profile, limit: Budget, cost: float) -> Plan:
+    """The plan that is predicted to be best at a cost, the other limits included."""
+    name = limit.minimize or "size"
+    tightest = int(min(cost, _other_limits(profile, limit, name)[name]))
+    return allocate(profile, limit.at_most(name, tightest, profile))
+
+
+def _other_limits(profile: Profile, limit: Budget, *names: str) -> dict[str, float]:
+    """The limits beside that on accuracy; infinite for those of ``names`` that the budget does not set."""
+    others, free = limit.without_accuracy(), dict.fromkeys(names, math.inf)
+    return free if others is None else free | others.limits(profile)
+
+
+def _within(profile: Profile, plan: Plan, limit: Budget) -> bool:
+    return all(_cost(profile, plan, name) <= most for name, most in _other_limits(profile, limit).items())
+
+
+def _by_levels(profile: Profile, bench: Bench, judge: Judge) -> None:
+    """Bisection per width, in ascending order of the augmented scores."""
+    scores = augmented_scores(bench.perturbations, Scores(profile.damage, np.zeros(len(profile.damage)), profile.gram))
+    asked = question(profile, {"size": 0})
+    wide = {name: _widest_first(schemes) for name, schemes in candidates(profile).items()}
+    widths = sorted({s.weight.bits for found in wide.values() for s in found if s.weight}, reverse=True)
+    levels = [{name: _at_width(found, width) for name, found in wide.items()} for width in widths]
+
+    def plan_of_schemes(schemes: Mapping[str, Scheme]) -> Plan:
+        plan = Plan(schemes=dict(schemes), sites=profile.site_formats(schemes))
+        return plan_of(profile, asked, assignment_of(profile, asked, plan))
+
+    by_levels(sorted(scores, key=scores.__getitem__), levels, plan_of_schemes, judge)
+
+
+def _widest_first(schemes: Sequence[Scheme]) -> list[Scheme]:
+    """A layer's quantized schemes with the widest activations among them, most weight bits first."""
+    quantized = [s for s in schemes if s.weight is not None]
+    widest = max((s.activation.bits if s.activation else FLOAT_BITS for s in quantized), default=FLOAT_BITS)
+    kept = [s for s in quantized if (s.activation.bits if s.activation else FLOAT_BITS) == widest]
+    return sorted(kept, key=lambda s: s.weight.bits if s.weight else FLOAT_BITS, reverse=True) or list(schemes)
+
+
+def _at_width(schemes: Sequence[Scheme], width: int) -> Scheme:
+    """The widest of a layer's schemes (widest first) that is no wider, else its narrowest."""
+    return next((s for s in schemes if s.weight is not None and s.weight.bits <= width), schemes[-1])
 
 
 def _not_met(limit: Budget, judge: Judge) -> AccuracyNotMet:
     best = min(judge.seen.values(), key=lambda one: one.drop)
     points = ", ".join(f"{drop:.4g} at {cost:,.0f}" for cost, drop in judge.curve)
+    bound = f" (95 % confidence bound {best.bound:.4g})" if limit.confident else ""
     return AccuracyNotMet(
-        f"No plan keeps the drop within {limit.accuracy_drop}: the least found is {best.drop:.4g}, with "
+        f"No plan keeps the drop within {limit.accuracy_drop}: the least found is {best.drop:.4g}{bound}, with "
         f"{best.plan.average_bits:.3f} bits on average. Allow that drop, profile wider schemes, or keep layers float. "
         f"Measured drop at {limit.minimize or 'size'}: {points}.",
         best.plan,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.graph.batches import Batch
 from quantkit.kernels.packing import packed_weight_bytes
 from quantkit.kernels.reference import SiteRange
+from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
 from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose, require_accepted
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, average_bits
@@ -25,7 +26,6 @@ from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, leave_float, prepare
 
-Evaluate = Callable[[nn.Module], float]
 _ANY_WEIGHT = WeightFormat("8")
 
 
@@ -46,8 +46,9 @@ def apply(
     """Quantize ``model`` by ``plan`` (a Plan, or a mapping layer name -> scheme; layers not named stay float).
 
     Layers are rounded one after the other, each on the inputs it gets from the network quantized so far. ``evaluate``
-    (model -> float, higher is better) is reported for the float and for the quantized model; it must not use the
-    calibration data. Raises InvalidRequest for a plan that does not fit the model or the target.
+    (model -> a number, or one for each sample, higher is better) is reported for the float and for the quantized
+    model; it must not use the calibration data. Raises InvalidRequest for a plan that does not fit the model or the
+    target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
     for name, value in {"rounding": rounding, "ranges": ranges, "loss": loss}.items():
@@ -74,21 +75,6 @@ def apply(
     if evaluate is not None:
         metrics["quantized"] = metric_of(evaluate, simulated)
     return Result(simulated, final, ready.folds, batches, metrics=metrics)
-
-
-def require_metric(evaluate: Any) -> None:
-    """Raise InvalidRequest for an ``evaluate`` that is no function."""
-    if evaluate is not None and not callable(evaluate):
-        raise InvalidRequest(f"evaluate must be a function (model -> float), not {type(evaluate).__name__}.")
-
-
-def metric_of(evaluate: Evaluate, model: nn.Module) -> float:
-    """The metric of a model; raises InvalidRequest where ``evaluate`` returns no number."""
-    found: Any = evaluate(model)
-    try:
-        return float(found)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidRequest(f"evaluate returned {found!r:.60}, not a number. Let it return the metric.") from error
 
 
 def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:

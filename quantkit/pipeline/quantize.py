@@ -14,7 +14,8 @@ from quantkit.allocation.allocate import allocate
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.pipeline.accuracy import meet_accuracy, require_accuracy_request
-from quantkit.pipeline.apply import Evaluate, apply, metric_of, require_metric
+from quantkit.pipeline.apply import apply
+from quantkit.pipeline.metric import Evaluate, require_metric
 from quantkit.pipeline.operating_point import EFFORTS, refine
 from quantkit.pipeline.profile import bench_of, measure
 from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, choose, make_ready
@@ -49,30 +50,38 @@ def quantize(
     """The best model inside ``budget``: profile, allocate, apply, and a measured comparison with the float model.
 
     See ``profile`` and ``apply`` for the arguments; ``evaluate`` is only reported, unless the budget limits
-    ``accuracy_drop``: then plans are chosen by it. ``effort``: "fast" takes the plan
-    that the profile predicts best; "balanced" and "thorough" improve it by measuring around it, with at most 1.5 and 3
-    measurements per profiled format. Raises InvalidRequest for a bad request and InfeasibleBudget for one that cannot
-    be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
+    ``accuracy_drop``: then plans are chosen by it, and more of them with more ``effort``. Otherwise "fast" takes the
+    plan that the profile predicts best; "balanced" and "thorough" improve it by measuring around it, with at most 1.5
+    and 3 measurements per profiled format. Raises InvalidRequest for a bad request and InfeasibleBudget for one that
+    cannot be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
     """
     limit = Budget.parse(budget)
-    require_solver(solver)
-    choose("effort", effort, EFFORTS)
-    if workdir is not None:
-        require_writable(workdir)
-    require_metric(evaluate)
-    require_accuracy_request(limit, evaluate, inplace)
+    _require_known(limit, solver, effort, evaluate, workdir, inplace)
     request = make_ready(
         model, calibration, schemes=schemes, samples=samples, loss=loss, target=target, rules=rules,
         sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
     finish = partial(
         apply, model, calibration=[kwargs or args for args, kwargs in request.batches], target=target,
-        rounding=rounding, ranges=ranges, loss=loss, evaluate=evaluate, progress=progress, inplace=inplace,
+        rounding=rounding, ranges=ranges, loss=loss, progress=progress, inplace=inplace,
     )  # fmt: skip
     if limit.accuracy_drop is not None:
-        return _within_accuracy(request, limit, evaluate, finish, progress, workdir)
+        assert evaluate is not None, "checked before"
+        return _within_accuracy(request, limit, evaluate, finish, effort, progress, workdir)
     measured, plan = _decide(request, limit, solver, effort, progress, workdir)
-    return replace(finish(plan), profile=measured)
+    return replace(finish(plan, evaluate=evaluate), profile=measured)
+
+
+def _require_known(
+    limit: Budget, solver: str, effort: str, evaluate: Evaluate | None, workdir: str | Path | None, inplace: bool
+) -> None:
+    """Refuse what is wrong with a request whatever the model."""
+    require_solver(solver)
+    choose("effort", effort, EFFORTS)
+    if workdir is not None:
+        require_writable(workdir)
+    require_metric(evaluate)
+    require_accuracy_request(limit, evaluate, inplace)
 
 
 def _decide(
@@ -90,16 +99,16 @@ def _decide(
 def _within_accuracy(
     request: Request,
     limit: Budget,
-    evaluate: Evaluate | None,
+    evaluate: Evaluate,
     finish: Callable[[Plan], Result],
+    effort: str,
     progress: bool,
     workdir: str | Path | None,
 ) -> Result:
-    assert evaluate is not None, "checked before"
     others = limit.without_accuracy()
     if others is not None:
         allocate(request.unmeasured(), others)
     bench = bench_of(request, progress)
     measured = measure(request, progress, workdir, bench)
-    result = meet_accuracy(request, measured, bench, limit, partial(metric_of, evaluate), finish)
+    result = meet_accuracy(request, measured, bench, limit, evaluate, finish, effort)
     return replace(result, profile=measured)

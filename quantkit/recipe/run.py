@@ -18,6 +18,7 @@ from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import split_batches
+from quantkit.pipeline.metric import metric_of
 from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.pipeline.profile import profile
 from quantkit.pipeline.quantize import quantize
@@ -123,7 +124,7 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     report = export_onnx(result.model, example, path, check=checked, plan=result.plan, graph=graph)
     metrics = dict(result.metrics)
     if inputs.evaluate is not None:
-        metrics["onnx"] = float(inputs.evaluate(OnnxModel(path)))
+        metrics["onnx"] = metric_of(inputs.evaluate, OnnxModel(path))
     if inputs.evaluation is not None:
         metrics["agreement"] = agreement(result.model, OnnxModel(path), inputs.evaluation)
     batch = split_batches(result.calibration, LATENCY_BATCH)[0]

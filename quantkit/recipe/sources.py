@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_map
 
 from quantkit.errors import CorruptFile, InvalidRequest, QuantkitError, did_you_mean
 from quantkit.graph.batches import Batch, as_batch, batch_size, split_batches
+from quantkit.pipeline.metric import Evaluate
 from quantkit.plan import digest_of
 from quantkit.recipe.read import Recipe
 from quantkit.sensitivity.measure import main_output
 
 BATCH = 128
-Evaluate = Callable[[nn.Module], float]
 
 
 def function_of(recipe: Recipe, *keys: str) -> Callable[..., Any]:
@@ -229,15 +229,15 @@ def outputs_of(model: nn.Module, samples: Samples) -> Iterator[torch.Tensor]:
         yield main_output(result)
 
 
-def top1(model: nn.Module, samples: Samples) -> float:
-    """Percent of samples whose largest output is their label."""
+def top1(model: nn.Module, samples: Samples) -> np.ndarray:
+    """For each sample 100 where its largest output is its label, 0 otherwise: the mean is a percentage."""
     found = np.concatenate([output.argmax(-1).numpy() for output in outputs_of(model, samples)])
     if samples.labels is None or found.shape != samples.labels.shape:
         expected = None if samples.labels is None else samples.labels.shape
         raise InvalidRequest(
             f"top1 compares one class a sample with its label: the outputs give {found.shape}, the labels {expected}."
         )
-    return float(100 * np.mean(found == samples.labels))
+    return 100.0 * (found == samples.labels)
 
 
-METRICS: dict[str, Callable[[nn.Module, Samples], float]] = {"top1": top1}
+METRICS: dict[str, Callable[[nn.Module, Samples], np.ndarray]] = {"top1": top1}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.allocation.bisection import Judge, along_front, by_levels, drop_of
+from quantkit.allocation.bisection import Judge, along_front, between, by_levels, drop_of
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Plan
@@ -63,6 +63,36 @@ def test_neighbours_below_the_bisection_are_evaluated_too() -> None:
     drops = [3.0, 3.0, 0.5, 3.0, 0.5, 0.0]
     judge, _ = judge_of(drops, 1.0)
     assert along_front(front_of(5), judge).cost == 102
+
+
+@given(st.integers(2, 60), st.integers(0, 59), st.integers(1, 8))
+@settings(deadline=None, derandomize=True)
+def test_between_two_points_of_a_front_a_cheaper_plan_is_found(count: int, needed: int, tries: int) -> None:
+    """Every cost has a plan, the front only its ends; plans of at least ``needed`` meet the limit."""
+    plans = [Plan(schemes={f"layer{i}": Scheme.parse("w4a8")}, size_bytes=100 + i) for i in range(count)]
+    needed = max(1, min(needed, count - 1))
+    judge, asked = judge_of([2.0 if i < needed else 0.5 for i in range(count)], 1.0)
+    along_front([plans[0], plans[-1]], judge)
+    before = len(asked)
+    found = between(judge, lambda cost: plans[int(cost) - 100], tries)
+    assert found.cost - 100 == min(i for i in asked if i >= needed)
+    assert len(asked) - before <= tries
+    if 2**tries >= count:
+        assert found.cost - 100 == needed
+
+
+def test_between_is_silent_where_nothing_meets_the_limit() -> None:
+    judge, _ = judge_of([3.0, 3.0], 1.0)
+    assert along_front(front_of(1), judge) is None
+    assert between(judge, lambda cost: pytest.fail("asked for a plan"), 4) is None
+
+
+def test_cheapest_meets_the_other_limits_too() -> None:
+    plans = front_of(3)
+    judge = Judge(lambda plan: 0.0, 0.0, 1.0, lambda plan: plan.size_bytes, admits=lambda plan: plan.size_bytes > 101)
+    for plan in plans:
+        judge.look(plan)
+    assert judge.cheapest().cost == 102
 
 
 LAYERS = ("a", "b", "c", "d", "e")

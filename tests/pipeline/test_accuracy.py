@@ -78,6 +78,42 @@ def test_limit_that_cannot_be_met_comes_with_the_best_plan_and_the_curve() -> No
     assert all(lost > 0.001 for _, lost in failed.value.curve)
 
 
+def per_sample() -> Callable[[nn.Module], Tensor]:
+    """For each of 400 unseen images 100 where the largest output is the float network's."""
+    x = images(400, 9)
+    with torch.no_grad():
+        expected = small()(x).argmax(-1)
+
+    def evaluate(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return 100.0 * (model(x).argmax(-1) == expected)
+
+    return evaluate
+
+
+def test_confidence_bound_of_the_drop_can_be_the_criterion() -> None:
+    evaluate = per_sample()
+    plain, confident = (quantize(f"accuracy_drop=6{more}", evaluate) for more in ("", ", confident=true"))
+    for result in (plain, confident):
+        outcome = evaluate(result.model)
+        assert result.metrics["quantized"] == pytest.approx(float(outcome.mean()))
+        drop = 100 - outcome.double()
+        bound = float(drop.mean() + 1.6448536 * drop.std() / len(drop) ** 0.5)
+        assert result.metrics["drop_bound"] == pytest.approx(bound, rel=1e-5)
+    assert confident.metrics["drop_bound"] <= 6
+    assert confident.plan.total_bytes >= plain.plan.total_bytes
+    with pytest.raises(InvalidRequest, match="one number per sample"):
+        quantize("accuracy_drop=6, confident=true", fidelity())
+
+
+def test_more_effort_evaluates_more_plans_and_never_ends_with_a_dearer_one() -> None:
+    evaluate = fidelity()
+    fast, balanced = (quantize("accuracy_drop=2", evaluate, effort=effort) for effort in ("fast", "balanced"))
+    assert balanced.metrics["evaluations"] > fast.metrics["evaluations"]
+    assert balanced.plan.total_bytes <= fast.plan.total_bytes
+    assert 100 - evaluate(balanced.model) <= 2
+
+
 @pytest.mark.parametrize(
     ("budget", "evaluate", "message"),
     [

@@ -142,7 +142,7 @@ NAMES = {
     "rounding": Bad(r"^Unknown rounding 'gptqq'; known: .*Did you mean 'gptq'", {"rounding": "gptqq"}),
     "ranges": Bad(r"^Unknown ranges 'minmx'; known: .*Did you mean 'minmax'", {"ranges": "minmx"}),
     "loss": Bad(r"^Unknown loss 'kll'; known: auto, kl, mse", {"loss": "kll"}),
-    "evaluate": Bad(r"^evaluate must be a function \(model -> float\), not float", {"evaluate": 0.92}),
+    "evaluate": Bad(r"^evaluate must be a function \(model -> metric\), not float", {"evaluate": 0.92}),
     "rule for nothing": Bad(
         r"^The rule 'cnov\*' matches no layer\. Did you mean 'conv'\? Layers: stem\.0, conv, mix, head\.$",
         {"rules": {"cnov*": "w8a8"}},

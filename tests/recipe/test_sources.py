@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import CorruptFile, InvalidRequest
+from quantkit.pipeline.metric import metric_of
 from quantkit.recipe.read import Recipe, read_recipe
 from quantkit.recipe.run import inputs_of
 from quantkit.recipe.sources import evaluate_of, function_of, model_of, samples_of
@@ -36,7 +37,7 @@ def test_the_recipe_as_it_is(path: Path) -> None:
     assert inputs.evaluation is not None
     assert [len(args[0]) for args, _ in inputs.evaluation.batches] == [40]
     assert inputs.evaluate is not None
-    assert inputs.evaluate(inputs.model) == 100
+    assert metric_of(inputs.evaluate, inputs.model) == 100
 
 
 def test_without_evaluation(path: Path) -> None:
@@ -203,7 +204,7 @@ def test_doubles_become_what_networks_take(path: Path) -> None:
     recipe = recipe_with(path, evaluate__inputs="doubles")
     inputs = inputs_of(recipe)
     assert inputs.evaluate is not None
-    assert inputs.evaluate(inputs.model) == 100
+    assert metric_of(inputs.evaluate, inputs.model) == 100
 
 
 def test_data_of_a_function(path: Path) -> None:
@@ -277,7 +278,7 @@ def test_top1_of_a_network_with_several_outputs(path: Path) -> None:
 
     found = evaluate_of(read_recipe(path))
     assert found is not None
-    assert found[0](Several()) == 100
+    assert metric_of(found[0], Several()) == 100
 
 
 def test_functions_keep_what_they_return(path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import InvalidRequest, QuantkitError
 from quantkit.version import VERSION
 
 if TYPE_CHECKING:
@@ -94,6 +94,9 @@ def _add_allocate_arguments(allocating: argparse.ArgumentParser) -> None:
     wanted = allocating.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--budget", help="such as '4 bits' or '300 KB'")
     wanted.add_argument("--front", action="store_true", help="every budget at once, as table, CSV and picture")
+    allocating.add_argument(
+        "--measure", type=Path, metavar="RECIPE", help="with --front: measure its plans; the recipe the profile is of"
+    )
     allocating.add_argument("--solver", default="auto")
     allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
     allocating.add_argument("--out", type=Path, help="where to write (default: plan.json; front.csv and front.png)")
@@ -131,6 +134,8 @@ def _allocate(options: argparse.Namespace) -> None:
     from quantkit.allocation.allocate import allocate
     from quantkit.plan import Profile
 
+    if options.measure and not options.front:
+        raise InvalidRequest("--measure goes with --front.")
     profile = Profile.load(options.profile)
     if options.front:
         _front(profile, options)
@@ -146,9 +151,16 @@ def _front(profile: Profile, options: argparse.Namespace) -> None:
     from quantkit.report.front import front_table, save_csv, save_picture
 
     front = pareto(profile, schemes=options.schemes)
+    measured = None
+    if options.measure:
+        from quantkit.recipe.read import read_recipe
+        from quantkit.recipe.run import measure_plans
+
+        measured = measure_plans(read_recipe(options.measure), profile, front, progress=not options.quiet)
     stem = options.out or Path("front")
-    paths = save_csv(front, stem.with_suffix(".csv")), save_picture(front, stem.with_suffix(".png"))
-    print(front_table(front))
+    paths = [save_csv(front, stem.with_suffix(".csv"), measured)]
+    paths.append(save_picture(front, stem.with_suffix(".png"), measured))
+    print(front_table(front, measured))
     print(f"written to {' and '.join(map(str, paths))}")
 
 

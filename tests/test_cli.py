@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from quantkit.cli import main
 from quantkit.errors import InvalidRequest
@@ -113,6 +115,22 @@ def test_front_of_a_profile(shared: Path, recipe: str, tmp_path: Path, capsys) -
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len((tmp_path / "every.csv").read_text().splitlines()) + 1
     assert lines[-1] == "written to every.csv and every.png"
+
+
+def test_front_measured_by_the_recipe_of_the_profile(recipe: str, tmp_path: Path, capsys) -> None:
+    assert main(["profile", recipe]) == 0
+    capsys.readouterr()
+    arguments = ["allocate", "out/tiny/profile.safetensors", "--front", "--measure", recipe]
+    assert main(arguments) == 0
+    head, *rows = (tmp_path / "front.csv").read_text().splitlines()
+    assert head.split(",")[2:] == ["predicted_damage", "measured_damage"]
+    predicted, measured = np.array([[float(value) for value in row.split(",")[2:]] for row in rows]).T
+    assert spearmanr(predicted, measured).statistic > 0.8
+    capsys.readouterr()
+    assert main(["profile", recipe, "--set", "seed=5", "--out", "five.safetensors"]) == 0
+    assert main([arguments[0], "five.safetensors", *arguments[2:]]) == 1
+    assert "was not measured by this request: seed differ" in capsys.readouterr().err
+    assert main(["allocate", "p.safetensors", "--budget", "4 bits", "--measure", recipe]) == 1
 
 
 def test_explain(shared: Path, recipe: str, capsys) -> None:

@@ -5,7 +5,7 @@ onnxruntime.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import split_batches
+from quantkit.pipeline.measure_plans import measured_damages
 from quantkit.pipeline.metric import metric_of
 from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.pipeline.profile import profile
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose
 from quantkit.pipeline.result import Result, load_result
-from quantkit.plan import Profile
+from quantkit.plan import Plan, Profile
 from quantkit.recipe.read import Recipe, read_recipe
 from quantkit.recipe.sources import Evaluate, Samples, evaluate_of, model_of, outputs_of, samples_of
 from quantkit.report.summary import Measured
@@ -104,11 +105,26 @@ def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> 
     path = path or recipe.output / PROFILE_FILE
     require_writable(path.parent)
     inputs = inputs_of(recipe)
-    settings = {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver", "effort")}
     measured = profile(
-        inputs.model, items_of(inputs.calibration), progress=progress, workdir=recipe.workdir, **settings
+        inputs.model,
+        items_of(inputs.calibration),
+        progress=progress,
+        workdir=recipe.workdir,
+        **_measuring_settings(recipe),
     )
     return measured, measured.save(path)
+
+
+def measure_plans(recipe: Recipe, measured: Profile, plans: Sequence[Plan], progress: bool = True) -> list[float]:
+    """Damage of plans on the inputs of the recipe that the profile ``measured`` is of."""
+    inputs = inputs_of(recipe)
+    calibration = items_of(inputs.calibration)
+    settings = _measuring_settings(recipe)
+    return measured_damages(measured, plans, inputs.model, calibration, progress=progress, **settings)
+
+
+def _measuring_settings(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver", "effort")}
 
 
 def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:

@@ -37,7 +37,8 @@ class PlanDamage:
         part = replace(self.subject, batches=self.subject.batches[:count])
         chosen = [[self.perturbations[k] for k in entries] for entries in many]
         rows: list[list[Tensor]] = [[] for _ in many]
-        for batch, plan, output in variations(part, chosen):
+        measured = variations(part, chosen)
+        for batch, plan, output in track(measured, "measuring plans", len(many) * count, enabled=self.progress):
             rows[plan].append(self.damage.rows(self.reference[batch], output).double())
         return [float(torch.cat(one).mean()) for one in rows]
 

@@ -40,3 +40,15 @@ def test_picture_is_a_png(front: tuple[Plan, ...], tmp_path: Path) -> None:
     data = save_picture(front, tmp_path / "front.png").read_bytes()
     assert data.startswith(b"\x89PNG\r\n")
     assert list(tmp_path.iterdir()) == [tmp_path / "front.png"]
+
+
+def test_measured_damage_stands_beside_the_predicted(tmp_path: Path) -> None:
+    measured = [0.75, 0.0125, 0.0]
+    head, *lines = front_table(FRONT, measured).splitlines()
+    assert head.split() == ["average", "bits", "bytes", "predicted", "damage", "measured", "damage", "layers"]
+    assert [float(line.split()[3]) for line in lines] == measured
+    assert len({len(line.rpartition("  ")[0]) for line in lines}) == 1
+    found = list(csv.DictReader(save_csv(FRONT, tmp_path / "front.csv", measured).open()))
+    assert [float(row["measured_damage"]) for row in found] == measured
+    plain = save_picture(FRONT, tmp_path / "plain.png").read_bytes()
+    assert save_picture(FRONT, tmp_path / "rings.png", measured).read_bytes() != plain

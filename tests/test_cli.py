@@ -150,15 +150,16 @@ def test_list(capsys, monkeypatch) -> None:
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
     for line in (
-        r"target      onnxruntime-cpu: ",
-        r"  schemes   w2a8, w3a8, .*, float$",
-        r"  layers    conv1d, conv2d, conv3d, linear$",
-        r"sensitivity .*gram",
-        r"solver      .*auto",
-        r"rounding    auto, nearest, gptq$",
-        r"ranges      minmax, mse$",
-        r"metric      top1$",
-        r"recipes     .*recipes/quickstart\.yaml",
+        r"target +onnxruntime-cpu: ",
+        r"  schemes +w2a8, w3a8, .*, float$",
+        r"  layers +conv1d, conv2d, conv3d, linear$",
+        r"sensitivity +.*gram",
+        r"solver +.*auto",
+        r"rounding +auto, nearest, gptq$",
+        r"ranges +minmax, mse$",
+        r"reconstruction +auto, none, block, network$",
+        r"metric +top1$",
+        r"recipes +.*recipes/quickstart\.yaml",
     ):
         assert re.search(f"^{line}", printed, re.M), line
 

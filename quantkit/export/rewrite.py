@@ -17,6 +17,7 @@ from quantkit.export.weights import LARGEST_UNPACKED, add_functions, is_in_plane
 from quantkit.kernels.reference import QuantizedWeight
 from quantkit.quantizers.simulate import SimulatedModel
 
+BYTE = 8  # bits of a code as kernels read it
 _BIAS = 2  # its position among the inputs of Conv and Gemm
 _INT32 = torch.iinfo(torch.int32)
 
@@ -37,10 +38,8 @@ def quantize_marks(model: ir.Model, simulated: SimulatedModel) -> None:
     for name, weight in simulated.weights.items():
         _require_form(name, weight)
     for name, site in simulated.ranges.items():
-        if site.bits != 8:
-            raise InvalidRequest(
-                f"Site {name!r} has {site.bits}-bit codes; ONNX files carry 8-bit activations so far."
-            )
+        if site.bits > BYTE:
+            raise InvalidRequest(f"Site {name!r} has {site.bits}-bit codes; ONNX files carry up to 8 bits.")
     graph = model.graph
     writer = _Writer(graph, simulated)
     for name, mark in marks(graph, "Weight"):
@@ -99,6 +98,9 @@ class _Writer:
         scale = self.editor.initializer(f"{name}.scale", np.array(site.scale, np.float32))
         zero = self.editor.initializer(f"{name}.zero_point", np.array(site.zero_point, np.uint8))
         codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
+        if site.bits < BYTE:  # bytes saturate at 255; clipping codes, not values, leaves the kernel before it integer
+            highest = self.editor.initializer(f"{name}.highest", np.array(site.high, np.uint8))
+            codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
         self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
 
     def quantize_weight(self, name: str, mark: ir.Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from quantkit.graph.batches import Batch
 from quantkit.kernels.packing import packed_weight_bytes
 from quantkit.kernels.reference import SiteRange
 from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
+from quantkit.pipeline.reconstruct import Course, course_of, reconstruct, require_course, worth_learning
 from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose, require_accepted
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, average_bits
@@ -38,21 +39,25 @@ def apply(
     target: str | Target = DEFAULT_TARGET,
     rounding: str = "auto",
     ranges: str = "mse",
+    reconstruction: str = "auto",
     loss: str = "auto",
     evaluate: Evaluate | None = None,
+    seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
 ) -> Result:
     """Quantize ``model`` by ``plan`` (a Plan, or a mapping layer name -> scheme; layers not named stay float).
 
-    Layers are rounded one after the other, each on the inputs it gets from the network quantized so far. ``evaluate``
-    (model -> a number, or one for each sample, higher is better) is reported for the float and for the quantized
-    model; it must not use the calibration data. Raises InvalidRequest for a plan that does not fit the model or the
-    target.
+    Layers are rounded one after the other, each on the inputs it gets from the network quantized so far. Then codes,
+    scales, biases and activation steps are learned by the damage of the output, on mixes of the calibration inputs:
+    ``reconstruction="network"``; "block" learns block by block first, "none" keeps what was rounded, "auto" learns
+    where formats are narrow (weights up to 5 bits, activations below 8) and there are at least 64 samples. What does
+    not help on inputs that were held back is undone; ``Result.notes`` says what did. ``evaluate`` (model -> a number,
+    or one for each sample, higher is better) is reported for the float and for the quantized model; it must not use
+    the calibration data. Raises InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
-    for name, value in {"rounding": rounding, "ranges": ranges, "loss": loss}.items():
-        choose(name, value, CHOICES[name])
+    ways = Ways(rounding, ranges, reconstruction, loss, seed)
     require_metric(evaluate)
     _check_schemes(model, decided, goal)
     batches = calibration_batches(model, calibration, samples)
@@ -60,21 +65,76 @@ def apply(
     kept_float = _kept_float(every, decided, batches)
     ready = leave_float(every, goal, kept_float)
     formats = _site_formats(decided, ready, goal)
+    reference = list(Subject(ready.model, batches, {}).outputs())
+    course = _course(ready, decided, formats, batches, reference, ways)
     if inplace:  # only now that nothing can be refused any more
         ready = prepare(model, batches, goal, kept_float, inplace=True)
     metrics = {} if evaluate is None else {"float": metric_of(evaluate, ready.model)}
-    reference = list(Subject(ready.model, batches, {}).outputs())
-    found = _site_ranges(ready, formats, ranges, batches, progress)
-    simulated = SimulatedModel(ready.model, ready.sites, {}, found)
-    simulated.eval()
-    weights = {n: s.weight for n in ready.quantizable if (s := decided.schemes[n]).weight is not None}
-    round_in_sequence(simulated, ready.trace, weights, batches, rounding, progress)
-    round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
+    simulated, notes = _quantized(ready, decided, formats, batches, course, ways, progress)
     final = _recounted(decided, simulated, ready, formats)
     metrics |= compare_outputs(simulated, batches, reference, loss)
     if evaluate is not None:
         metrics["quantized"] = metric_of(evaluate, simulated)
-    return Result(simulated, final, ready.folds, batches, metrics=metrics)
+    return Result(simulated, final, ready.folds, batches, metrics=metrics, notes=notes)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a plan is met, by the names in ``CHOICES``."""
+
+    rounding: str
+    ranges: str
+    reconstruction: str
+    loss: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("rounding", "ranges", "reconstruction", "loss"):
+            choose(name, getattr(self, name), CHOICES[name])
+
+
+def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
+    return {n: s.weight for n in ready.quantizable if (s := plan.schemes[n]).weight is not None}
+
+
+def _course(
+    ready: Prepared,
+    plan: Plan,
+    formats: Mapping[str, ActivationFormat],
+    batches: Sequence[Batch],
+    reference: Sequence[Tensor],
+    ways: Ways,
+) -> Course | None:
+    """What to learn from after rounding; None where nothing is to be learned."""
+    asked = ways.reconstruction
+    bits = [w.bits for w in _weight_formats(plan, ready).values()], [a.bits for a in formats.values()]
+    if asked == "none" or (asked == "auto" and not worth_learning(*bits, batches)):
+        return None
+    return require_course(
+        course_of(ready, batches, damage_for(ways.loss, torch.cat(list(reference))), ways.seed), asked
+    )
+
+
+def _quantized(
+    ready: Prepared,
+    plan: Plan,
+    formats: Mapping[str, ActivationFormat],
+    batches: Sequence[Batch],
+    course: Course | None,
+    ways: Ways,
+    progress: bool,
+) -> tuple[SimulatedModel, dict[str, Any]]:
+    """The quantized model, and notes on how it was made."""
+    found = _site_ranges(ready, formats, ways.ranges, batches, progress)
+    simulated = SimulatedModel(ready.model, ready.sites, {}, found)
+    simulated.eval()
+    weights = _weight_formats(plan, ready)
+    rounded = round_in_sequence(simulated, ready.trace, weights, batches, ways.rounding, progress)
+    notes: dict[str, Any] = {"rounding": rounded}
+    if course is not None:
+        notes["reconstruction"] = reconstruct(course, simulated, ways.reconstruction, progress)
+    round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
+    return simulated, notes
 
 
 def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:

@@ -17,6 +17,7 @@ from quantkit.graph.batches import Batch, digest_batches, digest_model, read_bat
 from quantkit.graph.trace import Trace, run_model
 from quantkit.plan import Profile, SiteRecord, digest_of
 from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
 from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, require_additive
 from quantkit.sensitivity.measure import LOSSES, Scores
@@ -32,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sensitivity": tuple(ESTIMATORS),
     "rounding": ROUNDINGS,
     "ranges": tuple(RANGES),
+    "reconstruction": RECONSTRUCTIONS,
     "loss": ("auto", *LOSSES),
 }
 

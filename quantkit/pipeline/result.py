@@ -27,7 +27,8 @@ class Result:
     ``model`` runs like the original. ``metrics`` compares it with the float model: on the calibration inputs, and on
     the user's own metric where ``evaluate`` was given. ``folds`` are the (layer, BatchNorm) pairs that were folded,
     ``calibration`` the inputs it was made with (empty when it was loaded). ``curve`` has the (cost, metric drop) of
-    every plan evaluated for a limit on accuracy, cheapest first.
+    every plan evaluated for a limit on accuracy, cheapest first. ``notes`` say how each layer was rounded and what was
+    learned afterwards.
     """
 
     model: SimulatedModel
@@ -36,6 +37,7 @@ class Result:
     calibration: Sequence[Batch] = ()
     profile: Profile | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[float, float], ...] = ()
 
     def save(self, folder: str | Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from quantkit.allocation.registry import SOLVERS
 from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
 from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.recipe.sources import METRICS
 from quantkit.sensitivity import ESTIMATORS
@@ -19,19 +20,20 @@ def inventory(folder: Path = Path("recipes")) -> str:
     for name in target_names():
         target = Target.load(name)
         lines += [
-            f"target      {name}: {target.description}",
-            f"  schemes   {', '.join(target.default_schemes)}, float",
+            f"target         {name}: {target.description}",
+            f"  schemes      {', '.join(target.default_schemes)}, float",
         ]
-        lines += [f"  layers    {', '.join(target.layers)}"]
+        lines += [f"  layers       {', '.join(target.layers)}"]
     for title, names in (
         ("sensitivity", ESTIMATORS),
         ("solver", SOLVERS),
         ("effort", EFFORTS),
         ("rounding", ROUNDINGS),
         ("ranges", RANGES),
+        ("reconstruction", RECONSTRUCTIONS),
         ("metric", METRICS),
     ):
-        lines.append(f"{title:<11} {', '.join(names)}")
+        lines.append(f"{title:<14} {', '.join(names)}")
     recipes = sorted(str(path) for path in folder.glob("*.yaml"))
-    lines.append(f"{'recipes':<11} {', '.join(recipes) or f'none in {folder}/'}")
+    lines.append(f"{'recipes':<14} {', '.join(recipes) or f'none in {folder}/'}")
     return "\n".join(lines)

@@ -46,8 +46,10 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "effort": _TEXT,
     "rounding": _TEXT,
     "ranges": _TEXT,
+    "reconstruction": _TEXT,
     "seed": _NUMBER,
 }
+DECIDED_LATER = ("budget", "solver", "effort", "reconstruction")  # settings that a profile does not depend on
 PLACES: dict[str, tuple[type, ...]] = {"output": _TEXT, "workdir": _TEXT}
 REQUIRED = ("model", "calibration", "budget")
 _VARIABLE = re.compile(r"\$\{QUANTKIT_DATA(?::-(?P<default>[^}]*))?\}")

@@ -26,7 +26,7 @@ from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose
 from quantkit.pipeline.result import Result, load_result
 from quantkit.plan import Plan, Profile
-from quantkit.recipe.read import Recipe, read_recipe
+from quantkit.recipe.read import DECIDED_LATER, Recipe, read_recipe
 from quantkit.recipe.sources import Evaluate, Samples, evaluate_of, model_of, outputs_of, samples_of
 from quantkit.report.summary import Measured
 from quantkit.store import require_writable, write_atomically
@@ -124,7 +124,7 @@ def measure_plans(recipe: Recipe, measured: Profile, plans: Sequence[Plan], prog
 
 
 def _measuring_settings(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in recipe.settings().items() if key not in ("budget", "solver", "effort")}
+    return {key: value for key, value in recipe.settings().items() if key not in DECIDED_LATER}
 
 
 def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:

@@ -26,10 +26,11 @@ def prepared(model: nn.Module, batch: Batch, keep_float: Sequence[str] = ()) -> 
     return prepare(model, [batch], Target.load("onnxruntime-cpu"), keep_float)
 
 
-def simulate(ready: Prepared, batch: Batch, bits: int | Callable[[int], int]) -> SimulatedModel:
+def simulate(ready: Prepared, batch: Batch, bits: int | Callable[[int], int], site_bits: int = 8) -> SimulatedModel:
     """All quantizable layers rounded to nearest at ``bits`` (or bits of the layer's position), sites by min-max."""
     histograms = site_histograms(ready.model, ready.sites, [batch], False)
-    simulated = SimulatedModel(ready.model, ready.sites, {}, {n: minmax_range(h, 8) for n, h in histograms.items()})
+    ranges = {name: minmax_range(histogram, site_bits) for name, histogram in histograms.items()}
+    simulated = SimulatedModel(ready.model, ready.sites, {}, ranges)
     for position, name in enumerate(ready.quantizable):
         format = WeightFormat(str(bits if isinstance(bits, int) else bits(position)))
         weight = ready.model.get_submodule(name).weight

@@ -204,10 +204,10 @@ def test_a_model_that_cannot_be_followed(tmp_path: Path) -> None:
 def test_formats_without_a_form_are_refused(residual, tmp_path: Path) -> None:
     simulated, batch = residual
     name = simulated.sites[0].name
-    ranges = simulated.ranges | {name: SiteRange(0.1, 3, bits=6)}
-    narrow = SimulatedModel(simulated.model, simulated.sites, simulated.weights, ranges)
-    with pytest.raises(InvalidRequest, match=f"Site '{name}' has 6-bit codes"):
-        export_onnx(narrow, batch, tmp_path / "no.onnx")
+    ranges = simulated.ranges | {name: SiteRange(0.1, 3, bits=16)}
+    wide = SimulatedModel(simulated.model, simulated.sites, simulated.weights, ranges)
+    with pytest.raises(InvalidRequest, match=f"Site '{name}' has 16-bit codes"):
+        export_onnx(wide, batch, tmp_path / "no.onnx")
 
 
 def test_a_file_that_differs_is_not_left_behind(residual, tmp_path: Path) -> None:

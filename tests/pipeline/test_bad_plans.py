@@ -53,8 +53,8 @@ EDITS = {
         r"^'stem\.2' in the plan owns no weight to quantize",
     ),
     "scheme the target cannot run": (
-        lambda d: d["schemes"].update(conv="w4a4"),
-        r"^The plan gives layer 'conv' w4a4: activation format a4 is not supported by target onnxruntime-cpu yet",
+        lambda d: d["schemes"].update(conv="w4a3"),
+        r"^The plan gives layer 'conv' w4a3: activation format a3 is not supported by target onnxruntime-cpu yet",
     ),
     "scheme without activations": (
         lambda d: d["schemes"].update(conv="w4"),
@@ -69,12 +69,12 @@ EDITS = {
         r"^The plan names site 'sterm', which the model does not have\. Did you mean",
     ),
     "site unlike its layer": (
-        lambda d: d["sites"].update(input="a4"),
-        r"^The plan asks for several formats of one tensor, 'input': stem\.0 a8, site input a4\. Give it one",
+        lambda d: d["sites"].update(input="a3"),
+        r"^The plan asks for several formats of one tensor, 'input': stem\.0 a8, site input a3\. Give it one",
     ),
     "site the target cannot run": (
-        lambda d: d["sites"].update(mix="a4"),  # an operand of the residual sum: no layer reads it
-        r"^The plan gives site 'mix' a4: activation format a4 is not supported by target onnxruntime-cpu yet",
+        lambda d: d["sites"].update(mix="a3"),  # an operand of the residual sum: no layer reads it
+        r"^The plan gives site 'mix' a3: activation format a3 is not supported by target onnxruntime-cpu yet",
     ),
     "float site": (
         lambda d: d["sites"].update(input="float"),
@@ -136,7 +136,7 @@ CALLS = {
     "unknown ranges": ({"ranges": "max"}, r"^Unknown ranges 'max'; known: minmax, mse\. Did you mean 'minmax'"),
     "unknown loss": ({"loss": "hinge"}, r"^Unknown loss 'hinge'; known: auto, kl, mse"),
     "unknown target": ({"target": "gpu"}, r"^Unknown target 'gpu'; known: onnxruntime-cpu"),
-    "evaluate": ({"evaluate": "top1"}, r"^evaluate must be a function \(model -> float\), not str"),
+    "evaluate": ({"evaluate": "top1"}, r"^evaluate must be a function \(model -> metric\), not str"),
     "no data": ({"calibration": []}, r"^The calibration data is empty"),
     "NaN": ({"calibration": images() * float("nan")}, r"^Calibration batch 0 contains NaN"),
     "rejected batch": ({"calibration": [images(), torch.zeros(2, 2)]}, r"^The model rejected a calibration batch"),

@@ -130,8 +130,8 @@ NAMES = {
     "scheme": Bad(r"^Unknown scheme 'w9a8'\. Expected 'float' or formats such as", {"schemes": ["w9a8"]}),
     "scheme in a rule": Bad(r"^Unknown scheme 'four'", {"rules": {"conv": "four"}}),
     "scheme not run": Bad(
-        r"^activation format a4 is not supported by target onnxruntime-cpu yet.*Candidates that can run: w2a8",
-        {"schemes": ["w4a4", "w4a8"]},
+        r"^activation format a3 is not supported by target onnxruntime-cpu yet.*Candidates that can run: w2a8",
+        {"schemes": ["w4a3", "w4a8"]},
     ),
     "no scheme": Bad(r"^schemes is empty: name at least one candidate", {"schemes": []}),
     "target": Bad(r"^Unknown target 'onnxruntime'; known: onnxruntime-cpu.*Did you mean", {"target": "onnxruntime"}),

@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, type[QuantkitError]]] = {
     "budget out of reach": ({"budget": "1 bits"}, r"^No plan has average bits 1 bits: the smallest", InfeasibleBudget),
     "target": ({"target": "cpu"}, r"tiny\.yaml:\d+: target: Unknown target 'cpu'; known: onnx", InvalidRequest),
     "scheme": ({"schemes": ["w4a8", "w1a8"]}, r"tiny\.yaml:\d+: schemes: Unknown scheme 'w1a8'", InvalidRequest),
-    "scheme not run": ({"schemes": ["w4a4"]}, r"tiny\.yaml:\d+: schemes: .*a4 is not supported by ta", InvalidRequest),
+    "scheme not run": ({"schemes": ["w4a3"]}, r"tiny\.yaml:\d+: schemes: .*a3 is not supported by ta", InvalidRequest),
     "estimator": ({"sensitivity": "gramm"}, r"tiny\.yaml:\d+: sensitivity: Unknown sensitivity 'gr", InvalidRequest),
     "solver": ({"solver": "gredy"}, r"tiny\.yaml:\d+: solver: Unknown solver 'gredy'.*'greedy'", InvalidRequest),
     "rounding": ({"rounding": "up"}, r"tiny\.yaml:\d+: rounding: Unknown rounding 'up'; known", InvalidRequest),

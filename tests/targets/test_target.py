@@ -11,7 +11,7 @@ from quantkit.formats import Scheme
 from quantkit.targets import Target, target_names
 from tests.scheme_grammar import SCHEMES
 
-RUNS = {"float", "w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w7a8", "w8a8"}
+RUNS = {"float", *(f"w{weight}a{act}" for weight in range(2, 9) for act in range(4, 9))}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ REASONS = [
     ("w4g32a8", f"weight groups (w4g32) are {NO}"),
     ("w4za8", f"weight zero points (w4z) are {NO}"),
     ("w4sf16a8", f"f16 scales (w4sf16) are {NO}"),
-    ("w4a4", f"activation format a4 is {NO} (static, bits: 8)"),
-    ("w4a8d", f"activation format a8d is {NO} (static, bits: 8)"),
-    ("w4a8g32", f"activation format a8g32 is {NO} (static, bits: 8)"),
-    ("w4afp8", f"activation format afp8 is {NO} (static, bits: 8)"),
+    ("w4a3", f"activation format a3 is {NO} (static, bits: 4, 5, 6, 7, 8)"),
+    ("w4a8d", f"activation format a8d is {NO} (static, bits: 4, 5, 6, 7, 8)"),
+    ("w4a8g32", f"activation format a8g32 is {NO} (static, bits: 4, 5, 6, 7, 8)"),
+    ("w4afp8", f"activation format afp8 is {NO} (static, bits: 4, 5, 6, 7, 8)"),
 ]
 
 

@@ -1,0 +1,202 @@
+"""A forward written down as a list of calls, to be replayed from the middle: what block-wise work runs on.
+
+A tape holds for one batch size: whatever the model's code computed from the number of samples is part of it. It skips
+the user's code, so it only stands for models whose calls do not depend on the values of their inputs; ``record`` plays
+it on other inputs and gives up where the outputs differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from quantkit.graph.batches import Batch
+from quantkit.graph.intercept import INPUT, OpKey, change_inputs, intercept, map_tensors, own_inputs, tensors_of
+
+Change = Callable[[OpKey, Tensor], Tensor]
+_WRITES = ("setitem",)  # what changes a tensor and returns nothing
+_CLOSE = 1e-3  # of the largest output: replaying repeats the same sums, but kernels may order them differently
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in the arguments of a step."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: its function with ``Ref``s for tensors, the numbers it reads, and those of the tensors it returns."""
+
+    key: OpKey
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The steps of a forward on ``size`` samples that depend on its inputs or parameters.
+
+    ``inputs`` are the numbers of the model's input tensors, ``output`` that of the tensor it is asked for; ``state``
+    names the parameters and buffers read, ``constants`` holds every other tensor that is read and not made;
+    ``floating`` are the numbers of floating-point tensors.
+    """
+
+    size: int
+    steps: tuple[Step, ...]
+    inputs: tuple[int, ...]
+    output: int
+    state: dict[int, str]
+    constants: dict[int, Tensor]
+    floating: frozenset[int]
+
+    def replay(
+        self,
+        values: Mapping[int, Tensor],
+        state: Mapping[str, Tensor],
+        wanted: Sequence[int],
+        change: Change | None = None,
+        span: tuple[int, int] | None = None,
+    ) -> list[Tensor]:
+        """Run the steps of ``span`` (default all) from these values; returns the values of the numbers ``wanted``.
+
+        ``state`` has the parameters by name; ``change(place, tensor)`` is applied to what every step makes. A value is
+        dropped after its last use.
+        """
+        start, stop = span or (0, len(self.steps))
+        kept = dict(values)
+        last = self.last_uses(start, stop)
+        for i in range(start, stop):
+            step = self.steps[i]
+
+            def resolve(leaf: Any) -> Any:
+                return self._value(leaf.number, kept, state) if isinstance(leaf, Ref) else leaf
+
+            args, kwargs = tree_map(resolve, (step.args, step.kwargs), is_leaf=_is_ref)
+            made = step.func(*args, **kwargs)
+            if change is not None:
+                made = map_tensors(made, step.key, change)
+            kept.update(zip(step.makes, tensors_of(made), strict=True))
+            for number in (*step.reads, *step.makes):
+                if last.get(number, i) <= i and number not in wanted:
+                    kept.pop(number, None)
+        return [self._value(number, kept, state) for number in wanted]
+
+    def _value(self, number: int, values: Mapping[int, Tensor], state: Mapping[str, Tensor]) -> Tensor:
+        if number in values:
+            return values[number]
+        return state[self.state[number]] if number in self.state else self.constants[number]
+
+    def last_uses(self, start: int, stop: int) -> dict[int, int]:
+        """Number -> the last step between ``start`` and ``stop`` that reads it."""
+        return {number: i for i in range(start, stop) for number in self.steps[i].reads}
+
+    def entering(self, model: nn.Module, batch: Batch) -> dict[int, Tensor]:
+        """The values a batch of inputs starts a replay with: copies, as calls may work in place."""
+        given = change_inputs(model, *batch, lambda _, tensor: tensor)
+        return dict(zip(self.inputs, tensors_of(given), strict=True))
+
+    def places(self) -> dict[int, OpKey]:
+        """Number -> the place that last made this value; a model input that nothing overwrites is an input place."""
+        found = {number: replace(INPUT, output=i) for i, number in enumerate(self.inputs)}
+        for step in self.steps:
+            found |= {number: replace(step.key, output=i) for i, number in enumerate(step.makes)}
+        return found
+
+    def lone_values(self) -> dict[int, int]:
+        """Step -> the one value that everything after it is computed from: where a forward can be cut in two."""
+        last = self.last_uses(0, len(self.steps)) | {self.output: len(self.steps)}
+        live = set(self.inputs)
+        found = {}
+        for i, step in enumerate(self.steps):
+            live = {number for number in (*live, *step.makes) if last.get(number, -1) > i}
+            if len(live) == 1 and live <= self.floating:
+                found[i] = next(iter(live))
+        return found
+
+
+def _is_ref(value: Any) -> bool:
+    return isinstance(value, Ref)
+
+
+@dataclass
+class _Recorder:
+    """Writes calls down while a model runs. Every tensor seen is held, so that its address stays its own."""
+
+    state: dict[int, str]
+    numbers: dict[int, int] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    varying: set[int] = field(default_factory=set)
+
+    def number(self, tensor: Tensor) -> int:
+        if id(tensor) not in self.numbers:
+            self.numbers[id(tensor)] = len(self.held)
+            self.held.append(tensor)
+        return self.numbers[id(tensor)]
+
+    def __call__(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        reads = [self.number(t) for t in tensors_of((args, kwargs))]
+        leaves, spec = tree_flatten((args, kwargs))
+        refs = [Ref(self.number(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        result = func(*args, **kwargs)
+        makes = [self.number(t) for t in tensors_of(result)]
+        depends = any(n in self.varying or id(self.held[n]) in self.state for n in reads)
+        if depends and (makes or key.op in _WRITES):
+            own_args, own_kwargs = tree_unflatten(refs, spec)
+            self.steps.append(Step(key, func, own_args, own_kwargs, tuple(reads), tuple(makes)))
+            self.varying.update(makes)
+        return result
+
+
+def record(model: nn.Module, batch: Batch, other: Batch, output: Callable[[Any], Tensor]) -> Tape | None:
+    """The tape of ``model`` (in eval mode) on the samples of ``batch``, up to the tensor that ``output`` picks from
+    what the model returns; None where replaying it does not compute what the model computes, on ``batch`` or on
+    ``other``, which has the same number of samples.
+    """
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    recorder = _Recorder({id(tensor): name for name, tensor in state.items()})
+    args, kwargs = change_inputs(model, *batch, lambda _, tensor: tensor)
+    inputs = [recorder.number(tensor) for tensor in tensors_of((args, kwargs))]
+    recorder.varying.update(inputs)
+    with torch.no_grad(), intercept(model, recorder):
+        result = model(*args, **kwargs)
+    main = recorder.number(output(result))
+    named = {n: recorder.state[id(t)] for n, t in enumerate(recorder.held) if id(t) in recorder.state}
+    made = {n for step in recorder.steps for n in step.makes} | set(inputs) | set(named)
+    tape = Tape(
+        size=len(tensors_of(batch)[0]),
+        steps=tuple(recorder.steps),
+        inputs=tuple(inputs),
+        output=main,
+        state=named,
+        constants={n: recorder.held[n] for step in recorder.steps for n in step.reads if n not in made},
+        floating=frozenset(n for n, t in enumerate(recorder.held) if t.is_floating_point()),
+    )
+    if main not in {n for step in tape.steps for n in step.makes}:
+        return None
+    return tape if all(_replays(tape, model, state, b, output) for b in (batch, other)) else None
+
+
+def _replays(
+    tape: Tape, model: nn.Module, state: Mapping[str, Tensor], batch: Batch, output: Callable[[Any], Tensor]
+) -> bool:
+    with torch.no_grad():
+        args, kwargs = own_inputs(*batch)
+        wanted = output(model(*args, **kwargs))
+        try:
+            (found,) = tape.replay(tape.entering(model, batch), state, [tape.output])
+        except (KeyError, RuntimeError):  # a tensor that no traced call made, or a shape fixed by the first batch
+            return False
+    return found.shape == wanted.shape and torch.allclose(
+        found, wanted, rtol=0, atol=_CLOSE * float(wanted.abs().max()), equal_nan=True
+    )

@@ -1,0 +1,117 @@
+"""A simulated model played from its tape, whole or block by block, with parts of it being learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.graph.intercept import OpKey
+from quantkit.graph.segments import Segment, whole
+from quantkit.graph.tape import Tape
+from quantkit.quantizers.learned import LearnedRange, LearnedWeight
+from quantkit.quantizers.simulate import SimulatedModel
+
+EIGHT_BITS = 8
+Values = Mapping[int, Tensor]
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """Images with channels last: the layout convolutions are quickest in."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+@dataclass
+class Playback:
+    """``model`` on its ``tape``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits, whose
+    noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half of
+    the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
+    ``fixed`` parameters and buffers replace the model's.
+    """
+
+    model: SimulatedModel
+    tape: Tape
+    weights: dict[str, LearnedWeight] = field(default_factory=dict)
+    ranges: dict[str, LearnedRange] = field(default_factory=dict)
+    dropping: torch.Generator | None = None
+    fixed: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.sites = {site.place: site.name for site in self.model.sites}
+        self.places = self.tape.places()
+
+    def state(self) -> dict[str, Tensor]:
+        """The parameters and buffers to compute with, by name."""
+        if self.fixed is not None:
+            return dict(self.fixed)
+        found = state_of(self.model.model)
+        for name, learned in self.weights.items():
+            found[f"{name}.weight"] = fast_layout(learned.value())
+            if (bias := learned.bias()) is not None:
+                found[f"{name}.bias"] = bias
+        return found
+
+    def quantize(self, place: OpKey, x: Tensor) -> Tensor:
+        """A tensor as its site leaves it."""
+        name = self.sites.get(place)
+        if name in self.ranges:
+            y = self.ranges[name].fake_quantize(x)
+            return y if self.dropping is None or not torch.is_grad_enabled() else mixed(y, x, self.dropping)
+        found = None if name is None else self.model.ranges.get(name)
+        if found is None or (found.bits == EIGHT_BITS and torch.is_grad_enabled()):
+            return x
+        return found.fake_quantize(x)
+
+    def run(self, values: Values, segment: Segment, wanted: Sequence[int] = ()) -> list[Tensor]:
+        """The value that leaves a segment (or those ``wanted``) from those that enter it, which their sites quantize
+        here; what leaves is quantized by whoever reads it.
+        """
+        out = self.places[segment.leaving]
+
+        def change(place: OpKey, x: Tensor) -> Tensor:
+            return x if place == out else self.quantize(place, x)
+
+        entering = {number: self.quantize(self.places[number], x) for number, x in values.items()}
+        span = (segment.start, segment.stop)
+        return self.tape.replay(entering, self.state(), wanted or [segment.leaving], change, span)
+
+    def output(self, values: Values) -> Tensor:
+        """The output of the whole model for its input values, with its own site applied."""
+        every = whole(self.tape, ())
+        return self.quantize(self.places[self.tape.output], self.run(values, every)[0])
+
+
+def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
+    """Each element from one of two tensors, with equal chances."""
+    draw = torch.randint(0, 2, one.shape, generator=generator, dtype=torch.uint8)
+    return torch.where(fast_layout(draw).bool(), one, other)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all their names, detached."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: fast_layout(tensor.detach()) for name, tensor in named}
+
+
+def in_chunks(values: Values, size: int) -> Iterator[tuple[dict[int, Tensor], int]]:
+    """Values of all samples in pieces of exactly ``size``, the last one filled up with the first samples, and how many
+    of each are meant.
+    """
+    count = len(next(iter(values.values())))
+    for start in range(0, count, size):
+        index = torch.arange(start, start + size) % count
+        yield take(values, index), min(size, count - start)
+
+
+def take(values: Values, indices: Tensor) -> dict[int, Tensor]:
+    """The values of some samples, in memory of their own."""
+    return {number: fast_layout(x[indices]) for number, x in values.items()}
+
+
+@torch.no_grad()
+def play(playback: Playback, values: Values, segment: Segment) -> Tensor:
+    """The value that leaves a segment, of all samples."""
+    found = [playback.run(part, segment)[0][:count] for part, count in in_chunks(values, playback.tape.size)]
+    return torch.cat(found)

@@ -1,0 +1,124 @@
+"""Learning after rounding lowers the damage on inputs nobody learned from, repeats itself, and says what it did."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import QuantkitError, Result
+from quantkit.pipeline import reconstruct
+from quantkit.quantizers.learning import Schedule
+from quantkit.sensitivity.measure import kl_rows
+from tests.pipeline.networks import images, small
+
+DIGITS = import_module("recipes.models.digits_cnn")
+FOLDER = Path(__file__).resolve().parents[2] / "calibration"
+SMALL = ("stem.0", "conv", "mix", "head")
+
+
+@cache
+def digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """The trained network for digits, a few calibration inputs, and unseen ones."""
+    model = DIGITS.build()
+    model.load_state_dict(load_file(FOLDER / "digits_cnn.safetensors"))
+    data = np.load(FOLDER / "digits.npz")
+    seen, unseen = (DIGITS.preprocess(data["images"][data[part]]) for part in ("calibration", "evaluation"))
+    return model, seen[:192], unseen[:300]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=48, batch=32))
+    monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=24, batch=32))
+
+
+def layers() -> list[str]:
+    return [name for name, module in digits()[0].named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+@cache
+def applied(how: str, scheme: str, seed: int = 0) -> Result:
+    model, seen, _ = digits()
+    plan = dict.fromkeys(layers(), scheme)
+    return quantkit.apply(model, plan, seen, reconstruction=how, seed=seed, progress=False)
+
+
+def damage(result: Result) -> float:
+    """KL to the float network on unseen inputs."""
+    model, _, unseen = digits()
+    with torch.no_grad():
+        return float(kl_rows(model(unseen).log_softmax(-1), result.model(unseen).log_softmax(-1)).mean())
+
+
+@pytest.mark.parametrize("how", ["network", "block"])
+@pytest.mark.parametrize("scheme", ["w2a8", "w2a4"])
+def test_learning_lowers_the_damage_on_unseen_inputs(how: str, scheme: str) -> None:
+    result = applied(how, scheme)
+    assert damage(result) < 0.8 * damage(applied("none", scheme))
+    learned = result.notes["reconstruction"]
+    assert learned["network"].helped
+    assert len(learned) == (3 if how == "block" else 1)
+
+
+def test_each_block_is_no_worse_on_held_back_inputs() -> None:
+    learned = applied("block", "w2a8").notes["reconstruction"]
+    assert all(step.after <= step.before for step in learned.values())
+    assert any(step.helped for name, step in learned.items() if name != "network")
+
+
+def test_it_repeats_itself_and_other_seeds_differ() -> None:
+    one, other = applied("network", "w2a8").model, applied("network", "w2a8", seed=1).model
+    again = applied.__wrapped__("network", "w2a8").model
+    assert all(torch.equal(w.codes, again.weights[n].codes) for n, w in one.weights.items())
+    assert all(torch.equal(w.scale, again.weights[n].scale) for n, w in one.weights.items())
+    assert any(not torch.equal(w.codes, other.weights[n].codes) for n, w in one.weights.items())
+
+
+def test_bytes_and_formats_stay_those_of_the_plan() -> None:
+    plan = dict(zip(SMALL, ("w8a8", "w3a4", "w2a6", "w5a8"), strict=True))
+    rounded, learned = (
+        quantkit.apply(small(), plan, images(96), reconstruction=how, progress=False) for how in ("none", "network")
+    )
+    assert learned.plan.size_bytes == rounded.plan.size_bytes
+    for name, weight in learned.model.weights.items():
+        low, high = weight.format.code_range
+        assert str(weight.format) == plan[name].split("a")[0]
+        assert low <= int(weight.codes.min()) and int(weight.codes.max()) <= high
+        assert torch.equal(learned.model.model.get_submodule(name).weight, weight.dequantize())
+    kinds = [{s: (r.bits, r.zero_point) for s, r in result.model.ranges.items()} for result in (rounded, learned)]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize(("scheme", "count", "learns"), [("w6a8", 96, 0), ("w2a8", 63, 0), ("w2a8", 64, 1)])
+def test_auto_learns_only_where_it_is_worth_it(scheme: str, count: int, learns: bool) -> None:
+    result = quantkit.apply(small(), dict.fromkeys(SMALL, scheme), images(count), progress=False)
+    assert ("reconstruction" in result.notes) == learns
+
+
+UNEVEN: dict[str, Any] = {
+    "inputs cannot be put into batches of one size": [images(40), torch.randn(40, 2, 8, 8)],
+    "3 samples are too few": images(3),
+}
+
+
+@pytest.mark.parametrize(("reason", "calibration"), UNEVEN.items(), ids=list(UNEVEN))
+def test_what_cannot_be_learned_from_is_refused_when_asked_for(reason: str, calibration: Any) -> None:
+    with pytest.raises(QuantkitError, match=rf"reconstruction='network' cannot learn this model: .*{reason}.*'none'"):
+        quantkit.apply(small(), {"head": "w2a8"}, calibration, reconstruction="network", progress=False)
+
+
+def test_auto_goes_on_without_learning(caplog: pytest.LogCaptureFixture) -> None:
+    calibration = UNEVEN["inputs cannot be put into batches of one size"]
+    with caplog.at_level("INFO", logger="quantkit"):
+        result = quantkit.apply(small(), {"head": "w2a8"}, calibration, progress=False)
+    assert "reconstruction" not in result.notes
+    assert any("nothing is learned after rounding" in record.getMessage() for record in caplog.records)

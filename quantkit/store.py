@@ -1,12 +1,20 @@
-"""Files that are either whole or absent, and small keyed artefacts on disk so that a killed run resumes."""
+"""Files that are either whole or absent, and keyed artefacts on disk so that a killed run resumes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from quantkit.errors import InvalidRequest
 
@@ -40,3 +48,48 @@ def require_writable(folder: str | Path) -> Path:
     folder = Path(folder)
     write_atomically(folder / ".writable", lambda temporary: None).unlink()
     return folder
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """Arrays of finished pieces of work, a file for each, so that a run that was killed does not repeat them.
+
+    ``folder`` belongs to one request: its name holds a digest of everything the work depends on. None keeps nothing.
+    """
+
+    folder: Path | None = None
+
+    def find(self, name: str, key: Any) -> tuple[dict[str, np.ndarray], str] | None:
+        """The arrays and the note kept under ``name``; None where there are none, or not whole, or for another
+        ``key`` (JSON: what the piece depends on besides the request).
+        """
+        if self.folder is None:
+            return None
+        try:
+            with safe_open(str(self._path(name)), framework="numpy") as file:
+                header = file.metadata() or {}
+                if (header.get("name"), header.get("key")) != (name, json.dumps(key)):
+                    return None
+                names = list(file.keys())
+                return {array: file.get_tensor(array) for array in names}, header.get("note", "")
+        except (OSError, SafetensorError):
+            return None
+
+    def keep(self, name: str, key: Any, arrays: Mapping[str, np.ndarray], note: str = "") -> None:
+        """Write the arrays of a finished piece; they are found under the same name and key from now on."""
+        if self.folder is None:
+            return
+        # safetensors writes the memory of an array, whatever its strides say
+        whole = {array: np.asarray(values, order="C") for array, values in arrays.items()}
+        header = {"name": name, "key": json.dumps(key), "note": note}
+        write_atomically(self._path(name), lambda temporary: save_file(whole, temporary, metadata=header))
+
+    def remove(self) -> None:
+        """Forget everything kept: what was made of it is complete."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        """Names of layers and sites may hold any character, names of files may not."""
+        assert self.folder is not None, "only asked where there is a folder"
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"

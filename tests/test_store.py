@@ -6,10 +6,11 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from quantkit.errors import InvalidRequest
-from quantkit.store import require_writable, write_atomically
+from quantkit.store import Artefacts, require_writable, write_atomically
 
 
 def below_a_file(folder: Path) -> Path:
@@ -115,3 +116,41 @@ def test_a_writable_folder_keeps_its_files(tmp_path: Path) -> None:
 def test_requiring_a_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"Cannot write .*inside.*Choose a folder that exists"):
         require_writable(below_a_file(tmp_path))
+
+
+def pieces() -> dict[str, np.ndarray]:
+    return {"a": np.arange(6.0).reshape(2, 3).T, "b": np.array(1.5), "codes": np.zeros((0, 2), np.int8)}
+
+
+def test_artefacts_are_found_under_their_name_and_key_only(tmp_path: Path) -> None:
+    artefacts = Artefacts(tmp_path / "work")
+    assert artefacts.find("layer a/b", [1]) is None
+    artefacts.keep("layer a/b", [1], pieces(), "a note")
+    found, note = artefacts.find("layer a/b", [1]) or ({}, "")
+    assert note == "a note"
+    assert found.keys() == pieces().keys()
+    assert all(np.array_equal(found[name], array) for name, array in pieces().items())
+    assert artefacts.find("layer a/b", [2]) is None
+    assert artefacts.find("layer a", [1]) is None
+    artefacts.remove()
+    artefacts.remove()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-1], lambda d: b"\xff" * 64])
+def test_artefacts_that_are_not_whole_are_not_found(tmp_path: Path, damage) -> None:
+    artefacts = Artefacts(tmp_path)
+    artefacts.keep("layer", [], pieces())
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert artefacts.find("layer", []) is None
+    artefacts.keep("layer", [], pieces())
+    assert artefacts.find("layer", []) is not None
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Artefacts().keep("layer", [], pieces())
+    assert Artefacts().find("layer", []) is None
+    Artefacts().remove()
+    assert os.listdir(tmp_path) == []

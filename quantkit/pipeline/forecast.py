@@ -15,16 +15,25 @@ from quantkit.graph.trace import run_model
 from quantkit.pipeline.request import Request
 from quantkit.quantizers.statistics import HESSIAN_BYTES
 from quantkit.quantizers.weights import quantize_weight
+from quantkit.sensitivity import COSTS
+from quantkit.sensitivity.curvature import GRAPH_SAMPLES
 from quantkit.sensitivity.measure import main_output, rows_of
+from quantkit.sensitivity.registry import Workload
+from quantkit.sensitivity.sketch import SHIFT_BYTES
 
-PASSES = 3  # over the calibration data besides the measuring: layer inputs, two for activation ranges
+PASSES = 4  # over the calibration data besides the measuring: layer inputs, two for activation ranges, rows seen
+GRAPH_COPIES = 4  # how often a graph of second derivatives holds every activation
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """``forwards`` of the sample set that the profile takes, seconds for them and for rounding, peak bytes."""
+    """``forwards`` of the ``samples`` that the profile takes for so many ``formats``, seconds for them and for
+    rounding, peak bytes beyond one forward.
+    """
 
+    formats: int
     forwards: int
+    samples: int
     forward_seconds: float
     rounding_seconds: float
     peak_bytes: int
@@ -32,6 +41,13 @@ class Forecast:
     @property
     def seconds(self) -> float:
         return (self.forwards + PASSES) * self.forward_seconds + self.rounding_seconds
+
+    def __str__(self) -> str:
+        return (
+            f"measuring {self.formats} formats: about {self.forwards} forwards of {self.samples} samples, "
+            f"{self.seconds:.0f} s with {self.rounding_seconds:.0f} s of rounding; memory at most about "
+            f"{self.peak_bytes / 1e6:,.1f} MB beyond one forward"
+        )
 
 
 def forecast(request: Request) -> Forecast:
@@ -44,10 +60,20 @@ def forecast(request: Request) -> Forecast:
             start = time.perf_counter()
             output = main_output(run_model(request.ready.model, batch))
             seconds = min(seconds, (time.perf_counter() - start) * samples / batch_size(batch))
-    rows = rows_of(output)
-    entries = len(request.entries())
-    shifts = 4 * entries * rows.numel() * samples // batch_size(batch)
-    return Forecast(entries + 1, seconds, _rounding_seconds(request), shifts + _held_bytes(request))
+    formats = len(request.entries())
+    cost = COSTS[request.settings["sensitivity"]]
+    work = Workload(formats, len(request.candidates) + len(request.ready.sites), samples)
+    outputs = 4 * rows_of(output).numel() * samples // batch_size(batch)
+    held = _held_bytes(request) + outputs
+    held += min(formats * outputs, SHIFT_BYTES) if cost.keeps_shifts else 0
+    held += _graph_bytes(request) if cost.keeps_graph else 0
+    return Forecast(formats, math.ceil(cost.forwards(work)), samples, seconds, _rounding_seconds(request), held)
+
+
+def _graph_bytes(request: Request) -> int:
+    """Every value the model computes for the samples of one graph, several times."""
+    shapes = request.ready.trace.shape.values()
+    return 4 * GRAPH_COPIES * GRAPH_SAMPLES * sum(math.prod(shape[1:]) for shape in shapes)
 
 
 def _held_bytes(request: Request) -> int:

@@ -11,14 +11,18 @@ from torch import nn
 
 from quantkit.errors import CorruptFile
 from quantkit.graph.batches import batch_size
+from quantkit.pipeline.forecast import forecast
 from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, make_ready
 from quantkit.plan import Profile, digest_of
 from quantkit.progress import notice, warn
+from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.statistics import rows_seen
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
-from quantkit.store import require_writable
+from quantkit.sensitivity.rarely_reached import reached_by_few, with_fallback
+from quantkit.store import Artefacts, require_writable
 from quantkit.targets import Target
 from quantkit.targets.rules import Rules
 
@@ -44,8 +48,8 @@ def profile(
     ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
     it. ``schemes``: candidate schemes, default the target's. ``rules``: ordered (pattern, scheme or schemes), a later
     one wins. ``loss``: "kl", "mse" or "auto". With ``workdir`` the profile is kept there under a key of everything it
-    depends on and reused when nothing changed. Raises InvalidRequest before any measuring when the request cannot be
-    carried out.
+    depends on and reused when nothing changed; until it is complete, every finished layer is, so that a run that was
+    killed resumes. Raises InvalidRequest before any measuring when the request cannot be carried out.
     """
     if workdir is not None:
         require_writable(workdir)
@@ -61,6 +65,7 @@ def measure(request: Request, progress: bool, workdir: str | Path | None, bench:
     is at hand already.
     """
     kept = None if workdir is None else Path(workdir) / f"profile-{digest_of(request.settings)}.safetensors"
+    artefacts = artefacts_of(request, workdir)
     if kept is not None and kept.exists():
         try:
             found = Profile.load(kept)
@@ -68,11 +73,21 @@ def measure(request: Request, progress: bool, workdir: str | Path | None, bench:
             warn(f"measuring again: {error}")
         else:
             notice(f"reusing the profile {kept}")
+            artefacts.remove()
             return found
-    measured = _measure(request, progress, bench)
+    notice(str(forecast(request)))
+    measured = _measure(request, progress, bench or bench_of(request, progress, workdir))
     if kept is not None:
         measured.save(kept)
+        artefacts.remove()
     return measured
+
+
+def artefacts_of(request: Request, workdir: str | Path | None) -> Artefacts:
+    """Where a run keeps each finished layer until its profile is complete, keyed by all that decides the figures."""
+    if workdir is None:
+        return Artefacts()
+    return Artefacts(Path(workdir) / f"layers-{digest_of(request.settings | {'torch': torch.__version__})}")
 
 
 @dataclass(frozen=True)
@@ -84,22 +99,30 @@ class Bench:
     notes: dict[str, Any]
 
 
-def bench_of(request: Request, progress: bool) -> Bench:
-    """Round every candidate format, find every range, and draw the inputs to measure on."""
+def bench_of(request: Request, progress: bool, workdir: str | Path | None = None) -> Bench:
+    """Round every candidate format, find every range, and draw the inputs to measure on; what an earlier run left in
+    ``workdir`` is not done again.
+    """
     ready, batches, settings = request.ready, request.batches, request.settings
-    perturbations, rounded = weight_perturbations(ready, request.candidates, batches, settings["rounding"], progress)
-    perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress)
+    artefacts = artefacts_of(request, workdir)
+    perturbations, rounded = weight_perturbations(
+        ready, request.candidates, batches, settings["rounding"], progress, artefacts
+    )
+    perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress, artefacts)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(settings["seed"]))
     notice(f"measuring on {'pair-mixed calibration inputs' if inputs else 'the calibration inputs as they are'}")
-    subject = Subject(ready.model, inputs or batches, {s.name: s for s in ready.sites}, settings["loss"])
+    sites = {site.name: site for site in ready.sites}
+    subject = Subject(ready.model, inputs or batches, sites, settings["loss"], artefacts=artefacts)
     samples = sum(batch_size(b) for b in batches)
     notes = {"inputs": "pair-mixed" if inputs else "plain", "samples": samples, "rounded": rounded}
     return Bench(subject, perturbations, notes)
 
 
-def _measure(request: Request, progress: bool, bench: Bench | None = None) -> Profile:
-    bench = bench or bench_of(request, progress)
+def _measure(request: Request, progress: bool, bench: Bench) -> Profile:
+    subject, changes = bench.subject, bench.perturbations
     generator = torch.Generator().manual_seed(request.settings["seed"])
-    scores = ESTIMATORS[request.settings["sensitivity"]](bench.subject, bench.perturbations, progress, generator)
-    entries = [(p.owner, p.format) for p in bench.perturbations]
-    return request.profile(entries, scores, bench.notes | dict(scores.notes))
+    scores = ESTIMATORS[request.settings["sensitivity"]](subject, changes, progress, generator)
+    ready = request.ready
+    rows = rows_seen(SimulatedModel(ready.model, (), {}, {}), ready.trace, ready.quantizable, subject.batches)
+    scores = with_fallback(scores, changes, ready.model, reached_by_few(rows, bench.notes["samples"]))
+    return request.profile([(p.owner, p.format) for p in changes], scores, bench.notes | dict(scores.notes))

@@ -99,7 +99,7 @@ def _decide(
     """The profile of a request, and the plan that solver and effort find from it."""
     allocate(request.unmeasured(), limit)  # refuses what cannot be met before anything is measured
     seed = request.settings["seed"]
-    bench = None if effort == "fast" else bench_of(request, progress)
+    bench = None if effort == "fast" else bench_of(request, progress, workdir)
     measured = measure(request, progress, workdir, bench)
     plan = allocate(measured, limit, solver=solver, seed=seed)
     return measured, plan if bench is None else refine(plan, measured, limit, bench, effort, seed, progress)
@@ -117,7 +117,7 @@ def _within_accuracy(
     others = limit.without_accuracy()
     if others is not None:
         allocate(request.unmeasured(), others)
-    bench = bench_of(request, progress)
+    bench = bench_of(request, progress, workdir)
     measured = measure(request, progress, workdir, bench)
     result = meet_accuracy(request, measured, bench, limit, evaluate, finish, effort)
     return replace(result, profile=measured)

@@ -96,6 +96,25 @@ def _accumulate(sums: dict[str, Tensor], name: str, columns: Tensor) -> None:
         sums[name] += (rows.transpose(1, 2) @ rows).double()
 
 
+def rows_seen(model: SimulatedModel, trace: Trace, layers: Sequence[str], batches: Iterable[Any]) -> dict[str, int]:
+    """How many inputs each layer gets over ``batches``: samples of convolutions, rows of other layers. Layers behind
+    a choice that the network makes by its data, as experts are, may get few or none.
+    """
+    watched = {call.key: name for name in layers for call in trace.calls[name]}
+    counts = dict.fromkeys(layers, 0)
+
+    def before(key: OpKey, args: Any, kwargs: Any) -> None:
+        if key in watched:
+            x = args[0] if args else kwargs["input"]
+            spatial = trace.kinds[key.scope].startswith("conv")
+            counts[watched[key]] += len(x) if spatial else x.numel() // max(1, x.shape[-1])
+
+    with torch.no_grad():
+        for args, kwargs in batches:
+            model.run(args, kwargs, before)
+    return counts
+
+
 def in_memory_bound(model: nn.Module, layers: Sequence[str]) -> Iterator[list[str]]:
     """Split ``layers`` into runs whose Hessians (groups x K x K doubles each) stay under 1 GiB together."""
     run: list[str] = []

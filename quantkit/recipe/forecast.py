@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from quantkit.allocation.allocate import allocate
 from quantkit.budget import Budget
-from quantkit.graph.batches import batch_size
 from quantkit.pipeline.forecast import forecast
 from quantkit.pipeline.request import Request, make_ready
 from quantkit.recipe.read import DECIDED_LATER, Recipe
@@ -21,17 +20,13 @@ def forecast_of(recipe: Recipe) -> str:
     certain = Budget.parse(recipe.get("budget")).without_accuracy()
     if certain is not None:
         allocate(request.unmeasured(), certain)
-    cost = forecast(request)
-    samples = sum(batch_size(batch) for batch in request.batches)
     return "\n".join(
         [
             *_layers(request),
             f"{len(request.ready.sites)} activation sites",
             _sizes(request),
             "what the budget asks of accuracy has to be measured" if certain is None else f"{certain} can be met",
-            f"measuring: {cost.forwards} forwards of {samples} samples, about {cost.seconds:.0f} s with "
-            f"{cost.rounding_seconds:.0f} s of rounding",
-            f"memory: about {cost.peak_bytes / 1e6:,.0f} MB beyond one forward",
+            str(forecast(request)),
         ]
     )
 

@@ -10,7 +10,7 @@ from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
 from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.recipe.sources import METRICS
-from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity import ESTIMATORS, RANKINGS
 from quantkit.targets import Target, target_names
 
 
@@ -25,7 +25,8 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ]
         lines += [f"  layers       {', '.join(target.layers)}"]
     for title, names in (
-        ("sensitivity", ESTIMATORS),
+        ("sensitivity", [name for name in ESTIMATORS if name not in RANKINGS]),
+        ("rankings", [name for name in ESTIMATORS if name in RANKINGS]),
         ("solver", SOLVERS),
         ("effort", EFFORTS),
         ("rounding", ROUNDINGS),
@@ -33,7 +34,8 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("reconstruction", RECONSTRUCTIONS),
         ("metric", METRICS),
     ):
-        lines.append(f"{title:<14} {', '.join(names)}")
+        hint = " (only order layers: for solver by-rank)" if title == "rankings" else ""
+        lines.append(f"{title:<14} {', '.join(names)}{hint}")
     recipes = sorted(str(path) for path in folder.glob("*.yaml"))
     lines.append(f"{'recipes':<14} {', '.join(recipes) or f'none in {folder}/'}")
     return "\n".join(lines)

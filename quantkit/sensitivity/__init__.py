@@ -18,6 +18,6 @@ from quantkit.sensitivity import (  # noqa: F401  # registered by name
     pairwise,
     zd,
 )
-from quantkit.sensitivity.registry import ESTIMATORS, RANKINGS, require_additive
+from quantkit.sensitivity.registry import COSTS, ESTIMATORS, RANKINGS, require_additive
 
-__all__ = ["ESTIMATORS", "RANKINGS", "require_additive"]
+__all__ = ["COSTS", "ESTIMATORS", "RANKINGS", "require_additive"]

@@ -33,6 +33,7 @@ from quantkit.sensitivity.measure import (
     main_output,
     rows_of,
     swapped_weights,
+    without_autocast,
 )
 
 GRAPH_SAMPLES = 64  # a graph of second derivatives holds every activation of its samples several times
@@ -159,13 +160,12 @@ def differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterato
     """Gradients on, for these weights alone; eval mode, float32, plain attention. Every flag is put back."""
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     training = [(module, module.training) for module in model.modules()]
-    device = next((p.device.type for p, _ in wanted), "cpu")
     try:
         model.eval()
         model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), without_autocast(model):
             yield
     finally:
         for parameter, flag in wanted:

@@ -17,10 +17,10 @@ from torch import Tensor
 from quantkit.progress import track
 from quantkit.sensitivity.blocks import Block, layers_of, ranking, require_blocks, watched
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject, damage_for, damage_rows, rows_of
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 
-@estimator("depth", ranking=True)
+@estimator("depth", Cost(lambda work: work.places + 2), ranking=True)
 def depth(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

@@ -18,10 +18,10 @@ from quantkit.errors import InvalidRequest
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point, gradients, inner
 from quantkit.sensitivity.measure import KLDamage, Perturbation, Scores, Subject
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 
-@estimator("first-order")
+@estimator("first-order", Cost(lambda work: 3, keeps_graph=True))
 def first_order(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

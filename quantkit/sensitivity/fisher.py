@@ -24,12 +24,12 @@ from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point
 from quantkit.sensitivity.first_order import slopes
 from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject, mean_and_error
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 DRAWS = 4
 
 
-@estimator("fisher")
+@estimator("fisher", Cost(lambda work: 1 + 2 * DRAWS + work.formats / work.places, keeps_graph=True))
 def fisher(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.progress import track
+from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Damage,
     KLDamage,
@@ -29,11 +29,11 @@ from quantkit.sensitivity.measure import (
     notes_on,
 )
 from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 from quantkit.sensitivity.sketch import Sketch, sketch_for
 
 
-@estimator("gram")
+@estimator("gram", Cost(lambda work: work.formats + 1, keeps_shifts=True))
 def gram(
     subject: Subject,
     perturbations: Sequence[Perturbation],
@@ -54,10 +54,14 @@ def gram(
     here = torch.cat(small)
     shifts = torch.empty(len(perturbations), *here.shape)
     means, errors = np.zeros(len(perturbations)), np.zeros(len(perturbations))
-    for k, perturbation in enumerate(track(perturbations, "measuring formats", enabled=progress)):
-        rows = _measure(subject, perturbation, reference, damage, shifts[k], sketch)
-        shifts[k] -= here
-        means[k], errors[k] = mean_and_error(rows - before)
+
+    def measure(k: int) -> Found:
+        rows, kept = _measure(subject, perturbations[k], reference, damage, sketch)
+        return {"found": np.array(mean_and_error(rows - before)), "outputs": kept.numpy()}
+
+    for k, found in by_place(subject, perturbations, "gram", progress, measure):
+        means[k], errors[k] = found["found"]
+        torch.sub(torch.from_numpy(found["outputs"]), here, out=shifts[k])
     pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], [len(o) for o in small])
     lengths = np.sqrt(2 * means) if not subject.base else metric_lengths(damage, here, shifts)
     matrix = pairs.cosines * np.outer(lengths, lengths)
@@ -71,21 +75,14 @@ def gram(
 
 
 def _measure(
-    subject: Subject,
-    one: Perturbation,
-    reference: Sequence[Tensor],
-    damage: Damage,
-    outputs: Tensor,
-    sketch: Sketch | None,
-) -> Tensor:
-    """Damage per row (float64); the outputs, sketched or not, are written into ``outputs`` (rows, classes)."""
-    losses, start = [], 0
+    subject: Subject, one: Perturbation, reference: Sequence[Tensor], damage: Damage, sketch: Sketch | None
+) -> tuple[Tensor, Tensor]:
+    """Damage per row (float64), and the outputs (rows, classes), sketched or not."""
+    losses, kept = [], []
     for i, (before, after) in enumerate(zip(reference, subject.outputs([one]), strict=True)):
         losses.append(damage.rows(before, after).double())
-        kept = after if sketch is None else sketch(i, after)
-        outputs[start : start + len(kept)] = kept
-        start += len(kept)
-    return torch.cat(losses)
+        kept.append(after if sketch is None else sketch(i, after))
+    return torch.cat(losses), torch.cat(kept)
 
 
 def _sketch_error(

@@ -20,14 +20,15 @@ from quantkit.sensitivity.curvature import Landscape, Point, gradients, hessian_
 from quantkit.sensitivity.first_order import slopes
 from quantkit.sensitivity.hessian_trace import squared_errors
 from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 MOST_STEPS = 100
+TYPICAL_STEPS = 20
 TOLERANCE = 1e-4  # relative change at which iterating stops; PyHessian's 1e-3 ends several times that away
 STILL = 3  # steps in a row with so little change: a slow start must not pass for the end
 
 
-@estimator("hessian-eigenvalue")
+@estimator("hessian-eigenvalue", Cost(lambda work: TYPICAL_STEPS * (3 + 4 * work.places), keeps_graph=True))
 def hessian_eigenvalue(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from quantkit.progress import track, warn
-from quantkit.sensitivity.curvature import Landscape, gradients, hessian_product, inner
+from quantkit.sensitivity.curvature import GRAPH_SAMPLES, Landscape, gradients, hessian_product, inner
 from quantkit.sensitivity.first_order import slopes
 from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject, random_signs
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 LEAST_PROBES, MOST_PROBES = 16, 100
 PRECISE = 0.03  # stop when every standard error is below this share of its trace
@@ -44,7 +44,10 @@ class Trace:
         return self.standard_error / abs(self.mean) if self.mean else float(self.standard_error > 0)
 
 
-@estimator("hessian-trace")
+# a forward, a backward and a double backward of a batch for each joint probe
+@estimator(
+    "hessian-trace", Cost(lambda work: 7 * max(1, MOST_PROBES * GRAPH_SAMPLES / work.samples), keeps_graph=True)
+)
 def hessian_trace(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

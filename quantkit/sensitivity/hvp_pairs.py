@@ -18,10 +18,10 @@ from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, gradients, hessian_product, inner
 from quantkit.sensitivity.first_order import slopes
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject, mean_and_error
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 
-@estimator("hvp-pairs")
+@estimator("hvp-pairs", Cost(lambda work: 3 + 4 * work.formats, keeps_graph=True))
 def hvp_pairs(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

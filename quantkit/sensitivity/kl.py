@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from quantkit.progress import track
+from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Perturbation,
     Scores,
@@ -17,17 +17,22 @@ from quantkit.sensitivity.measure import (
     mean_and_error,
     notes_on,
 )
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 
-@estimator("kl")
+@estimator("kl", Cost(lambda work: work.formats + 1))
 def kl(subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator) -> Scores:
     """Measure all perturbations: K forwards of the sample set, one perturbation in memory. Nothing is drawn."""
     reference = list(subject.float_outputs())
     damage = damage_for(subject.loss, torch.cat(reference))
     here = damage_rows(damage, reference, subject.outputs())
-    found = []
-    for one in track(perturbations, "measuring formats", enabled=progress):
-        found.append(mean_and_error(damage_rows(damage, reference, subject.outputs([one])) - here))
-    means, errors = np.array(found).reshape(-1, 2).T.copy()
+
+    def measure(k: int) -> Found:
+        increase = damage_rows(damage, reference, subject.outputs([perturbations[k]])) - here
+        return {"found": np.array(mean_and_error(increase))}
+
+    found = np.zeros((len(perturbations), 2))
+    for k, one in by_place(subject, perturbations, "kl", progress, measure):
+        found[k] = one["found"]
+    means, errors = found.T.copy()
     return Scores(means, errors, notes=notes_on(subject, damage, here))

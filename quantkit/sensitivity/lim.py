@@ -15,12 +15,12 @@ from torch import Tensor
 from quantkit.progress import track
 from quantkit.sensitivity.blocks import layers_of, ranking, require_blocks, watched
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject, rows_of
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 HIGHEST = 1.0  # a layer outside all blocks ranks first: first and last layers matter most
 
 
-@estimator("lim", ranking=True)
+@estimator("lim", Cost(lambda work: 1), ranking=True)
 def lim(subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator) -> Scores:
     """Rank layers by their block's LIM: one forward of the sample set. Nothing is drawn. Raises InvalidRequest for a
     model without blocks.
@@ -32,7 +32,7 @@ def lim(subject: Subject, perturbations: Sequence[Perturbation], progress: bool,
     return ranking(subject, perturbations, importance, {"blocks": found})
 
 
-@estimator("lim-layer", ranking=True)
+@estimator("lim-layer", Cost(lambda work: 1), ranking=True)
 def lim_layer(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

@@ -20,6 +20,7 @@ from quantkit.graph.sites import Site
 from quantkit.graph.trace import run_model
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.quantizers.simulate import at_sites, run_with
+from quantkit.store import Artefacts
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Place = tuple[str, bool]  # a layer's weight (name, False) or a site's tensor (name, True)
@@ -62,6 +63,7 @@ class Subject:
     """The model under study. ``batches`` are the inputs to measure on, ``sites`` where activations can be perturbed.
 
     ``base``: the plan to measure around, at most one perturbation per layer and site; empty is the float model.
+    ``artefacts``: where estimators that go from layer to layer keep what is finished; its key covers all the rest.
     """
 
     model: nn.Module
@@ -69,6 +71,7 @@ class Subject:
     sites: Mapping[str, Site]
     loss: str = "auto"
     base: Sequence[Perturbation] = ()
+    artefacts: Artefacts = field(default_factory=Artefacts)
 
     def outputs(self, perturbations: Sequence[Perturbation] = ()) -> Iterator[Tensor]:
         """The model's output (samples x positions, classes) for each batch, with the base plan and, where they differ
@@ -89,7 +92,7 @@ class Subject:
         change = at_sites([self.sites[name] for name in at], lambda site, x: at[site.name](x))
         for args, kwargs in self.batches:
             # nothing is held while the caller looks at the outputs: it may not ask for all of them
-            with torch.no_grad(), swapped_weights(self.model, weights):
+            with torch.no_grad(), without_autocast(self.model), swapped_weights(self.model, weights):
                 result = run_with(self.model, change, args, kwargs) if at else run_model(self.model, (args, kwargs))
             yield rows_of(main_output(result))
 
@@ -119,6 +122,11 @@ def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator
     finally:
         for weight, data in reversed(saved):
             weight.data = data
+
+
+def without_autocast(model: nn.Module) -> torch.autocast:
+    """Plain float32 inside the block, whatever the caller's code is wrapped in."""
+    return torch.autocast(next((p.device.type for p in model.parameters()), "cpu"), enabled=False)
 
 
 def main_output(result: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.graph.layers import weight_of
 from quantkit.kernels.reference import QuantizedWeight
-from quantkit.progress import track
+from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Perturbation,
     Scores,
@@ -27,12 +27,12 @@ from quantkit.sensitivity.measure import (
     mean_and_error,
     notes_on,
 )
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 DRAWS = 4
 
 
-@estimator("noise")
+@estimator("noise", Cost(lambda work: DRAWS * work.formats + 1))
 def noise(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:
@@ -43,13 +43,20 @@ def noise(
     reference = list(subject.float_outputs())
     damage = damage_for(subject.loss, torch.cat(reference))
     here = damage_rows(damage, reference, subject.outputs())
-    found = []
-    for one in track(perturbations, "measuring noise", enabled=progress):
-        draws = [damage_rows(damage, reference, _noisy_outputs(subject, one, generator)) - here for _ in range(DRAWS)]
+    seeds = torch.randint(1 << 62, (len(perturbations),), generator=generator).tolist()
+
+    def measure(k: int) -> Found:
+        own = torch.Generator().manual_seed(seeds[k])
+        noisy = [_noisy_outputs(subject, perturbations[k], own) for _ in range(DRAWS)]
+        draws = [damage_rows(damage, reference, outputs) - here for outputs in noisy]
         mean, over_samples = mean_and_error(torch.stack(draws).mean(0))
         _, over_draws = mean_and_error(torch.stack([rows.mean() for rows in draws]))
-        found.append((mean, np.hypot(over_samples, over_draws)))
-    means, errors = np.array(found).reshape(-1, 2).T.copy()
+        return {"found": np.array([mean, np.hypot(over_samples, over_draws)])}
+
+    found = np.zeros((len(perturbations), 2))
+    for k, one in by_place(subject, perturbations, "noise", progress, measure):
+        found[k] = one["found"]
+    means, errors = found.T.copy()
     return Scores(means, errors, notes=notes_on(subject, damage, here) | {"draws": DRAWS})
 
 

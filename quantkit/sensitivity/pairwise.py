@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from quantkit.errors import InvalidRequest
-from quantkit.progress import track
+from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Perturbation,
     Scores,
@@ -24,12 +24,12 @@ from quantkit.sensitivity.measure import (
     mean_and_error,
     notes_on,
 )
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 MOST_FORWARDS = 20_000
 
 
-@estimator("pairwise")
+@estimator("pairwise", Cost(lambda work: work.formats**2 * (1 - 1 / work.places) / 2 + work.formats + 1))
 def pairwise(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:
@@ -47,12 +47,20 @@ def pairwise(
     def increase(*chosen: Perturbation) -> torch.Tensor:
         return damage_rows(damage, reference, subject.outputs(chosen)) - here
 
-    found = [mean_and_error(increase(p)) for p in track(perturbations, "measuring formats", enabled=progress)]
-    means, errors = np.array(found).reshape(-1, 2).T.copy()
+    def measure(m: int) -> Found:
+        together = np.zeros(len(perturbations))
+        for k in range(m):
+            if perturbations[k].place != perturbations[m].place:
+                together[k] = float(increase(perturbations[k], perturbations[m]).mean())
+        return {"alone": np.array(mean_and_error(increase(perturbations[m]))), "together": together}
+
+    alone, together = np.zeros((len(perturbations), 2)), np.zeros((len(perturbations), len(perturbations)))
+    for m, found in by_place(subject, perturbations, "pairwise", progress, measure):
+        alone[m], together[m] = found["alone"], found["together"]
+    means, errors = alone.T.copy()
     matrix = np.diag(2 * means)
-    for k, m in track(pairs, "measuring pairs", enabled=progress):
-        together = float(increase(perturbations[k], perturbations[m]).mean())
-        matrix[k, m] = matrix[m, k] = together - means[k] - means[m]
+    for k, m in pairs:
+        matrix[k, m] = matrix[m, k] = together[m, k] - means[k] - means[m]
     notes = notes_on(subject, damage, here)
     if not subject.base:
         matrix, notes["projected_away"] = projected(matrix, 2 * means)

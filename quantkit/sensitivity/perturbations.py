@@ -6,15 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from quantkit.formats import ActivationFormat, Scheme
+import numpy as np
+import torch
+
+from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.graph.batches import Batch
 from quantkit.graph.layers import groups_of, weight_of
+from quantkit.kernels.reference import QuantizedWeight
 from quantkit.progress import track
-from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.activation_ranges import RANGES, Extremes, Histogram
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import in_memory_bound, layer_hessians, site_histograms
 from quantkit.quantizers.weights import quantize_weight, rounding_note
 from quantkit.sensitivity.measure import Perturbation
+from quantkit.store import Artefacts
 from quantkit.transforms.prepare import Prepared
 
 
@@ -24,34 +29,84 @@ def weight_perturbations(
     batches: Sequence[Batch],
     rounding: str,
     progress: bool,
+    artefacts: Artefacts | None = None,
 ) -> tuple[list[Perturbation], dict[str, str]]:
     """Codes of every candidate format of every layer, rounded on the float network's inputs with one Hessian
-    factorization for all formats of a layer, and how each layer was rounded.
+    factorization for all formats of a layer, and how each layer was rounded. Layers found in ``artefacts`` are not
+    rounded again.
     """
+    kept = artefacts or Artefacts()
     observed = SimulatedModel(ready.model, (), {}, {})
-    found: list[Perturbation] = []
-    how: dict[str, str] = {}
-    for run in in_memory_bound(ready.model, list(candidates)):
+    formats = {n: list(dict.fromkeys(s.weight for s in c if s.weight is not None)) for n, c in candidates.items()}
+    done = {name: found for name in formats if (found := _find(kept, name, formats[name])) is not None}
+    for run in in_memory_bound(ready.model, [name for name in formats if name not in done]):
         hessians = {}
         if rounding != "nearest":
             hessians = layer_hessians(observed, ready.trace, run, track(batches, "layer inputs", enabled=progress))
         for name in track(run, "rounding", enabled=progress):
-            formats = list(dict.fromkeys(s.weight for s in candidates[name] if s.weight is not None))
-            weight = weight_of(ready.model, name)
-            rounded = quantize_weight(weight, formats, hessians.get(name), groups_of(ready.model, name))
-            how[name] = rounding_note(name, rounded, rounding)
-            found += [Perturbation(name, str(format), rounded.weights[format]) for format in formats]
-    return found, how
+            weight, hessian = weight_of(ready.model, name), hessians.pop(name, None)
+            rounded = quantize_weight(weight, formats[name], hessian, groups_of(ready.model, name))
+            done[name] = rounded.weights, rounding_note(name, rounded, rounding)
+            _keep(kept, name, *done[name])
+    rounded_as = [Perturbation(n, str(f), done[n][0][f]) for n, fs in formats.items() for f in fs]
+    return rounded_as, {name: done[name][1] for name in formats}
+
+
+Codes = dict[WeightFormat, QuantizedWeight]
+
+
+def _keep(artefacts: Artefacts, layer: str, weights: Codes, note: str) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for format, weight in weights.items():
+        parts = {"codes": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
+        arrays |= {f"{format} {part}": tensor.numpy() for part, tensor in parts.items() if tensor is not None}
+    artefacts.keep(f"rounding: layer {layer}", list(map(str, weights)), arrays, note)
+
+
+def _find(artefacts: Artefacts, layer: str, formats: Sequence[WeightFormat]) -> tuple[Codes, str] | None:
+    kept = artefacts.find(f"rounding: layer {layer}", list(map(str, formats)))
+    if kept is None:
+        return None
+    arrays = {name: torch.from_numpy(array) for name, array in kept[0].items()}
+    weights = {
+        f: QuantizedWeight(arrays[f"{f} codes"], arrays[f"{f} scale"], arrays.get(f"{f} zero_point"), f)
+        for f in formats
+    }
+    return weights, kept[1]
 
 
 def site_perturbations(
-    ready: Prepared, formats: Iterable[ActivationFormat], batches: Sequence[Batch], ranges: str, progress: bool
+    ready: Prepared,
+    formats: Iterable[ActivationFormat],
+    batches: Sequence[Batch],
+    ranges: str,
+    progress: bool,
+    artefacts: Artefacts | None = None,
 ) -> list[Perturbation]:
-    """The range of every site in every format, found on the float network's values."""
+    """The range of every site in every format, found on the float network's values: two passes over ``batches`` for
+    all sites together, unless ``artefacts`` has what they found.
+    """
     ordered = sorted(formats, key=str)
-    histograms = site_histograms(ready.model, ready.sites, batches, progress)
+    histograms = _histograms(ready, batches, progress, artefacts or Artefacts()) if ordered else {}
     return [
         Perturbation(name, str(format), RANGES[ranges](histogram, format.bits))
         for name, histogram in histograms.items()
         for format in ordered
     ]
+
+
+def _histograms(
+    ready: Prepared, batches: Sequence[Batch], progress: bool, artefacts: Artefacts
+) -> dict[str, Histogram]:
+    names = [site.name for site in ready.sites]
+    kept = artefacts.find("ranges: all sites", names)
+    if kept is not None:
+        pairs = zip(kept[0]["extremes"].tolist(), kept[0]["counts"], strict=True)
+        found = [Histogram(Extremes(*extremes), torch.from_numpy(counts)) for extremes, counts in pairs]
+        return dict(zip(names, found, strict=True))
+    histograms = site_histograms(ready.model, ready.sites, batches, progress)
+    if histograms:
+        extremes = np.array([(h.extremes.low, h.extremes.high) for h in histograms.values()])
+        counts = np.stack([h.counts.numpy() for h in histograms.values()])
+        artefacts.keep("ranges: all sites", names, {"extremes": extremes, "counts": counts})
+    return histograms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,16 +20,38 @@ class Estimator(Protocol):
     ) -> Scores: ...
 
 
+@dataclass(frozen=True)
+class Workload:
+    """How much there is to estimate: formats of layers and sites together, these layers and sites, and samples."""
+
+    formats: int
+    places: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an estimator takes: ``forwards`` of the sample set, roughly (a backward counts as two); whether it keeps
+    the output shifts of all formats, or the graph of a batch.
+    """
+
+    forwards: Callable[[Workload], float]
+    keeps_shifts: bool = False
+    keeps_graph: bool = False
+
+
 ESTIMATORS: dict[str, Estimator] = {}
+COSTS: dict[str, Cost] = {}
 RANKINGS: set[str] = set()
 E = TypeVar("E", bound=Callable[..., Scores])
 
 
-def estimator(name: str, ranking: bool = False) -> Callable[[E], E]:
+def estimator(name: str, cost: Cost, ranking: bool = False) -> Callable[[E], E]:
     """Register a function under ``name``; ``ranking``: it only orders layers (``Scores.ranking``)."""
 
     def register(function: E) -> E:
         ESTIMATORS[name] = function
+        COSTS[name] = cost
         if ranking:
             RANKINGS.add(name)
         return function

@@ -15,10 +15,10 @@ from torch import Tensor
 from quantkit.graph.layers import weight_of
 from quantkit.sensitivity.blocks import find_blocks, layers_of, ranking
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
-from quantkit.sensitivity.registry import estimator
+from quantkit.sensitivity.registry import Cost, estimator
 
 
-@estimator("zd", ranking=True)
+@estimator("zd", Cost(lambda work: 0), ranking=True)
 def zd(subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator) -> Scores:
     """Rank layers by minus the ZD of all weights of their block, or of their own where they are in none."""
     layers = layers_of(perturbations)
@@ -29,7 +29,7 @@ def zd(subject: Subject, perturbations: Sequence[Perturbation], progress: bool, 
     return ranking(subject, perturbations, importance, {"blocks": found})
 
 
-@estimator("zd-layer", ranking=True)
+@estimator("zd-layer", Cost(lambda work: 0), ranking=True)
 def zd_layer(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:

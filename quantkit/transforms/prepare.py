@@ -139,14 +139,18 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _first_trace(model: nn.Module, batch: Batch) -> tuple[Batch, Trace]:
-    """A trace on a few samples of the batch, or on all of it where the model does not take fewer (as where rows
-    refer to each other), and the inputs used.
+    """A trace on a few samples of the batch, and the inputs used; on all of it where the model does not take fewer (as
+    where rows refer to each other) or where the few leave layers out that others reach (as experts).
     """
     example = first_samples(batch, TRACE_SAMPLES)
     try:
-        return example, trace(model, example)
+        found = trace(model, example)
     except InvalidRequest:
         return batch, trace(model, batch)
+    if len(found.calls) == len(found.kinds):
+        return example, found
+    whole = trace(model, batch)
+    return (batch, whole) if len(whole.calls) > len(found.calls) else (example, found)
 
 
 def _stored(model: nn.Module) -> list[torch.Tensor]:

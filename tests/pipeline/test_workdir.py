@@ -36,13 +36,15 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Profile]:
 
 
 def test_a_profile_is_reused(measured: list[Profile], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = quantkit.profile(small(), images(), workdir=tmp_path, **OPTIONS)
     with caplog.at_level(logging.INFO, logger="quantkit"):
+        first = quantkit.profile(small(), images(), workdir=tmp_path, **OPTIONS)
         second = quantkit.profile(small(), images(), workdir=tmp_path, **OPTIONS)
         made = quantkit.quantize(small(), "4 bits", images(), workdir=tmp_path, **OPTIONS)
     assert len(measured) == 1
     assert first == second == made.profile
     (file,) = tmp_path.iterdir()
+    assert caplog.text.count("measuring 14 formats: about 15 forwards of 24 samples, ") == 1
+    assert "memory at most about " in caplog.text
     assert caplog.text.count(f"reusing the profile {file}") == 2
 
 

@@ -100,6 +100,17 @@ def test_second_derivatives_pass_through_attention_and_are_those_of_finite_diffe
         assert torch.allclose((up - down) / (2 * step), exact, rtol=1e-2, atol=2e-2 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["gram", "kl", "noise", "fisher"])
+def test_autocast_around_a_whole_estimator_changes_nothing(name: str) -> None:
+    batches = inputs(12)
+    request = request_of(classifier(), batches)
+    subject, changes = subject_of(request, batches), perturbed(request)
+    plain = ESTIMATORS[name](subject, changes, False, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = ESTIMATORS[name](subject, changes, False, torch.Generator().manual_seed(0))
+    assert np.array_equal(plain.damage, mixed.damage)
+
+
 def test_autocast_around_an_estimator_changes_nothing() -> None:
     batches = inputs(12)
     request = request_of(classifier(), batches)

@@ -83,9 +83,11 @@ def noisy_classifier(request: Request, x: Tensor, one: Perturbation, draw: torch
 def test_noise_damage_is_the_mean_over_draws_of_a_slow_twin(case) -> None:
     request, _, changes, x = case
     subject = Subject(request.ready.model, [((x,), {})], {s.name: s for s in request.ready.sites})
-    scores, draw = noise(subject, changes, False, generator(3)), generator(3)
+    scores = noise(subject, changes, False, generator(3))
+    seeds = torch.randint(1 << 62, (len(changes),), generator=generator(3)).tolist()
     reference = by_hand(request, x, [])
     for k, p in enumerate(changes):
+        draw = generator(seeds[k])  # a seed for each, so that none depends on what was measured before it
         outputs = [noisy_classifier(request, x, p, draw) for _ in range(noise_module.DRAWS)]
         expected = np.mean([float(KLDamage().rows(reference, o).double().mean()) for o in outputs])
         assert scores.damage[k] == pytest.approx(expected, rel=1e-3, abs=1e-7), p

@@ -1,0 +1,76 @@
+"""Measuring layer by layer and site by site, without repeating what a killed run had finished."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.progress import track
+from quantkit.sensitivity.measure import Perturbation, Place, Subject
+
+Found = Mapping[str, np.ndarray]
+
+
+def by_place(
+    subject: Subject,
+    perturbations: Sequence[Perturbation],
+    estimator: str,
+    progress: bool,
+    measure: Callable[[int], Found],
+) -> Iterator[tuple[int, Found]]:
+    """(k, ``measure(k)``) of every perturbation k, all formats of a layer or site one after the other.
+
+    A place that the subject's artefacts have whole is not measured again; others are kept as soon as they are
+    finished. ``measure`` must not depend on the order it is called in.
+    """
+    if subject.artefacts.folder is None:
+        work: Iterable[tuple[int, Found]] = ((k, measure(k)) for k in range(len(perturbations)))
+    else:
+        work = _places(subject, perturbations, estimator, measure)
+    return track(work, "measuring formats", len(perturbations), progress)
+
+
+def _places(
+    subject: Subject, perturbations: Sequence[Perturbation], estimator: str, measure: Callable[[int], Found]
+) -> Iterator[tuple[int, Found]]:
+    for place, members in members_of(perturbations).items():
+        name = f"{estimator}: {'site' if place[1] else 'layer'} {place[0]}"
+        key = [digest_changes([perturbations[k] for k in members]), digest_changes(subject.base)]
+        kept = subject.artefacts.find(name, key)
+        if kept is not None:
+            arrays = kept[0]
+            yield from ((k, {n: a[i] for n, a in arrays.items()}) for i, k in enumerate(members))
+            continue
+        found = []
+        for k in members:
+            found.append({n: np.asarray(a) for n, a in measure(k).items()})
+            if k != members[-1]:
+                yield k, found[-1]
+        subject.artefacts.keep(name, key, {n: np.stack([f[n] for f in found]) for n in found[0]})
+        yield members[-1], found[-1]
+
+
+def members_of(perturbations: Iterable[Perturbation]) -> dict[Place, list[int]]:
+    """Which perturbations change the same layer or site, in order of first appearance."""
+    members: dict[Place, list[int]] = {}
+    for k, p in enumerate(perturbations):
+        members.setdefault(p.place, []).append(k)
+    return members
+
+
+def digest_changes(perturbations: Iterable[Perturbation]) -> str:
+    """Identifies perturbations by owner, format, and every code, scale and zero point."""
+    hasher = hashlib.sha256()
+    for p in perturbations:
+        hasher.update(repr((p.owner, p.format)).encode())
+        if isinstance(p.change, QuantizedWeight):
+            for tensor in (p.change.codes, p.change.scale, p.change.zero_point):
+                if tensor is not None:
+                    hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            hasher.update(repr(p.change).encode())
+    return hasher.hexdigest()[:16]

@@ -101,14 +101,20 @@ def average_bits(layers: Mapping[str, Layer], size_bytes: int) -> float:
     return 8 * size_bytes / sum(layer.weights for layer in layers.values())
 
 
+def saturated(quadratic: Any, saturation: float) -> Any:
+    """q / (1 + s q): damage stops growing with its quadratic form q and never passes 1 / s; 0 leaves it as it is."""
+    return quadratic / (1 + saturation * quadratic)
+
+
 @dataclass(frozen=True)
 class Profile:
     """What each format of each layer and site costs in damage (loss units, higher is worse), alone and in pairs.
 
     ``entries[k]`` is (owner, format), owner a layer (``w4``) or a site (``a8``). ``damage[k]`` is its measured damage
     alone; ``gram`` (K x K, positive semi-definite) holds the pairwise terms, scaled so that gram[k, k] = 2 damage[k]:
-    the predicted damage of a plan is half the sum of ``gram`` over its entries. ``same_scheme`` lists groups of layers
-    that must get one scheme. ``other_bytes`` is everything the model stores besides its layers' weights.
+    half the sum of ``gram`` over a plan's entries, ``saturated``, is its predicted damage. ``same_scheme`` lists
+    groups of layers that must get one scheme. ``other_bytes`` is everything the model stores besides its layers'
+    weights.
     """
 
     layers: dict[str, Layer]
@@ -123,6 +129,7 @@ class Profile:
     same_scheme: tuple[tuple[str, ...], ...] = ()
     candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    saturation: float = 0.0
 
     def index(self) -> dict[tuple[str, str], int]:
         """Position of each (owner, format) in ``entries``."""
@@ -166,7 +173,7 @@ class Profile:
     def predict(self, schemes: Mapping[str, str | Scheme], sites: Mapping[str, str] | None = None) -> float:
         """Predicted damage of a mapping layer name -> scheme (pair terms included)."""
         chosen = self.chosen(schemes, sites)
-        return 0.5 * float(self.gram[np.ix_(chosen, chosen)].sum())
+        return float(saturated(0.5 * float(self.gram[np.ix_(chosen, chosen)].sum()), self.saturation))
 
     def predict_separable(self, schemes: Mapping[str, str | Scheme], sites: Mapping[str, str] | None = None) -> float:
         """The same without pair terms: the sum of the damages measured alone."""

@@ -78,6 +78,7 @@ class Request:
             target=self.target.name,
             candidates={name: tuple(str(s) for s in options) for name, options in self.candidates.items()},
             provenance=self.settings | dict(provenance),
+            saturation=scores.saturation,
         )
 
     def unmeasured(self) -> Profile:

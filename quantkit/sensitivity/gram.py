@@ -5,17 +5,20 @@ of the damage, are the Gauss-Newton estimate of every second-order term d_i^T H 
 single damages need anyway ("Augmenting Hessians with Inter-Layer Dependencies", Schaefer et al., arXiv 2306.04879; the
 Gram form is METHODS b, estimator 3). Only their cosines C are used (``pair_terms``); lengths come from the measured
 damage: G = D C D with D_k = sqrt(2 damage_k), positive semi-definite, and half the sum of G over a plan predicts its
-damage. Around a base plan, where damage may fall, the lengths are those of the shifts in the metric at the base.
+damage, once ``saturation`` has bent it. Around a base plan, where damage may fall, the lengths are those of the shifts
+in the metric at the base, and nothing is bent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.plan import saturated
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Damage,
@@ -30,19 +33,20 @@ from quantkit.sensitivity.measure import (
 )
 from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms
 from quantkit.sensitivity.registry import Cost, estimator
+from quantkit.sensitivity.saturation import fitted_saturation, measured_plans, plans_measured, random_plans
 from quantkit.sensitivity.sketch import Sketch, sketch_for
 
 
-@estimator("gram", Cost(lambda work: work.formats + 1, keeps_shifts=True))
+@estimator("gram", Cost(lambda work: work.formats + 1 + plans_measured(work.formats), keeps_shifts=True))
 def gram(
     subject: Subject,
     perturbations: Sequence[Perturbation],
     progress: bool = True,
     generator: torch.Generator | None = None,
 ) -> Scores:
-    """Measure all perturbations: K forwards of the sample set, memory K x (output rows x classes) float32, or
-    ``sketch.SHIFT_BYTES`` where that is less: larger outputs are sketched, with seed 0 where no ``generator`` is
-    given, and the notes say how far that falsifies single damages.
+    """Measure all perturbations, and a few whole plans: K forwards of the sample set and at most a sixth more, memory
+    K x (output rows x classes) float32, or ``sketch.SHIFT_BYTES`` where that is less: larger outputs are sketched,
+    with seed 0 where no ``generator`` is given, and the notes say how far that falsifies single damages.
     """
     reference = list(subject.float_outputs())
     outputs = list(subject.outputs()) if subject.base else reference
@@ -71,7 +75,34 @@ def gram(
     if sketch is not None:
         float_outputs = torch.cat([sketch(i, r) for i, r in enumerate(reference)])
         notes["sketch"] = _sketch_error(damage, float_outputs, here, shifts, means) | {"rows": sketch.share}
-    return Scores(means, errors, matrix, notes)
+    scores = Scores(means, errors, matrix, notes)
+    return scores if subject.base else _with_saturation(scores, subject, perturbations, damage, reference, progress)
+
+
+def _with_saturation(
+    scores: Scores,
+    subject: Subject,
+    perturbations: Sequence[Perturbation],
+    damage: Damage,
+    reference: Sequence[Tensor],
+    progress: bool,
+) -> Scores:
+    """Scores that know where damage stops growing, from whole plans measured on the subject's inputs. Always the same
+    plans: what they are has nothing to do with the draws of the inputs.
+    """
+    plans = random_plans(perturbations, plans_measured(len(perturbations)), torch.Generator().manual_seed(0))
+
+    def damage_of(chosen: Sequence[Perturbation]) -> float:
+        return float(damage_rows(damage, reference, subject.outputs(chosen)).mean())
+
+    measured = measured_plans(subject, perturbations, plans, damage_of, progress)
+    predicted = np.array([scores.predict(plan) for plan in plans])
+    limit = fitted_saturation(predicted, measured)
+    after = np.abs(np.log(saturated(predicted, limit) / measured))
+    notes = dict(scores.notes) | {"whole_plans": len(plans)}
+    if len(plans):
+        notes["whole_plan_error"] = float(np.median(np.expm1(after)))
+    return replace(scores, saturation=limit, notes=notes)
 
 
 def _measure(

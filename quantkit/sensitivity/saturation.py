@@ -1,0 +1,92 @@
+"""Where damage stops growing with its quadratic form: whole plans, measured on the calibration inputs.
+
+A quadratic form knows no end, but outputs that are wrong already cannot become wrong again: where most layers get two
+bits, half the sum of the Gram matrix overshoots several times. So a few seeded random plans, from narrow to wide, are
+measured as a whole, and one number s is fitted, with which q / (1 + s q) predicts them best. It keeps the order of
+plans, and leaves small damages, where the form is right, as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.plan import saturated
+from quantkit.progress import track
+from quantkit.sensitivity.by_place import digest_changes, members_of
+from quantkit.sensitivity.measure import Perturbation, Subject
+
+MOST_PLANS = 24
+FORMATS_PER_PLAN = 6  # a plan is measured for so many formats, which bounds what it adds to a profile
+STEPS_PER_DECADE = 16
+
+
+def plans_measured(formats: int) -> int:
+    """How many whole plans a profile of so many formats measures."""
+    return min(MOST_PLANS, formats // FORMATS_PER_PLAN)
+
+
+def random_plans(perturbations: Sequence[Perturbation], count: int, generator: torch.Generator) -> list[list[int]]:
+    """Positions of one perturbation for every layer and site, ``count`` times. Each plan draws from a window of bit
+    widths; windows begin at every width in turn, so that some plans are narrow throughout.
+    """
+    members = members_of(perturbations)
+    found = []
+    for number in range(count):
+        windows = [_window(perturbations, at_sites, number, generator) for at_sites in (False, True)]
+        plan = []
+        for (_, at_sites), options in members.items():
+            low, high = windows[at_sites]
+            inside = [k for k in options if low <= bits_of(perturbations[k]) <= high] or options
+            plan.append(inside[int(torch.randint(len(inside), (1,), generator=generator))])
+        found.append(plan)
+    return found
+
+
+def _window(
+    perturbations: Sequence[Perturbation], at_sites: bool, number: int, generator: torch.Generator
+) -> tuple[int, int]:
+    widths = sorted({bits_of(p) for p in perturbations if p.place[1] is at_sites})
+    if len(widths) < 2:
+        return 0, 1 << 30
+    low = number % (len(widths) - 1)
+    return widths[low], widths[int(torch.randint(low + 1, len(widths), (1,), generator=generator))]
+
+
+def bits_of(one: Perturbation) -> int:
+    """The width of a perturbation's codes."""
+    return one.change.format.bits if isinstance(one.change, QuantizedWeight) else one.change.bits
+
+
+def measured_plans(
+    subject: Subject,
+    perturbations: Sequence[Perturbation],
+    plans: Sequence[Sequence[int]],
+    damage_of: Callable[[Sequence[Perturbation]], float],
+    progress: bool,
+) -> np.ndarray:
+    """Damage of each plan as a whole; those that the subject's artefacts have are not measured again."""
+    found = np.zeros(len(plans))
+    for number, plan in enumerate(track(plans, "measuring whole plans", enabled=progress)):
+        chosen = [perturbations[k] for k in plan]
+        name, key = f"whole plan {number}", digest_changes(chosen)
+        kept = subject.artefacts.find(name, key)
+        found[number] = damage_of(chosen) if kept is None else float(kept[0]["damage"])
+        if kept is None:
+            subject.artefacts.keep(name, key, {"damage": found[number]})
+    return found
+
+
+def fitted_saturation(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """The s for which q / (1 + s q) is nearest to the measured damages, by the mean absolute logarithm of their ratio;
+    0 where the predictions do not overshoot.
+    """
+    usable = (predicted > 0) & (measured > 0)
+    if not usable.any():
+        return 0.0
+    q, truth = predicted[usable], measured[usable]
+    grid = np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / q.max()
+    return min([0.0, *grid.tolist()], key=lambda s: float(np.abs(np.log(saturated(q, s) / truth)).mean()))

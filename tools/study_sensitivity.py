@@ -1,15 +1,12 @@
-"""How well does a profile predict? Random plans, quantized and measured on images the profile never saw.
+"""How well does a profile predict? Every estimator against plans measured on images that it never saw.
 
-    python tools/study_sensitivity.py [--models resnet20 resnet8 mobilenetv1] [--rounding gptq nearest] [--plans 60]
+    python tools/study_sensitivity.py [--models resnet20 resnet8 mobilenetv1] [--rounding gptq nearest] [--keep FOLDER]
 
-Weights are rounded on the calibration images (training images, without labels). For single layers, and for seeded
-random plans in bands of bits, it prints how the predicted damage agrees with the KL divergence measured on evaluation
-images: Spearman's and Kendall's rank correlation and the median relative error, of
-
-* the sum of single-layer KL on the plain calibration images, what most tools add up, and
-* the Gram prediction (pair terms included) on pair-mixed calibration images, what quantkit profiles by default,
-
-and both crossed, to show which part of the gain comes from the inputs and which from the pair terms.
+Weights are rounded on the calibration images (training images, without labels). For single layers at 2, 3, 4 and 8
+bits, and for seeded random plans in bands of bits, it prints how the predicted damage agrees with the KL divergence
+measured on evaluation images: Spearman's and Kendall's rank correlation and the median relative error, of every
+estimator that gives damages (``tools/predictors.py`` says on what), and what each costs. With ``--keep`` finished
+measurements stay in a folder, so that a run that was killed resumes and several runs share one table.
 """
 
 from __future__ import annotations
@@ -18,28 +15,31 @@ import argparse
 import importlib.util
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
+from predictors import BASES, DEFAULT, Predictor, predictors
 from safetensors.torch import load_file
 from scipy.stats import kendalltau, spearmanr
 
 from quantkit.formats import Scheme
 from quantkit.graph.batches import Batch, split_batches
 from quantkit.progress import track
-from quantkit.sensitivity.gram import gram
-from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Scores, Subject
+from quantkit.sensitivity.by_place import digest_changes
+from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject
 from quantkit.sensitivity.perturbations import weight_perturbations
+from quantkit.store import Artefacts
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BANDS = {"2-3": (2, 3), "2-4": (2, 3, 4), "3-6": (3, 4, 5, 6), "3-8": (3, 4, 5, 6, 8)}
+SINGLE = "single"
+SINGLES = ("w2", "w3", "w4", "w8")
 CIFAR = ("cifar10_calib.npz", "images", "cifar10_test_a.npz", "images")
 # model -> (weights, file and array of the calibration images, file and array of the evaluation images)
 SOURCES = {
@@ -47,6 +47,8 @@ SOURCES = {
     "resnet8": ("resnet8_mlperf.safetensors", *CIFAR),
     "mobilenetv1": ("mobilenetv1_025_vww.safetensors", "vww_images.npz", "calib", "vww_images.npz", "eval"),
 }
+COMPARED = ("sum of KL", "sum of KL, plain", "HAWQ-V2", "Fisher")
+MARGIN = 0.01
 Plan = dict[str, str]
 
 
@@ -80,19 +82,34 @@ def recipe_model(name: str) -> ModuleType:
     return module
 
 
-def case_of(name: str, rounding: str, data: Path, bits: Sequence[int]) -> Case:
-    """Load a model with its images, and round every layer at so many bits."""
+def case_of(
+    name: str,
+    rounding: str,
+    data: Path,
+    bits: Sequence[int],
+    samples: int | None = None,
+    images: int | None = None,
+    artefacts: Artefacts | None = None,
+) -> Case:
+    """Load a model with its images (at most so many calibration ``samples`` and evaluation ``images``), and round
+    every layer at so many bits.
+    """
     weights, calibration_file, calibration_array, evaluation_file, evaluation_array = SOURCES[name]
     recipe = recipe_model(name)
     model = recipe.build()
     model.load_state_dict(load_file(data / weights))
-    calibration = recipe.preprocess(np.load(data / calibration_file)[calibration_array])
-    evaluation = recipe.preprocess(np.load(data / evaluation_file)[evaluation_array])
+    calibration = recipe.preprocess(np.load(data / calibration_file)[calibration_array])[:samples]
+    evaluation = recipe.preprocess(np.load(data / evaluation_file)[evaluation_array])[:images]
     batches = split_batches([((calibration,), {})], 128)
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
     candidates = {layer: [Scheme.parse(f"w{b}") for b in bits] for layer in ready.quantizable}
-    changes, _ = weight_perturbations(ready, candidates, batches, rounding, progress=True)
-    return Case(ready, batches, Subject(ready.model, split_batches([((evaluation,), {})], 256), {}), changes)
+    changes, _ = weight_perturbations(ready, candidates, batches, rounding, progress=True, artefacts=artefacts)
+    return Case(ready, batches, Subject(ready.model, quick_batches(evaluation), {}), changes)
+
+
+def quick_batches(x: torch.Tensor) -> list[Batch]:
+    """Small batches with channels last: on a CPU the fastest way through small convolutions."""
+    return split_batches([((x.contiguous(memory_format=torch.channels_last),), {})], 32)
 
 
 def random_plans(layers: Sequence[str], bits: Sequence[int], count: int, seed: int) -> list[Plan]:
@@ -101,59 +118,104 @@ def random_plans(layers: Sequence[str], bits: Sequence[int], count: int, seed: i
     return [{name: f"w{draw.choice(bits)}" for name in layers} for _ in range(count)]
 
 
-def predictions(scores: Scores, changes: Sequence[Perturbation], plans: Sequence[Plan], pairs: bool) -> list[float]:
-    """Damage of each plan as predicted: the sum of damages alone, or half the sum of the Gram matrix."""
-    entries = {(p.owner, p.format): k for k, p in enumerate(changes)}
-    chosen = [[entries[entry] for entry in plan.items()] for plan in plans]
-    if pairs:
-        return [0.5 * float(scores.gram[np.ix_(k, k)].sum()) for k in chosen]
-    return [float(scores.damage[k].sum()) for k in chosen]
+@dataclass(frozen=True)
+class Agreement:
+    """Of predictions with measurements: rank correlations, and the median relative error."""
+
+    spearman: float
+    kendall: float
+    error: float
+
+    @classmethod
+    def of(cls, predicted: Sequence[float], truth: Sequence[float]) -> Agreement:
+        error = float(np.median(np.abs(np.array(predicted) - truth) / truth))
+        return cls(float(spearmanr(predicted, truth).statistic), float(kendalltau(predicted, truth).statistic), error)
+
+    def __str__(self) -> str:
+        return f"{self.spearman:.3f} {self.kendall:.2f} ({min(self.error, 99.0):.2f})"
 
 
-def study(case: Case, bands: Sequence[str], plans: int, seed: int) -> None:
-    """Print a table: a row per band, three figures per way of predicting."""
-    mixed = mixed_pairs(case.batches, torch.Generator().manual_seed(seed))
-    subjects = {"plain": Subject(case.ready.model, case.batches, {}), "mixed": Subject(case.ready.model, mixed, {})}
-    scores = {
-        name: gram(subject, case.changes, True, torch.Generator().manual_seed(seed))
-        for name, subject in subjects.items()
-    }
-    for name, found in scores.items():
-        notes = found.notes
-        print(f"{name} inputs: temperature {notes['temperature']:g}, reliability {notes['reliability']:.2f}")
-    ways = [(inputs, pairs) for inputs in ("plain", "mixed") for pairs in (False, True)]
-    print("Spearman, Kendall, median relative error")
-    print(f"{'':6}" + "".join(f" {('Gram' if pairs else 'sum of KL') + ', ' + inputs:>22}" for inputs, pairs in ways))
-    singles = [{p.owner: p.format} for p in case.changes if p.format in ("w2", "w3", "w4", "w8")]
+def plan_sets(case: Case, count: int, seed: int) -> dict[str, list[Plan]]:
+    """Single layers, and random plans of every band."""
+    singles = [{p.owner: p.format} for p in case.changes if p.format in SINGLES]
     layers = case.ready.quantizable
-    sets = {"single": singles} | {b: random_plans(layers, BANDS[b], plans, seed + k) for k, b in enumerate(bands)}
-    for title, chosen in sets.items():
-        truth = case.measured(chosen, title)
-        predicted = [predictions(scores[inputs], case.changes, chosen, pairs) for inputs, pairs in ways]
-        print(f"{title:6}" + "".join(f" {agreement(one, truth):>22}" for one in predicted), flush=True)
+    return {SINGLE: singles} | {b: random_plans(layers, BANDS[b], count, seed + k) for k, b in enumerate(BANDS)}
 
 
-def agreement(predicted: Sequence[float], truth: Sequence[float]) -> str:
-    """Spearman, Kendall and median relative error as text."""
-    error = np.median(np.abs(np.array(predicted) - truth) / truth)
-    return f"{spearmanr(predicted, truth).statistic:.3f} {kendalltau(predicted, truth).statistic:.3f} {error:.2f}"
+def truths_of(case: Case, sets: Mapping[str, list[Plan]], artefacts: Artefacts) -> dict[str, list[float]]:
+    """Measured KL of every plan on the unseen images, unless it is kept already."""
+    found = {}
+    for title, plans in sets.items():
+        key = [len(case.unseen.batches), digest_changes(case.changes), plans]
+        kept = artefacts.find(f"truth {title}", key)
+        found[title] = case.measured(plans, title) if kept is None else kept[0]["damage"].tolist()
+        if kept is None:
+            artefacts.keep(f"truth {title}", key, {"damage": np.array(found[title])})
+    return found
+
+
+def table(
+    ways: Sequence[Predictor], sets: Mapping[str, list[Plan]], truths: Mapping[str, list[float]]
+) -> dict[str, dict[str, Agreement]]:
+    """Print a row per predictor; returns their agreement in every set that they predict."""
+    print(f"| Spearman, Kendall (error) | {' | '.join(sets)} | samples | forwards |\n|{'---|' * (len(sets) + 3)}")
+    found: dict[str, dict[str, Agreement]] = {}
+    for way in ways:
+        covered = [title for title in sets if way.covers(title)]
+        found[way.name] = {t: Agreement.of([way.predict(t, p) for p in sets[t]], truths[t]) for t in covered}
+        cells = [str(found[way.name].get(title, "")) for title in sets]
+        print(f"| {way.name} | {' | '.join(cells)} | {way.samples} | {way.forwards:.0f} |", flush=True)
+    return found
+
+
+def summary(cells: Mapping[tuple[str, str], Mapping[str, Mapping[str, Agreement]]]) -> None:
+    """Print where the default ranks worse than others, the means, and the default's largest error."""
+    for other in COMPARED:
+        pairs = {
+            (*case, title): (found[DEFAULT][title].spearman, found[other][title].spearman)
+            for case, found in cells.items()
+            for title in found[other]
+        }
+        worse = [f"{' '.join(key)} ({a:.3f}, {b:.3f})" for key, (a, b) in pairs.items() if a < b - MARGIN]
+        means = np.mean(list(pairs.values()), axis=0)
+        print(
+            f"{other}: mean Spearman {means[1]:.3f}, the default's {means[0]:.3f} over {len(pairs)} cells; lower by "
+            f"more than {MARGIN} in: {', '.join(worse) or 'none'}"
+        )
+    errors = {(*case, t): one.error for case, found in cells.items() for t, one in found[DEFAULT].items()}
+    worst = max(errors, key=errors.__getitem__)
+    print(f"largest median relative error of the default: {errors[worst]:.2f} ({' '.join(worst)})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=SOURCES, default=["resnet20"])
-    parser.add_argument("--rounding", nargs="+", choices=("gptq", "nearest"), default=["gptq"])
-    parser.add_argument("--bands", nargs="+", choices=BANDS, default=["2-4", "3-8"])
-    parser.add_argument("--plans", type=int, default=60, help="random plans per band (default 60)")
+    parser.add_argument("--models", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--rounding", nargs="+", choices=("gptq", "nearest"), default=["gptq", "nearest"])
+    parser.add_argument("--plans", type=int, default=100, help="random plans per band (default 100)")
+    parser.add_argument("--samples", type=int, default=512, help="calibration images at most (default 512)")
+    parser.add_argument("--images", type=int, default=1000, help="evaluation images at most (default 1000)")
+    parser.add_argument("--keep", type=Path, help="folder for finished measurements")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # several runs side by side beat threads inside one
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    bits = sorted({b for band in BANDS.values() for b in band})
+    cells = {}
     for name in options.models:
         for rounding in options.rounding:
-            case = case_of(name, rounding, data, sorted({b for band in BANDS.values() for b in band}))
+            kept = Artefacts(options.keep and options.keep / f"{name}-{rounding}-{options.samples}")
+            case = case_of(name, rounding, data, bits, options.samples, options.images, kept)
+            sets = plan_sets(case, options.plans, options.seed)
             unseen = sum(len(args[0]) for args, _ in case.unseen.batches)
-            print(f"\n{name}, {rounding}, {options.plans} random plans a band, KL on {unseen} unseen images")
-            study(case, options.bands, options.plans, options.seed)
+            print(
+                f"\n{name}, {rounding}: {options.plans} random plans a band, KL on {unseen} unseen images", flush=True
+            )
+            print(f"base plans: {', '.join(f'{band}: all layers {base}' for band, base in BASES.items())}")
+            truths = truths_of(case, sets, kept)
+            ways = predictors(case.ready.model, case.batches, case.changes, options.seed, kept)
+            cells[name, rounding] = table(ways, sets, truths)
+    print()
+    summary(cells)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,13 @@ def run(recipe: Path, log: Path, fatal: int = 0) -> tuple[int, list[str]]:
 
 
 def layers_of(lines: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(line.split()[:2]) for line in lines}
+    """What was worked on: layers and sites apart (one may be named as the other), and whole plans."""
+    return {_place(line) for line in lines}
+
+
+def _place(line: str) -> tuple[str, ...]:
+    work, owner, *format = line.split()
+    return (work, owner, *(one[0] for one in format))
 
 
 def test_killed_three_times_it_ends_with_the_same_profile_and_repeats_at_most_one_layer(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""What the sensitivity study compares: estimators on inputs drawn from the calibration images, and what they cost.
+
+All but "sum of KL, plain" see the same pair-mixed images as the profile; estimators that cost many forwards see fewer
+of them. A cost is processor time, in forwards of the samples that the estimator saw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from quantkit.graph.batches import Batch, split_batches
+from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity.by_place import digest_changes
+from quantkit.sensitivity.inputs import mixed_pairs
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
+from quantkit.store import Artefacts
+
+DEFAULT = "Gram (default)"
+BASES = {"2-3": "w3", "2-4": "w3", "3-6": "w4", "3-8": "w4"}
+AROUND = {"w3": ("w2", "w3", "w4"), "w4": ("w3", "w4", "w5", "w6", "w8")}
+AROUND_SAMPLES = 256
+MOST_PAIRS = 2000
+# name in the table -> (estimator, plain or mixed inputs, samples at most)
+WAYS = {
+    DEFAULT: ("gram", "mixed", 1 << 30),
+    "sum of KL, plain": ("kl", "plain", 1 << 30),
+    "Fisher": ("fisher", "mixed", 256),
+    "HAWQ-V2": ("hessian-trace", "mixed", 128),
+    "HAWQ, top eigenvalue": ("hessian-eigenvalue", "mixed", 32),
+    "exact pairs (hvp)": ("hvp-pairs", "mixed", 64),
+    "noise": ("noise", "mixed", 64),
+    "first order": ("first-order", "mixed", 256),
+    "CLADO (pairwise)": ("pairwise", "mixed", 32),
+}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts plans (layer -> format) from scores: those of all sets, or of each base plan."""
+
+    name: str
+    entries: Mapping[tuple[str, str], int]
+    scores: Mapping[str, Scores]
+    samples: int
+    forwards: float
+    with_pairs: bool = True
+
+    def covers(self, title: str) -> bool:
+        return "" in self.scores or title in BASES
+
+    def predict(self, title: str, plan: Mapping[str, str]) -> float:
+        scores = self.scores.get("") or self.scores[BASES[title]]
+        chosen = [self.entries[entry] for entry in plan.items()]
+        damage = scores.predict(chosen) if self.with_pairs else float(scores.damage[chosen].sum())
+        return damage + scores.notes.get("base_damage", 0.0)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A model with its inputs: scores by name, timed, and kept where there is a folder."""
+
+    model: nn.Module
+    inputs: Mapping[str, Sequence[Batch]]
+    changes: Sequence[Perturbation]
+    seed: int
+    artefacts: Artefacts
+
+    def subject(self, inputs: str, samples: int, base: str) -> Subject:
+        x = torch.cat([args[0] for args, _ in self.inputs[inputs]])[:samples]
+        x = x.contiguous(memory_format=torch.channels_last)
+        fixed = [p for p in self.changes if p.format == base]
+        return Subject(self.model, split_batches([((x,), {})], 32), {}, base=fixed)
+
+    def scores(
+        self, estimator: str, inputs: str, samples: int, base: str = "", formats: Sequence[str] = ()
+    ) -> tuple[Scores, float]:
+        """Scores of the changes (those in ``formats``, where given, nan for others), and forwards they took."""
+        chosen = [k for k, p in enumerate(self.changes) if not formats or p.format in formats]
+        changes = [self.changes[k] for k in chosen]
+        key = [inputs, samples, base, self.seed, digest_changes(changes)]
+        kept = self.artefacts.find(f"scores {estimator}", key) or self._measured(estimator, key, changes)
+        return _spread(kept[0], chosen, len(self.changes)), float(kept[0]["forwards"])
+
+    def _measured(
+        self, estimator: str, key: list, changes: Sequence[Perturbation]
+    ) -> tuple[dict[str, np.ndarray], str]:
+        inputs, samples, base = key[:3]
+        subject = self.subject(inputs, samples, base)
+        once = min(_seconds(lambda: list(replace(subject, base=()).outputs())) for _ in range(2))
+        found: list[Scores] = []
+        generator = torch.Generator().manual_seed(self.seed)
+        spent = _seconds(lambda: found.append(ESTIMATORS[estimator](subject, changes, True, generator)))
+        scores = found[0]
+        arrays = {"damage": scores.damage, "saturation": np.array(scores.saturation)}
+        arrays["forwards"] = np.array(spent / once)
+        arrays["base_damage"] = np.array(scores.notes.get("base_damage", 0.0))
+        if scores.gram is not None:
+            arrays["gram"] = scores.gram
+        self.artefacts.keep(f"scores {estimator}", key, arrays, repr(dict(scores.notes)))
+        print(f"  {estimator} on {samples} {inputs} samples: {scores.notes}", flush=True)
+        return arrays, ""
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Processor time: what else the machine does is not counted."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _spread(arrays: Mapping[str, np.ndarray], chosen: Sequence[int], count: int) -> Scores:
+    damage = np.full(count, np.nan)
+    damage[chosen] = arrays["damage"]
+    matrix = None
+    if "gram" in arrays:
+        matrix = np.full((count, count), np.nan)
+        matrix[np.ix_(chosen, chosen)] = arrays["gram"]
+    notes = {"base_damage": float(arrays["base_damage"])}
+    return Scores(damage, np.zeros(count), matrix, notes, saturation=float(arrays["saturation"]))
+
+
+def predictors(
+    model: nn.Module, batches: Sequence[Batch], changes: Sequence[Perturbation], seed: int, artefacts: Artefacts
+) -> list[Predictor]:
+    """Every way of predicting, the default first; pairs of all formats only where they are few."""
+    mixed = mixed_pairs(batches, torch.Generator().manual_seed(seed))
+    assert mixed is not None, "the study's inputs are images"
+    lab = Lab(model, {"plain": batches, "mixed": mixed}, changes, seed, artefacts)
+    entries = {(p.owner, p.format): k for k, p in enumerate(changes)}
+    available = sum(len(args[0]) for args, _ in batches)
+    found: list[Predictor] = []
+    for name, (estimator, inputs, most) in WAYS.items():
+        if estimator == "pairwise" and len(changes) ** 2 / 2 > MOST_PAIRS:
+            continue
+        samples = min(most, available)
+        scores, forwards = lab.scores(estimator, inputs, samples)
+        found.append(Predictor(name, entries, {"": scores}, samples, forwards))
+        if name == DEFAULT:
+            found.append(Predictor("sum of KL", entries, {"": scores}, samples, forwards, with_pairs=False))
+    samples = min(AROUND_SAMPLES, available)
+    around = {base: lab.scores("gram", "mixed", samples, base, formats) for base, formats in AROUND.items()}
+    scores_around, forwards = {b: s for b, (s, _) in around.items()}, sum(f for _, f in around.values())
+    for name, pairs in (("Gram around a base plan", True), ("sum of KL around a base plan", False)):
+        found.append(Predictor(name, entries, scores_around, samples, forwards, pairs))
+    return found

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from quantkit.graph.batches import Batch, split_batches
-from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity import ESTIMATORS, hessian_trace
 from quantkit.sensitivity.by_place import digest_changes
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
@@ -25,17 +25,18 @@ DEFAULT = "Gram (default)"
 BASES = {"2-3": "w3", "2-4": "w3", "3-6": "w4", "3-8": "w4"}
 AROUND = {"w3": ("w2", "w3", "w4"), "w4": ("w3", "w4", "w5", "w6", "w8")}
 AROUND_SAMPLES = 256
+PROBES = 32  # for Hessian traces; the estimator's own limit is higher than a study of three networks can afford
 MOST_PAIRS = 2000
 # name in the table -> (estimator, plain or mixed inputs, samples at most)
 WAYS = {
     DEFAULT: ("gram", "mixed", 1 << 30),
-    "sum of KL, plain": ("kl", "plain", 1 << 30),
-    "Fisher": ("fisher", "mixed", 256),
-    "HAWQ-V2": ("hessian-trace", "mixed", 128),
+    "sum of KL, plain": ("kl", "plain", 256),
+    "Fisher": ("fisher", "mixed", 1 << 30),
+    "HAWQ-V2": ("hessian-trace", "mixed", 64),
     "HAWQ, top eigenvalue": ("hessian-eigenvalue", "mixed", 32),
-    "exact pairs (hvp)": ("hvp-pairs", "mixed", 64),
-    "noise": ("noise", "mixed", 64),
-    "first order": ("first-order", "mixed", 256),
+    "exact pairs (hvp)": ("hvp-pairs", "mixed", 32),
+    "noise": ("noise", "mixed", 32),
+    "first order": ("first-order", "mixed", 1 << 30),
     "CLADO (pairwise)": ("pairwise", "mixed", 32),
 }
 
@@ -135,6 +136,7 @@ def predictors(
     entries = {(p.owner, p.format): k for k, p in enumerate(changes)}
     available = sum(len(args[0]) for args, _ in batches)
     found: list[Predictor] = []
+    hessian_trace.MOST_PROBES = PROBES
     for name, (estimator, inputs, most) in WAYS.items():
         if estimator == "pairwise" and len(changes) ** 2 / 2 > MOST_PAIRS:
             continue

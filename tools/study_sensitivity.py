@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--rounding", nargs="+", choices=("gptq", "nearest"), default=["gptq", "nearest"])
     parser.add_argument("--plans", type=int, default=100, help="random plans per band (default 100)")
     parser.add_argument("--samples", type=int, default=512, help="calibration images at most (default 512)")
-    parser.add_argument("--images", type=int, default=1000, help="evaluation images at most (default 1000)")
+    parser.add_argument("--images", type=int, default=512, help="evaluation images at most (default 512)")
     parser.add_argument("--keep", type=Path, help="folder for finished measurements")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

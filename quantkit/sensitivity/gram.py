@@ -5,8 +5,8 @@ of the damage, are the Gauss-Newton estimate of every second-order term d_i^T H 
 single damages need anyway ("Augmenting Hessians with Inter-Layer Dependencies", Schaefer et al., arXiv 2306.04879; the
 Gram form is METHODS b, estimator 3). Only their cosines C are used (``pair_terms``); lengths come from the measured
 damage: G = D C D with D_k = sqrt(2 damage_k), positive semi-definite, and half the sum of G over a plan predicts its
-damage, once ``saturation`` has bent it. Around a base plan, where damage may fall, the lengths are those of the shifts
-in the metric at the base, and nothing is bent.
+damage, after ``saturation`` has weakened and bent it. Around a base plan, where damage may fall, the lengths are those
+of the shifts in the metric at the base, and G is left as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.plan import saturated
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Damage,
@@ -33,7 +32,7 @@ from quantkit.sensitivity.measure import (
 )
 from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms
 from quantkit.sensitivity.registry import Cost, estimator
-from quantkit.sensitivity.saturation import fitted_saturation, measured_plans, plans_measured, random_plans
+from quantkit.sensitivity.saturation import fitted, measured_plans, plans_measured, random_plans
 from quantkit.sensitivity.sketch import Sketch, sketch_for
 
 
@@ -87,22 +86,25 @@ def _with_saturation(
     reference: Sequence[Tensor],
     progress: bool,
 ) -> Scores:
-    """Scores that know where damage stops growing, from whole plans measured on the subject's inputs. Always the same
-    plans: what they are has nothing to do with the draws of the inputs.
+    """Scores with pair terms as strong as they show themselves, and an end to damage, from whole plans measured on the
+    subject's inputs. Always the same plans: what they are has nothing to do with the draws of the inputs.
     """
+    assert scores.gram is not None, "made by the Gram estimator"
     plans = random_plans(perturbations, plans_measured(len(perturbations)), torch.Generator().manual_seed(0))
 
     def damage_of(chosen: Sequence[Perturbation]) -> float:
         return float(damage_rows(damage, reference, subject.outputs(chosen)).mean())
 
     measured = measured_plans(subject, perturbations, plans, damage_of, progress)
-    predicted = np.array([scores.predict(plan) for plan in plans])
-    limit = fitted_saturation(predicted, measured)
-    after = np.abs(np.log(saturated(predicted, limit) / measured))
-    notes = dict(scores.notes) | {"whole_plans": len(plans)}
-    if len(plans):
-        notes["whole_plan_error"] = float(np.median(np.expm1(after)))
-    return replace(scores, saturation=limit, notes=notes)
+    alone = np.array([scores.damage[plan].sum() for plan in plans])
+    strength, limit = fitted(alone, np.array([scores.predict(plan) for plan in plans]), measured)
+    alone_only = np.diag(2 * scores.damage)
+    found = replace(scores, gram=alone_only + strength * (scores.gram - alone_only), saturation=limit)
+    errors = [abs(found.predict(plan) / truth - 1) for plan, truth in zip(plans, measured, strict=True) if truth > 0]
+    notes = dict(scores.notes) | {"whole_plans": len(plans), "pair_strength": strength}
+    if errors:
+        notes["whole_plan_error"] = float(np.median(errors))
+    return replace(found, notes=notes)
 
 
 def _measure(

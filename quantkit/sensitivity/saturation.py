@@ -1,9 +1,11 @@
-"""Where damage stops growing with its quadratic form: whole plans, measured on the calibration inputs.
+"""What whole plans, measured on the calibration inputs, say about pair terms: how strong they are, and where they end.
 
-A quadratic form knows no end, but outputs that are wrong already cannot become wrong again: where most layers get two
-bits, half the sum of the Gram matrix overshoots several times. So a few seeded random plans, from narrow to wide, are
-measured as a whole, and one number s is fitted, with which q / (1 + s q) predicts them best. It keeps the order of
-plans, and leaves small damages, where the form is right, as they are.
+Pair terms are second order and estimated from single changes; where layers depend on each other strongly they are most
+of a plan's damage, elsewhere they overshoot. And a quadratic form knows no end, but outputs that are wrong already
+cannot become wrong again: where most layers get two bits it overshoots several times. So a few seeded random plans,
+from narrow to wide, are measured as a whole, and two numbers are fitted to them: the pair terms are multiplied by
+a <= 1, which keeps the matrix positive semi-definite, and the damage of a plan is q / (1 + s q) of the form q, which
+keeps the order of plans and leaves small damages as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from quantkit.sensitivity.measure import Perturbation, Subject
 MOST_PLANS = 24
 FORMATS_PER_PLAN = 6  # a plan is measured for so many formats, which bounds what it adds to a profile
 STEPS_PER_DECADE = 16
+STRENGTHS = tuple((np.arange(20, -1, -1) / 20).tolist())  # of pair terms, the strongest first
 
 
 def plans_measured(formats: int) -> int:
@@ -80,13 +83,19 @@ def measured_plans(
     return found
 
 
-def fitted_saturation(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """The s for which q / (1 + s q) is nearest to the measured damages, by the mean absolute logarithm of their ratio;
-    0 where the predictions do not overshoot.
+def fitted(alone: np.ndarray, quadratic: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
+    """(a, s) for which q / (1 + s q), with q = alone + a (quadratic - alone), is nearest to the measured damages of
+    plans, by the mean absolute logarithm of their ratio; (1, 0) where there is nothing to fit to.
+
+    ``alone``: the sum of each plan's single damages, ``quadratic``: with all of the pair terms.
     """
-    usable = (predicted > 0) & (measured > 0)
+    usable = (alone > 0) & (quadratic > 0) & (measured > 0)
     if not usable.any():
-        return 0.0
-    q, truth = predicted[usable], measured[usable]
-    grid = np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / q.max()
-    return min([0.0, *grid.tolist()], key=lambda s: float(np.abs(np.log(saturated(q, s) / truth)).mean()))
+        return 1.0, 0.0
+    single, pairs, truth = alone[usable], (quadratic - alone)[usable], measured[usable]
+    grid = [0.0, *(np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / single.max()).tolist()]
+
+    def miss(one: tuple[float, float]) -> float:
+        return float(np.abs(np.log(saturated(single + one[0] * pairs, one[1]) / truth)).mean())
+
+    return min(((a, s) for a in STRENGTHS for s in grid), key=miss)

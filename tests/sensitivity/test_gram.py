@@ -59,7 +59,13 @@ def test_pair_terms_are_the_shrunk_cosines_of_a_slow_twin_times_the_damages(meas
     slow = slow_gram(reference, outputs, scores.notes["temperature"])
     lengths = np.sqrt(np.diag(slow))
     damages = np.sqrt(2 * scores.damage)
-    expected = scores.notes["reliability"] * slow / np.outer(lengths, lengths) * np.outer(damages, damages)
+    expected = (
+        scores.notes["pair_strength"]
+        * scores.notes["reliability"]
+        * slow
+        / np.outer(lengths, lengths)
+        * np.outer(damages, damages)
+    )
     np.fill_diagonal(expected, 2 * scores.damage)
     assert np.allclose(scores.gram, expected, rtol=2e-3, atol=1e-6)
 

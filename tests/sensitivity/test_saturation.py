@@ -1,4 +1,4 @@
-"""Whole plans that are measured, and the one number fitted to them."""
+"""Whole plans that are measured, and the two numbers fitted to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from quantkit.plan import saturated
 from quantkit.sensitivity.gram import gram
 from quantkit.sensitivity.measure import KLDamage, Perturbation
-from quantkit.sensitivity.saturation import MOST_PLANS, bits_of, fitted_saturation, plans_measured, random_plans
+from quantkit.sensitivity.saturation import MOST_PLANS, bits_of, fitted, plans_measured, random_plans
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
 
 
@@ -30,20 +30,24 @@ def test_saturated_damage_keeps_order_and_small_values_and_has_an_end() -> None:
     assert (saturated(q, 0) == q).all()
 
 
-@pytest.mark.parametrize("truth", [0.02, 0.3, 5.0])
-def test_fit_finds_the_end_that_damages_were_made_with(truth: float) -> None:
+@pytest.mark.parametrize("end", [0.02, 0.3, 5.0])
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_fit_finds_what_damages_were_made_with(end: float, strength: float) -> None:
     draw = np.random.default_rng(0)
-    q = draw.lognormal(-2, 2, size=24)
-    noisy = saturated(q, 1 / truth) * draw.lognormal(0, 0.05, size=24)
-    assert fitted_saturation(q, noisy) == pytest.approx(1 / truth, rel=0.3)
+    alone = draw.lognormal(-2, 2, size=40)
+    quadratic = alone * draw.uniform(1, 4, size=40)
+    measured = saturated(alone + strength * (quadratic - alone), 1 / end) * draw.lognormal(0, 0.03, size=40)
+    found, limit = fitted(alone, quadratic, measured)
+    assert found == pytest.approx(strength, abs=0.15)
+    assert limit == pytest.approx(1 / end, rel=0.3)
 
 
 def test_nothing_is_bent_where_predictions_do_not_overshoot() -> None:
     q = np.geomspace(1e-4, 10, 24)
-    assert fitted_saturation(q, q) == 0
-    assert fitted_saturation(q, 1.5 * q) == 0
-    assert fitted_saturation(np.zeros(3), np.ones(3)) == 0
-    assert fitted_saturation(np.zeros(0), np.zeros(0)) == 0
+    assert fitted(q / 2, q, q) == (1, 0)
+    assert fitted(q / 2, q, 1.5 * q) == (1, 0)
+    assert fitted(np.zeros(3), np.zeros(3), np.ones(3)) == (1, 0)
+    assert fitted(np.zeros(0), np.zeros(0), np.zeros(0)) == (1, 0)
 
 
 def test_plans_have_one_format_per_place_and_begin_at_every_width(changes: list[Perturbation]) -> None:
@@ -74,11 +78,11 @@ def test_profile_measures_whole_plans_and_predicts_them_better(changes: list[Per
     reference = by_hand(request, x, [])
     outputs = [by_hand(request, x, [more[k] for k in plan]) for plan in plans]
     truth = np.array([float(KLDamage().rows(reference, o).mean()) for o in outputs])
-    bent = np.array([scores.predict(plan) for plan in plans])
-    straight = np.array([replace(scores, saturation=0.0).predict(plan) for plan in plans])
     assert scores.saturation > 0
-    assert scores.saturation == pytest.approx(fitted_saturation(straight, truth))
-    assert np.abs(np.log(bent / truth)).mean() < 0.8 * np.abs(np.log(straight / truth)).mean()
-    assert scores.notes["whole_plan_error"] == pytest.approx(
-        float(np.median(np.exp(np.abs(np.log(bent / truth))) - 1))
-    )
+    predicted = np.array([scores.predict(plan) for plan in plans])
+    alone = np.array([scores.damage[plan].sum() for plan in plans])
+    unbent = np.array([replace(scores, saturation=0.0).predict(plan) for plan in plans])
+    assert np.abs(np.log(predicted / truth)).mean() < 0.8 * np.abs(np.log(alone / truth)).mean()
+    strongest = alone + (unbent - alone) / scores.notes["pair_strength"]
+    assert fitted(alone, strongest, truth) == pytest.approx((scores.notes["pair_strength"], scores.saturation))
+    assert scores.notes["whole_plan_error"] == pytest.approx(float(np.median(np.abs(predicted / truth - 1))), rel=1e-4)

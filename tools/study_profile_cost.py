@@ -1,0 +1,127 @@
+"""What does a profile cost? Forwards and memory of ResNet20's default profile, counted and measured.
+
+    python tools/study_profile_cost.py [--samples 256]
+
+Five weight formats of every layer and two activation formats of every site, so many measured pairs. Forwards are
+counted where the model runs, in sample sets, rounding left out and its time printed. Memory is the peak of the process
+over what it held before (Linux, glibc), against 1.5 times that of one calibration forward, plus the weights, plus the
+output shifts that are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from study_sensitivity import REPOSITORY, SOURCES, recipe_model
+
+from quantkit.formats import ActivationFormat, Scheme
+from quantkit.graph.batches import Batch, batch_size, split_batches
+from quantkit.graph.trace import run_model
+from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity.inputs import mixed_pairs
+from quantkit.sensitivity.measure import Subject
+from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
+from quantkit.targets import Target
+from quantkit.transforms.prepare import Prepared, prepare
+
+BITS = (2, 3, 4, 6, 8)
+SITE_BITS = (4, 8)
+BATCH = 128
+MB = 1e6
+
+
+def peak_reset() -> int:
+    """Give free memory back and forget the peak so far; returns the bytes held now."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes held since ``peak_reset``."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+class Counter:
+    """Counts the samples that went through a model."""
+
+    def __init__(self, ready: Prepared) -> None:
+        self.samples = 0
+        ready.model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, _: object, args: tuple, kwargs: dict) -> None:
+        self.samples += batch_size((args, kwargs))
+
+
+def prepared(samples: int, data: Path) -> tuple[Prepared, list[Batch]]:
+    """ResNet20 and its calibration batches."""
+    weights, file, array, *_ = SOURCES["resnet20"]
+    recipe = recipe_model("resnet20")
+    model = recipe.build()
+    model.load_state_dict(load_file(data / weights))
+    images = recipe.preprocess(np.load(data / file)[array])[:samples]
+    batches = split_batches([((images,), {})], BATCH)
+    return prepare(model, batches, Target.load("onnxruntime-cpu")), batches
+
+
+def activation_formats(bits: Sequence[int]) -> list[ActivationFormat]:
+    parsed = [Scheme.parse(f"a{b}").activation for b in bits]
+    return [format for format in parsed if format is not None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=256, help="calibration images (default 256)")
+    options = parser.parse_args()
+    data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    ready, batches = prepared(options.samples, data)
+    started = time.process_time()
+    candidates = {name: [Scheme.parse(f"w{b}") for b in BITS] for name in ready.quantizable}
+    changes, _ = weight_perturbations(ready, candidates, batches, "gptq", progress=True)
+    rounding = time.process_time() - started
+    counter = Counter(ready)
+    changes += site_perturbations(ready, activation_formats(SITE_BITS), batches, "mse", progress=True)
+    inputs = mixed_pairs(batches, torch.Generator().manual_seed(0))
+    assert inputs is not None, "images can be mixed"
+    subject = Subject(ready.model, inputs, {site.name: site for site in ready.sites})
+    before = peak_reset()
+    with torch.no_grad():
+        classes = run_model(ready.model, batches[0]).shape[-1]
+    forward = peak() - before
+    counter.samples -= batch_size(batches[0])
+    before, started = peak_reset(), time.process_time()
+    scores = ESTIMATORS["gram"](subject, changes, True, torch.Generator().manual_seed(0))
+    taken = peak() - before
+    forwards = counter.samples / options.samples
+    weights = sum(p.numel() * p.element_size() for p in ready.model.parameters())
+    shifts = 4 * len(changes) * options.samples * classes
+    allowed = 1.5 * forward + weights + shifts
+    print(
+        f"{len(changes)} pairs: {len(ready.quantizable)} layers x {BITS}, {len(ready.sites)} sites x {SITE_BITS} bits"
+    )
+    print(
+        f"forwards of {options.samples} samples: {forwards:.1f}, {forwards / len(changes):.3f} per pair (1.3 allowed)"
+    )
+    print(f"  of these {scores.notes['whole_plans']} for whole plans; rounding, not counted: {rounding:.0f} s")
+    print(f"measuring: {time.process_time() - started:.0f} s of processor time")
+    print(
+        f"peak memory: {taken / MB:.1f} MB; allowed {allowed / MB:.1f} MB = 1.5 x {forward / MB:.1f} MB of a forward "
+        f"of {BATCH} + {weights / MB:.1f} MB of weights + {shifts / MB:.1f} MB of output shifts"
+    )
+
+
+if __name__ == "__main__":
+    main()

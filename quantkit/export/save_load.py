@@ -1,9 +1,8 @@
 """A quantized model on disk: ``plan.json`` beside ``weights.safetensors``.
 
-``weights.safetensors`` holds, for every quantized layer, ``<layer>.weight.codes`` (uint8, packed at true width as in
-``kernels.packing``), ``<layer>.weight.scale`` (float32; channels x groups) and, where the format has them,
-``<layer>.weight.zero_point`` (int8); and every other tensor of the model's state under its own name. Its header has
-one entry, ``quantkit_model``, JSON with:
+``weights.safetensors`` holds, for every quantized layer, the tensors of ``kernels.packed_weight`` under
+``<layer>.weight``: codes packed at true width, scales and, where the format has them, zero points; and every other
+tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON with:
 
 - ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
 - ``layers``: layer name -> weight format and shape;
@@ -33,7 +32,7 @@ from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.sites import Site
-from quantkit.kernels.packing import pack, unpack
+from quantkit.kernels.packed_weight import PackedWeight, pack_weight, unpack_weight
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.plan import Plan, canonical_json
 from quantkit.quantizers.simulate import SimulatedModel
@@ -51,10 +50,7 @@ def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str
     folder = Path(folder)
     tensors = _other_state(simulated)
     for name, weight in simulated.weights.items():
-        tensors[f"{name}.weight.codes"] = pack(weight.codes, weight.format.bits)
-        tensors[f"{name}.weight.scale"] = weight.scale.contiguous()
-        if weight.zero_point is not None:
-            tensors[f"{name}.weight.zero_point"] = weight.zero_point.contiguous()
+        tensors |= pack_weight(weight).tensors(f"{name}.weight")
     header = {
         "version": MODEL_VERSION,
         "plan": plan.digest(),
@@ -143,9 +139,10 @@ def _weight(name: str, record: Mapping[str, Any], model: nn.Module, tensors: dic
     layer.weight = nn.Parameter(torch.empty(shape))
     format = Scheme.parse(record["format"]).weight
     assert format is not None
-    codes = unpack(tensors.pop(f"{name}.weight.codes"), format.bits, shape)
-    zero_point = tensors.pop(f"{name}.weight.zero_point", None)
-    return QuantizedWeight(codes, tensors.pop(f"{name}.weight.scale"), zero_point, format)
+    packed = PackedWeight.of_tensors(tensors, f"{name}.weight", shape, format)
+    for stored in packed.tensors(f"{name}.weight"):
+        del tensors[stored]
+    return unpack_weight(packed)
 
 
 def _load_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from quantkit.kernels.reference import QuantizedWeight
 
 def split_planes(codes: Tensor, bits: int) -> list[tuple[int, Tensor]]:
     """(plane width, unsigned plane values as uint8, flat), high plane first, of signed codes of ``bits`` bits."""
-    unsigned = (codes.reshape(-1).to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+    unsigned = codes.reshape(-1).view(torch.uint8) + (1 << bits - 1)  # modulo 256, as two's complement has it
     planes, shift = [], bits
     for width in bit_planes(bits):
         shift -= width
@@ -31,14 +31,19 @@ def pack_plane(values: Tensor, width: int) -> Tensor:
     """Pack uint8 values below 2**width, ``8 // width`` to a byte, first value in the lowest bits."""
     per_byte = 8 // width
     padded = torch.nn.functional.pad(values, (0, -len(values) % per_byte)).reshape(-1, per_byte)
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8)
-    return (padded << shifts).sum(1, dtype=torch.uint8)
+    packed = padded[:, 0].clone()
+    for position in range(1, per_byte):
+        packed |= padded[:, position] << position * width
+    return packed
 
 
 def unpack_plane(packed: Tensor, width: int, count: int) -> Tensor:
     """The inverse of pack_plane for ``count`` values."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8)
-    return ((packed.unsqueeze(1) >> shifts) & ((1 << width) - 1)).reshape(-1)[:count]
+    per_byte = 8 // width
+    values = torch.empty(len(packed), per_byte, dtype=torch.uint8)
+    for position in range(per_byte):
+        torch.bitwise_and(packed >> position * width, (1 << width) - 1, out=values[:, position])
+    return values.reshape(-1)[:count]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -56,14 +61,14 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
             f"{packed.numel()} packed bytes found where {count} codes of {bits} bits take "
             f"{packed_bytes(count, bits)}: the file is damaged or belongs to another model."
         )
-    unsigned = torch.zeros(count, dtype=torch.int16)
+    unsigned = torch.zeros(count, dtype=torch.uint8)
     start = 0
     for width in bit_planes(bits):
         size = math.ceil(count * width / 8)
         plane = unpack_plane(packed[start : start + size], width, count)
-        unsigned = (unsigned << width) | plane.to(torch.int16)
+        unsigned = plane if width == 8 else (unsigned << width) | plane
         start += size
-    return (unsigned - (1 << bits - 1)).to(torch.int8).reshape(shape)
+    return (unsigned - (1 << bits - 1)).view(torch.int8).reshape(shape)  # modulo 256 again
 
 
 def packed_weight_bytes(weight: QuantizedWeight) -> int:

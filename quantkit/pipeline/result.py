@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, as_batch
 from quantkit.plan import Plan, Profile
+from quantkit.quantizers.real import RealModel
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.store import require_writable
 
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 class Result:
     """A quantized model, the plan it obeys and what was measured on it.
 
-    ``model`` runs like the original. ``metrics`` compares it with the float model: on the calibration inputs, and on
-    the user's own metric where ``evaluate`` was given. ``folds`` are the (layer, BatchNorm) pairs that were folded,
-    ``calibration`` the inputs it was made with (empty when it was loaded). ``curve`` has the (cost, metric drop) of
-    every plan evaluated for a limit on accuracy, cheapest first. ``notes`` say how each layer was rounded and what was
-    learned afterwards.
+    ``model`` runs like the original: simulated in float, or, after ``to_real``, on integer kernels. ``metrics``
+    compares it with the float model: on the calibration inputs, and on the user's own metric where ``evaluate`` was
+    given. ``folds`` are the (layer, BatchNorm) pairs that were folded, ``calibration`` the inputs it was made with
+    (empty when it was loaded). ``curve`` has the (cost, metric drop) of every plan evaluated for a limit on accuracy,
+    cheapest first. ``notes`` say how each layer was rounded and what was learned afterwards.
     """
 
-    model: SimulatedModel
+    model: SimulatedModel | RealModel
     plan: Plan
     folds: tuple[tuple[str, str], ...] = ()
     calibration: Sequence[Batch] = ()
@@ -44,7 +45,19 @@ class Result:
         """Write plan.json and weights.safetensors into ``folder``; ``quantkit.load`` reads them back."""
         from quantkit.export.save_load import save_result
 
-        return save_result(self.model, self.plan, self.folds, folder)
+        return save_result(self.simulated(), self.plan, self.folds, folder)
+
+    def to_real(self, expand: bool = False) -> Result:
+        """This result with a model that computes on integers from packed weights, which take the plan's bytes.
+
+        ``expand`` also keeps 8-bit expansions of the weights that kernels cannot read as they are packed: faster, and
+        counted apart in ``model.expanded_bytes``.
+        """
+        return replace(self, model=RealModel(self.simulated(), expand))
+
+    def simulated(self) -> SimulatedModel:
+        """The model in simulation: differentiable, and what files are written from."""
+        return self.model.simulated() if isinstance(self.model, RealModel) else self.model
 
     def export_onnx(
         self, path: str | Path, *, example: Any = None, check: Sequence[Any] = (), tolerance: Tolerance | None = None
@@ -61,7 +74,7 @@ class Result:
         batch = self.example() if example is None else as_batch(example)
         options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
         checked = [as_batch(item) for item in check]
-        return export_onnx(self.model, batch, path, check=checked, plan=self.plan, **options)
+        return export_onnx(self.simulated(), batch, path, check=checked, plan=self.plan, **options)
 
     def example(self) -> Batch:
         """The first calibration batch; raises InvalidRequest where the result was loaded without data."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.graph.intercept import OpKey, change_inputs, intercept, map_tensors
+from quantkit.graph.intercept import Handler, OpKey, change_inputs, intercept, map_tensors
 from quantkit.graph.layers import weight_of
 from quantkit.graph.sites import Site
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
@@ -32,16 +32,17 @@ def run_with(
     args: Any,
     kwargs: Any,
     before: Callable[[OpKey, Any, Any], None] | None = None,
+    call: Handler = lambda key, func, args, kwargs: func(*args, **kwargs),
 ) -> Any:
     """Run ``model`` with ``change(place, tensor)`` applied to its inputs and to what every torch call inside it makes.
 
-    ``before(key, args, kwargs)`` sees each call first.
+    ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out.
     """
 
     def handle(key: OpKey, func: Callable[..., Any], call_args: Any, call_kwargs: Any) -> Any:
         if before is not None:
             before(key, call_args, call_kwargs)
-        result = func(*call_args, **call_kwargs)
+        result = call(key, func, call_args, call_kwargs)
         changed = map_tensors(result, key, change)
         if changed is not result and any(result is a for a in (*call_args, *call_kwargs.values())):
             return _put_in_place(result, lambda x: map_tensors(x, key, change), changed)

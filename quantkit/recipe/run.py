@@ -38,6 +38,7 @@ RECIPE_FILE = "recipe.yaml"
 PROFILE_FILE = "profile.safetensors"
 LATENCY_BATCH = 32
 CHECKED_BATCHES = 2
+EXECUTIONS = ("simulated", "real")
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,10 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     from quantkit.export.onnx_writer import export_float, export_onnx
 
     example = result.example()
-    graph = mark_graph(result.model, example)
+    simulated = result.simulated()
+    graph = mark_graph(simulated, example)
     checked = result.calibration[:CHECKED_BATCHES]
-    report = export_onnx(result.model, example, path, check=checked, plan=result.plan, graph=graph)
+    report = export_onnx(simulated, example, path, check=checked, plan=result.plan, graph=graph)
     metrics = dict(result.metrics)
     if inputs.evaluate is not None:
         metrics["onnx"] = metric_of(inputs.evaluate, OnnxModel(path))
@@ -145,7 +147,7 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
         metrics["agreement"] = agreement(result.model, OnnxModel(path), inputs.evaluation)
     batch = split_batches(result.calibration, LATENCY_BATCH)[0]
     with tempfile.TemporaryDirectory() as folder:
-        floating = export_float(result.model, example, Path(folder) / "float.onnx", graph=graph)
+        floating = export_float(simulated, example, Path(folder) / "float.onnx", graph=graph)
         latency = measure_latency_ratio(floating, path, batch)
         float_bytes = floating.stat().st_size
     return Measured(
@@ -197,15 +199,21 @@ def _absolute_function(recipe: Recipe, text: str) -> str:
     return text
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> Result:
+def load(folder: str | Path, model: nn.Module | None = None, *, execution: str = "simulated") -> Result:
     """The result saved in ``folder``, bit for bit.
 
     ``model`` is a float model of the same architecture (its weights do not matter, it is copied); it is not needed
-    where a recipe made the folder, which then also gives the calibration data for ``export_onnx``. Raises
-    InvalidRequest where files are missing or do not belong to the model, CorruptFile where they are damaged.
+    where a recipe made the folder, which then also gives the calibration data for ``export_onnx``. ``execution`` is
+    "simulated" (float, differentiable) or "real" (packed weights on integer kernels). Raises InvalidRequest where
+    files are missing or do not belong to the model, CorruptFile where they are damaged.
     """
-    if model is not None:
-        return load_result(folder, model)
+    choose("execution", execution, EXECUTIONS)
+    result = load_result(folder, model) if model is not None else _load_by_recipe(folder)
+    return result.to_real() if execution == "real" else result
+
+
+def _load_by_recipe(folder: str | Path) -> Result:
+    """The result of a folder that a recipe made, with its calibration data."""
     if not Path(folder).is_dir():
         raise InvalidRequest(f"Cannot load a result: there is no folder {str(folder)!r}.")
     if not (Path(folder) / RECIPE_FILE).exists():

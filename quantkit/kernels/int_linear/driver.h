@@ -1,0 +1,156 @@
+// The loops around a kernel: panels over threads, rows in chunks, groups and segments of the inputs.
+//
+// A kernel is a struct with
+//   bits, rows               width of the weights, rows of one tile
+//   needs_sums               whether it takes the weights' offset out with the sums of the activations
+//   Activation, Expanded     element types of packed activations and of an expanded segment
+//   pack_row(from, to, k)    lay out k activations of one row as the tile reads them
+//   expand(w, out, k)        unpack k inputs of one panel
+//   tile(a, w, k, acc, add)  rows x 16 sums over k inputs from expanded weights, stored in acc or added to it
+//   single(...)              one row against a whole panel, straight from the packed weights
+//   finish(acc, sums, ...)   integer sums of a group into the float totals
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "job.h"
+
+namespace quantkit {
+
+template <class T>
+struct Buffer {
+    T* data;
+    explicit Buffer(int64_t count)
+        : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64 + 64))) {}
+    ~Buffer() { std::free(data); }
+    Buffer(const Buffer&) = delete;
+};
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Activations as the tiles read them: for every segment, for every block of rows, [k/4][rows][4]; missing rows are 0.
+template <class Kernel>
+void pack_block(const Job& job, int64_t block, int64_t blocks, int64_t start, int64_t count,
+                typename Kernel::Activation* out) {
+    typename Kernel::Activation* to = out + start * blocks * Kernel::rows + block * count * Kernel::rows;
+    for (int r = 0; r < Kernel::rows; ++r, to += QUAD) {
+        const int64_t row = block * Kernel::rows + r;
+        if (row < job.rows)
+            Kernel::pack_row(job.activations + row * job.inputs + start, to, count);
+        else
+            for (int64_t k = 0; k < count; k += QUAD) std::memset(to + k * Kernel::rows, 0, QUAD * sizeof(*to));
+    }
+}
+
+// One row of a block: every four inputs `Rows` quads apart.
+template <int Rows>
+void pack_bytes(const int8_t* from, int8_t* to, int64_t count) {
+    for (int64_t k = 0; k < count; k += QUAD) std::memcpy(to + k * Rows, from + k, QUAD);
+}
+
+inline int32_t sum_of(const int8_t* values, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += values[i];
+    return sum;
+}
+
+// out = (sum over groups of scale * (integer sum)) * activation scale + bias, for `count` rows of one panel.
+inline void write_rows(const Job& job, int64_t panel, int64_t first, int64_t count, const float* totals) {
+    for (int64_t r = 0; r < count; ++r) {
+        float* to = job.out + (first + r) * job.channels + panel * PANEL;
+        const float by = job.activation_scale[first + r];
+        for (int c = 0; c < PANEL; ++c) {
+            const float value = totals[r * PANEL + c] * by;
+            to[c] = job.bias ? value + job.bias[panel * PANEL + c] : value;
+        }
+    }
+}
+
+// One panel for the blocks of rows from `first` to before `last`.
+template <class Kernel>
+void run_panel(const Job& job, int64_t panel, int64_t blocks, int64_t first, int64_t last,
+               const typename Kernel::Activation* packed, const int32_t* sums, typename Kernel::Expanded* expanded,
+               int32_t* acc, float* totals) {
+    const int64_t groups = job.inputs / job.group;
+    const uint8_t* weights = job.weights + panel * PANEL * job.inputs * Kernel::bits / 8;
+    for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t k = g * job.group; k < (g + 1) * job.group; k += SEGMENT) {
+            const int64_t count = least(SEGMENT, (g + 1) * job.group - k);
+            Kernel::expand(weights + k * PANEL * Kernel::bits / 8, expanded, count);
+            for (int64_t b = first; b < last; ++b)
+                Kernel::tile(packed + k * blocks * Kernel::rows + b * count * Kernel::rows, expanded, count,
+                             acc + (b - first) * Kernel::rows * PANEL, k > g * job.group);
+        }
+        Kernel::finish(acc, sums + (g * blocks + first) * Kernel::rows, (last - first) * Kernel::rows,
+                       job.scale + (panel * groups + g) * PANEL, job.offset ? job.offset + panel * PANEL : nullptr,
+                       totals, g > 0);
+    }
+    const int64_t row = first * Kernel::rows;
+    write_rows(job, panel, row, least(job.rows, last * Kernel::rows) - row, totals);
+}
+
+// All activations of one block of rows: packed, and summed by group where the kernel needs it.
+template <class Kernel>
+void pack_rows(const Job& job, int64_t block, int64_t blocks, typename Kernel::Activation* packed, int32_t* sums) {
+    for (int64_t g = 0; g < job.inputs / job.group; ++g) {
+        for (int64_t k = g * job.group; k < (g + 1) * job.group; k += SEGMENT)
+            pack_block<Kernel>(job, block, blocks, k, least(SEGMENT, (g + 1) * job.group - k), packed);
+        for (int64_t row = block * Kernel::rows; row < (block + 1) * Kernel::rows; ++row)
+            sums[g * blocks * Kernel::rows + row] =
+                Kernel::needs_sums && row < job.rows
+                    ? sum_of(job.activations + row * job.inputs + g * job.group, job.group)
+                    : 0;
+    }
+}
+
+template <class Kernel>
+void run_tiles(const Job& job) {
+    const int64_t blocks = (job.rows + Kernel::rows - 1) / Kernel::rows, groups = job.inputs / job.group;
+    const int64_t chunk = ROW_CHUNK / Kernel::rows;
+    Buffer<typename Kernel::Activation> packed(blocks * Kernel::rows * job.inputs);
+    Buffer<int32_t> sums(groups * blocks * Kernel::rows);
+#pragma omp parallel num_threads(job.threads)
+    {
+        Buffer<typename Kernel::Expanded> expanded(PANEL * SEGMENT);
+        Buffer<int32_t> acc(ROW_CHUNK * PANEL);
+        Buffer<float> totals(ROW_CHUNK * PANEL);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; ++block)
+            pack_rows<Kernel>(job, block, blocks, packed.data, sums.data);
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t first = 0; first < blocks; first += chunk)
+            for (int64_t panel = 0; panel < job.channels / PANEL; ++panel)
+                run_panel<Kernel>(job, panel, blocks, first, least(blocks, first + chunk), packed.data, sums.data,
+                                  expanded.data, acc.data, totals.data);
+    }
+}
+
+// One row: nothing to reuse, so the weights are read once, straight from where they lie.
+template <class Kernel>
+void run_single(const Job& job) {
+    const int64_t groups = job.inputs / job.group;
+    Buffer<typename Kernel::Activation> row(job.inputs);
+    Buffer<int32_t> sums(groups);
+    for (int64_t k = 0; k < job.inputs; ++k) row.data[k] = job.activations[k];
+    for (int64_t g = 0; g < groups; ++g)
+        sums.data[g] = Kernel::needs_sums ? sum_of(job.activations + g * job.group, job.group) : 0;
+#pragma omp parallel for schedule(static) num_threads(job.threads)
+    for (int64_t panel = 0; panel < job.channels / PANEL; ++panel) {
+        alignas(64) float totals[PANEL];
+        Kernel::single(row.data, job.weights + panel * PANEL * job.inputs * Kernel::bits / 8, sums.data,
+                       job.scale + panel * groups * PANEL, job.offset ? job.offset + panel * PANEL : nullptr, groups,
+                       job.group, totals);
+        write_rows(job, panel, 0, 1, totals);
+    }
+}
+
+template <class Kernel>
+void run(const Job& job) {
+    if (job.rows == 1)
+        run_single<Kernel>(job);
+    else
+        run_tiles<Kernel>(job);
+}
+
+}  // namespace quantkit

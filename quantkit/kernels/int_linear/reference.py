@@ -1,0 +1,69 @@
+"""What an integer linear layer computes, in plain math: the definition that every fast version equals bit for bit.
+
+Activations are signed bytes, each row with its own scale; weights are signed codes with a scale (and a zero point) per
+output channel and group of inputs. Sums of products are integers; each group's sum becomes one float32, is multiplied
+by its scale and added to the groups before it, each operation rounded, and the row's scale comes last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import InvalidRequest
+
+LARGEST_CODE = 127
+SMALLEST_STEP = torch.finfo(torch.float32).tiny
+LARGEST_INPUTS = 1 << 16  # 65536 * 255 * 128 fits 32 bits
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 codes, scale per row) of float32 rows: symmetric, the largest magnitude of a row is code 127."""
+    largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    scale = (largest / LARGEST_CODE).clamp_min(SMALLEST_STEP)
+    return torch.round(x / scale.unsqueeze(-1)).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale
+
+
+def int_linear_reference(
+    activations: Tensor,
+    activation_scale: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    offset: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """float32 (rows, channels) of int8 ``activations`` (rows, inputs) and int8 ``codes`` (channels, inputs).
+
+    ``scale`` and ``zero_point`` (channels, groups); ``offset`` int32 (channels,) is added to the integer sums, where
+    there is one group; ``bias`` (channels,) to the result.
+    """
+    groups = scale.shape[1]
+    per_group = activations.shape[1] // groups
+    total = torch.zeros(activations.shape[0], codes.shape[0])
+    for group in range(groups):
+        part = slice(group * per_group, (group + 1) * per_group)
+        sums = activations[:, part].double() @ codes[:, part].double().t()  # exact: far below 2^53
+        if zero_point is not None:
+            sums -= activations[:, part].double().sum(1, keepdim=True) * zero_point[:, group]
+        if offset is not None:
+            sums += offset
+        total = total + sums.float() * scale[:, group]
+    total = total * activation_scale.unsqueeze(1)
+    return total if bias is None else total + bias
+
+
+def require_operands(activations: Tensor, inputs: int, groups: int, offset: Tensor | None) -> None:
+    """The contract of every integer linear kernel; raises InvalidRequest, naming what does not fit."""
+    if activations.dtype != torch.int8 or activations.dim() != 2 or activations.shape[1] != inputs:
+        raise InvalidRequest(
+            f"An integer linear layer of {inputs} inputs takes int8 rows of that length, not {activations.dtype} of "
+            f"shape {tuple(activations.shape)}."
+        )
+    if inputs > LARGEST_INPUTS:
+        raise InvalidRequest(
+            f"{inputs} inputs can overflow 32-bit sums; integer kernels take at most {LARGEST_INPUTS}. "
+            "Split the layer, or leave it float."
+        )
+    if offset is not None and groups != 1:
+        raise InvalidRequest("An integer offset needs weights with one scale per channel: else no sum takes it.")

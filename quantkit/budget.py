@@ -67,11 +67,11 @@ class Budget:
     """Limits that hold together; at least one. Amounts are kept as canonical text ("300 KB"), bits as a number.
 
     ``size``: everything the model stores. ``average_bits``: packed bits of the layers' weights per weight. ``bops``:
-    sum of weight bits x activation bits x multiply-accumulates. ``latency``: per batch, or relative to the float
-    model. ``activation_bytes``: peak of live sites. ``accuracy_drop``: in the units of ``evaluate``, or relative.
-    ``minimize`` names what to make small when accuracy is the limit; with ``confident`` the drop's one-sided 95 %
-    confidence bound must meet it, which needs an ``evaluate`` that returns a number for each sample. Raises
-    InvalidRequest for an amount that cannot be read or is not positive."""
+    sum of weight bits x activation bits x multiply-accumulates. ``latency``: per batch of the target's latency table,
+    or relative to the float model there. ``activation_bytes``: peak of live sites, for one sample. ``accuracy_drop``:
+    in the units of ``evaluate``, or relative. ``minimize`` names what to make small when accuracy is the limit; with
+    ``confident`` the drop's one-sided 95 % confidence bound must meet it, which needs an ``evaluate`` that returns a
+    number for each sample. Raises InvalidRequest for an amount that cannot be read or is not positive."""
 
     size: str | int | float | None = None
     average_bits: str | int | float | None = None
@@ -133,16 +133,19 @@ class Budget:
 
     def limits(self, profile: Profile) -> dict[str, int]:
         """The limits as integers for a profiled model: ``size`` in bytes of everything stored, ``average_bits`` in
-        packed bytes of the layers' weights, ``bops`` in bit-operations. Raises InvalidRequest for a limit that needs
-        more than a profile to be met."""
+        packed bytes of the layers' weights, ``bops`` in bit-operations, ``latency`` in nanoseconds of a batch,
+        ``activation_bytes`` in bytes for one sample. Raises InvalidRequest for a limit that needs more than this
+        profile to be met."""
         if self.accuracy_drop is not None or self.minimize is not None:
             raise InvalidRequest(
                 "A limit on accuracy is met by evaluating plans, which needs the model: use quantize with "
                 "evaluate=. minimize goes with it."
             )
-        for name in ("latency", "activation_bytes"):
-            if name in self.asked:
-                raise InvalidRequest(f"A limit on {name} is not supported yet; supported: size, average_bits, bops.")
+        if self.latency is not None and profile.latency is None:
+            raise InvalidRequest(
+                f"latency={self.latency} needs times measured on this machine: run `quantkit bench RECIPE` and pass "
+                "the file it writes as target."
+            )
         return {name: math.floor(self._absolute(name, profile)) for name in self.asked}
 
     def without_accuracy(self) -> Budget | None:
@@ -193,6 +196,9 @@ def unit_size(name: str, unit: str, profile: Profile) -> Fraction:
         return Fraction(sum(layer.weights for layer in profile.layers.values()), 8)
     if unit != "%":
         return Fraction(UNITS[name][unit])
+    if name == "latency":
+        assert profile.latency is not None, "checked before"
+        return Fraction(profile.latency.float_ns, 100)
     return Fraction(_float32_bytes(profile) if name == "size" else _float32_bops(profile), 100)
 
 

@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "do it all: profile, allocate, quantize, export, compare"),
         ("plan", _plan, "say what a recipe would do, how long and with how much memory; changes nothing"),
         ("profile", _profile, "measure which layers are sensitive"),
+        ("bench", _bench, "measure what layers and conversions take on this machine, for limits on latency"),
     ):
         made = verb(name, command, text)
         made.add_argument("recipe", type=Path)
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "profile":
             made.add_argument("--out", type=Path, help="where to write (default: profile.safetensors in the output)")
+        if name == "bench":
+            _add_bench_arguments(made)
     _add_allocate_arguments(verb("allocate", _allocate, "choose bits for a budget from a profile"))
     exporting = verb("export", _export, "write the ONNX file of a saved result")
     exporting.add_argument("folder", type=Path)
@@ -100,6 +103,13 @@ def _add_allocate_arguments(allocating: argparse.ArgumentParser) -> None:
     allocating.add_argument("--solver", default="auto")
     allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
     allocating.add_argument("--out", type=Path, help="where to write (default: plan.json; front.csv and front.png)")
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="where to write (default: target.yaml in the output)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of onnxruntime (default 1)")
+    parser.add_argument("--batch", type=int, default=32, help="samples a run (default 32)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="how long to measure (default 40)")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -128,6 +138,20 @@ def _profile(options: argparse.Namespace) -> None:
     measured, path = profile_recipe(recipe, options.out, progress=not options.quiet)
     print(f"{len(measured.entries)} formats of {len(measured.candidates)} layers and {len(measured.sites)} sites")
     print(f"digest {measured.digest()}, written to {path}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from quantkit.recipe.read import read_recipe
+    from quantkit.recipe.run import bench_recipe
+    from quantkit.report.latency import latency_summary
+
+    recipe = read_recipe(options.recipe, options.set)
+    target, path = bench_recipe(
+        recipe, options.out, options.threads, options.batch, options.seconds, progress=not options.quiet
+    )
+    assert target.latency is not None, "it was just measured"
+    print(latency_summary(target.latency))
+    print(f"\nwritten to {path}: pass it as target, then budget='latency=80%' or 'latency=3 ms' can be asked for")
 
 
 def _allocate(options: argparse.Namespace) -> None:

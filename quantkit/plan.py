@@ -20,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
+from quantkit.flow import Operation
 from quantkit.formats import Scheme
+from quantkit.latency import LatencyTable
 from quantkit.store import write_atomically
 
 PLAN_VERSION = 1
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 def canonical_json(data: Any) -> str:
@@ -114,7 +116,8 @@ class Profile:
     alone; ``gram`` (K x K, positive semi-definite) holds the pairwise terms, scaled so that gram[k, k] = 2 damage[k]:
     half the sum of ``gram`` over a plan's entries, ``saturated``, is its predicted damage. ``same_scheme`` lists
     groups of layers that must get one scheme. ``other_bytes`` is everything the model stores besides its layers'
-    weights.
+    weights. ``operations`` say which sites are made and read where; ``latency`` what that takes on the
+    target, where it was measured.
     """
 
     layers: dict[str, Layer]
@@ -130,6 +133,8 @@ class Profile:
     candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     saturation: float = 0.0
+    operations: tuple[Operation, ...] = ()
+    latency: LatencyTable | None = None
 
     def index(self) -> dict[tuple[str, str], int]:
         """Position of each (owner, format) in ``entries``."""
@@ -224,6 +229,8 @@ class Profile:
             raise KeyError(*missing)
         values["layers"] = {n: _record(Layer, v) for n, v in header["layers"].items()}
         values["sites"] = {n: _record(SiteRecord, v) for n, v in header["sites"].items()}
+        values["operations"] = tuple(_record(Operation, v) for v in header["operations"])
+        values["latency"] = None if header["latency"] is None else LatencyTable.from_dict(header["latency"])
         values["candidates"] = _tuples(header["candidates"])
         values["provenance"] = header["provenance"]
         _check_types(cls, values)

@@ -20,8 +20,8 @@ FACE = "__init__"
 
 # Lowest first. A part may import what stands on a lower line, or beside it as long as no circle forms.
 ORDER = (
-    ("errors", "progress", "formats", "version"),
-    ("plan", "budget", "store", "targets"),
+    ("errors", "progress", "formats", "flow", "version"),
+    ("plan", "budget", "store", "latency", "targets"),
     ("kernels",),
     ("graph",),
     ("quantizers",),
@@ -36,7 +36,7 @@ ORDER = (
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # Deciding needs no model: allocation stands on these alone, and torch is not among what they import.
-BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "plan", "budget", "store"})
+BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "flow", "plan", "latency", "budget", "store"})
 WITHOUT_TORCH = BELOW_ALLOCATION | {"allocation"}
 
 # What only the pipeline and what stands above it may import.

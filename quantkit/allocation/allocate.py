@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from quantkit.allocation.boundaries import choose_execution, needs_execution, separable
+from quantkit.allocation.count import costs_of_execution, counted
 from quantkit.allocation.feasibility import OutOfReach
-from quantkit.allocation.from_profile import COSTS, Question, candidates, fixed_cost, question
+from quantkit.allocation.from_profile import Fixed, Question, candidates, fixed_cost, question, with_float
 from quantkit.allocation.problem import Assignment
-from quantkit.allocation.reasons import reasons
+from quantkit.allocation.reasons import explain_latency, reasons
 from quantkit.allocation.registry import Settings
 from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
@@ -31,18 +33,22 @@ def allocate(
     """The plan with the least predicted damage inside ``budget``; the same arguments give the same plan in any
     process.
 
-    ``schemes`` restricts the candidates to some of those profiled; ``order`` names layers for the solver "by-rank",
-    the one that deserves the widest format first. Raises InfeasibleBudget with the smallest that can be reached in the
-    user's unit, InvalidRequest for a request the profile cannot answer."""
+    ``schemes`` restricts the candidates to some of those profiled; with a limit on latency or activation memory a
+    layer may also stay float, unless a rule pins it or ``schemes`` are given. ``order`` names layers for the solver
+    "by-rank", the one that deserves the widest format first. Raises InfeasibleBudget with the smallest that can be
+    reached in the user's unit, InvalidRequest for a request the profile cannot answer."""
     limit = Budget.parse(budget)
     limits = limit.limits(profile)
-    asked = question(profile, limits, schemes)
+    wanted = None if schemes is None else [Scheme.parse(s) for s in schemes]
+    settings = Settings(seed=seed, gap=GAP, order=order)
     try:
-        solution = solve(asked.problem, solver, Settings(seed=seed, gap=GAP, order=order))
+        asked = _asked(profile, limits, wanted, settings)
+        solution = solve(asked.problem, solver, settings)
     except OutOfReach as error:
-        raise _in_asked_unit(error, limit, profile, schemes) from error
+        raise _in_asked_unit(error, limit, profile, wanted) from error
     plan = plan_of(profile, asked, solution.assignment)
     recount(plan, profile, limits)
+    plan = explain_latency(plan, profile, wanted)
     provenance = {
         "budget": str(limit),
         "limits": limits,
@@ -55,8 +61,27 @@ def allocate(
         "seed": seed,
         "profile": profile.digest(),
         "target": profile.target,
+        **costs_of_execution(plan, profile, limits),
     }
     return Plan(**{**vars(plan), "provenance": provenance})
+
+
+def _asked(
+    profile: Profile, limits: Mapping[str, int], schemes: Sequence[Scheme] | None, settings: Settings
+) -> Question:
+    """The problem to solve. Where a limit depends on which layers run on codes, that is decided first, by the sum of
+    the damages; what is left are the widths of the weights.
+    """
+    if not needs_execution(limits):
+        return question(profile, limits, schemes)
+    allowed = with_float(profile, candidates(profile, schemes), schemes)
+    fixed = choose_execution(profile, limits, allowed, settings)
+    return question(profile, separable(limits), schemes, fixed)
+
+
+def question_around(profile: Profile, limits: Mapping[str, int], plan: Plan) -> Question:
+    """The problem in which a plan may be improved: what runs on codes stays where a limit depends on it."""
+    return question(profile, separable(limits), None, Fixed.of(plan) if needs_execution(limits) else None)
 
 
 def plan_of(profile: Profile, asked: Question, assignment: Assignment) -> Plan:
@@ -78,8 +103,7 @@ def plan_of(profile: Profile, asked: Question, assignment: Assignment) -> Plan:
 def recount(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> None:
     """Count the plan itself against the limits: a budget is a postcondition, whatever a solver said."""
     for name, limit in limits.items():
-        used = sum(COSTS[name](layer, plan.schemes[layer.name]) for layer in profile.layers.values())
-        used += profile.other_bytes if name == "size" else 0
+        used = counted(profile, plan.schemes, plan.sites, name)
         if used > limit:
             raise QuantkitError(f"The plan uses {used:,} of {limit:,} under the limit {name}. Please report this.")
 
@@ -90,7 +114,8 @@ def _in_asked_unit(
     """The error with the smallest in the unit the user wrote, fixed costs included, as an amount that a budget can
     be asked with."""
     name, least = error.conflict.name, error.conflict.smallest
-    least += fixed_cost(profile, candidates(profile, schemes), name)
+    if not needs_execution(budget.limits(profile)):
+        least += fixed_cost(profile, candidates(profile, schemes), name)
     smallest, unit = budget.in_asked_unit(name, least, profile), budget.unit(name)
     number = f"{smallest:.3f}".rstrip("0").rstrip(".")
     text = f"{number}{unit if unit in ('', '%') else ' ' + unit}"

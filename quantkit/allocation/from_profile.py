@@ -95,15 +95,21 @@ def candidates(profile: Profile, schemes: Iterable[str | Scheme] | None = None) 
     return allowed
 
 
-def question(profile: Profile, limits: Mapping[str, int], schemes: Iterable[str | Scheme] | None = None) -> Question:
+def question(
+    profile: Profile,
+    limits: Mapping[str, int],
+    schemes: Iterable[str | Scheme] | None = None,
+    fixed: Fixed | None = None,
+) -> Question:
     """The problem of choosing schemes for all layers and formats for all sites within ``limits`` (of
     ``Budget.limits``).
 
     What a layer reads and the layer agree on the activation format; layers of a ``same_scheme`` group take one scheme.
-    Layers that stay float, and everything stored besides weights, are taken off the limits."""
-    allowed = candidates(profile, schemes)
+    Layers that stay float, and everything stored besides weights, are taken off the limits. ``fixed``: what runs on
+    codes has been decided, and only the widths of weights are left to choose."""
+    allowed = candidates(profile, schemes) if fixed is None else fixed.candidates(profile, schemes)
     readers = {name: [c for c in site.consumers if c in allowed] for name, site in profile.sites.items()}
-    formats = _site_formats(profile, allowed, readers)
+    formats = _site_formats(profile, allowed, readers) if fixed is None else fixed.site_formats(profile)
     sites = [name for name in profile.sites if formats[name]]
     index = profile.index()
     tags = {name: _tags(name, options, readers, formats) for name, options in allowed.items()}
@@ -124,6 +130,45 @@ def question(profile: Profile, limits: Mapping[str, int], schemes: Iterable[str 
         tuple(allowed),
         tuple(sites),
     )
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What runs how: the layers that are quantized, and the format of every site that holds codes."""
+
+    quantized: frozenset[str]
+    sites: Mapping[str, str]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Fixed:
+        """As a plan has it."""
+        quantized = frozenset(name for name, scheme in plan.schemes.items() if not scheme.is_float)
+        return cls(quantized, {name: fmt for name, fmt in plan.sites.items() if fmt != FLOAT})
+
+    def candidates(self, profile: Profile, schemes: Iterable[str | Scheme] | None) -> dict[str, tuple[Scheme, ...]]:
+        """The schemes each layer may take: those in the formats of the sites it reads, or float."""
+        allowed = {}
+        for name, options in with_float(profile, candidates(profile, schemes), schemes).items():
+            read = {self.sites.get(site) for site in profile.layers[name].inputs}
+            fitting = tuple(s for s in options if not s.is_float and read <= {str(s.activation)})
+            allowed[name] = fitting if name in self.quantized else (Scheme(),)
+        return allowed
+
+    def site_formats(self, profile: Profile) -> dict[str, list[str]]:
+        return {name: [self.sites[name]] if name in self.sites else [] for name in profile.sites}
+
+
+def with_float(
+    profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], schemes: Iterable[str | Scheme] | None = None
+) -> dict[str, tuple[Scheme, ...]]:
+    """The candidates with float for every layer that no rule pins, unless only some ``schemes`` are wanted."""
+    if schemes is not None:
+        return dict(allowed)
+    free = {name for name in allowed if tuple(profile.candidates.get(name, profile.schemes)) == profile.schemes}
+    return {
+        name: (*options, Scheme()) if name in free and not any(s.is_float for s in options) else options
+        for name, options in allowed.items()
+    }
 
 
 def fixed_cost(profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str) -> int:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from quantkit.allocation.allocate import plan_of
-from quantkit.allocation.from_profile import COSTS, question
+from quantkit.allocation.allocate import allocate, plan_of
+from quantkit.allocation.boundaries import smallest
+from quantkit.allocation.count import COUNTED, OF_EXECUTION, counted
+from quantkit.allocation.from_profile import candidates, question, with_float
 from quantkit.allocation.lagrangian import pareto_front
+from quantkit.allocation.registry import Settings
+from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
+
+STEPS = 12
 
 
 def pareto(
@@ -18,14 +24,18 @@ def pareto(
 ) -> tuple[Plan, ...]:
     """The Pareto front of a profile, cheapest plan first: predicted damage against what ``limit`` counts.
 
-    ``limit``: size, average_bits or bops. ``schemes`` restricts the candidates to some of those profiled. The front
-    holds the vertices of the convex hull (a Lagrangian sweep), each improved by swaps; ``allocate`` finds plans
-    between them. Raises InvalidRequest for an unknown limit.
+    ``limit``: size, average_bits, bops, latency or activation_bytes. ``schemes`` restricts the candidates to some of
+    those profiled. The front holds the vertices of the convex hull (a Lagrangian sweep), each improved by swaps;
+    ``allocate`` finds plans between them. Latency and activation memory are no sums over layers: their fronts are the
+    best plans at even steps from the smallest that can be reached to that of the float model. Raises InvalidRequest
+    for an unknown limit.
     """
-    if limit not in COSTS:
+    if limit not in COUNTED:
         raise InvalidRequest(
-            f"A front along {limit!r} is not known; known: {', '.join(COSTS)}.{did_you_mean(limit, list(COSTS))}"
+            f"A front along {limit!r} is not known; known: {', '.join(COUNTED)}.{did_you_mean(limit, list(COUNTED))}"
         )
+    if limit in OF_EXECUTION:
+        return _by_steps(profile, limit, schemes)
     asked = question(profile, {limit: 0}, schemes)
     plans = []
     for point in pareto_front(asked.problem):
@@ -33,3 +43,20 @@ def pareto(
         provenance = {"front": limit, "profile": profile.digest(), "target": profile.target}
         plans.append(replace(plan, provenance=provenance))
     return tuple(plans)
+
+
+def _by_steps(profile: Profile, limit: str, schemes: Iterable[str | Scheme] | None) -> tuple[Plan, ...]:
+    unit = "ns" if limit == "latency" else "B"
+    Budget.parse(f"{limit}=1 {unit}").limits(profile)  # refuses where the profile has no costs
+    wanted = None if schemes is None else [Scheme.parse(s) for s in schemes]
+    allowed = with_float(profile, candidates(profile, wanted), wanted)
+    least = smallest(profile, limit, {}, allowed, Settings())
+    most = counted(profile, dict.fromkeys(profile.layers, Scheme()), {}, limit)
+    assert least is not None, "no other limit holds"
+    amounts = {least + (most - least) * k // STEPS for k in range(STEPS + 1)} if most > least else {least}
+    plans = [allocate(profile, f"{limit}={amount} {unit}", schemes=wanted) for amount in sorted(amounts)]
+    kept: dict[str, Plan] = {}
+    for plan in plans:
+        if not kept or (plan.predicted_damage or 0) < min(p.predicted_damage or 0 for p in kept.values()):
+            kept[plan.digest()] = replace(plan, provenance=plan.provenance | {"front": limit})
+    return tuple(kept.values())

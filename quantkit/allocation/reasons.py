@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 
-from quantkit.allocation.from_profile import Question
+from quantkit.allocation.count import latency_of
+from quantkit.allocation.from_profile import Question, candidates, with_float
 from quantkit.allocation.problem import Assignment, Option, Problem
 from quantkit.formats import Scheme
-from quantkit.plan import Profile
+from quantkit.plan import Plan, Profile
 
 
 def reasons(profile: Profile, asked: Question, assignment: Assignment) -> dict[str, str]:
@@ -62,3 +66,20 @@ def _change(problem: Problem, assignment: Assignment, members: list[int], option
         return problem.separable_objective(changed) - problem.separable_objective(assignment)
     old, new = (np.array(problem.positions(a)) for a in (assignment, changed))
     return problem.objective(changed) - problem.objective(assignment) if not np.array_equal(old, new) else 0.0
+
+
+def explain_latency(plan: Plan, profile: Profile, schemes: Iterable[Scheme] | None = None) -> Plan:
+    """The plan with what the other way to run each layer would change of the predicted latency, conversions
+    included.
+    """
+    if profile.latency is None:
+        return plan
+    now, why = latency_of(profile, plan.schemes), dict(plan.why)
+    for name, options in with_float(profile, candidates(profile, schemes), schemes).items():
+        is_float = plan.schemes[name].is_float
+        other = next((s for s in options if s.is_float != is_float), None)
+        if other is not None:
+            change = (latency_of(profile, {**plan.schemes, name: other}) - now) / 1e3
+            way = "integer kernels" if is_float else "float"
+            why[name] = f"{why[name]}; in {way} it would change the latency by {change:+,.1f} microseconds"
+    return replace(plan, why=why)

@@ -1,8 +1,9 @@
 """The float graph of a simulated model with marks where codes go: exported once, rewritten without matching names.
 
 A mark is an identity operation that remembers a name: ``quantkit::Site(x)`` sits where a site's tensor, or an echo of
-it, is made, and ``quantkit::Weight(w)`` wherever a layer's weight is read. They are put in while the model runs under
-torch.export, by the same keys that tracing found and simulation uses.
+it, is made, with that place, since a plan that leaves layers float needs fewer of them; ``quantkit::Weight(w)``
+wherever a layer's weight is read. They are put in while the model runs under torch.export, by the same keys that
+tracing found and simulation uses.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def input_names(model: nn.Module, batch: Batch) -> tuple[str, ...]:
     return leaf_names(dict(zip(positional, args, strict=False)) | kwargs, "input")
 
 
-def _mark(kind: str, name: str, tensor: Tensor) -> Tensor:
+def _mark(kind: str, tensor: Tensor, **attributes: str) -> Tensor:
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{kind}", (tensor,), {"name": name}, dtype=tensor.dtype, shape=tensor.shape, version=1
+        f"{DOMAIN}::{kind}", (tensor,), {**attributes}, dtype=tensor.dtype, shape=tensor.shape, version=1
     )
 
 
@@ -91,7 +92,7 @@ class _WeightMarks(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _marked(self, value: Any) -> Any:
-        return _mark("Weight", self.names[id(value)], value) if id(value) in self.names else value
+        return _mark("Weight", value, name=self.names[id(value)]) if id(value) in self.names else value
 
 
 class _MarkedModel(nn.Module):
@@ -114,7 +115,9 @@ class _MarkedModel(nn.Module):
             return tuple(tensors_of(run_with(self.model, self._change, args, kwargs)))
 
     def _change(self, place: OpKey, tensor: Tensor) -> Tensor:
-        return _mark("Site", self.places[place], tensor) if place in self.places else tensor
+        if place not in self.places:
+            return tensor
+        return _mark("Site", tensor, name=self.places[place], place=str(place))
 
 
 def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:

@@ -65,9 +65,7 @@ def export_onnx(
     then no file is left.
     """
     marked = graph or mark_graph(simulated, example)
-    model = copy_tidy(marked)
-    quantize_marks(model, simulated)
-    remove_leftovers(model)
+    model = quantized_graph(simulated, marked)
     runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
     model.metadata_props["quantkit.minimum_onnxruntime"] = runtime
     if plan is not None:
@@ -88,6 +86,20 @@ def export_onnx(
         dynamic_batch=bool(marked.dynamic),
         parity=tuple(parity),
     )
+
+
+def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph) -> ir.Model:
+    """The graph of ``simulated`` in integers, from the marked graph of its model."""
+    model = copy_tidy(marked)
+    quantize_marks(model, simulated)
+    remove_leftovers(model)
+    return model
+
+
+def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, path: str | Path) -> Path:
+    """Write ``simulated`` to be timed: nothing compares what it computes."""
+    _write(quantized_graph(simulated, marked), str(path))
+    return Path(path)
 
 
 def export_float(

@@ -48,7 +48,7 @@ def quantize_marks(model: ir.Model, simulated: SimulatedModel) -> None:
         else:
             writer.editor.bypass(mark)
     for name, mark in marks(graph, "Site"):
-        if name in simulated.ranges:
+        if writer.is_coded(mark):
             writer.quantize_site(name, mark)
         else:
             writer.editor.bypass(mark)
@@ -81,6 +81,28 @@ def _reads(mark: ir.Node) -> list[tuple[Any, bool]]:
     return reads
 
 
+def _channels_of_float_layer(node: ir.Node) -> int | None:
+    """The input channels (axis 1) of a layer whose weight is a float initializer; None for other nodes, and for a
+    single channel, which has but one scale.
+    """
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or (weight := node.inputs[1]) is None:
+        return None
+    made, turned = weight.producer(), False
+    if made is not None and made.op_type == "Transpose" and (weight := made.inputs[0]) is not None:
+        turned = True
+    if weight is None or weight.const_value is None:
+        return None
+    shape = weight.const_value.numpy().shape
+    if node.op_type == "Conv":
+        channels = shape[1] * (node.attributes["group"].as_int() if "group" in node.attributes else 1)
+    elif node.op_type == "ConvTranspose":
+        channels = shape[0]
+    else:
+        turned ^= "transB" in node.attributes and bool(node.attributes["transB"].as_int())
+        channels = shape[1 if turned else 0]
+    return int(channels) if channels > 1 else None
+
+
 class _Writer:
     """Replaces marks one by one; what two calls of a layer or two echoes of a site share is written once."""
 
@@ -89,9 +111,15 @@ class _Writer:
         self.simulated = simulated
         self.weights: dict[tuple[str, bool, bool], ir.Value] = {}
         self.biases: dict[tuple[str, str], ir.Value] = {}
+        coded = [site for site in simulated.sites if site.name in simulated.ranges]
+        self.places = {str(place) for site in coded for place in (site.place, *site.echoes)}
         self.sites: dict[str, set[str | None]] = defaultdict(set)
         for name, mark in marks(graph, "Weight"):
             self.sites[name] |= {self._input_site(use.node) for use, _ in _reads(mark)}
+
+    def is_coded(self, mark: ir.Node) -> bool:
+        """Whether the simulated model has codes at this place."""
+        return mark.attributes["place"].as_string() in self.places
 
     def quantize_site(self, name: str, mark: ir.Node) -> None:
         site = self.simulated.ranges[name]
@@ -101,7 +129,25 @@ class _Writer:
         if site.bits < BYTE:  # bytes saturate at 255; clipping codes, not values, leaves the kernel before it integer
             highest = self.editor.initializer(f"{name}.highest", np.array(site.high, np.uint8))
             codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
+        self._dequantize_for_float_layers(name, mark, codes)
         self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
+
+    def _dequantize_for_float_layers(self, name: str, mark: ir.Node, codes: ir.Value) -> None:
+        """Give layers that stay float the same values with the scale written once per channel. Behind a single scale
+        onnxruntime would take them for layers that were meant to be quantized, and round their weights itself, to 8
+        bits with one scale for all of them.
+        """
+        site = self.simulated.ranges[name]
+        made: dict[int, ir.Value] = {}
+        for use in mark.outputs[0].uses():
+            channels = _channels_of_float_layer(use.node) if use.idx == 0 else None
+            if channels is None:
+                continue
+            if channels not in made:
+                scales = self.editor.initializer(f"{name}.scales", np.full(channels, site.scale, np.float32))
+                zeros = self.editor.initializer(f"{name}.zero_points", np.full(channels, site.zero_point, np.uint8))
+                made[channels] = self.editor.node(mark, "DequantizeLinear", [codes, scales, zeros], name, axis=1)
+            use.node.replace_input_with(0, made[channels])
 
     def quantize_weight(self, name: str, mark: ir.Node) -> None:
         """Write a layer's codes, and the biases of the calls that read them. Where the graph transposes the weight,
@@ -141,10 +187,9 @@ class _Writer:
     def _input_site(self, call: ir.Node) -> str | None:
         """The site whose codes a layer's call reads; None where its input stays float."""
         made = call.inputs[0].producer() if call.inputs[0] is not None else None
-        if made is None or made.domain != DOMAIN or made.op_type != "Site":
+        if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
             return None
-        name = made.attributes["name"].as_string()
-        return name if name in self.simulated.ranges else None
+        return made.attributes["name"].as_string()
 
     def _has_integer_bias(self, name: str, call: ir.Node) -> bool:
         """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one

@@ -48,7 +48,7 @@ def moves_values(op: Op) -> bool:
     return op.key.op in _MOVES
 
 
-def _root(trace: Trace, value: int) -> int:
+def root_of(trace: Trace, value: int) -> int:
     """The value whose codes this one carries: back through operations that only move values."""
     while (op := trace.makers.get(value)) is not None and moves_values(op) and op.inputs:
         value = op.inputs[0]
@@ -57,10 +57,10 @@ def _root(trace: Trace, value: int) -> int:
 
 def can_hold_site(trace: Trace, value: int) -> bool:
     """True when the value, or the one it was moved from, is made at a place that running the model again will find."""
-    return _root(trace, value) in trace.producer
+    return root_of(trace, value) in trace.producer
 
 
-def _fused(trace: Trace, value: int, activations: Iterable[str]) -> int:
+def fused_output(trace: Trace, value: int, activations: Iterable[str]) -> int:
     """The value after the activation a runtime fuses into the operation that made ``value`` (or ``value`` itself)."""
     readers = trace.consumers.get(value, ())
     if (
@@ -73,6 +73,15 @@ def _fused(trace: Trace, value: int, activations: Iterable[str]) -> int:
     return value
 
 
+def runs_on_codes(trace: Trace, op: Op) -> bool:
+    """True when all operands of an element-wise operation are activations of one shape that can be sites."""
+    if len(op.inputs) < 2 or len(op.outputs) != 1 or any(a != 1 for a in op.arguments):  # alpha is a multiplication
+        return False
+    if not all(v in trace.varying and v in trace.producer and can_hold_site(trace, v) for v in op.inputs):
+        return False
+    return len({trace.shape[v] for v in op.inputs}) == 1
+
+
 @dataclass
 class _Placement:
     """Sites under construction: root value -> values that need codes, and root value -> layers that read it."""
@@ -82,7 +91,7 @@ class _Placement:
     readers: dict[int, list[str]] = field(default_factory=dict)
 
     def add(self, value: int, reader: str | None = None) -> None:
-        root = _root(self.trace, value)
+        root = root_of(self.trace, value)
         self.needs.setdefault(root, set()).add(value)
         readers = self.readers.setdefault(root, [])
         if reader is not None and reader not in readers:
@@ -90,17 +99,11 @@ class _Placement:
 
 
 def _place_integer_op(placement: _Placement, op: Op, target: Target) -> None:
-    """Give an element-wise operation sites when all its operands are activations of one shape and one already has a
-    site.
-    """
+    """Give an element-wise operation sites when it runs on codes and one of its operands already has a site."""
     trace = placement.trace
-    if len(op.inputs) < 2 or len(op.outputs) != 1 or any(a != 1 for a in op.arguments):  # alpha is a multiplication
+    if not runs_on_codes(trace, op) or not any(root_of(trace, v) in placement.needs for v in op.inputs):
         return
-    if not all(v in trace.varying and v in trace.producer and can_hold_site(trace, v) for v in op.inputs):
-        return
-    if len({trace.shape[v] for v in op.inputs}) != 1 or not any(_root(trace, v) in placement.needs for v in op.inputs):
-        return
-    for value in (*op.inputs, _fused(trace, op.outputs[0], target.fused_activations)):
+    for value in (*op.inputs, fused_output(trace, op.outputs[0], target.fused_activations)):
         placement.add(value)
 
 
@@ -126,7 +129,7 @@ def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable
         for call in trace.calls[name]:
             placement.add(call.input, name)
             if trace.kinds[name] in target.output_coded:
-                placement.add(_fused(trace, call.output, target.fused_activations))
+                placement.add(fused_output(trace, call.output, target.fused_activations))
     for op in trace.ops:
         if op.key.op in target.integer_ops:
             _place_integer_op(placement, op, target)

@@ -16,7 +16,8 @@ import numpy as np
 
 from quantkit.allocation.allocate import allocate, plan_of
 from quantkit.allocation.bisection import Evaluation, Judge, along_front, between, by_levels, drop_of
-from quantkit.allocation.from_profile import COSTS, FLOAT_BITS, assignment_of, candidates, question
+from quantkit.allocation.count import COUNTED, counted
+from quantkit.allocation.from_profile import FLOAT_BITS, assignment_of, candidates, question
 from quantkit.allocation.front import pareto
 from quantkit.budget import Budget
 from quantkit.errors import AccuracyNotMet, InvalidRequest
@@ -51,8 +52,8 @@ def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: 
         raise InvalidRequest(
             "accuracy_drop tries several plans, and inplace=True leaves one model. Leave inplace out."
         )
-    if limit.minimize not in (None, *COSTS):
-        raise InvalidRequest(f"minimize={limit.minimize} is not supported yet; supported: {', '.join(COSTS)}.")
+    if limit.minimize not in (None, *COUNTED):
+        raise InvalidRequest(f"minimize={limit.minimize} is not supported yet; supported: {', '.join(COUNTED)}.")
 
 
 def meet_accuracy(
@@ -180,8 +181,7 @@ def _front(profile: Profile, limit: Budget) -> list[Plan]:
 
 def _cost(profile: Profile, plan: Plan, name: str) -> int:
     """What ``name`` counts of a plan, as ``Budget.limits`` does."""
-    used = sum(COSTS[name](layer, plan.schemes[layer.name]) for layer in profile.layers.values())
-    return used + (profile.other_bytes if name == "size" else 0)
+    return counted(profile, plan.schemes, plan.sites, name)
 
 
 def _simulated(request: Request, bench: Bench, profile: Profile, plan: Plan) -> SimulatedModel:

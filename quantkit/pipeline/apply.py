@@ -16,7 +16,14 @@ from quantkit.kernels.packing import packed_weight_bytes
 from quantkit.kernels.reference import SiteRange
 from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
 from quantkit.pipeline.reconstruct import Course, course_of, reconstruct, require_course, worth_learning
-from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose, require_accepted
+from quantkit.pipeline.request import (
+    CHOICES,
+    DEFAULT_TARGET,
+    TargetName,
+    calibration_batches,
+    choose,
+    require_accepted,
+)
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, average_bits
 from quantkit.quantizers.activation_ranges import RANGES
@@ -36,7 +43,7 @@ def apply(
     calibration: Any,
     *,
     samples: int | None = None,
-    target: str | Target = DEFAULT_TARGET,
+    target: TargetName = DEFAULT_TARGET,
     rounding: str = "auto",
     ranges: str = "mse",
     reconstruction: str = "auto",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantkit.allocation.allocate import plan_of, recount
-from quantkit.allocation.from_profile import assignment_of, question
+from quantkit.allocation.allocate import plan_of, question_around, recount
+from quantkit.allocation.from_profile import assignment_of
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
 from quantkit.pipeline.profile import Bench
@@ -22,7 +22,7 @@ def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: s
     provenance.
     """
     limits = budget.limits(profile)
-    asked = question(profile, limits)
+    asked = question_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
     measurements = PlanDamage(bench.subject, bench.perturbations, progress)
     allowed = EFFORTS[effort] * len(profile.entries)

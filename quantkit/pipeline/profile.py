@@ -12,7 +12,7 @@ from torch import nn
 from quantkit.errors import CorruptFile
 from quantkit.graph.batches import batch_size
 from quantkit.pipeline.forecast import forecast
-from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, make_ready
+from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, TargetName, make_ready
 from quantkit.plan import Profile, digest_of
 from quantkit.progress import notice, warn
 from quantkit.quantizers.simulate import SimulatedModel
@@ -23,7 +23,6 @@ from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.sensitivity.rarely_reached import reached_by_few, with_fallback
 from quantkit.store import Artefacts, require_writable
-from quantkit.targets import Target
 from quantkit.targets.rules import Rules
 
 
@@ -34,7 +33,7 @@ def profile(
     schemes: Schemes | None = None,
     samples: int | None = None,
     loss: str = "auto",
-    target: str | Target = DEFAULT_TARGET,
+    target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
     sensitivity: str = "gram",
     rounding: str = "auto",
@@ -74,7 +73,7 @@ def measure(request: Request, progress: bool, workdir: str | Path | None, bench:
         else:
             notice(f"reusing the profile {kept}")
             artefacts.remove()
-            return found
+            return request.with_latency(found)
     notice(str(forecast(request)))
     measured = _measure(request, progress, bench or bench_of(request, progress, workdir))
     if kept is not None:

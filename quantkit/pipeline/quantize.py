@@ -18,11 +18,10 @@ from quantkit.pipeline.apply import apply
 from quantkit.pipeline.metric import Evaluate, require_metric
 from quantkit.pipeline.operating_point import EFFORTS, refine
 from quantkit.pipeline.profile import bench_of, measure
-from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, Request, Schemes, choose, make_ready
+from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, Request, Schemes, TargetName, choose, make_ready
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, Profile
 from quantkit.store import require_writable
-from quantkit.targets import Target
 from quantkit.targets.rules import Rules
 
 
@@ -35,7 +34,7 @@ def quantize(
     samples: int | None = None,
     loss: str = "auto",
     evaluate: Evaluate | None = None,
-    target: str | Target = DEFAULT_TARGET,
+    target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
     sensitivity: str = "gram",
     solver: str = "auto",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme
 from quantkit.graph.batches import Batch, digest_batches, digest_model, read_batches, split_batches
+from quantkit.graph.flow import operations_of
 from quantkit.graph.trace import Trace, run_model
 from quantkit.plan import Profile, SiteRecord, digest_of
 from quantkit.quantizers.activation_ranges import RANGES
@@ -29,6 +31,7 @@ from quantkit.version import VERSION
 BATCH = 128
 DEFAULT_TARGET = "onnxruntime-cpu"
 Schemes = Iterable[str | Scheme]
+TargetName = str | os.PathLike[str] | Target
 CHOICES: dict[str, tuple[str, ...]] = {
     "sensitivity": tuple(ESTIMATORS),
     "rounding": ROUNDINGS,
@@ -79,7 +82,13 @@ class Request:
             candidates={name: tuple(str(s) for s in options) for name, options in self.candidates.items()},
             provenance=self.settings | dict(provenance),
             saturation=scores.saturation,
+            operations=operations_of(ready.trace, ready.sites, self.target),
+            latency=self.target.latency,
         )
+
+    def with_latency(self, profile: Profile) -> Profile:
+        """A profile measured earlier, with this target's latency table."""
+        return replace(profile, latency=self.target.latency)
 
     def unmeasured(self) -> Profile:
         """The profile with all damages zero: enough to tell which budgets can be met."""
@@ -95,7 +104,7 @@ def make_ready(
     schemes: Schemes | None = None,
     samples: int | None = None,
     loss: str = "auto",
-    target: str | Target = DEFAULT_TARGET,
+    target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
     sensitivity: str = "gram",
     rounding: str = "auto",
@@ -116,10 +125,11 @@ def make_ready(
     always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
     if always_float:
         ready = leave_float(ready, goal, always_float)
+    require_own_table(goal, ready)
     settings: dict[str, Any] = {
         "schemes": [str(s) for s in wanted],
         "rules": repr(rules),
-        "target": digest_of(asdict(goal)),
+        "target": digest_of(asdict(replace(goal, latency=None))),
         "seed": seed,
         "model": digest_model(model),
         "operations": _digest_operations(ready.trace),
@@ -128,6 +138,18 @@ def make_ready(
         **asked,
     }
     return Request(ready, batches, {name: allowed[name] for name in ready.quantizable}, goal, settings)
+
+
+def require_own_table(target: Target, ready: Prepared) -> None:
+    """Raise InvalidRequest where the target's latency table was measured on another model."""
+    if target.latency is not None:
+        sites = [site.name for site in ready.sites]
+        target.latency.require(digest_shapes(ready), list(ready.quantizable), sites)
+
+
+def digest_shapes(ready: Prepared) -> str:
+    """Identifies a model's layers with their shapes and the size of what they are called on."""
+    return digest_of([[layer.name, list(layer.shape), layer.macs] for layer in ready.layers.values()])
 
 
 def _digest_operations(trace: Trace) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.targets import is_target_file
 
 Keys = tuple[str, ...]
 
@@ -86,7 +87,18 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """The arguments of ``quantize`` that the recipe sets, without model, data and places."""
-        return {key: self.data[key] for key in SETTINGS if key in self.data}
+        found = {key: self.data[key] for key in SETTINGS if key in self.data}
+        return found | ({"target": self.target} if self.target is not None else {})
+
+    @property
+    def target(self) -> str | None:
+        """The target's name or the path of its file: relative to the recipe's folder, or to where the command runs if
+        the command gives it.
+        """
+        asked = self.get("target")
+        if not isinstance(asked, str) or not is_target_file(asked):
+            return asked
+        return os.path.abspath(asked) if self.lines.get(("target",)) == "--set" else str(self.resolved(asked))
 
     def path_of(self, *keys: str) -> Path:
         """The existing file a key names."""

@@ -18,6 +18,7 @@ from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import split_batches
+from quantkit.pipeline.bench import LATENCY_BATCH, bench
 from quantkit.pipeline.measure_plans import measured_damages
 from quantkit.pipeline.metric import metric_of
 from quantkit.pipeline.operating_point import EFFORTS
@@ -36,7 +37,7 @@ from quantkit.targets.rules import parse_schemes
 ONNX_FILE = "model.onnx"
 RECIPE_FILE = "recipe.yaml"
 PROFILE_FILE = "profile.safetensors"
-LATENCY_BATCH = 32
+TARGET_FILE = "target.yaml"
 CHECKED_BATCHES = 2
 EXECUTIONS = ("simulated", "real")
 
@@ -64,7 +65,7 @@ def _check_names(recipe: Recipe) -> None:
     with recipe.blame("budget"):
         Budget.parse(recipe.get("budget"))
     with recipe.blame("target"):
-        target = Target.load(recipe.get("target", default=DEFAULT_TARGET))
+        target = Target.load(recipe.target or DEFAULT_TARGET)
     with recipe.blame("schemes"):
         parse_schemes(recipe.get("schemes"), target)
     if recipe.get("solver") is not None:
@@ -128,6 +129,23 @@ def _measuring_settings(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.settings().items() if key not in DECIDED_LATER}
 
 
+def bench_recipe(
+    recipe: Recipe, path: Path | None, threads: int, batch: int, seconds: float, progress: bool = True
+) -> tuple[Target, Path]:
+    """The recipe's target with the latency table of its model on this machine, written to ``path`` (default:
+    target.yaml in its output folder).
+    """
+    path = path or recipe.output / TARGET_FILE
+    require_writable(path.parent)
+    with recipe.blame("target"):
+        target = Target.load(recipe.target or DEFAULT_TARGET)
+    model, samples = model_of(recipe), samples_of(recipe, "calibration")
+    measured = bench(
+        model, items_of(samples), target=target, threads=threads, batch=batch, seconds=seconds, progress=progress
+    )
+    return measured, measured.save(path)
+
+
 def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     """Write the ONNX file, and measure size, speed and accuracy of it and of the float network in onnxruntime."""
     from quantkit.export.latency import measure_latency_ratio
@@ -185,6 +203,8 @@ def _absolute(recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = _absolute_function(recipe, value)
         elif key in ("model", "calibration", "evaluate"):
             found[key] = _absolute(recipe, value)
+        elif key == "target":
+            found[key] = recipe.target
         else:
             found[key] = value
     return found

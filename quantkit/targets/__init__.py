@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import os
+from dataclasses import dataclass, fields, replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
+from quantkit.latency import LatencyTable
+from quantkit.store import write_atomically
+
+SUFFIXES = (".yaml", ".yml", ".json")
+_HEAD = "# Times of one model on one machine, measured by `quantkit bench`. Pass this file as target.\n"
 
 
 @dataclass(frozen=True)
 class Target:
     """A runtime, as data. ``layers`` are the kinds it runs quantized; ``output_coded`` those of them whose kernels
     write codes; ``integer_ops`` the element-wise operations it runs on codes; ``fused_activations`` what it fuses into
-    both.
+    both. ``latency``: what a model's parts take on a machine, where that was measured.
     """
 
     name: str
@@ -30,21 +37,52 @@ class Target:
     output_coded: tuple[str, ...]
     fused_activations: tuple[str, ...]
     integer_ops: tuple[str, ...]
+    latency: LatencyTable | None = None
 
     @classmethod
-    def load(cls, name: str | Target) -> Target:
-        """The target of this name; raises InvalidRequest with the known names."""
+    def load(cls, name: str | os.PathLike[str] | Target) -> Target:
+        """The target of this name, or of a file that ``quantkit bench`` wrote; raises InvalidRequest with the known
+        names, or for a file that cannot be read, CorruptFile for one that is something else.
+        """
         if isinstance(name, Target):
             return name
+        if is_target_file(name):
+            return cls._of_file(Path(name))
         if name not in target_names():
             known = target_names()
             raise InvalidRequest(
                 f"Unknown target {name!r}; known: {', '.join(known)}.{did_you_mean(str(name), known)}"
             )
         data = yaml.safe_load((resources.files(__package__) / f"{name}.yaml").read_text())
-        values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
+        values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**values)
+
+    @classmethod
+    def _of_file(cls, path: Path) -> Target:
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            table = LatencyTable.from_dict(data["latency"])
+            base = data["target"]
+        except OSError as error:
+            raise InvalidRequest(
+                f"Cannot read the target file {str(path)!r}: {error.strerror or error}. `quantkit bench RECIPE` "
+                "writes one."
+            ) from error
+        except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            found = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise CorruptFile(
+                f"{str(path)!r} is not a target file of `quantkit bench` ({found.rstrip('.')}). Run it again."
+            ) from error
+        return replace(cls.load(base), latency=table)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file that ``load`` reads: the target's name and its latency table, as YAML."""
+        if self.latency is None:
+            raise InvalidRequest(f"Target {self.name} has no latency table to save: `quantkit bench` measures one.")
+        data = {"target": self.name, "latency": self.latency.to_dict()}
+        text = _HEAD + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=119)
+        return write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Why this target cannot run a scheme, None when it can."""
@@ -66,6 +104,11 @@ class Target:
         if not act.is_integer or act.bits not in self.activation_bits or act.dynamic or act.group:
             return f"activation format {act} is ? (static, bits: {_list(self.activation_bits)})"
         return None
+
+
+def is_target_file(name: object) -> bool:
+    """Whether a target is given as a file."""
+    return isinstance(name, os.PathLike) or (isinstance(name, str) and name.endswith(SUFFIXES))
 
 
 def _list(values: tuple[int, ...]) -> str:

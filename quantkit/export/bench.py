@@ -1,0 +1,103 @@
+"""A latency table from the node times of a model in several mixtures of float and quantized layers.
+
+In the mixtures every layer runs in float and on codes, between neighbours of both kinds, so that conversions are seen
+where they happen. Node times are added up by the part of the model they belong to, and the table has the averages.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.export.node_times import FileTimes
+from quantkit.export.owners import Owners, owners_of_nodes
+from quantkit.flow import Execution
+from quantkit.latency import OperationTime, SiteTime
+
+Floats = npt.NDArray[np.float64]
+Part = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Times:
+    """The parts of a latency table, in nanoseconds."""
+
+    operations: dict[str, OperationTime]
+    sites: dict[str, SiteTime]
+    rest_ns: int
+
+
+def times_of(
+    measured: Sequence[FileTimes],
+    executions: Sequence[Execution],
+    owners: Owners,
+    operations: Sequence[str],
+    elements: Mapping[str, int],
+) -> Times:
+    """The table's parts from measured files and what ran how in each. ``elements``: those of every site, to price
+    conversions that no file had by those that some had.
+    """
+    sums = [_by_part(one, owners) for one in measured]
+    scale = _scale(measured, sums)
+    rest = np.mean([one.get(("rest", ""), 0.0) * scale for one in sums])
+    found = {}
+    for name in operations:
+        on_codes = np.array([name in execution.integer for execution in executions])
+        times = scale * np.array([one.get(("operation", name), 0.0) for one in sums])
+        found[name] = OperationTime(_mean(times[~on_codes]), _mean(times[on_codes]))
+    sites = {
+        name: (_features(name, executions), scale * np.array([one.get(("site", name), 0.0) for one in sums]))
+        for name in elements
+    }
+    return Times(found, _site_times(sites, elements), round(float(rest)))
+
+
+def _by_part(one: FileTimes, owners: Owners) -> dict[Part, float]:
+    found: dict[Part, float] = defaultdict(float)
+    for node, part in owners_of_nodes(one.graph, owners).items():
+        found[part] += one.nodes.get(node, 0.0)
+    return found
+
+
+def _scale(measured: Sequence[FileTimes], sums: Sequence[Mapping[Part, float]]) -> float:
+    """Time of whole runs relative to the sum of their nodes."""
+    return float(np.median([one.total_ns / sum(parts.values()) for one, parts in zip(measured, sums, strict=True)]))
+
+
+def _mean(times: Floats) -> int:
+    return round(float(times.mean())) if len(times) else 0
+
+
+def _features(site: str, executions: Sequence[Execution]) -> Floats:
+    """A row per file: (float, codes, quantized, dequantized), each 0 or 1."""
+    rows = [(site not in e.coded, site in e.coded, site in e.quantized, site in e.dequantized) for e in executions]
+    return np.array(rows, dtype=np.float64)
+
+
+def _site_times(sites: Mapping[str, tuple[Floats, Floats]], elements: Mapping[str, int]) -> dict[str, SiteTime]:
+    """Non-negative least squares for each site; what its files do not tell apart is taken from other sites, by the
+    element.
+    """
+    from scipy.optimize import nnls
+
+    prior = _per_element(sites, elements)
+    found = {}
+    for name, (features, times) in sites.items():
+        expected = prior * elements[name]
+        weak = 0.3 * np.eye(4)
+        solution, _ = nnls(np.vstack([features, weak]), np.concatenate([times, weak @ expected]))
+        found[name] = SiteTime(*(round(float(value)) for value in solution))
+    return found
+
+
+def _per_element(sites: Mapping[str, tuple[Floats, Floats]], elements: Mapping[str, int]) -> Floats:
+    """Nanoseconds per element of each feature, over all sites."""
+    from scipy.optimize import nnls
+
+    rows = np.vstack([features * elements[name] for name, (features, _) in sites.items()])
+    solution, _ = nnls(rows, np.concatenate([times for _, times in sites.values()]))
+    return np.asarray(solution, dtype=np.float64)

@@ -146,6 +146,11 @@ class Budget:
                 f"latency={self.latency} needs times measured on this machine: run `quantkit bench RECIPE` and pass "
                 "the file it writes as target."
             )
+        if self.activation_bytes is not None and profile.sites and not profile.operations:
+            raise InvalidRequest(
+                f"activation_bytes={self.activation_bytes} needs to know which operations make and read the sites, "
+                "and this profile does not say. Profile again."
+            )
         return {name: math.floor(self._absolute(name, profile)) for name in self.asked}
 
     def without_accuracy(self) -> Budget | None:

@@ -100,6 +100,7 @@ def _add_allocate_arguments(allocating: argparse.ArgumentParser) -> None:
     allocating.add_argument(
         "--measure", type=Path, metavar="RECIPE", help="with --front: measure its plans; the recipe the profile is of"
     )
+    allocating.add_argument("--target", help="a file of `quantkit bench`, for limits on latency")
     allocating.add_argument("--solver", default="auto")
     allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
     allocating.add_argument("--out", type=Path, help="where to write (default: plan.json; front.csv and front.png)")
@@ -161,6 +162,8 @@ def _allocate(options: argparse.Namespace) -> None:
     if options.measure and not options.front:
         raise InvalidRequest("--measure goes with --front.")
     profile = Profile.load(options.profile)
+    if options.target is not None:
+        profile = _with_times(profile, options.target)
     if options.front:
         _front(profile, options)
         return
@@ -168,6 +171,21 @@ def _allocate(options: argparse.Namespace) -> None:
     path = plan.save(options.out or "plan.json")
     print(plan)
     print(f"written to {path}")
+
+
+def _with_times(profile: Profile, target: str) -> Profile:
+    """The profile with the latency table of a target file."""
+    from dataclasses import replace
+
+    from quantkit.plan import digest_shapes
+    from quantkit.targets import Target
+
+    table = Target.load(target).latency
+    if table is None:
+        return profile
+    layers = [name for name, layer in profile.layers.items() if not layer.reason]
+    table.require(digest_shapes(profile.layers), layers, list(profile.sites))
+    return replace(profile, latency=table)
 
 
 def _front(profile: Profile, options: argparse.Namespace) -> None:

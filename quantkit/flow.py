@@ -30,17 +30,23 @@ class Operation:
 @dataclass(frozen=True)
 class Execution:
     """What runs how: names of the layers and operations on integer kernels, and the sites that hold codes; of those,
-    the ones made in float (``quantized``) and the ones that something reads in float (``dequantized``).
+    the ones made in float (``quantized``) and the ones that something reads in float (``dequantized``). ``wide`` are
+    the layers whose weights take full bytes: they may run on other kernels than narrower ones.
     """
 
     integer: frozenset[str]
     coded: frozenset[str]
     quantized: frozenset[str]
     dequantized: frozenset[str]
+    wide: frozenset[str] = frozenset()
 
 
-def execute(operations: Sequence[Operation], quantized_layers: Collection[str]) -> Execution:
-    """The execution of a plan that quantizes these layers and leaves all others float."""
+def execute(
+    operations: Sequence[Operation], quantized_layers: Collection[str], wide: Collection[str] = ()
+) -> Execution:
+    """The execution of a plan that quantizes these layers, those of ``wide`` among them with full bytes, and leaves
+    all others float.
+    """
     layers = frozenset(op.name for op in operations if op.kind == "layer" and op.name in quantized_layers)
     coded: set[str] = set()
     for op in operations:
@@ -53,7 +59,13 @@ def execute(operations: Sequence[Operation], quantized_layers: Collection[str]) 
             integer.add(op.name)
     made = {site for op in operations if op.name in integer for site in op.writes}
     read_in_float = {site for op in operations if op.name not in integer for site in op.reads}
-    return Execution(frozenset(integer), frozenset(coded), frozenset(coded - made), frozenset(coded & read_in_float))
+    return Execution(
+        integer=frozenset(integer),
+        coded=frozenset(coded),
+        quantized=frozenset(coded - made),
+        dequantized=frozenset(coded & read_in_float),
+        wide=layers.intersection(wide),
+    )
 
 
 def live_sites(operations: Sequence[Operation], sites: Iterable[str]) -> list[tuple[str, ...]]:

@@ -14,13 +14,22 @@ from typing import Any
 from quantkit.errors import InvalidRequest
 from quantkit.flow import Execution
 
+FULL_BITS = 8
+
 
 @dataclass(frozen=True)
 class OperationTime:
-    """A layer or an integer operation: in float, and on codes."""
+    """A layer or an integer operation: in float, on codes, and on codes with weights of full bytes."""
 
     float_ns: int
     integer_ns: int
+    wide_ns: int
+
+    def of(self, bits: int | None) -> int:
+        """Nanoseconds with weights of so many bits; None: in float."""
+        if bits is None:
+            return self.float_ns
+        return self.wide_ns if bits >= FULL_BITS else self.integer_ns
 
 
 @dataclass(frozen=True)
@@ -51,9 +60,7 @@ class LatencyTable:
 
     def predict(self, execution: Execution) -> int:
         """Nanoseconds of a batch. Sites and operations that the execution does not know are float."""
-        operations = sum(
-            time.integer_ns if name in execution.integer else time.float_ns for name, time in self.operations.items()
-        )
+        operations = sum(time.of(bits_of(name, execution)) for name, time in self.operations.items())
         return self.rest_ns + operations + sum(site_ns(t, n, execution) for n, t in self.sites.items())
 
     @property
@@ -93,6 +100,13 @@ class LatencyTable:
         if not isinstance(values["model"], str) or not isinstance(values["notes"], dict):
             raise TypeError("model is not text, or notes are no table")
         return cls(**values)
+
+
+def bits_of(name: str, execution: Execution) -> int | None:
+    """The width by which a layer or operation is timed under an execution."""
+    if name not in execution.integer:
+        return None
+    return FULL_BITS if name in execution.wide else FULL_BITS - 1
 
 
 def _times(name: str, times: Mapping[str, Any]) -> Mapping[str, int]:

@@ -98,6 +98,11 @@ class SiteRecord:
     consumers: tuple[str, ...] = ()
 
 
+def digest_shapes(layers: Mapping[str, Layer]) -> str:
+    """Identifies a model's layers with their shapes and the size of what they are called on."""
+    return digest_of([[layer.name, list(layer.shape), layer.macs] for layer in layers.values()])
+
+
 def average_bits(layers: Mapping[str, Layer], size_bytes: int) -> float:
     """8 x packed bytes of all layers' weights / number of those weights."""
     return 8 * size_bytes / sum(layer.weights for layer in layers.values())

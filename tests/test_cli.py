@@ -26,7 +26,7 @@ from quantkit.version import VERSION
 from tests.conftest import REPOSITORY
 from tests.recipe.tiny import rewritten, write_tiny
 
-VERBS = ("run", "plan", "profile", "allocate", "export", "explain", "list")
+VERBS = ("run", "plan", "profile", "bench", "allocate", "export", "explain", "list")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,6 +55,24 @@ def recipe(shared: Path, tmp_path: Path, monkeypatch) -> str:
 
 def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_bench_writes_a_target_that_limits_on_latency_are_met_with(
+    recipe: str, shared: Path, tmp_path: Path, capsys
+) -> None:
+    assert main(["bench", recipe, "--quiet", "--seconds", "0", "--batch", "4", "--out", "times/target.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^stem\.0 +[\d.]+ +[\d.]+ +[\d.]+", printed, re.M)
+    assert "1 thread(s), batch 4: float" in printed
+    assert "written to times/target.yaml: pass it as target" in printed
+    allocate = ["allocate", str(shared / "profile.safetensors"), "--quiet", "--budget", "latency=100%, 9 bits"]
+    assert main(allocate) == 1
+    assert "run `quantkit bench RECIPE`" in capsys.readouterr().err
+    assert main([*allocate, "--target", "times/target.yaml"]) in (0, 2)  # 2: this machine is no faster on integers
+    assert main(["plan", recipe, "--set", "target=times/target.yaml", "--set", "budget=latency=200%"]) == 0
+    assert main(["plan", recipe, "--set", "target=missing.yaml"]) == 1
+    assert f"target: Cannot read the target file '{tmp_path}/missing.yaml'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

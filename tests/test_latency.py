@@ -15,14 +15,15 @@ TABLE = LatencyTable(
     threads=1,
     batch=8,
     rest_ns=7,
-    operations={"conv": OperationTime(1000, 400), "plus": OperationTime(30, 20)},
+    operations={"conv": OperationTime(1000, 400, 700), "plus": OperationTime(30, 20, 20)},
     sites={"input": SiteTime(0, 5, 11, 13), "conv": SiteTime(1, 2, 17, 19)},
     notes={"host": "here", "float_ms": 1.5},
 )
 
 
-def execution(integer: str = "", coded: str = "", quantized: str = "", dequantized: str = "") -> Execution:
-    return Execution(*(frozenset(names.split()) for names in (integer, coded, quantized, dequantized)))
+def execution(*names: str) -> Execution:
+    """integer, coded, quantized, dequantized, wide."""
+    return Execution(*(frozenset(text.split()) for text in (*names, "", "", "", "")[: max(4, len(names))]))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ def execution(integer: str = "", coded: str = "", quantized: str = "", dequantiz
         (execution(), 7 + 1000 + 30 + 0 + 1),
         (execution("conv", "input conv", "input", "conv"), 7 + 400 + 30 + (5 + 11) + (2 + 19)),
         (execution("conv plus", "input conv", "input"), 7 + 400 + 20 + (5 + 11) + 2),
+        (execution("conv", "", "", "", "conv"), 7 + 700 + 30 + 0 + 1),
         (execution("", "conv", "conv", "conv"), 7 + 1000 + 30 + 0 + (2 + 17 + 19)),
         (execution("other", "elsewhere"), 7 + 1000 + 30 + 0 + 1),
     ],
@@ -50,10 +52,13 @@ def test_plain_data_comes_back_equal() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"operations": {"conv": {"float_ns": 1.5, "integer_ns": 2}}}, "conv.float_ns is 1.5, not a whole number"),
-        ({"operations": {"conv": {"float_ns": 1, "integer_ns": -2}}}, "conv.integer_ns is -2"),
-        ({"operations": {"conv": {"float_ns": 1}}}, "integer_ns"),
-        ({"operations": {"conv": {"float_ns": 1, "integer_ns": 2, "fast": 3}}}, "fast"),
+        (
+            {"operations": {"conv": {"float_ns": 1.5, "integer_ns": 2, "wide_ns": 2}}},
+            "conv.float_ns is 1.5, not a whole number",
+        ),
+        ({"operations": {"conv": {"float_ns": 1, "integer_ns": -2, "wide_ns": 2}}}, "conv.integer_ns is -2"),
+        ({"operations": {"conv": {"float_ns": 1, "integer_ns": 2}}}, "wide_ns"),
+        ({"operations": {"conv": {"float_ns": 1, "integer_ns": 2, "wide_ns": 2, "fast": 3}}}, "fast"),
         ({"sites": {"input": 3}}, "items"),
         ({"rest_ns": True}, "rest_ns is True"),
         ({"batch": "8"}, "batch is '8'"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from quantkit.allocation.count import OF_EXECUTION, site_bytes
 from quantkit.allocation.feasibility import Conflict, OutOfReach
-from quantkit.allocation.from_profile import COSTS, FLOAT, Fixed, fixed_cost
+from quantkit.allocation.from_profile import COSTS, FLOAT, Fixed, fixed_cost, layer_ns
 from quantkit.allocation.highs import highs
 from quantkit.allocation.problem import Assignment, Choice, Option, Problem
 from quantkit.allocation.pulp_cbc import pulp_cbc
@@ -168,8 +168,7 @@ def _add_layers(
             damage = 0.0 if scheme.weight is None else float(profile.damage[index[name, str(scheme.weight)]])
             costs = {limit: COSTS[limit](profile.layers[name], scheme) for limit in limits if limit in COSTS}
             if table is not None:
-                time = table.operations[name]
-                costs["latency"] = time.float_ns if scheme.is_float else time.integer_ns
+                costs["latency"] = layer_ns(table, name, scheme)
             builder.add(f"layer {name}", str(scheme), damage, **costs)
 
 
@@ -346,5 +345,5 @@ def needs_execution(limits: Mapping[str, int]) -> bool:
 
 
 def separable(limits: Mapping[str, int]) -> dict[str, int]:
-    """The other limits: sums over the layers' formats."""
-    return {name: limit for name, limit in limits.items() if name not in OF_EXECUTION}
+    """The limits that are sums over the layers' formats once it is decided what runs on codes."""
+    return {name: limit for name, limit in limits.items() if name != "activation_bytes"}

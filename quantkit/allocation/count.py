@@ -8,6 +8,7 @@ from quantkit.allocation.from_profile import COSTS
 from quantkit.errors import InvalidRequest
 from quantkit.flow import Execution, execute, peak_bytes
 from quantkit.formats import Scheme
+from quantkit.latency import FULL_BITS
 from quantkit.plan import Plan, Profile
 
 # What depends on which layers run on codes, and not only on the sum of the layers' formats.
@@ -18,7 +19,9 @@ FLOAT_BYTES = 4
 
 def execution_of(profile: Profile, schemes: Mapping[str, Scheme]) -> Execution:
     """What runs on codes under a plan."""
-    return execute(profile.operations, {name for name, scheme in schemes.items() if not scheme.is_float})
+    quantized = {name: scheme.weight for name, scheme in schemes.items() if not scheme.is_float}
+    wide = [name for name, weight in quantized.items() if weight is not None and weight.bits >= FULL_BITS]
+    return execute(profile.operations, quantized, wide)
 
 
 def counted(profile: Profile, schemes: Mapping[str, Scheme], sites: Mapping[str, str], name: str) -> int:

@@ -10,7 +10,9 @@ import numpy as np
 
 from quantkit.allocation.problem import Assignment, Choice, Floats, Option, Problem
 from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.flow import execute
 from quantkit.formats import Scheme
+from quantkit.latency import LatencyTable
 from quantkit.plan import Layer, Plan, Profile
 
 FLOAT_BITS = 32
@@ -116,7 +118,7 @@ def question(
     choices = [Choice(name, _layer_options(profile, index, name, tags[name], tuple(limits))) for name in allowed]
     choices += [Choice(f"site {s}", _site_options(profile, index, s, formats[s], len(limits))) for s in sites]
     agree = [tuple(([f"site {s}"] if formats[s] else []) + readers[s]) for s in profile.sites if readers[s]]
-    rest = {name: limit - fixed_cost(profile, allowed, name) for name, limit in limits.items()}
+    rest = {name: limit - fixed_cost(profile, allowed, name, fixed) for name, limit in limits.items()}
     return Question(
         Problem(
             choices=tuple(choices),
@@ -171,8 +173,28 @@ def with_float(
     }
 
 
-def fixed_cost(profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str) -> int:
-    """What counts towards a limit whatever is chosen: layers that stay float, and what is stored besides weights."""
+def layer_ns(table: LatencyTable, layer: str, scheme: Scheme) -> int:
+    """Nanoseconds of a layer's own kernel under a scheme."""
+    return table.operations[layer].of(None if scheme.weight is None else scheme.weight.bits)
+
+
+def _layer_cost(profile: Profile, limit: str, layer: Layer, scheme: Scheme) -> int:
+    if limit != "latency":
+        return COSTS[limit](layer, scheme)
+    assert profile.latency is not None, "the budget checks it"
+    return layer_ns(profile.latency, layer.name, scheme)
+
+
+def fixed_cost(
+    profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str, fixed: Fixed | None = None
+) -> int:
+    """What counts towards a limit whatever is chosen: layers that stay float, and what is stored besides weights.
+    ``fixed``: what runs on codes, for a limit on latency.
+    """
+    if limit == "latency":
+        assert fixed is not None and profile.latency is not None, "decided first"
+        own = [profile.latency.operations[name].of(0 if name in fixed.quantized else None) for name in allowed]
+        return profile.latency.predict(execute(profile.operations, fixed.quantized)) - sum(own)
     layers = sum(COSTS[limit](layer, Scheme()) for name, layer in profile.layers.items() if name not in allowed)
     return layers + (profile.other_bytes if limit == "size" else 0)
 
@@ -221,7 +243,9 @@ def _layer_options(
         damage = (
             0.0 if scheme.weight is None else float(profile.damage[_entry(profile, index, name, str(scheme.weight))])
         )
-        options.append(Option(str(scheme), damage, tuple(COSTS[limit](layer, scheme) for limit in limits), tag))
+        options.append(
+            Option(str(scheme), damage, tuple(_layer_cost(profile, limit, layer, scheme) for limit in limits), tag)
+        )
     return tuple(options)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from quantkit.export.node_times import FileTimes
 from quantkit.export.owners import Owners, owners_of_nodes
 from quantkit.flow import Execution
-from quantkit.latency import OperationTime, SiteTime
+from quantkit.latency import FULL_BITS, OperationTime, SiteTime, bits_of
 
 Floats = npt.NDArray[np.float64]
 Part = tuple[str, str]
@@ -46,9 +46,11 @@ def times_of(
     rest = np.mean([one.get(("rest", ""), 0.0) * scale for one in sums])
     found = {}
     for name in operations:
-        on_codes = np.array([name in execution.integer for execution in executions])
+        bits = np.array([bits_of(name, execution) or 0 for execution in executions])
         times = scale * np.array([one.get(("operation", name), 0.0) for one in sums])
-        found[name] = OperationTime(_mean(times[~on_codes]), _mean(times[on_codes]))
+        integer = _mean(times[(bits > 0) & (bits < FULL_BITS)])
+        wide = bits >= FULL_BITS
+        found[name] = OperationTime(_mean(times[bits == 0]), integer, _mean(times[wide]) if wide.any() else integer)
     sites = {
         name: (_features(name, executions), scale * np.array([one.get(("site", name), 0.0) for one in sums]))
         for name in elements

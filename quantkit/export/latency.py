@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.export.node_times import clock
 from quantkit.export.sessions import feeds, open_session
 from quantkit.graph.batches import Batch
 
@@ -27,12 +27,15 @@ class LatencyRatio:
 def measure_latency_ratio(
     float_path: str | Path, quantized_path: str | Path, batch: Batch, *, threads: int = 1, rounds: int = 30
 ) -> LatencyRatio:
-    """Run two ONNX files with the same inputs on ``batch`` alternately for ``rounds`` rounds, after a warm-up."""
+    """Run two ONNX files with the same inputs on ``batch`` alternately for ``rounds`` rounds, after a warm-up. One
+    thread's time is what it works, so that other processes do not count.
+    """
     runs = [_runner(path, batch, threads) for path in (float_path, quantized_path)]
     for _ in range(WARMUP_ROUNDS):
         for run in runs:
             run()
-    times = [tuple(_milliseconds(run) for run in runs) for _ in range(rounds)]
+    now = clock(threads)
+    times = [tuple(_milliseconds(run, now) for run in runs) for _ in range(rounds)]
     return LatencyRatio(
         float_ms=statistics.median(base for base, _ in times),
         quantized_ms=statistics.median(quantized for _, quantized in times),
@@ -46,7 +49,7 @@ def _runner(path: str | Path, batch: Batch, threads: int) -> Callable[[], Any]:
     return lambda: session.run(None, inputs)
 
 
-def _milliseconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _milliseconds(run: Callable[[], Any], now: Callable[[], int]) -> float:
+    start = now()
     run()
-    return (time.perf_counter() - start) * 1e3
+    return (now() - start) / 1e6

@@ -15,15 +15,16 @@ import torch
 from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
-from quantkit.flow import Execution, Operation, execute
-from quantkit.formats import Scheme
+from quantkit.flow import Operation, execute
+from quantkit.formats import Scheme, WeightFormat
 from quantkit.graph.batches import Batch, batch_size, first_samples
 from quantkit.graph.flow import operations_of
 from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.sites import place_sites
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
-from quantkit.latency import LatencyTable
-from quantkit.pipeline.request import DEFAULT_TARGET, TargetName, calibration_batches, digest_shapes
+from quantkit.latency import FULL_BITS, LatencyTable
+from quantkit.pipeline.request import DEFAULT_TARGET, TargetName, calibration_batches
+from quantkit.plan import digest_shapes
 from quantkit.progress import notice
 from quantkit.quantizers.activation_ranges import minmax_range
 from quantkit.quantizers.simulate import SimulatedModel
@@ -35,7 +36,8 @@ from quantkit.version import VERSION
 
 LATENCY_BATCH = 32
 SECONDS = 40.0
-RANDOM_PAIRS = 5
+RANDOM_SETS = 4
+Mixture = dict[str, int]  # layer to quantize -> bits of its weight
 
 
 def bench(
@@ -52,7 +54,8 @@ def bench(
     """The target with the latency table of ``model`` on this machine, from ``seconds`` of runs in onnxruntime.
 
     ``calibration``: as for ``profile``; its first ``batch`` samples are what the model runs on. Weights below 8 bits
-    become 8-bit integers when a file is loaded, so one width is timed. Raises InvalidRequest for a model that cannot
+    become 8-bit integers when a file is loaded and run on one kernel, so two widths are timed: the widest below 8 bits
+    and full bytes. Raises InvalidRequest for a model that cannot
     be exported.
     """
     for name, value in {"threads": threads, "batch": batch}.items():
@@ -61,7 +64,7 @@ def bench(
     goal = Target.load(target)
     example = calibration_batches(model, calibration, max(batch, 2))[0]
     stand = _stand(prepare(model, [example], goal), goal, example, progress)
-    mixtures = mixtures_of(stand.ready.quantizable, seed)
+    mixtures = mixtures_of(stand.ready.quantizable, stand.widths, seed)
     inputs = first_samples(example, batch)
     with TemporaryDirectory() as folder:
         table = _table(stand, mixtures, inputs, threads, seconds, Path(folder))
@@ -71,51 +74,62 @@ def bench(
 
 @dataclass(frozen=True)
 class _Stand:
-    """A prepared model with 8-bit codes for everything that can have them."""
+    """A prepared model with codes for everything that can have them, by the bits of layers' weights."""
 
     ready: Prepared
     target: Target
     example: Batch
     operations: tuple[Operation, ...]
-    weights: dict[str, QuantizedWeight]
+    widths: tuple[int, ...]
+    weights: dict[tuple[str, int], QuantizedWeight]
     ranges: dict[str, SiteRange]
 
-    def simulated(self, layers: Sequence[str]) -> SimulatedModel:
+    def simulated(self, mixture: Mixture) -> SimulatedModel:
         """The model with these layers quantized, and the sites that they need."""
         ready = self.ready
-        sites = place_sites(ready.model, ready.trace, self.target, layers)
-        weights = {name: self.weights[name] for name in layers}
+        sites = place_sites(ready.model, ready.trace, self.target, [n for n in ready.quantizable if n in mixture])
+        weights = {name: self.weights[name, bits] for name, bits in mixture.items()}
         return SimulatedModel(ready.model, sites, weights, {site.name: self.ranges[site.name] for site in sites})
 
 
 def _stand(ready: Prepared, target: Target, example: Batch, progress: bool) -> _Stand:
-    scheme = max(map(Scheme.parse, target.default_schemes), key=lambda s: s.weight.bits if s.weight else 0)
-    assert scheme.weight is not None and scheme.activation is not None
+    schemes = [Scheme.parse(scheme) for scheme in target.default_schemes]
+    formats = {s.weight.bits: s.weight for s in schemes if s.weight is not None}
+    narrow = [bits for bits in formats if bits < FULL_BITS]
+    widths = (*([max(narrow)] if narrow else []), *(bits for bits in formats if bits >= FULL_BITS))
     weights = {
-        name: quantize_weight(
-            weight_of(ready.model, name), [scheme.weight], None, groups_of(ready.model, name)
-        ).weights[scheme.weight]
+        (name, bits): weight
         for name in ready.quantizable
+        for weight, bits in _rounded(ready, name, [formats[bits] for bits in widths])
     }
     histograms = site_histograms(ready.model, ready.sites, [example], progress)
-    ranges = {name: minmax_range(histogram, scheme.activation.bits) for name, histogram in histograms.items()}
-    return _Stand(ready, target, example, operations_of(ready.trace, ready.sites, target), weights, ranges)
+    act = max(s.activation.bits for s in schemes if s.activation is not None)
+    ranges = {name: minmax_range(histogram, act) for name, histogram in histograms.items()}
+    return _Stand(ready, target, example, operations_of(ready.trace, ready.sites, target), widths, weights, ranges)
 
 
-def mixtures_of(layers: Sequence[str], seed: int) -> list[list[str]]:
-    """Sets of layers to quantize, distinct: none, all, all but the first or last, halves, and random ones with their
-    complements, so that each layer is seen both ways between neighbours of both kinds.
+def _rounded(ready: Prepared, name: str, formats: Sequence[WeightFormat]) -> list[tuple[QuantizedWeight, int]]:
+    found = quantize_weight(weight_of(ready.model, name), formats, None, groups_of(ready.model, name)).weights
+    return [(weight, fmt.bits) for fmt, weight in found.items()]
+
+
+def mixtures_of(layers: Sequence[str], widths: Sequence[int], seed: int) -> list[Mixture]:
+    """Layers to quantize and their bits, each mixture different: none; all, all but the first or last, and halves at
+    the first width; all at the others; and random ones in sets in which every layer is float once and has each width
+    once, so that it is seen in all ways between neighbours of all kinds.
     """
-    draw, half = random.Random(seed), len(layers) // 2
-    found = [[], list(layers), list(layers[1:]), list(layers[:-1]), list(layers[:half]), list(layers[half:])]
-    for _ in range(RANDOM_PAIRS):
-        chosen = {name for name in layers if draw.random() < 0.5}
-        found += [[n for n in layers if n in chosen], [n for n in layers if n not in chosen]]
-    return [list(one) for one in dict.fromkeys(map(tuple, found))]
+    draw, half, count = random.Random(seed), len(layers) // 2, len(widths) + 1
+    parts = [[], layers, layers[1:], layers[:-1], layers[:half], layers[half:]]
+    found = [dict.fromkeys(part, widths[0]) for part in parts]
+    found += [dict.fromkeys(layers, bits) for bits in widths[1:]]
+    for _ in range(RANDOM_SETS):
+        ways = {name: draw.sample([None, *widths], count) for name in layers}
+        found += [{n: bits for n, own in ways.items() if (bits := own[k]) is not None} for k in range(count)]
+    return [dict(one) for one in dict.fromkeys(tuple(mixture.items()) for mixture in found)]
 
 
 def _table(
-    stand: _Stand, mixtures: Sequence[Sequence[str]], inputs: Batch, threads: int, seconds: float, folder: Path
+    stand: _Stand, mixtures: Sequence[Mixture], inputs: Batch, threads: int, seconds: float, folder: Path
 ) -> LatencyTable:
     from quantkit.export.bench import times_of
     from quantkit.export.marks import mark_graph
@@ -124,18 +138,19 @@ def _table(
     from quantkit.export.owners import owners_of
 
     ready, operations = stand.ready, stand.operations
-    marked = mark_graph(stand.simulated(ready.quantizable), stand.example)
+    marked = mark_graph(stand.simulated(dict.fromkeys(ready.quantizable, stand.widths[0])), stand.example)
     owners = owners_of(marked, operations, {str(site.place): site.name for site in ready.sites})
-    executions: list[Execution] = [execute(operations, layers) for layers in mixtures]
-    paths = [
-        write_unchecked(stand.simulated(layers), marked, folder / f"{k}.onnx") for k, layers in enumerate(mixtures)
+    executions = [
+        execute(operations, mixture, [name for name, bits in mixture.items() if bits >= FULL_BITS])
+        for mixture in mixtures
     ]
+    paths = [write_unchecked(stand.simulated(m), marked, folder / f"{k}.onnx") for k, m in enumerate(mixtures)]
     measured = measure_files(paths, inputs, threads, seconds)
     names = [op.name for op in operations if op.kind != "float"]
     elements = {site.name: Size(site.shape).numel() for site in ready.sites}
     times = times_of(measured, executions, owners, list(dict.fromkeys(names)), elements)
     return LatencyTable(
-        digest_shapes(ready),
+        digest_shapes(ready.layers),
         threads,
         batch_size(inputs),
         times.rest_ns,

@@ -113,6 +113,8 @@ def _within_accuracy(
     progress: bool,
     workdir: str | Path | None,
 ) -> Result:
+    if limit.minimize == "latency":
+        Budget(latency="100%").limits(request.unmeasured())  # refuses where no times were measured
     others = limit.without_accuracy()
     if others is not None:
         allocate(request.unmeasured(), others)

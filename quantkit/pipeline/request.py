@@ -17,7 +17,7 @@ from quantkit.formats import ActivationFormat, Scheme
 from quantkit.graph.batches import Batch, digest_batches, digest_model, read_batches, split_batches
 from quantkit.graph.flow import operations_of
 from quantkit.graph.trace import Trace, run_model
-from quantkit.plan import Profile, SiteRecord, digest_of
+from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
 from quantkit.quantizers.weights import ROUNDINGS
@@ -144,12 +144,7 @@ def require_own_table(target: Target, ready: Prepared) -> None:
     """Raise InvalidRequest where the target's latency table was measured on another model."""
     if target.latency is not None:
         sites = [site.name for site in ready.sites]
-        target.latency.require(digest_shapes(ready), list(ready.quantizable), sites)
-
-
-def digest_shapes(ready: Prepared) -> str:
-    """Identifies a model's layers with their shapes and the size of what they are called on."""
-    return digest_of([[layer.name, list(layer.shape), layer.macs] for layer in ready.layers.values()])
+        target.latency.require(digest_shapes(ready.layers), list(ready.quantizable), sites)
 
 
 def _digest_operations(trace: Trace) -> str:

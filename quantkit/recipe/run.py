@@ -163,17 +163,19 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
         metrics["onnx"] = metric_of(inputs.evaluate, OnnxModel(path))
     if inputs.evaluation is not None:
         metrics["agreement"] = agreement(result.model, OnnxModel(path), inputs.evaluation)
-    batch = split_batches(result.calibration, LATENCY_BATCH)[0]
+    table = None if result.profile is None else result.profile.latency
+    size, threads = (LATENCY_BATCH, 1) if table is None else (table.batch, table.threads)
+    batch = split_batches(result.calibration, size)[0]
     with tempfile.TemporaryDirectory() as folder:
         floating = export_float(simulated, example, Path(folder) / "float.onnx", graph=graph)
-        latency = measure_latency_ratio(floating, path, batch)
+        latency = measure_latency_ratio(floating, path, batch, threads=threads)
         float_bytes = floating.stat().st_size
     return Measured(
         float_bytes=float_bytes,
         quantized_bytes=report.file_bytes,
         weight_bytes=report.weight_bytes,
         latency_ratio=latency.ratio,
-        latency_batch=LATENCY_BATCH,
+        latency_batch=size,
         metrics=metrics,
         minimum_runtime=report.minimum_runtime,
     )

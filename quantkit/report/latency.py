@@ -13,11 +13,12 @@ def latency_summary(table: LatencyTable) -> str:
         f"onnxruntime {notes.get('onnxruntime', '?')} on {notes.get('machine', '?')}, {notes.get('date', '?')}",
         f"{table.threads} thread(s), batch {table.batch}: float {notes.get('float_ms', '?')} ms, all quantized "
         f"{notes.get('quantized_ms', '?')} ms",
-        f"{'µs':<{width}} {'float':>10} {'codes':>10}",
+        f"{'µs':<{width}} {'float':>10} {'codes':>10} {'full bytes':>10}",
     ]
     for name, time in table.operations.items():
         slower = "  slower on codes" if time.integer_ns > time.float_ns > 0 else ""
-        lines.append(f"{name:<{width}} {time.float_ns / 1e3:10.1f} {time.integer_ns / 1e3:10.1f}{slower}")
+        times = [time.float_ns, time.integer_ns, time.wide_ns]
+        lines.append(f"{name:<{width}}" + "".join(f" {ns / 1e3:10.1f}" for ns in times) + slower)
     for title, field in (("quantize_ns", "to codes"), ("dequantize_ns", "to float")):
         costs = sorted(getattr(time, title) for time in table.sites.values())
         if costs:

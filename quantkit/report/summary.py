@@ -47,12 +47,18 @@ def summary(plan: Plan, measured: Measured) -> str:
         ("ONNX file, quantized", f"{measured.quantized_bytes:,} bytes ({change})"),
         ("weights of the layers, planned", f"{plan.size_bytes:,} bytes, {plan.average_bits:.3f} bits on average"),
         ("weights of the layers, in the file", f"{measured.weight_bytes:,} bytes, {stored_bits(plan, measured)}"),
-        (f"time in onnxruntime, batch {measured.latency_batch}", f"{measured.latency_ratio:.2f} of float"),
+        (f"time in onnxruntime, batch {measured.latency_batch}", _time(plan, measured)),
         ("onnxruntime needed", f"{measured.minimum_runtime} or newer"),
     ]
     width = max(len(label) for label, _ in rows)
     table = [f"{label:<{width}}  {value}" for label, value in rows]
     return "\n".join([*table, "", layer_table(plan)])
+
+
+def _time(plan: Plan, measured: Measured) -> str:
+    predicted = plan.provenance.get("latency_ratio")
+    promise = "" if predicted is None else f" (predicted {predicted:.2f})"
+    return f"{measured.latency_ratio:.2f} of float{promise}"
 
 
 def stored_bits(plan: Plan, measured: Measured) -> str:

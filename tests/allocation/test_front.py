@@ -37,6 +37,7 @@ def test_schemes_can_be_restricted_and_an_unknown_limit_is_refused() -> None:
     plans = pareto(profile, schemes=["w2a8", "w8a8"])
     assert {str(s) for plan in plans for s in plan.schemes.values()} == {"w2a8", "w8a8"}
     with pytest.raises(
-        InvalidRequest, match=r"'sise' is not known; known: size, average_bits, bops\. Did you mean 'size'"
+        InvalidRequest,
+        match=r"'sise' is not known; known: size, average_bits, bops, latency, activation_bytes\. Did you mean 'size'",
     ):
         pareto(profile, limit="sise")

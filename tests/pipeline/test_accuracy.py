@@ -119,7 +119,6 @@ def test_more_effort_evaluates_more_plans_and_never_ends_with_a_dearer_one() -> 
     [
         ("accuracy_drop=1", None, "needs evaluate, a function model -> number"),
         ("4 bits, minimize=size", fidelity(), "add accuracy_drop"),
-        ("accuracy_drop=1, minimize=latency", fidelity(), "minimize=latency is not supported yet"),
     ],
 )
 def test_request_without_what_it_needs_is_refused_first(budget: str, evaluate, message: str, monkeypatch) -> None:

@@ -109,7 +109,11 @@ BUDGETS = {
     "negative": Bad(r"^size='-3 KB': a limit is a finite number above zero", {"budget": "-3 KB"}),
     "zero": Bad(r"^average_bits='0 bits': a limit is a finite number above zero", {"budget": "0 bits"}),
     "unknown limit": Bad(r"^'sise' is not a limit\. Did you mean 'size'\?", {"budget": {"sise": "3 KB"}}),
-    "not yet": Bad(r"^A limit on latency is not supported yet; supported: size", {"budget": "latency=60%"}),
+    "no times": Bad(r"^latency=60% needs times measured .* run `quantkit bench RECIPE`", {"budget": "latency=60%"}),
+    "nothing to make fast by": Bad(
+        r"^latency=100% needs times measured",
+        {"budget": "accuracy_drop=1, minimize=latency", "evaluate": lambda model: 1.0},
+    ),
     "accuracy in place": Bad(
         r"^accuracy_drop tries several plans, and inplace=True leaves one model\. Leave inplace out\.$",
         {"budget": "accuracy_drop=1%", "inplace": True, "evaluate": lambda model: 1.0},

@@ -36,6 +36,16 @@ def test_results_go_to_a_folder_named_after_the_recipe(tmp_path: Path) -> None:
     assert (recipe.output, recipe.workdir) == (Path("out/recipe"), Path("out/recipe/work"))
 
 
+def test_a_target_file_lies_beside_the_recipe_or_where_the_command_runs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path.parent)
+    assert read(tmp_path, WHOLE).target is None
+    assert read(tmp_path, WHOLE + "target: onnxruntime-cpu\n").settings()["target"] == "onnxruntime-cpu"
+    written = read(tmp_path, WHOLE + "target: times/target.yaml\n")
+    assert written.settings()["target"] == str(tmp_path / "times" / "target.yaml")
+    named = read(tmp_path, WHOLE, "target=times/target.yaml")
+    assert named.settings()["target"] == str(tmp_path.parent / "times" / "target.yaml")
+
+
 ERRORS = {
     "unknown key": (WHOLE + "buget: 3 bits\n", r":7: buget: unknown key\. Did you mean 'budget'"),
     "unknown key in a section": (

@@ -24,7 +24,7 @@ def test_a_saved_target_comes_back_equal_by_path_and_by_text(tmp_path: Path) -> 
 def test_the_file_is_plain_yaml_a_line_per_part(tmp_path: Path) -> None:
     text = MEASURED.save(tmp_path / "target.yaml").read_text()
     assert text.startswith("# Times of one model on one machine, measured by `quantkit bench`")
-    assert "    conv: {float_ns: 1000, integer_ns: 400}\n" in text
+    assert "    conv: {float_ns: 1000, integer_ns: 400, wide_ns: 700}\n" in text
     assert yaml.safe_load(text)["latency"]["notes"]["host"] == "here"
 
 

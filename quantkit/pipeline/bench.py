@@ -37,6 +37,7 @@ from quantkit.version import VERSION
 LATENCY_BATCH = 32
 SECONDS = 40.0
 RANDOM_SETS = 4
+CHANGES = 0.4
 Mixture = dict[str, int]  # layer to quantize -> bits of its weight
 
 
@@ -116,16 +117,29 @@ def _rounded(ready: Prepared, name: str, formats: Sequence[WeightFormat]) -> lis
 def mixtures_of(layers: Sequence[str], widths: Sequence[int], seed: int) -> list[Mixture]:
     """Layers to quantize and their bits, each mixture different: none; all, all but the first or last, and halves at
     the first width; all at the others; and random ones in sets in which every layer is float once and has each width
-    once, so that it is seen in all ways between neighbours of all kinds.
+    once, in runs of layers alike.
     """
     draw, half, count = random.Random(seed), len(layers) // 2, len(widths) + 1
     parts = [[], layers, layers[1:], layers[:-1], layers[:half], layers[half:]]
     found = [dict.fromkeys(part, widths[0]) for part in parts]
     found += [dict.fromkeys(layers, bits) for bits in widths[1:]]
     for _ in range(RANDOM_SETS):
-        ways = {name: draw.sample([None, *widths], count) for name in layers}
+        ways = _runs(layers, [None, *widths], draw)
         found += [{n: bits for n, own in ways.items() if (bits := own[k]) is not None} for k in range(count)]
     return [dict(one) for one in dict.fromkeys(tuple(mixture.items()) for mixture in found)]
+
+
+def _runs(layers: Sequence[str], ways: Sequence[int | None], draw: random.Random) -> dict[str, list[int | None]]:
+    """For every layer the ways in an order: that of the layer before it more often than a new one, since plans change
+    format a few times and not at every layer.
+    """
+    found: dict[str, list[int | None]] = {}
+    order = draw.sample(ways, len(ways))
+    for name in layers:
+        if draw.random() < CHANGES:
+            order = draw.sample(ways, len(ways))
+        found[name] = order
+    return found
 
 
 def _table(

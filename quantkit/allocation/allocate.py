@@ -14,8 +14,9 @@ from quantkit.allocation.reasons import explain_latency, reasons
 from quantkit.allocation.registry import Settings
 from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
-from quantkit.errors import InfeasibleBudget, QuantkitError
+from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
+from quantkit.latency import FULL_BITS
 from quantkit.plan import Plan, Profile, average_bits
 
 GAP = 1e-6
@@ -75,8 +76,21 @@ def _asked(
     if not needs_execution(limits):
         return question(profile, limits, schemes)
     allowed = with_float(profile, candidates(profile, schemes), schemes)
+    if "latency" in limits:
+        allowed = {name: _timed(name, options) for name, options in allowed.items()}
     fixed = choose_execution(profile, limits, allowed, settings)
     return question(profile, separable(limits), schemes, fixed)
+
+
+def _timed(layer: str, options: Sequence[Scheme]) -> tuple[Scheme, ...]:
+    """The candidates that a latency table has times for: codes of narrower activations are clipped on the way."""
+    timed = tuple(s for s in options if s.activation is None or s.activation.bits == FULL_BITS)
+    if not timed:
+        raise InvalidRequest(
+            f"A limit on latency is met with {FULL_BITS}-bit activations so far, and layer {layer!r} may be "
+            f"{', '.join(map(str, options))}. Add a scheme such as 'w4a{FULL_BITS}'."
+        )
+    return timed
 
 
 def question_around(profile: Profile, limits: Mapping[str, int], plan: Plan) -> Question:

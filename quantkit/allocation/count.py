@@ -42,7 +42,7 @@ def latency_of(profile: Profile, schemes: Mapping[str, Scheme]) -> int:
 
 
 def activation_bytes(profile: Profile, schemes: Mapping[str, Scheme], sites: Mapping[str, str]) -> int:
-    """The most bytes of sites alive at once, of one sample: codes at their width, everything else in float32."""
+    """The most bytes of sites alive at once, of one sample: codes in whole bytes, everything else in float32."""
     coded = execution_of(profile, schemes).coded
     sizes = {
         name: site_bytes(site.elements, sites.get(name, "float") if name in coded else "float")
@@ -52,9 +52,9 @@ def activation_bytes(profile: Profile, schemes: Mapping[str, Scheme], sites: Map
 
 
 def site_bytes(elements: int, fmt: str) -> int:
-    """Bytes of a site's tensor in a format."""
+    """Bytes of a site's tensor in a format; codes take whole bytes, whatever their width."""
     activation = Scheme.parse(fmt).activation
-    return FLOAT_BYTES * elements if activation is None else -(-elements * activation.bits // 8)
+    return elements * (FLOAT_BYTES if activation is None else -(-activation.bits // 8))
 
 
 def costs_of_execution(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> dict[str, float]:

@@ -217,6 +217,12 @@ def test_a_rule_and_named_schemes_leave_float_out() -> None:
     assert {str(scheme) for scheme in plan.schemes.values()} == {"w8a8"}
 
 
+def test_narrow_activations_have_no_times() -> None:
+    profile = network(0, candidates={"stem": ("w3a4", "w3a8"), "two": ("w3a4",)})
+    with pytest.raises(InvalidRequest, match=r"with 8-bit activations so far, and layer 'two' may be w3a4\. Add"):
+        allocate(profile, "latency=1 s")
+
+
 def test_layers_of_one_group_take_one_scheme() -> None:
     profile = network(3, same_scheme=(("one", "three"),))
     best = allocate(network(3), "latency=1 s, size=1500 B")

@@ -99,8 +99,8 @@ class SiteRecord:
 
 
 def digest_shapes(layers: Mapping[str, Layer]) -> str:
-    """Identifies a model's layers with their shapes and the size of what they are called on."""
-    return digest_of([[layer.name, list(layer.shape), layer.macs] for layer in layers.values()])
+    """Identifies a model's layers, in any order, with their shapes and the size of what they are called on."""
+    return digest_of(sorted([layer.name, list(layer.shape), layer.macs] for layer in layers.values()))
 
 
 def average_bits(layers: Mapping[str, Layer], size_bytes: int) -> float:

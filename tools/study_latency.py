@@ -115,14 +115,14 @@ def exported(own: Network, plans: Mapping[str, Plan], target: Target, folder: Pa
         free = replace(plan, size_bytes=0)
         result = apply(own.model, free, own.images, target=target, rounding="nearest", progress=False)
         path = folder / f"{k}.onnx"
-        export_onnx(result.model, result.example(), path, check=[first_samples(result.example(), 16)], plan=plan)
+        export_onnx(result.simulated(), result.example(), path, check=[first_samples(result.example(), 16)], plan=plan)
         found[name] = path, result
     return found
 
 
 def float_file(own: Network, result: Result, folder: Path) -> Path:
-    graph: MarkedGraph = mark_graph(result.model, result.example())
-    return export_float(result.model, result.example(), folder / "float.onnx", graph=graph)
+    graph: MarkedGraph = mark_graph(result.simulated(), result.example())
+    return export_float(result.simulated(), result.example(), folder / "float.onnx", graph=graph)
 
 
 def study(name: str, options: argparse.Namespace, data: Path) -> None:

@@ -30,6 +30,10 @@ class Ref:
     number: int
 
 
+def _is_ref(value: Any) -> bool:
+    return isinstance(value, Ref)
+
+
 @dataclass(frozen=True)
 class Step:
     """One call: its function with ``Ref``s for tensors, the numbers it reads, and those of the tensors it returns."""
@@ -41,6 +45,15 @@ class Step:
     reads: tuple[int, ...]
     makes: tuple[int, ...]
 
+    def arguments(self, values: Mapping[int, Tensor]) -> tuple[Any, Any]:
+        """The arguments of the call, given the values it reads by number."""
+
+        def resolve(leaf: Any) -> Any:
+            return values[leaf.number] if isinstance(leaf, Ref) else leaf
+
+        found: tuple[Any, Any] = tree_map(resolve, (self.args, self.kwargs), is_leaf=_is_ref)
+        return found
+
 
 @dataclass(frozen=True)
 class Tape:
@@ -48,7 +61,7 @@ class Tape:
 
     ``inputs`` are the numbers of the model's input tensors, ``output`` that of the tensor it is asked for; ``state``
     names the parameters and buffers read, ``constants`` holds every other tensor that is read and not made;
-    ``floating`` are the numbers of floating-point tensors.
+    ``floating`` are the numbers of floating-point tensors; ``channels_last``: whether it may run in that layout.
     """
 
     size: int
@@ -58,6 +71,18 @@ class Tape:
     state: dict[int, str]
     constants: dict[int, Tensor]
     floating: frozenset[int]
+    channels_last: bool = True
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """A tensor in the memory layout that is quickest: images with channels last, which convolutions prefer, unless
+        the model's code depends on the layout (``view`` does).
+        """
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
+
+    def state_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters and buffers of the model by all their names, detached and laid out."""
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        return {name: self.laid_out(tensor.detach()) for name, tensor in named}
 
     def replay(
         self,
@@ -78,10 +103,7 @@ class Tape:
         for i in range(start, stop):
             step = self.steps[i]
 
-            def resolve(leaf: Any) -> Any:
-                return self._value(leaf.number, kept, state) if isinstance(leaf, Ref) else leaf
-
-            args, kwargs = tree_map(resolve, (step.args, step.kwargs), is_leaf=_is_ref)
+            args, kwargs = step.arguments({number: self._value(number, kept, state) for number in step.reads})
             made = step.func(*args, **kwargs)
             if change is not None:
                 made = map_tensors(made, step.key, change)
@@ -103,7 +125,7 @@ class Tape:
     def entering(self, model: nn.Module, batch: Batch) -> dict[int, Tensor]:
         """The values a batch of inputs starts a replay with: copies, as calls may work in place."""
         given = change_inputs(model, *batch, lambda _, tensor: tensor)
-        return dict(zip(self.inputs, tensors_of(given), strict=True))
+        return dict(zip(self.inputs, map(self.laid_out, tensors_of(given)), strict=True))
 
     def places(self) -> dict[int, OpKey]:
         """Number -> the place that last made this value; a model input that nothing overwrites is an input place."""
@@ -122,10 +144,6 @@ class Tape:
             if len(live) == 1 and live <= self.floating:
                 found[i] = next(iter(live))
         return found
-
-
-def _is_ref(value: Any) -> bool:
-    return isinstance(value, Ref)
 
 
 @dataclass
@@ -184,17 +202,18 @@ def record(model: nn.Module, batch: Batch, other: Batch, output: Callable[[Any],
     )
     if main not in {n for step in tape.steps for n in step.makes}:
         return None
-    return tape if all(_replays(tape, model, state, b, output) for b in (batch, other)) else None
+    for candidate in (tape, replace(tape, channels_last=False)):
+        if all(_replays(candidate, model, one, output) for one in (batch, other)):
+            return candidate
+    return None
 
 
-def _replays(
-    tape: Tape, model: nn.Module, state: Mapping[str, Tensor], batch: Batch, output: Callable[[Any], Tensor]
-) -> bool:
+def _replays(tape: Tape, model: nn.Module, batch: Batch, output: Callable[[Any], Tensor]) -> bool:
     with torch.no_grad():
         args, kwargs = own_inputs(*batch)
         wanted = output(model(*args, **kwargs))
         try:
-            (found,) = tape.replay(tape.entering(model, batch), state, [tape.output])
+            (found,) = tape.replay(tape.entering(model, batch), tape.state_of(model), [tape.output])
         except (KeyError, RuntimeError):  # a tensor that no traced call made, or a shape fixed by the first batch
             return False
     return found.shape == wanted.shape and torch.allclose(

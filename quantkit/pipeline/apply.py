@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,23 +13,12 @@ from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.graph.batches import Batch
 from quantkit.kernels.packing import packed_weight_bytes
-from quantkit.kernels.reference import SiteRange
+from quantkit.pipeline.craft import Ways, Workbench
 from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
-from quantkit.pipeline.reconstruct import Course, course_of, reconstruct, require_course, worth_learning
-from quantkit.pipeline.request import (
-    CHOICES,
-    DEFAULT_TARGET,
-    TargetName,
-    calibration_batches,
-    choose,
-    require_accepted,
-)
+from quantkit.pipeline.request import DEFAULT_TARGET, TargetName, calibration_batches, require_accepted
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, average_bits
-from quantkit.quantizers.activation_ranges import RANGES
-from quantkit.quantizers.sequence import round_biases, round_in_sequence
 from quantkit.quantizers.simulate import SimulatedModel
-from quantkit.quantizers.statistics import site_histograms
 from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, leave_float, prepare
@@ -73,11 +62,12 @@ def apply(
     ready = leave_float(every, goal, kept_float)
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
-    course = _course(ready, decided, formats, batches, reference, ways)
+    bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways)
     if inplace:  # only now that nothing can be refused any more
         ready = prepare(model, batches, goal, kept_float, inplace=True)
+        bench = replace(bench, ready=ready)
     metrics = {} if evaluate is None else {"float": metric_of(evaluate, ready.model)}
-    simulated, notes = _quantized(ready, decided, formats, batches, course, ways, progress)
+    simulated, notes = bench.quantized(progress)
     final = _recounted(decided, simulated, ready, formats)
     metrics |= compare_outputs(simulated, batches, reference, loss)
     if evaluate is not None:
@@ -85,63 +75,8 @@ def apply(
     return Result(simulated, final, ready.folds, batches, metrics=metrics, notes=notes)
 
 
-@dataclass(frozen=True)
-class Ways:
-    """How a plan is met, by the names in ``CHOICES``."""
-
-    rounding: str
-    ranges: str
-    reconstruction: str
-    loss: str
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("rounding", "ranges", "reconstruction", "loss"):
-            choose(name, getattr(self, name), CHOICES[name])
-
-
 def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
     return {n: s.weight for n in ready.quantizable if (s := plan.schemes[n]).weight is not None}
-
-
-def _course(
-    ready: Prepared,
-    plan: Plan,
-    formats: Mapping[str, ActivationFormat],
-    batches: Sequence[Batch],
-    reference: Sequence[Tensor],
-    ways: Ways,
-) -> Course | None:
-    """What to learn from after rounding; None where nothing is to be learned."""
-    asked = ways.reconstruction
-    bits = [w.bits for w in _weight_formats(plan, ready).values()], [a.bits for a in formats.values()]
-    if asked == "none" or (asked == "auto" and not worth_learning(*bits, batches)):
-        return None
-    return require_course(
-        course_of(ready, batches, damage_for(ways.loss, torch.cat(list(reference))), ways.seed), asked
-    )
-
-
-def _quantized(
-    ready: Prepared,
-    plan: Plan,
-    formats: Mapping[str, ActivationFormat],
-    batches: Sequence[Batch],
-    course: Course | None,
-    ways: Ways,
-    progress: bool,
-) -> tuple[SimulatedModel, dict[str, Any]]:
-    """The quantized model, and notes on how it was made."""
-    found = _site_ranges(ready, formats, ways.ranges, batches, progress)
-    simulated = SimulatedModel(ready.model, ready.sites, {}, found)
-    simulated.eval()
-    weights = _weight_formats(plan, ready)
-    rounded = round_in_sequence(simulated, ready.trace, weights, batches, ways.rounding, progress)
-    notes: dict[str, Any] = {"rounding": rounded}
-    if course is not None:
-        notes["reconstruction"] = reconstruct(course, simulated, ways.reconstruction, progress)
-    round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
-    return simulated, notes
 
 
 def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:
@@ -214,13 +149,6 @@ def _activation(site: str, text: str) -> ActivationFormat:
     if scheme.activation is None or scheme.weight is not None:
         raise InvalidRequest(f"The plan gives site {site!r} {text!r}, which is no activation format such as 'a8'.")
     return scheme.activation
-
-
-def _site_ranges(
-    ready: Prepared, formats: Mapping[str, ActivationFormat], ranges: str, batches: Sequence[Batch], progress: bool
-) -> dict[str, SiteRange]:
-    histograms = site_histograms(ready.model, ready.sites, batches, progress)
-    return {name: RANGES[ranges](histogram, formats[name].bits) for name, histogram in histograms.items()}
 
 
 def _recounted(

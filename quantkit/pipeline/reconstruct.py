@@ -6,23 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, batch_size
-from quantkit.graph.segments import Segment, blocks_of, whole
-from quantkit.graph.tape import Tape, record
+from quantkit.graph.segments import whole
+from quantkit.graph.tape import Tape
+from quantkit.pipeline.recording import Recording, some_samples
 from quantkit.progress import notice
 from quantkit.quantizers.learning import Learned, Schedule
-from quantkit.quantizers.playback import Playback, play, state_of
+from quantkit.quantizers.playback import Playback, play
 from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import Damage, main_output, rows_of
+from quantkit.sensitivity.measure import Damage, rows_of
 from quantkit.transforms.prepare import Prepared
 
 LEAST_SAMPLES = 64  # with fewer, what is learned is the samples
@@ -38,10 +38,9 @@ BLOCK = Schedule(steps=150)
 class Course:
     """Everything learning needs from the float model, kept before its weights are rounded."""
 
-    tape: Tape
+    recording: Recording
     teacher: Teacher
     lesson: Lesson
-    blocks: list[Segment]
     seed: int
 
 
@@ -51,27 +50,21 @@ def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], bat
     return narrow and sum(map(batch_size, batches)) >= LEAST_SAMPLES
 
 
-def course_of(ready: Prepared, batches: Sequence[Batch], damage: Damage, seed: int) -> Course | str:
+def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed: int) -> Course | str:
     """The course of a model that is still float, or why there is none."""
-    generator = torch.Generator().manual_seed(seed)
-    stacked = _stacked(batches)
-    if stacked is None:
-        return "its inputs cannot be put into batches of one size"
-    count = batch_size(stacked)
+    if isinstance(recording, str):
+        return recording
+    generator, tape = torch.Generator().manual_seed(seed), recording.tape
+    count = batch_size(recording.samples)
     held = max(2, count // HELD_BACK)
     if count - held < 2:
         return f"{count} samples are too few"
     order = torch.randperm(count, generator=generator)
-    training, testing = _samples(stacked, order[held:]), _samples(stacked, order[:held])
-    size = min(NETWORK.batch, count - held)
-    examples = _samples(training, torch.arange(size)), _samples(training, torch.arange(-size, 0))
-    tape = record(ready.model, *examples, main_output)
-    if tape is None:
-        return "what it computes depends on more than its inputs' values and batch size"
-    state = {name: tensor.clone() for name, tensor in state_of(ready.model).items()}
+    training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
+    state = {name: tensor.clone() for name, tensor in tape.state_of(ready.model).items()}
     teacher = Teacher(
         state,
-        _spreads(ready, tape, state, tape.entering(ready.model, examples[0])),
+        _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
         lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found)),
         lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
     )
@@ -80,32 +73,7 @@ def course_of(ready: Prepared, batches: Sequence[Batch], damage: Damage, seed: i
     floats = Playback(SimulatedModel(ready.model, (), {}, {}), tape, fixed=state)
     every = whole(tape, ())
     lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
-    blocks = blocks_of(tape, ready.trace, ready.quantizable, {site.place for site in ready.sites})
-    return Course(tape, teacher, lesson, blocks, seed)
-
-
-def _stacked(batches: Sequence[Batch]) -> Batch | None:
-    """All samples as one batch, where every argument is a tensor with a row per sample."""
-    flat = [tree_flatten(batch) for batch in batches]
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=False))
-    sizes = [batch_size(batch) for batch in batches]
-    same = all(spec == flat[0][1] for _, spec in flat)
-    if not same or not all(_is_column(column, sizes) for column in columns):
-        return None
-    return tree_unflatten([torch.cat(list(column)) for column in columns], flat[0][1])
-
-
-def _is_column(column: Sequence[Any], sizes: Sequence[int]) -> bool:
-    tensors = [t for t in column if isinstance(t, Tensor) and t.dim()]
-    return (
-        len(tensors) == len(column)
-        and [len(t) for t in tensors] == list(sizes)
-        and len({(t.shape[1:], t.dtype) for t in tensors}) == 1
-    )
-
-
-def _samples(batch: Batch, indices: Tensor) -> Batch:
-    return tree_map(lambda tensor: tensor[indices], batch)
+    return Course(recording, teacher, lesson, seed)
 
 
 def _drawn(batch: Batch, generator: torch.Generator) -> Batch:
@@ -135,10 +103,10 @@ def reconstruct(course: Course, simulated: SimulatedModel, how: str, progress: b
     and after each step of it.
     """
     generator = torch.Generator().manual_seed(course.seed)
-    playback = Playback(simulated, course.tape)
+    playback, blocks = Playback(simulated, course.recording.tape), course.recording.blocks
     found = {}
-    if how == "block" and len(course.blocks) > 1:
-        found = learn_blocks(playback, course.teacher, course.lesson, course.blocks, BLOCK, generator, progress)
+    if how == "block" and len(blocks) > 1:
+        found = learn_blocks(playback, course.teacher, course.lesson, blocks, BLOCK, generator, progress)
     found["network"] = learn_network(playback, course.teacher, course.lesson, NETWORK, generator, progress)
     learned = found["network"]
     notice(f"learned: damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")

@@ -11,9 +11,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_POSITIONS = 128
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -32,13 +34,26 @@ def _pad(x: Tensor, padding: Any, kernel: Sequence[int], dilation: Sequence[int]
     return F.pad(x, [p for side in reversed(sides) for p in side])
 
 
-def input_columns(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def positions_wanted(inputs: int) -> int:
+    """How many output positions of a convolution with so many inputs say enough about them: neighbours are alike."""
+    return max(LEAST_POSITIONS, inputs // 2)
+
+
+def input_columns(
+    kind: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    samples: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Inputs of one layer call as (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
 
-    ``kind`` is "linear" or "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call.
+    ``kind`` is "linear" or "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, of whose samples
+    the first ``samples`` count. With a ``generator``, of a convolution with many positions some are drawn, the same
+    for all samples of the call.
     """
     if kind == "linear":
-        x = args[0] if args else kwargs["input"]
+        x = (args[0] if args else kwargs["input"])[:samples]
         return x.reshape(1, -1, x.shape[-1])
     given = dict(zip(_CONV_ARGUMENTS, args, strict=False)) | kwargs
     x, kernel = given["input"], given["weight"].shape[2:]
@@ -47,11 +62,17 @@ def input_columns(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     groups = given.get("groups", 1)
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)  # a convolution also takes one unbatched sample
+    x = x[:samples]
     x = _pad(x, given.get("padding", 0), kernel, dilation)
     for axis in range(dims):
         x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
     every: list[Any] = [slice(None, None, d) for d in dilation]
     x = x[(..., *every)]
     batch, channels, *positions = x.shape[: 2 + dims]
-    x = x.reshape(batch, groups, channels // groups, math.prod(positions), math.prod(kernel))
-    return x.permute(1, 0, 3, 2, 4).reshape(groups, batch * math.prod(positions), -1)
+    count, wanted = math.prod(positions), positions_wanted(channels // groups * math.prod(kernel))
+    if generator is not None and count > wanted:
+        drawn = torch.randperm(count, generator=generator)[:wanted]
+        every_sample: list[Any] = [slice(None), slice(None)]
+        x, count = x[(*every_sample, *torch.unravel_index(drawn, positions))], wanted
+    x = x.reshape(batch, groups, channels // groups, count, math.prod(kernel))
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, batch * count, -1)

@@ -6,21 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.segments import Segment, whole
-from quantkit.graph.tape import Tape
+from quantkit.graph.tape import Change, Tape
 from quantkit.quantizers.learned import LearnedRange, LearnedWeight
 from quantkit.quantizers.simulate import SimulatedModel
 
 EIGHT_BITS = 8
 Values = Mapping[int, Tensor]
-
-
-def fast_layout(x: Tensor) -> Tensor:
-    """Images with channels last: the layout convolutions are quickest in."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 @dataclass
@@ -46,9 +41,9 @@ class Playback:
         """The parameters and buffers to compute with, by name."""
         if self.fixed is not None:
             return dict(self.fixed)
-        found = state_of(self.model.model)
+        found = self.tape.state_of(self.model.model)
         for name, learned in self.weights.items():
-            found[f"{name}.weight"] = fast_layout(learned.value())
+            found[f"{name}.weight"] = self.tape.laid_out(learned.value())
             if (bias := learned.bias()) is not None:
                 found[f"{name}.bias"] = bias
         return found
@@ -64,54 +59,52 @@ class Playback:
             return x
         return found.fake_quantize(x)
 
-    def run(self, values: Values, segment: Segment, wanted: Sequence[int] = ()) -> list[Tensor]:
-        """The value that leaves a segment (or those ``wanted``) from those that enter it, which their sites quantize
-        here; what leaves is quantized by whoever reads it.
+    def run(self, values: Values, segment: Segment) -> Tensor:
+        """The value that leaves a segment from those that enter it, which their sites quantize here; what leaves is
+        quantized by whoever reads it.
         """
         out = self.places[segment.leaving]
 
         def change(place: OpKey, x: Tensor) -> Tensor:
             return x if place == out else self.quantize(place, x)
 
+        return self._replay(values, segment, [segment.leaving], change)[0]
+
+    def inside(self, values: Values, segment: Segment, wanted: Sequence[int]) -> list[Tensor]:
+        """The values of any numbers at the end of a segment, all sites applied."""
+        return self._replay(values, segment, wanted, self.quantize)
+
+    def _replay(self, values: Values, segment: Segment, wanted: Sequence[int], change: Change) -> list[Tensor]:
         entering = {number: self.quantize(self.places[number], x) for number, x in values.items()}
-        span = (segment.start, segment.stop)
-        return self.tape.replay(entering, self.state(), wanted or [segment.leaving], change, span)
+        return self.tape.replay(entering, self.state(), wanted, change, (segment.start, segment.stop))
 
     def output(self, values: Values) -> Tensor:
         """The output of the whole model for its input values, with its own site applied."""
-        every = whole(self.tape, ())
-        return self.quantize(self.places[self.tape.output], self.run(values, every)[0])
+        return self.quantize(self.places[self.tape.output], self.run(values, whole(self.tape, ())))
 
 
 def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
     """Each element from one of two tensors, with equal chances."""
-    draw = torch.randint(0, 2, one.shape, generator=generator, dtype=torch.uint8)
-    return torch.where(fast_layout(draw).bool(), one, other)
+    draw = torch.empty_like(one, dtype=torch.uint8).random_(0, 2, generator=generator)
+    return torch.where(draw.bool(), one, other)
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by all their names, detached."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: fast_layout(tensor.detach()) for name, tensor in named}
-
-
-def in_chunks(values: Values, size: int) -> Iterator[tuple[dict[int, Tensor], int]]:
-    """Values of all samples in pieces of exactly ``size``, the last one filled up with the first samples, and how many
+def in_chunks(tape: Tape, values: Values) -> Iterator[tuple[dict[int, Tensor], int]]:
+    """Values of all samples in pieces of the tape's size, the last one filled up with the first samples, and how many
     of each are meant.
     """
     count = len(next(iter(values.values())))
-    for start in range(0, count, size):
-        index = torch.arange(start, start + size) % count
-        yield take(values, index), min(size, count - start)
+    for start in range(0, count, tape.size):
+        yield take(tape, values, torch.arange(start, start + tape.size) % count), min(tape.size, count - start)
 
 
-def take(values: Values, indices: Tensor) -> dict[int, Tensor]:
+def take(tape: Tape, values: Values, indices: Tensor) -> dict[int, Tensor]:
     """The values of some samples, in memory of their own."""
-    return {number: fast_layout(x[indices]) for number, x in values.items()}
+    return {number: tape.laid_out(x[indices]) for number, x in values.items()}
 
 
 @torch.no_grad()
 def play(playback: Playback, values: Values, segment: Segment) -> Tensor:
     """The value that leaves a segment, of all samples."""
-    found = [playback.run(part, segment)[0][:count] for part, count in in_chunks(values, playback.tape.size)]
+    found = [playback.run(part, segment)[:count] for part, count in in_chunks(playback.tape, values)]
     return torch.cat(found)

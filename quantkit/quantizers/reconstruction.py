@@ -98,7 +98,7 @@ def settle(playback: Playback) -> None:
 @torch.no_grad()
 def mean_damage(playback: Playback, values: Values, outputs: Tensor, damage: Damage) -> float:
     """The damage of the whole model over samples, as it would ship now."""
-    found = torch.cat([playback.output(part)[:count] for part, count in in_chunks(values, playback.tape.size)])
+    found = torch.cat([playback.output(part)[:count] for part, count in in_chunks(playback.tape, values)])
     return float(damage(outputs, found).double().mean())
 
 
@@ -113,7 +113,9 @@ def learn_network(
     """Learn the whole network by the damage of its output."""
 
     def loss(indices: Tensor) -> Tensor:
-        return teacher.damage(lesson.outputs[indices], playback.output(take(lesson.inputs, indices))).mean()
+        return teacher.damage(
+            lesson.outputs[indices], playback.output(take(playback.tape, lesson.inputs, indices))
+        ).mean()
 
     def held_back() -> float:
         return mean_damage(playback, lesson.held_inputs, lesson.held_outputs, teacher.damage)
@@ -151,16 +153,16 @@ def learn_block(
     progress: bool,
 ) -> Learned:
     """Learn one block by the weighted squared error of its output."""
-    segment, size = exercise.segment, playback.tape.size
+    segment = exercise.segment
 
     def loss(indices: Tensor) -> Tensor:
-        ours, theirs = take(exercise.quantized, indices), take(exercise.floating, indices)
+        ours, theirs = (take(playback.tape, values, indices) for values in (exercise.quantized, exercise.floating))
         entering = {number: mixed(x, theirs[number], generator) for number, x in ours.items()}
-        return exercise.error(playback.run(entering, segment)[0], exercise.wanted[indices])
+        return exercise.error(playback.run(entering, segment), exercise.wanted[indices])
 
     @torch.no_grad()
     def held_back() -> float:
-        found = [playback.run(part, segment)[0][:n] for part, n in in_chunks(exercise.held_quantized, size)]
+        found = [playback.run(part, segment)[:n] for part, n in in_chunks(playback.tape, exercise.held_quantized)]
         return float(exercise.error(torch.cat(found), exercise.held_wanted))
 
     begin(playback, teacher, segment.layers, segment)
@@ -212,7 +214,7 @@ def fisher(
     count = 0
     order = torch.randperm(len(lesson), generator=generator)[:FISHER_SAMPLES]
     some = {number: x[order] for number, x in lesson.inputs.items()}
-    for part, _ in in_chunks(some, tape.size):
+    for part, _ in in_chunks(tape, some):
         entering = {number: x.requires_grad_(x.is_floating_point()) for number, x in part.items()}
         values = tape.replay(entering, teacher.state, [*numbers, tape.output])
         gradients = torch.autograd.grad(teacher.pull(values[-1], generator), values[:-1])

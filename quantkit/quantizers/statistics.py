@@ -66,16 +66,17 @@ def layer_hessians(
 ) -> dict[str, Tensor]:
     """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now.
 
-    Products are taken in float32 over slices of rows and summed in float64. A forward stops at the last layer asked
-    for.
+    Products are taken in float32 over slices of rows and summed in float64. Of a convolution with many positions some
+    are drawn, by a fixed seed. A forward stops at the last layer asked for.
     """
     watched = {call.key: name for name in layers for call in trace.calls[name]}
     last = max(watched, key=[op.key for op in trace.ops].index)
     sums: dict[str, Tensor] = {}
+    draws = torch.Generator().manual_seed(0)
 
     def before(key: OpKey, args: Any, kwargs: Any) -> None:
         if key in watched:
-            _accumulate(sums, watched[key], input_columns(trace.kinds[key.scope], args, kwargs))
+            accumulate(sums, watched[key], input_columns(trace.kinds[key.scope], args, kwargs, generator=draws))
             if key == last:
                 raise _Reached
 
@@ -88,7 +89,8 @@ def layer_hessians(
     return sums
 
 
-def _accumulate(sums: dict[str, Tensor], name: str, columns: Tensor) -> None:
+def accumulate(sums: dict[str, Tensor], name: str, columns: Tensor) -> None:
+    """Add X^T X of ``columns`` (groups, rows, K) to the sum of a layer."""
     if name not in sums:
         groups, _, width = columns.shape
         sums[name] = torch.zeros(groups, width, width, dtype=torch.float64)

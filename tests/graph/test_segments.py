@@ -8,7 +8,6 @@ from torch import nn
 
 from quantkit.graph.segments import LAYERS, Segment, blocks_of
 from quantkit.graph.tape import Tape, record
-from quantkit.quantizers.playback import state_of
 from quantkit.sensitivity.measure import main_output
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
@@ -60,6 +59,6 @@ def test_blocks_one_after_the_other_are_the_network(model: type[nn.Module]) -> N
     with torch.no_grad():
         for block in blocks:
             span = (block.start, block.stop)
-            (value,) = tape.replay(values, state_of(ready.model), [block.leaving], span=span)
+            (value,) = tape.replay(values, tape.state_of(ready.model), [block.leaving], span=span)
             values = {block.leaving: value}
         torch.testing.assert_close(value, ready.model(*batch[0]))

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from quantkit.graph.batches import Batch
 from quantkit.graph.tape import Tape, record
-from quantkit.quantizers.playback import state_of
 from quantkit.sensitivity.measure import main_output
 from tests.graph.models import randn
 from tests.pipeline.networks import ConvReused, FunctionalReLU, ImageAndFeatures, MobileNet, small
@@ -50,13 +49,13 @@ def output_of(model: nn.Module, batch: Batch) -> Tensor:
 def test_a_replay_computes_what_the_model_computes_on_other_inputs(case: tuple[nn.Module, Tape, Batch]) -> None:
     model, tape, batch = case
     with torch.no_grad():
-        (found,) = tape.replay(tape.entering(model, batch), state_of(model), [tape.output])
+        (found,) = tape.replay(tape.entering(model, batch), tape.state_of(model), [tape.output])
     torch.testing.assert_close(found, output_of(model, batch))
 
 
 def test_a_forward_can_be_cut_at_every_lone_value(case: tuple[nn.Module, Tape, Batch]) -> None:
     model, tape, batch = case
-    state, cuts = state_of(model), tape.lone_values()
+    state, cuts = tape.state_of(model), tape.lone_values()
     assert cuts
     for after, number in cuts.items():
         with torch.no_grad():
@@ -70,10 +69,32 @@ def test_other_parameters_may_take_the_place_of_the_models() -> None:
     tape = record(model, image_batch(1, 2), image_batch(2, 2), main_output)
     assert tape is not None
     batch = image_batch(3, 2)
-    state = state_of(model) | {"head.bias": torch.full((10,), 7.0)}
+    state = tape.state_of(model) | {"head.bias": torch.full((10,), 7.0)}
     with torch.no_grad():
         (found,) = tape.replay(tape.entering(model, batch), state, [tape.output])
     torch.testing.assert_close(found, output_of(model, batch) - model.head.bias + 7)
+
+
+class Viewing(nn.Module):
+    """Flattens by ``view``, which refuses channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4 * 6 * 6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def test_the_layout_is_the_one_a_model_can_run_in() -> None:
+    model = Viewing().eval()
+    tape = record(model, image_batch(1), image_batch(2), main_output)
+    assert tape is not None and not tape.channels_last
+    batch = image_batch(3)
+    with torch.no_grad():
+        (found,) = tape.replay(tape.entering(model, batch), tape.state_of(model), [tape.output])
+    torch.testing.assert_close(found, output_of(model, batch))
 
 
 class Branching(nn.Module):

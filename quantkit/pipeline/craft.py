@@ -1,0 +1,98 @@
+"""Meeting a plan as well as possible: ranges of sites, rounding of weights, learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.formats import ActivationFormat, WeightFormat
+from quantkit.graph.batches import Batch
+from quantkit.kernels.reference import SiteRange
+from quantkit.pipeline.reconstruct import Course, course_of, reconstruct, require_course, worth_learning
+from quantkit.pipeline.recording import Recording, recording_of
+from quantkit.pipeline.request import CHOICES, choose
+from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.playback import Playback
+from quantkit.quantizers.rounding_by_blocks import round_by_blocks
+from quantkit.quantizers.sequence import round_biases, round_in_sequence
+from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.statistics import site_histograms
+from quantkit.sensitivity.measure import damage_for
+from quantkit.transforms.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a plan is met, by the names in ``CHOICES``."""
+
+    rounding: str
+    ranges: str
+    reconstruction: str
+    loss: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("rounding", "ranges", "reconstruction", "loss"):
+            choose(name, getattr(self, name), CHOICES[name])
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A float model with the formats of its layers and sites, and what was kept of it to work from."""
+
+    ready: Prepared
+    weights: Mapping[str, WeightFormat]
+    sites: Mapping[str, ActivationFormat]
+    batches: Sequence[Batch]
+    recording: Recording | str
+    course: Course | None
+    ways: Ways
+
+    @classmethod
+    def of(
+        cls,
+        ready: Prepared,
+        weights: Mapping[str, WeightFormat],
+        sites: Mapping[str, ActivationFormat],
+        batches: Sequence[Batch],
+        reference: Sequence[Tensor],
+        ways: Ways,
+    ) -> Workbench:
+        """``reference`` are the float model's outputs. Raises InvalidRequest where learning is asked for and cannot
+        be.
+        """
+        recording, course, asked = recording_of(ready, batches), None, ways.reconstruction
+        bits = [w.bits for w in weights.values()], [a.bits for a in sites.values()]
+        if asked != "none" and (asked != "auto" or worth_learning(*bits, batches)):
+            damage = damage_for(ways.loss, torch.cat(list(reference)))
+            course = require_course(course_of(ready, recording, damage, ways.seed), asked)
+        return cls(ready, weights, sites, batches, recording, course, ways)
+
+    def quantized(self, progress: bool) -> tuple[SimulatedModel, dict[str, Any]]:
+        """The quantized model, and notes on how it was made."""
+        ready, weights = self.ready, self.weights
+        simulated = SimulatedModel(ready.model, ready.sites, {}, self._site_ranges(progress))
+        simulated.eval()
+        notes: dict[str, Any] = {"rounding": self._round(simulated, progress)}
+        if self.course is not None:
+            notes["reconstruction"] = reconstruct(self.course, simulated, self.ways.reconstruction, progress)
+        round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
+        return simulated, notes
+
+    def _site_ranges(self, progress: bool) -> dict[str, SiteRange]:
+        histograms = site_histograms(self.ready.model, self.ready.sites, self.batches, progress)
+        find = RANGES[self.ways.ranges]
+        return {name: find(histogram, self.sites[name].bits) for name, histogram in histograms.items()}
+
+    def _round(self, simulated: SimulatedModel, progress: bool) -> dict[str, str]:
+        """Give every layer its codes; returns how."""
+        trace, how, recording = self.ready.trace, self.ways.rounding, self.recording
+        if isinstance(recording, str):
+            return round_in_sequence(simulated, trace, self.weights, self.batches, how, progress)
+        inputs = recording.tape.entering(self.ready.model, recording.samples)
+        playback = Playback(simulated, recording.tape)
+        return round_by_blocks(playback, trace, recording.blocks, self.weights, inputs, how, progress)

@@ -1,0 +1,70 @@
+"""Rounding block by block gives the codes of rounding in sequence: the same layers on the same inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quantkit.formats import Scheme
+from quantkit.graph.segments import blocks_of
+from quantkit.graph.tape import record
+from quantkit.kernels.reference import SiteRange
+from quantkit.quantizers.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
+from quantkit.quantizers.playback import Playback
+from quantkit.quantizers.rounding_by_blocks import round_by_blocks
+from quantkit.quantizers.sequence import round_in_sequence
+from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.sensitivity.measure import main_output
+from quantkit.targets import Target
+from quantkit.transforms.prepare import prepare
+from tests.graph.models import randn
+from tests.graph.test_segments import Chain
+from tests.pipeline.networks import ConvReused, MobileNet
+
+
+@pytest.mark.parametrize("build", [Chain, MobileNet, ConvReused], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_codes_are_those_of_rounding_in_sequence(build: type[nn.Module], rounding: str) -> None:
+    torch.manual_seed(0)
+    model, x = build().eval(), randn(75, 3, 8, 8, seed=1)
+    batches = [((x[:40],), {}), ((x[40:],), {})]
+    found = {}
+    for way in ("sequence", "blocks"):
+        ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
+        simulated = SimulatedModel(ready.model, ready.sites, {}, {s.name: SiteRange(0.05, 60) for s in ready.sites})
+        formats = {name: Scheme.parse("w3").weight for name in ready.quantizable[1:]}
+        if way == "sequence":
+            how = round_in_sequence(simulated, ready.trace, formats, batches, rounding, progress=False)
+        else:
+            tape = record(ready.model, ((x[:8],), {}), ((x[8:16],), {}), main_output)
+            assert tape is not None
+            blocks = blocks_of(tape, ready.trace, ready.quantizable, {s.place for s in ready.sites})
+            inputs = tape.entering(ready.model, ((x,), {}))
+            playback = Playback(simulated, tape)
+            how = round_by_blocks(playback, ready.trace, blocks, formats, inputs, rounding, progress=False)
+        found[way] = simulated.weights, how
+    (one, said), (other, said_too) = found.values()
+    assert said == said_too
+    for name in one:
+        same = (one[name].codes == other[name].codes).float().mean()
+        assert same > 0.99, name  # a sum in another order may tip a code on a tie
+        torch.testing.assert_close(one[name].scale, other[name].scale)
+
+
+def test_of_many_positions_some_are_drawn_and_their_inputs_are_right() -> None:
+    x, weight = randn(3, 4, 20, 20), randn(6, 4, 3, 3)
+    every = input_columns("conv2d", (x, weight), {"padding": 1}).reshape(3, 400, 36)
+    some = input_columns("conv2d", (x, weight), {"padding": 1}, 2, torch.Generator().manual_seed(0))
+    assert positions_wanted(36) == LEAST_POSITIONS == 128
+    some = some.reshape(2, 128, 36)
+    for sample in range(2):
+        rows = {tuple(row.tolist()) for row in every[sample]}
+        assert all(tuple(row.tolist()) in rows for row in some[sample])
+        assert len({tuple(row.tolist()) for row in some[sample]}) == 128
+
+
+def test_all_positions_count_where_they_are_few() -> None:
+    x, weight = randn(3, 4, 8, 8), randn(6, 4, 3, 3)
+    every = input_columns("conv2d", (x, weight), {})
+    assert torch.equal(every, input_columns("conv2d", (x, weight), {}, generator=torch.Generator().manual_seed(0)))

@@ -1,0 +1,150 @@
+"""How much of the float network is left? Methods of rounding and learning at several bits, on unseen images.
+
+    python tools/study_quantizers.py [--models resnet20 resnet8 mobilenetv1] [--schemes w2a8 w3a8 w4a8 w4a4]
+                                     [--methods nearest gptq network block] [--draws 1]
+
+Every layer gets the scheme, the first one reads 8 bits. Quantized on unlabelled training images, measured on images
+that decided nothing: KL divergence from the float network, the share of equal answers, top-1 where there are labels,
+seconds of `quantkit.apply`, and the peak of the process's memory. `--draws 3` takes the mean over three draws of three
+quarters of the calibration images. `--budgets 3 2.5` adds mixed plans from a profile of 2 to 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.graph.layers import layer_kind
+from quantkit.sensitivity.measure import kl_rows
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHUNK = 250
+METHODS: dict[str, dict[str, str]] = {
+    "nearest": {"rounding": "nearest", "reconstruction": "none"},
+    "gptq": {"rounding": "gptq", "reconstruction": "none"},
+    "network": {"rounding": "gptq", "reconstruction": "network"},
+    "block": {"rounding": "gptq", "reconstruction": "block"},
+}
+CIFAR = ("cifar10_calib.npz", "images", "cifar10_test_a.npz", "images", "labels")
+VWW = ("vww_images.npz", "calib", "vww_images.npz", "eval", None)
+# model -> weights, file and array of calibration images, file and array of evaluation images, array of labels
+SOURCES = {
+    "resnet20": ("resnet20.safetensors", *CIFAR),
+    "resnet8": ("resnet8_mlperf.safetensors", *CIFAR),
+    "mobilenetv1": ("mobilenetv1_025_vww.safetensors", *VWW),
+}
+MIXED = ("w2", "w3", "w4", "w5", "w6", "w8")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A float network, calibration images, unseen images and what it says of them, and their labels if any."""
+
+    model: nn.Module
+    calibration: Tensor
+    unseen: Tensor
+    wanted: Tensor
+    labels: Tensor | None
+
+    def measured(self, model: nn.Module) -> dict[str, float]:
+        """Figures of a quantized model on the unseen images."""
+        found = outputs(model, self.unseen)
+        figures = {
+            "KL": float(kl_rows(self.wanted.log_softmax(-1), found.log_softmax(-1)).mean()),
+            "same": 100 * float((found.argmax(-1) == self.wanted.argmax(-1)).float().mean()),
+        }
+        if self.labels is not None:
+            figures["top1"] = 100 * float((found.argmax(-1) == self.labels).float().mean())
+        return figures
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in images.split(CHUNK)])
+
+
+def case_of(name: str, data: Path, unseen: int | None) -> Case:
+    weights, seen_file, seen, unseen_file, array, labels = SOURCES[name]
+    recipe = import_module(f"recipes.models.{name}")
+    model = recipe.build()
+    model.load_state_dict(load_file(data / weights))
+    held = np.load(data / unseen_file)
+    images = recipe.preprocess(held[array][:unseen])
+    known = None if labels is None else torch.from_numpy(held[labels][:unseen]).long()
+    calibration = recipe.preprocess(np.load(data / seen_file)[seen])
+    return Case(model, calibration, images, outputs(model, images), known)
+
+
+def uniform(case: Case, scheme: str) -> dict[str, str]:
+    """Every layer at ``scheme``, the first one reading 8 bits."""
+    names = [name for name, module in case.model.named_modules() if layer_kind(module) is not None]
+    plan = dict.fromkeys(names, scheme)
+    return plan | {names[0]: f"{scheme.partition('a')[0]}a8"}
+
+
+def run(case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, draws: int) -> dict[str, float]:
+    """The figures of a plan met by a method, the mean over draws of the calibration images."""
+    rows = []
+    for draw in range(draws):
+        images = case.calibration
+        if draws > 1:
+            chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(draw))
+            images = images[chosen[: len(images) * 3 // 4]]
+        start = time.perf_counter()
+        result = quantkit.apply(case.model, plan, images, seed=draw, progress=False, **METHODS[method])
+        seconds = time.perf_counter() - start
+        rows.append(case.measured(result.model) | {"seconds": seconds})
+    figures = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return figures | {"MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def mixed_plans(case: Case, budgets: Sequence[str], activation: str) -> dict[str, quantkit.Plan]:
+    """Plans of these average bits, from one profile; the first layer reads 8 bits."""
+    schemes = [f"{weight}{activation}" for weight in MIXED]
+    first = next(iter(uniform(case, "w4a8")))
+    rules = {first: [f"{weight}a8" for weight in MIXED]}
+    profile = quantkit.profile(case.model, case.calibration, schemes=schemes, rules=rules, progress=False)
+    return {f"{b} bits {activation}": quantkit.allocate(profile, f"{b} bits") for b in budgets}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=SOURCES, default=["resnet20"])
+    parser.add_argument("--schemes", nargs="*", default=["w2a8", "w3a8", "w4a8", "w4a4"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["nearest", "gptq", "network"])
+    parser.add_argument("--budgets", nargs="*", default=[], help="average bits of mixed plans, such as 3 2.5")
+    parser.add_argument("--activation", default="a8", help="of the mixed plans (default a8)")
+    parser.add_argument("--draws", type=int, default=1, help="draws of the calibration images (default: all, once)")
+    parser.add_argument("--unseen", type=int, help="only so many of the evaluation images")
+    options = parser.parse_args()
+    data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    print("model        plan         method         KL    same    top1  seconds    MB")
+    for name in options.models:
+        case = case_of(name, data, options.unseen)
+        plans: dict[str, quantkit.Plan | Mapping[str, str]] = {s: uniform(case, s) for s in options.schemes}
+        if options.budgets:
+            plans |= mixed_plans(case, options.budgets, options.activation)
+        for title, plan in plans.items():
+            for method in options.methods:
+                found = run(case, plan, method, options.draws)
+                print(
+                    f"{name:<12} {title:<12} {method:<10} {found['KL']:8.4f} {found['same']:7.2f} "
+                    f"{found.get('top1', float('nan')):7.2f} {found['seconds']:8.0f} {found['MB']:5.0f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

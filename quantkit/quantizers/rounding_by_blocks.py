@@ -36,7 +36,7 @@ def round_by_blocks(
     names = [name for block in blocks for name in block.layers if name in formats]
     for name, after in zip(track(names, "quantizing layers", enabled=progress), [*names[1:], None], strict=True):
         block, weight = blocks_of[name], weight_of(simulated.model, name)
-        hessian = None if rounding == "nearest" else _hessian(playback, trace, block, name, values)
+        hessian = None if rounding == "nearest" else hessian_within(playback, trace, block, name, values)
         rounded = quantize_weight(weight, [formats[name]], hessian, groups_of(simulated.model, name))
         simulated.set_weight(name, rounded.weights[formats[name]])
         how[name] = rounding_note(name, rounded, rounding)
@@ -47,7 +47,7 @@ def round_by_blocks(
 
 
 @torch.no_grad()
-def _hessian(playback: Playback, trace: Trace, block: Segment, name: str, values: Values) -> Tensor:
+def hessian_within(playback: Playback, trace: Trace, block: Segment, name: str, values: Values) -> Tensor:
     """Sum of X^T X over the inputs of a layer, (groups, K, K) float64, given the values that enter its block."""
     tape = playback.tape
     sums: dict[str, Tensor] = {}

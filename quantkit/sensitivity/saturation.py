@@ -84,18 +84,23 @@ def measured_plans(
 
 
 def fitted(alone: np.ndarray, quadratic: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
-    """(a, s) for which q / (1 + s q), with q = alone + a (quadratic - alone), is nearest to the measured damages of
-    plans, by the mean absolute logarithm of their ratio; (1, 0) where there is nothing to fit to.
+    """(a, s) for which q / (1 + s q), with q = alone + a (quadratic - alone), is near the measured damages of plans,
+    by the mean absolute logarithm of their ratio; (1, 0) where there is nothing to fit to.
 
-    ``alone``: the sum of each plan's single damages, ``quadratic``: with all of the pair terms.
+    ``alone``: the sum of each plan's single damages, ``quadratic``: with all of the pair terms. Of all that come
+    within a standard error of the nearest, the one that changes the quadratic predictions least (Breiman et al.,
+    "Classification and Regression Trees", 1984): the inputs are milder than those that the plan will meet.
     """
     usable = (alone > 0) & (quadratic > 0) & (measured > 0)
     if not usable.any():
         return 1.0, 0.0
     single, pairs, truth = alone[usable], (quadratic - alone)[usable], measured[usable]
     grid = [0.0, *(np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / single.max()).tolist()]
-
-    def miss(one: tuple[float, float]) -> float:
-        return float(np.abs(np.log(saturated(single + one[0] * pairs, one[1]) / truth)).mean())
-
-    return min(((a, s) for a in STRENGTHS for s in grid), key=miss)
+    options = [(a, s) for a in STRENGTHS for s in grid]
+    predicted = np.log([saturated(single + a * pairs, s) for a, s in options])
+    miss = np.abs(predicted - np.log(truth))
+    mean = miss.mean(1)
+    best = int(mean.argmin())
+    error = miss[best].std(ddof=1) / len(truth) ** 0.5 if len(truth) > 1 else 0.0
+    change = np.abs(predicted - predicted[0]).mean(1)  # the first option leaves all as it is
+    return options[int(np.where(mean <= mean[best] + error, change, np.inf).argmin())]

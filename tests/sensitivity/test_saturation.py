@@ -42,6 +42,15 @@ def test_fit_finds_what_damages_were_made_with(end: float, strength: float) -> N
     assert limit == pytest.approx(1 / end, rel=0.3)
 
 
+def test_fit_changes_no_more_than_the_plans_prove() -> None:
+    draw = np.random.default_rng(0)
+    alone = draw.lognormal(-2, 2, size=24)
+    quadratic = alone * draw.uniform(1, 2, size=24)
+    assert fitted(alone, quadratic, quadratic * draw.lognormal(-0.05, 0.4, size=24)) == (1, 0)
+    strength, limit = fitted(alone, quadratic, 0.5 * alone * draw.lognormal(0, 0.1, size=24))
+    assert strength < 0.2 and limit > 0
+
+
 def test_nothing_is_bent_where_predictions_do_not_overshoot() -> None:
     q = np.geomspace(1e-4, 10, 24)
     assert fitted(q / 2, q, q) == (1, 0)

@@ -7,7 +7,7 @@ of them. A cost is processor time, in forwards of the samples that the estimator
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,10 +21,11 @@ from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.store import Artefacts
 
-DEFAULT = "Gram (default)"
+DEFAULT, ALONE, TRACE, TOP_EIGENVALUE = "Gram (default)", "sum of KL", "HAWQ-V2", "HAWQ, top eigenvalue"
 BASES = {"2-3": "w3", "2-4": "w3", "3-6": "w4", "3-8": "w4"}
 AROUND = {"w3": ("w2", "w3", "w4"), "w4": ("w3", "w4", "w5", "w6", "w8")}
 AROUND_SAMPLES = 256
+AROUND_BASE = {"Gram around a base plan": True, "sum of KL around a base plan": False}  # name -> with pair terms
 PROBES = 32  # for Hessian traces; the estimator's own limit is higher than a study of three networks can afford
 MOST_PAIRS = 2000
 # name in the table -> (estimator, plain or mixed inputs, samples at most)
@@ -32,8 +33,8 @@ WAYS = {
     DEFAULT: ("gram", "mixed", 1 << 30),
     "sum of KL, plain": ("kl", "plain", 256),
     "Fisher": ("fisher", "mixed", 1 << 30),
-    "HAWQ-V2": ("hessian-trace", "mixed", 64),
-    "HAWQ, top eigenvalue": ("hessian-eigenvalue", "mixed", 32),
+    TRACE: ("hessian-trace", "mixed", 64),
+    TOP_EIGENVALUE: ("hessian-eigenvalue", "mixed", 32),
     "exact pairs (hvp)": ("hvp-pairs", "mixed", 32),
     "noise": ("noise", "mixed", 32),
     "first order": ("first-order", "mixed", 1 << 30),
@@ -76,7 +77,8 @@ class Lab:
         x = torch.cat([args[0] for args, _ in self.inputs[inputs]])[:samples]
         x = x.contiguous(memory_format=torch.channels_last)
         fixed = [p for p in self.changes if p.format == base]
-        return Subject(self.model, split_batches([((x,), {})], 32), {}, base=fixed)
+        folder = self.artefacts.folder and self.artefacts.folder / f"{inputs}-{samples}-{base or 'float'}"
+        return Subject(self.model, split_batches([((x,), {})], 32), {}, base=fixed, artefacts=Artefacts(folder))
 
     def scores(
         self, estimator: str, inputs: str, samples: int, base: str = "", formats: Sequence[str] = ()
@@ -127,9 +129,16 @@ def _spread(arrays: Mapping[str, np.ndarray], chosen: Sequence[int], count: int)
 
 
 def predictors(
-    model: nn.Module, batches: Sequence[Batch], changes: Sequence[Perturbation], seed: int, artefacts: Artefacts
+    model: nn.Module,
+    batches: Sequence[Batch],
+    changes: Sequence[Perturbation],
+    seed: int,
+    artefacts: Artefacts,
+    names: Collection[str] = (),
 ) -> list[Predictor]:
-    """Every way of predicting, the default first; pairs of all formats only where they are few."""
+    """Every way of predicting, or those of ``names``, the default first; pairs of all formats only where they are
+    few.
+    """
     mixed = mixed_pairs(batches, torch.Generator().manual_seed(seed))
     assert mixed is not None, "the study's inputs are images"
     lab = Lab(model, {"plain": batches, "mixed": mixed}, changes, seed, artefacts)
@@ -138,16 +147,19 @@ def predictors(
     found: list[Predictor] = []
     hessian_trace.MOST_PROBES = PROBES
     for name, (estimator, inputs, most) in WAYS.items():
-        if estimator == "pairwise" and len(changes) ** 2 / 2 > MOST_PAIRS:
+        too_many = estimator == "pairwise" and len(changes) ** 2 / 2 > MOST_PAIRS
+        if too_many or (names and not {name, ALONE if name == DEFAULT else name} & set(names)):
             continue
         samples = min(most, available)
         scores, forwards = lab.scores(estimator, inputs, samples)
         found.append(Predictor(name, entries, {"": scores}, samples, forwards))
         if name == DEFAULT:
-            found.append(Predictor("sum of KL", entries, {"": scores}, samples, forwards, with_pairs=False))
+            found.append(Predictor(ALONE, entries, {"": scores}, samples, forwards, with_pairs=False))
+    if names and not set(AROUND_BASE) & set(names):
+        return found
     samples = min(AROUND_SAMPLES, available)
     around = {base: lab.scores("gram", "mixed", samples, base, formats) for base, formats in AROUND.items()}
     scores_around, forwards = {b: s for b, (s, _) in around.items()}, sum(f for _, f in around.values())
-    for name, pairs in (("Gram around a base plan", True), ("sum of KL around a base plan", False)):
+    for name, pairs in AROUND_BASE.items():
         found.append(Predictor(name, entries, scores_around, samples, forwards, pairs))
     return found

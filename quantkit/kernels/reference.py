@@ -31,7 +31,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, low, high):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.range = (low, high)
-        return dequantize(quantize(x, scale, zero_point, low, high), scale, zero_point)
+        # ``dequantize`` in place: activations are large, and are quantized while others of their size are held
+        return quantize(x, scale, zero_point, low, high).sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -33,8 +33,8 @@ WAYS = {
     DEFAULT: ("gram", "mixed", 1 << 30),
     "sum of KL, plain": ("kl", "plain", 256),
     "Fisher": ("fisher", "mixed", 1 << 30),
-    TRACE: ("hessian-trace", "mixed", 64),
-    TOP_EIGENVALUE: ("hessian-eigenvalue", "mixed", 32),
+    TRACE: ("hessian-trace", "mixed", 32),
+    TOP_EIGENVALUE: ("hessian-eigenvalue", "mixed", 16),
     "exact pairs (hvp)": ("hvp-pairs", "mixed", 32),
     "noise": ("noise", "mixed", 32),
     "first order": ("first-order", "mixed", 1 << 30),
@@ -87,7 +87,7 @@ class Lab:
         chosen = [k for k, p in enumerate(self.changes) if not formats or p.format in formats]
         changes = [self.changes[k] for k in chosen]
         key = [inputs, samples, base, self.seed, digest_changes(changes)]
-        kept = self.artefacts.find(f"scores {estimator}", key) or self._measured(estimator, key, changes)
+        kept = self.artefacts.find(_name(estimator, key), key) or self._measured(estimator, key, changes)
         return _spread(kept[0], chosen, len(self.changes)), float(kept[0]["forwards"])
 
     def _measured(
@@ -105,9 +105,13 @@ class Lab:
         arrays["base_damage"] = np.array(scores.notes.get("base_damage", 0.0))
         if scores.gram is not None:
             arrays["gram"] = scores.gram
-        self.artefacts.keep(f"scores {estimator}", key, arrays, repr(dict(scores.notes)))
+        self.artefacts.keep(_name(estimator, key), key, arrays, repr(dict(scores.notes)))
         print(f"  {estimator} on {samples} {inputs} samples: {scores.notes}", flush=True)
         return arrays, ""
+
+
+def _name(estimator: str, key: Sequence) -> str:
+    return f"scores of {estimator}, {' '.join(map(str, key[:3]))}"
 
 
 def _seconds(work: Callable[[], object]) -> float:

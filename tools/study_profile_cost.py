@@ -84,6 +84,14 @@ def activation_formats(bits: Sequence[int]) -> list[ActivationFormat]:
     return [format for format in parsed if format is not None]
 
 
+def one_forward(ready: Prepared, batch: Batch) -> tuple[int, int]:
+    """Peak bytes of one forward, and the number of classes it gives."""
+    before = peak_reset()
+    with torch.no_grad():
+        classes = run_model(ready.model, batch).shape[-1]
+    return peak() - before, classes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="calibration images (default 256)")
@@ -101,10 +109,7 @@ def main() -> None:
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(0))
     assert inputs is not None, "images can be mixed"
     subject = Subject(ready.model, inputs, {site.name: site for site in ready.sites})
-    before = peak_reset()
-    with torch.no_grad():
-        classes = run_model(ready.model, batches[0]).shape[-1]
-    forward = peak() - before
+    forward, classes = one_forward(ready, batches[0])
     counter.samples -= batch_size(batches[0])
     before, started = peak_reset(), time.process_time()
     scores = ESTIMATORS["gram"](subject, changes, True, torch.Generator().manual_seed(0))

@@ -136,7 +136,7 @@ struct FourBits {
                 __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
                 for (int64_t i = k; i < stop; i += 2 * QUAD, w += 64, a += 2 * QUAD) {
                     const __m256i first = quad_of_bytes(a), second = quad_of_bytes(a + QUAD);
-                    _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(w) + 1536, _MM_HINT_T0);
                     for (int half = 0; half < 2; ++half) {
                         const __m256i both = load(w + 32 * half);
                         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
@@ -225,7 +225,7 @@ struct EightBits {
             for (int c = 0; c < 4; ++c) sum[c] = _mm256_setzero_si256();
             for (int64_t k = 0; k < group; k += QUAD, w += 64, a += QUAD) {
                 const __m256i x = quad_of_words(a);
-                _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(w) + 1536, _MM_HINT_T0);
                 for (int c = 0; c < 4; ++c)
                     sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(words(w + 16 * c), x));
             }

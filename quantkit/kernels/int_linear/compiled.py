@@ -25,6 +25,7 @@ _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _ARGUMENTS = {
     "quantkit_supports": [_INT],
     "quantkit_int_linear": [_POINTER] * 7 + [_SIZE] * 4 + [_INT] * 3,
+    "quantkit_dynamic_linear": [_POINTER] * 5 + [_SIZE] * 4 + [_INT] * 3,
     "quantkit_quantize_rows": [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT],
     "quantkit_quantize_padded": [_POINTER, *[_SIZE] * 4, _POINTER, _FLOAT, _INT, _INT, _POINTER, _INT],
     "quantkit_windows": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _INT],
@@ -37,7 +38,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = ctypes.c_int if name in ("quantkit_supports", "quantkit_int_linear") else None
+        function.restype = ctypes.c_int if "quantize" not in name and "windows" not in name else None
     return library
 
 
@@ -116,6 +117,33 @@ def int_linear_compiled(
     )
     if failed:
         raise QuantkitError("This CPU does not run the instruction set asked for; ask instruction_set() first.")
+    return out
+
+
+def dynamic_linear_compiled(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
+    """``int_linear_compiled`` of ``quantize_rows_compiled(x)`` in one call; ``x`` is contiguous float32 of any leading
+    dimensions, its last the weight's unpadded inputs.
+    """
+    inputs, channels = x.shape[-1], weight.padded_channels
+    out = torch.empty(*x.shape[:-1], channels)
+    if out.numel() == 0:
+        return out
+    failed = _built().quantkit_dynamic_linear(
+        x.data_ptr(),
+        weight.codes.data_ptr(),
+        weight.scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // inputs,
+        channels,
+        inputs,
+        inputs // weight.groups,
+        weight.bits,
+        instruction_set() or 0,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise QuantkitError("This CPU does not run the compiled kernels; ask instruction_set() first.")
     return out
 
 

@@ -90,18 +90,18 @@ class HeldWeight(nn.Module):
     def quantized(self) -> QuantizedWeight:
         """The codes and scales as they came in."""
         if self.in_panels:
-            codes, scale = from_panels(self._panels())
+            codes, scale = from_panels(self.held_panels())
             return QuantizedWeight(codes, scale, None, self.format)
         shape = (self.channels, self.inputs)
         return unpack_weight(PackedWeight(self.codes, self.scale, self.zero_point, None, shape, self.format))
 
-    def _panels(self) -> Panels:
+    def held_panels(self) -> Panels:
         return Panels(self.codes, self.scale, self.format.bits, self.channels, self.inputs)
 
     def runnable(self) -> Panels | None:
         """Panels for the compiled kernels, expanded for this call where none are held; None where there are none."""
         if self.in_panels:
-            return self._panels()
+            return self.held_panels()
         if isinstance(self.expanded, Panels):
             return self.expanded
         return _as_panels(self.quantized())

@@ -74,6 +74,24 @@ int quantkit_int_linear(const int8_t* activations, const float* activation_scale
     return 0;
 }
 
+// Symmetric int8 codes of float rows, each with its own scale.
+void quantkit_quantize_rows(const float* x, int64_t rows, int64_t count, int8_t* codes, float* scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 8)
+    for (int64_t row = 0; row < rows; ++row) quantize_row(x + row * count, count, codes + row * count, scale + row);
+}
+
+// quantkit_quantize_rows and quantkit_int_linear in one call: for a single row, the second call would cost as much as
+// reading a tenth of the weights.
+int quantkit_dynamic_linear(const float* x, const uint8_t* weights, const float* scale, const float* bias, float* out,
+                            int64_t rows, int64_t channels, int64_t inputs, int64_t group, int bits,
+                            int instruction_set, int threads) {
+    const quantkit::Buffer<int8_t> codes(rows * inputs);
+    const quantkit::Buffer<float> row_scale(rows);
+    quantkit_quantize_rows(x, rows, inputs, codes.data, row_scale.data, threads);
+    return quantkit_int_linear(codes.data, row_scale.data, weights, scale, nullptr, bias, out, rows, channels, inputs,
+                               group, bits, instruction_set, threads);
+}
+
 // Codes of a float tensor [images][height][width][channels] under one scale and zero point, unsigned codes up to
 // `high` less 128, inside a border of `pad` = {top, bottom, left, right} whose value is 0.
 void quantkit_quantize_padded(const float* x, int64_t images, int64_t height, int64_t width, int64_t channels,
@@ -115,12 +133,6 @@ void quantkit_windows(const int8_t* codes, int64_t images, const int64_t* shape,
             std::memset(to, 0, inputs - shape[5] * shape[6] * channels);
         }
     }
-}
-
-// Symmetric int8 codes of float rows, each with its own scale.
-void quantkit_quantize_rows(const float* x, int64_t rows, int64_t count, int8_t* codes, float* scale, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 8)
-    for (int64_t row = 0; row < rows; ++row) quantize_row(x + row * count, count, codes + row * count, scale + row);
 }
 
 }  // extern "C"

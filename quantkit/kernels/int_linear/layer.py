@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.kernels.int_linear import compiled
-from quantkit.kernels.int_linear.compiled import quantize_padded_compiled, quantize_rows_compiled
+from quantkit.kernels.int_linear.compiled import (
+    dynamic_linear_compiled,
+    quantize_padded_compiled,
+    quantize_rows_compiled,
+)
 from quantkit.kernels.int_linear.held import HeldWeight
 from quantkit.kernels.int_linear.reference import quantize_rows
 from quantkit.kernels.reference import QuantizedWeight, SiteRange, quantize
@@ -75,6 +79,7 @@ class IntLinear(nn.Module):
                     f"bits; this is {weight.format}. Quantize its input per row, or simulate it."
                 )
             bias = None
+        self.at_once = site is None and order is None and self.weight.in_panels and expand is False
         self.register_buffer("offset", offset)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.register_buffer("order", None if order is None else order.long())
@@ -85,6 +90,8 @@ class IntLinear(nn.Module):
                 f"This layer reads floating-point rows of {self.weight.inputs} inputs, not {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
+        if self.at_once and x.dtype == torch.float32 and x.is_contiguous():
+            return dynamic_linear_compiled(x, self.weight.held_panels(), self.bias)
         rows = x.detach().reshape(-1, self.weight.inputs).float()
         if self.order is not None:
             rows = rows[:, self.order]

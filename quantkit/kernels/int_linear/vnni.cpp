@@ -103,7 +103,7 @@ struct FourBits {
             __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
             for (int64_t k = 0; k < group; k += 2 * QUAD, w += 64, a += 2 * QUAD) {
                 const __m512i both = load(w);
-                _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(w) + 1536, _MM_HINT_T0);
                 even = _mm512_dpbusd_epi32(even, _mm512_and_si512(both, low), quad_of_bytes(a));
                 odd = _mm512_dpbusd_epi32(odd, _mm512_and_si512(_mm512_srli_epi16(both, 4), low),
                                           quad_of_bytes(a + QUAD));
@@ -139,7 +139,7 @@ struct EightBits {
         for (int64_t g = 0; g < groups; ++g, scale += PANEL) {
             __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
             for (int64_t k = 0; k < group; k += QUAD, w += 64, a += QUAD) {
-                _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(w) + 1536, _MM_HINT_T0);
                 sum[k / QUAD % 2] = _mm512_dpbusd_epi32(sum[k / QUAD % 2], load(w), quad_of_bytes(a));
             }
             total = add_group<bits>(total, _mm512_add_epi32(sum[0], sum[1]), sums[g], scale, offset);

@@ -2,15 +2,15 @@
 
     python tools/bench_kernels.py [--threads 1 2] [--sizes 2048 4096] [--rows 1 16 128] [--rounds 7] [--llama] [--conv]
 
-Every contender runs through a chain of as many weights as do not fit the caches, all of them in turn in every round, in
-one process. Printed are the median time of a layer, the median of the rounds' ratios to float32 (above 1 is faster), and
-the percentage of a limit measured here: what one layer must read, at the speed of summing a large tensor, for up to 16
-rows; the operations of a float32 matmul of 1024 x 1024 (integers may pass 100 %) for more. With one thread, times are the
-thread's own, so that other work on the machine counts little; with more they are wall clock.
+Every contender runs through a chain of as many weights as do not fit the caches, all of them in turn in every round,
+in one process. Printed are the median time of a layer, the median of the rounds' ratios to float32 (above 1 is faster)
+and the percentage of a limit measured here: up to 16 rows, what one layer must read at the speed of summing a large
+tensor; for more, the operations of a float32 matmul of 1024 x 1024, which integers may pass. With one thread, times are
+the thread's own, so that other work on the machine counts less; with more they are wall clock.
 
-``--llama``: a transformers Llama of the data folder's architecture widened to 2048, 4 layers and random weights, decoding
-token by token, float32 against 4-bit weights. ``--conv``: integer convolutions. GPU kernels need a GPU and are not
-measured without one.
+``--llama``: a transformers Llama of the data folder's architecture widened to 2048, 4 layers and random weights,
+decoding token by token, float32 against 4-bit weights. ``--conv``: integer convolutions. GPU kernels need a GPU and are
+not measured without one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,8 @@ def bench_linear(size: int, rows: Sequence[int], threads: int, rounds: int, cloc
     found = contenders(weights, threads)
     for number in rows:
         x = torch.randn(number, size)
-        times = interleaved({name: (lambda c=c: c.run(x)) for name, c in found.items()}, rounds, clock)  # type: ignore
+        runs = {name: partial(contender.run, x) for name, contender in found.items()}
+        times = interleaved(runs, rounds, clock)
         few = number <= FEW_ROWS
         limit = read_bytes_per_second(clock) if few else matmul_operations_per_second(clock)
         unit = f"{limit / 1e9:.1f} GB/s read" if few else f"{limit / 1e9:.0f} GFLOP/s float32 matmul"
@@ -207,9 +209,8 @@ def bench_conv(rounds: int, clock: Clock) -> None:
                 runs[f"{scheme}{expand}"] = lambda x=x, c=layer: c(F.conv2d, x, 1, 1)  # type: ignore[misc]
         times = interleaved(runs, 3 * rounds, clock)
         cells = " | ".join(f"{speedup(times, name, FLOAT):.2f}" for name in runs if name != FLOAT)
-        print(
-            f"| {images} x {channels} x {side}² | {1e3 * statistics.median(times[FLOAT]):.2f} | {cells} |", flush=True
-        )
+        milliseconds = 1e3 * statistics.median(times[FLOAT])
+        print(f"| {images} x {channels} x {side}² | {milliseconds:.2f} | {cells} |", flush=True)
 
 
 def widened_llama(data: Path) -> nn.Module:
@@ -251,19 +252,17 @@ def bench_llama(data: Path, threads: int, rounds: int, clock: Clock, tokens: int
     real = widened_llama(data)
     held = with_real_layers(real, "w4g128")
     runs = {FLOAT: lambda: decode(model, tokens), "w4g128": lambda: decode(real, tokens)}
-    runs |= {f"prompt {name}": (lambda m=m: decode(m, 0)) for name, m in ((FLOAT, model), ("w4g128", real))}  # type: ignore
+    runs |= {f"prompt {FLOAT}": lambda: decode(model, 0), "prompt w4g128": lambda: decode(real, 0)}
     times = interleaved(runs, rounds, clock)
     a_token = {
         name: statistics.median(a - b for a, b in zip(times[name], times[f"prompt {name}"], strict=True)) / tokens
         for name in (FLOAT, "w4g128")
     }
-    print(
-        f"\nLlama, hidden 2048, 4 layers, {threads} threads: Linear weights {floating / 1e6:.0f} -> {held / 1e6:.0f} MB"
-    )
+    megabytes = f"{floating / 1e6:.0f} -> {held / 1e6:.0f} MB"
+    print(f"\nLlama, hidden 2048, 4 layers, {threads} threads: Linear weights {megabytes}")
     print(f"ms a token: float32 {1e3 * a_token[FLOAT]:.1f}, w4g128 {1e3 * a_token['w4g128']:.1f}: ", end="")
-    print(
-        f"{a_token[FLOAT] / a_token['w4g128']:.2f} x; prompt of 16 tokens {speedup(times, 'prompt w4g128', f'prompt {FLOAT}'):.2f} x"
-    )
+    prompt = speedup(times, "prompt w4g128", f"prompt {FLOAT}")
+    print(f"{a_token[FLOAT] / a_token['w4g128']:.2f} x; prompt of 16 tokens {prompt:.2f} x")
 
 
 def main() -> None:
@@ -277,9 +276,8 @@ def main() -> None:
     asked = parser.parse_args()
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
     print(f"kernels: {NAMES.get(instruction_set() or 0, 'none')}, torch {torch.__version__}, numpy {np.__version__}")
-    print(
-        "GPU kernels: no GPU here, not measured" if not torch.cuda.is_available() else "GPU kernels: see kernels/gpu"
-    )
+    if not torch.cuda.is_available():
+        print("GPU kernels: there is no GPU here, so they are not measured")
     torch.manual_seed(0)
     for threads in asked.threads:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Weight-only layers are near their reference, in the bytes of their format, and refuse what the operator does not take."""
+"""Weight-only layers are near their reference, in the bytes of their format, and refuse other weights."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from quantkit.formats import WeightFormat
 from quantkit.kernels.int_linear import compiled
 from quantkit.kernels.int_linear.compiled import int_linear_compiled
 from quantkit.kernels.int_linear.panels import Panels, from_panels, misfit, to_panels
-from quantkit.kernels.int_linear.reference import require_operands
+from quantkit.kernels.int_linear.reference import require_inputs, require_operands
 from quantkit.kernels.int_linear.through_torch import EXACT_IN_FLOAT, OneDnnWeight, has_vnni, int_linear_torch
 from quantkit.kernels.packed_weight import PackedWeight, pack_weight, unpack_weight
 from quantkit.kernels.reference import QuantizedWeight
@@ -51,6 +51,7 @@ class HeldWeight(nn.Module):
         if not weight.format.is_integer or weight.format.bits > 8:
             raise InvalidRequest(f"Integer kernels run weights of 2 to 8 bits, not {weight.format}.")
         self.channels, self.inputs = weight.codes.shape
+        require_inputs(self.inputs)
         self.in_panels = self._fills_panels(weight)
         if self.in_panels:
             panels = to_panels(weight.codes, weight.scale, weight.format.bits)

@@ -53,6 +53,15 @@ def int_linear_reference(
     return total if bias is None else total + bias
 
 
+def require_inputs(inputs: int) -> None:
+    """Raise InvalidRequest for layers whose sums can pass 32 bits."""
+    if inputs > LARGEST_INPUTS:
+        raise InvalidRequest(
+            f"{inputs} inputs can overflow 32-bit sums; integer kernels take at most {LARGEST_INPUTS}. "
+            "Split the layer, or leave it float."
+        )
+
+
 def require_operands(activations: Tensor, inputs: int, groups: int, offset: Tensor | None) -> None:
     """The contract of every integer linear kernel; raises InvalidRequest, naming what does not fit."""
     if activations.dtype != torch.int8 or activations.dim() != 2 or activations.shape[1] != inputs:
@@ -60,10 +69,6 @@ def require_operands(activations: Tensor, inputs: int, groups: int, offset: Tens
             f"An integer linear layer of {inputs} inputs takes int8 rows of that length, not {activations.dtype} of "
             f"shape {tuple(activations.shape)}."
         )
-    if inputs > LARGEST_INPUTS:
-        raise InvalidRequest(
-            f"{inputs} inputs can overflow 32-bit sums; integer kernels take at most {LARGEST_INPUTS}. "
-            "Split the layer, or leave it float."
-        )
+    require_inputs(inputs)
     if offset is not None and groups != 1:
         raise InvalidRequest("An integer offset needs weights with one scale per channel: else no sum takes it.")

@@ -1,9 +1,9 @@
 """A linear layer with 4-bit weights and 16-bit activations on torch's ``_weight_int4pack_mm_for_cpu``.
 
 That operator is fast for bfloat16 activations only, so others are rounded to bfloat16 on the way in. Measured against
-float32 (``tools/bench_kernels.py``; 2048 inputs and channels, one thread): 2.1 x at 1 row, 1.4 x at 16, 0.6 x at 128. So
-from ``MANY_ROWS`` rows on it is slower than float: ``expand=True`` keeps the float32 weight for those calls, its bytes
-counted apart.
+float32 (``tools/bench_kernels.py``; AVX2, 2048 inputs and channels, one thread): 1.8 to 2.1 x at 1 row, 1.4 x at 16,
+0.6 x at 128. So from ``MANY_ROWS`` rows on it is slower than float: ``expand=True`` keeps the float32 weight for those
+calls, its bytes counted apart.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
 Every contender runs through a chain of as many weights as do not fit the caches, all of them in turn in every round,
 in one process. Printed are the median time of a layer, the median of the rounds' ratios to float32 (above 1 is faster)
 and the percentage of a limit measured here: up to 16 rows, what one layer must read at the speed of summing a large
-tensor; for more, the operations of a float32 matmul of 1024 x 1024, which integers may pass. With one thread, times are
-the thread's own, so that other work on the machine counts less; with more they are wall clock.
+tensor; for more, the operations of a float32 matmul of 1024 x 1024, which integers may pass. With one thread, times
+are the thread's own, so that other work on the machine counts less; with more they are wall clock.
 
 ``--llama``: a transformers Llama of the data folder's architecture widened to 2048, 4 layers and random weights,
-decoding token by token, float32 against 4-bit weights. ``--conv``: integer convolutions. GPU kernels need a GPU and are
-not measured without one.
+decoding token by token, float32 against 4-bit weights. ``--conv``: integer convolutions. GPU kernels need a GPU, and
+are not measured without one.
 """
 
 from __future__ import annotations

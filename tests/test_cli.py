@@ -174,9 +174,10 @@ def test_list(capsys, monkeypatch) -> None:
         r"sensitivity +(?!.*(lim|zd|depth)).*gram, .*kl",
         r"rankings +depth, lim, lim-layer, zd, zd-layer \(only order layers: for solver by-rank\)$",
         r"solver +.*auto",
-        r"rounding +auto, nearest, gptq$",
+        r"rounding +auto, nearest, gptq, gptaq, adaround, signround, hqq$",
         r"ranges +minmax, mse$",
         r"reconstruction +auto, none, block, network$",
+        r"correction +auto, none, bias, norm, tuning$",
         r"metric +top1$",
         r"recipes +.*recipes/quickstart\.yaml",
     ):

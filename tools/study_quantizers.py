@@ -32,8 +32,13 @@ from quantkit.sensitivity.measure import kl_rows
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHUNK = 250
 METHODS: dict[str, dict[str, str]] = {
-    "nearest": {"rounding": "nearest", "reconstruction": "none"},
-    "gptq": {"rounding": "gptq", "reconstruction": "none"},
+    "nearest": {"rounding": "nearest", "reconstruction": "none", "correction": "none"},
+    "gptq": {"rounding": "gptq", "reconstruction": "none", "correction": "none"},
+    "gptaq": {"rounding": "gptaq", "reconstruction": "none", "correction": "none"},
+    "adaround": {"rounding": "adaround", "reconstruction": "none", "correction": "none"},
+    "signround": {"rounding": "signround", "reconstruction": "none", "correction": "none"},
+    "hqq": {"rounding": "hqq", "reconstruction": "none", "correction": "none"},
+    "corrected": {"rounding": "gptq", "reconstruction": "none", "correction": "auto"},
     "network": {"rounding": "gptq", "reconstruction": "network"},
     "block": {"rounding": "gptq", "reconstruction": "block"},
 }

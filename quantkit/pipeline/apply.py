@@ -36,6 +36,7 @@ def apply(
     rounding: str = "auto",
     ranges: str = "mse",
     reconstruction: str = "auto",
+    correction: str | None = "auto",
     loss: str = "auto",
     evaluate: Evaluate | None = None,
     seed: int = 0,
@@ -47,13 +48,15 @@ def apply(
     Layers are rounded one after the other, each on the inputs it gets from the network quantized so far. Then codes,
     scales, biases and activation steps are learned by the damage of the output, on mixes of the calibration inputs:
     ``reconstruction="network"``; "block" learns block by block first, "none" keeps what was rounded, "auto" learns
-    where formats are narrow (weights up to 5 bits, activations below 8) and there are at least 64 samples. What does
-    not help on inputs that were held back is undone; ``Result.notes`` says what did. ``evaluate`` (model -> a number,
-    or one for each sample, higher is better) is reported for the float and for the quantized model; it must not use
-    the calibration data. Raises InvalidRequest for a plan that does not fit the model or the target.
+    where formats are narrow (weights up to 5 bits, activations below 8) and there are at least 64 samples. Where
+    nothing is learned, ``correction="auto"`` moves scales and biases by statistics ("norm", "bias") and biases by the
+    damage ("tuning"); each can be asked for alone, None is off. What does not help on inputs that were held back is
+    undone; ``Result.notes`` says what did. ``evaluate`` (model -> a number, or one for each sample, higher is better)
+    is reported for the float and for the quantized model; it must not use the calibration data. Raises InvalidRequest
+    for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
-    ways = Ways(rounding, ranges, reconstruction, loss, seed)
+    ways = Ways(rounding, ranges, reconstruction, correction or "none", loss, seed)
     require_metric(evaluate)
     _check_schemes(model, decided, goal)
     batches = calibration_batches(model, calibration, samples)

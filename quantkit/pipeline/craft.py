@@ -12,9 +12,9 @@ from torch import Tensor
 from quantkit.formats import ActivationFormat, WeightFormat
 from quantkit.graph.batches import Batch
 from quantkit.kernels.reference import SiteRange
-from quantkit.pipeline.reconstruct import Course, course_of, reconstruct, require_course, worth_learning
+from quantkit.pipeline.reconstruct import Course, correct, course_of, reconstruct, require_course, worth_learning
 from quantkit.pipeline.recording import Recording, recording_of
-from quantkit.pipeline.request import CHOICES, choose
+from quantkit.pipeline.request import require_choices
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.playback import Playback
 from quantkit.quantizers.rounding_by_blocks import round_by_blocks
@@ -32,12 +32,13 @@ class Ways:
     rounding: str
     ranges: str
     reconstruction: str
+    correction: str
     loss: str
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("rounding", "ranges", "reconstruction", "loss"):
-            choose(name, getattr(self, name), CHOICES[name])
+        names = ("rounding", "ranges", "reconstruction", "correction", "loss")
+        require_choices(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ class Workbench:
         """``reference`` are the float model's outputs. Raises InvalidRequest where learning is asked for and cannot
         be.
         """
-        recording, course, asked = recording_of(ready, batches), None, ways.reconstruction
-        bits = [w.bits for w in weights.values()], [a.bits for a in sites.values()]
-        if asked != "none" and (asked != "auto" or worth_learning(*bits, batches)):
+        recording, course = recording_of(ready, batches), None
+        worth = worth_learning([w.bits for w in weights.values()], [a.bits for a in sites.values()], batches)
+        asked = {"reconstruction": ways.reconstruction, "correction": ways.correction}
+        if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
             damage = damage_for(ways.loss, torch.cat(list(reference)))
-            course = require_course(course_of(ready, recording, damage, ways.seed), asked)
+            course = require_course(course_of(ready, recording, damage, ways.seed), **asked)
         return cls(ready, weights, sites, batches, recording, course, ways)
 
     def quantized(self, progress: bool) -> tuple[SimulatedModel, dict[str, Any]]:
@@ -78,8 +80,12 @@ class Workbench:
         simulated = SimulatedModel(ready.model, ready.sites, {}, self._site_ranges(progress))
         simulated.eval()
         notes: dict[str, Any] = {"rounding": self._round(simulated, progress)}
-        if self.course is not None:
-            notes["reconstruction"] = reconstruct(self.course, simulated, self.ways.reconstruction, progress)
+        learning, correcting = self.ways.reconstruction, self.ways.correction
+        if self.course is not None and learning != "none":
+            notes["reconstruction"] = reconstruct(self.course, simulated, learning, progress)
+        learned = "reconstruction" in notes and correcting == "auto"  # biases and scales among it: nothing to correct
+        if self.course is not None and correcting != "none" and not learned:
+            notes["correction"] = correct(self.course, simulated, ready.trace, correcting, progress)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 

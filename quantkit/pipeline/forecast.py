@@ -14,7 +14,7 @@ from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.trace import run_model
 from quantkit.pipeline.request import Request
 from quantkit.quantizers.statistics import HESSIAN_BYTES
-from quantkit.quantizers.weights import quantize_weight
+from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight
 from quantkit.sensitivity import COSTS
 from quantkit.sensitivity.curvature import GRAPH_SAMPLES
 from quantkit.sensitivity.measure import main_output, rows_of
@@ -101,10 +101,10 @@ def _rounding_seconds(request: Request) -> float:
     name = layers[len(layers) // 2]
     groups, width = groups_of(request.ready.model, name), _width(request, name)
     hessian = None
-    if request.settings["rounding"] != "nearest":
+    if request.settings["rounding"] not in WITHOUT_INPUTS:
         hessian = torch.eye(width, dtype=torch.float64).repeat(groups, 1, 1)
     formats = list(dict.fromkeys(s.weight for s in request.candidates[name] if s.weight is not None))
     start = time.perf_counter()
-    quantize_weight(weight_of(request.ready.model, name), formats, hessian, groups)
+    quantize_weight(weight_of(request.ready.model, name), formats, hessian, groups, request.settings["rounding"])
     seconds = time.perf_counter() - start
     return seconds * sum(_work(request, n) for n in layers) / max(1, _work(request, name))

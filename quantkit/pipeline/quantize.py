@@ -18,7 +18,7 @@ from quantkit.pipeline.apply import apply
 from quantkit.pipeline.metric import Evaluate, require_metric
 from quantkit.pipeline.operating_point import EFFORTS, refine
 from quantkit.pipeline.profile import bench_of, measure
-from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, Request, Schemes, TargetName, choose, make_ready
+from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, TargetName, choose, make_ready, require_choices
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, Profile
 from quantkit.store import require_writable
@@ -42,6 +42,7 @@ def quantize(
     rounding: str = "auto",
     ranges: str = "mse",
     reconstruction: str = "auto",
+    correction: str | None = "auto",
     seed: int = 0,
     progress: bool = True,
     workdir: str | Path | None = None,
@@ -56,14 +57,15 @@ def quantize(
     cannot be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
     """
     limit = Budget.parse(budget)
-    _require_known(limit, solver, effort, reconstruction, evaluate, workdir, inplace)
+    _require_known(limit, solver, effort, evaluate, workdir, inplace)
+    require_choices(reconstruction=reconstruction, correction=correction or "none")
     request = make_ready(
         model, calibration, schemes=schemes, samples=samples, loss=loss, target=target, rules=rules,
         sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
     finish = partial(
         apply, model, calibration=[kwargs or args for args, kwargs in request.batches], target=target, loss=loss,
-        rounding=rounding, ranges=ranges, reconstruction=reconstruction, seed=seed,
+        rounding=rounding, ranges=ranges, reconstruction=reconstruction, correction=correction, seed=seed,
         progress=progress, inplace=inplace,
     )  # fmt: skip
     if limit.accuracy_drop is not None:
@@ -77,7 +79,6 @@ def _require_known(
     limit: Budget,
     solver: str,
     effort: str,
-    reconstruction: str,
     evaluate: Evaluate | None,
     workdir: str | Path | None,
     inplace: bool,
@@ -85,7 +86,6 @@ def _require_known(
     """Refuse what is wrong with a request whatever the model."""
     require_solver(solver)
     choose("effort", effort, EFFORTS)
-    choose("reconstruction", reconstruction, CHOICES["reconstruction"])
     if workdir is not None:
         require_writable(workdir)
     require_metric(evaluate)

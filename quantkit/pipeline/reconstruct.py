@@ -15,11 +15,13 @@ from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, batch_size
 from quantkit.graph.segments import whole
 from quantkit.graph.tape import Tape
+from quantkit.graph.trace import Trace
 from quantkit.pipeline.recording import Recording, some_samples
 from quantkit.progress import notice
+from quantkit.quantizers.corrections import Kept, match_outputs
 from quantkit.quantizers.learning import Learned, Schedule
-from quantkit.quantizers.playback import Playback, play
-from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network
+from quantkit.quantizers.playback import Playback, Values, play
+from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network, mean_damage
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Damage, rows_of
@@ -32,6 +34,8 @@ DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 NETWORK = Schedule()
 BLOCK = Schedule(steps=150)
+TUNING = Schedule(steps=100, bias_rate=3e-3)
+STATISTICS_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,46 @@ def reconstruct(course: Course, simulated: SimulatedModel, how: str, progress: b
     return found
 
 
-def require_course(course: Course | str, asked: str) -> Course | None:
-    """The course; without one, None for "auto" with a notice, InvalidRequest where learning was asked for."""
+def correct(course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool) -> dict[str, Learned]:
+    """Apply corrections ("auto": all of them in turn), each kept only where the damage on held-back inputs falls;
+    returns that damage before and after each.
+    """
+    tape, blocks, lesson = course.recording.tape, course.recording.blocks, course.lesson
+    playback = Playback(simulated, tape)
+    floats = Playback(SimulatedModel(simulated.model, (), {}, {}), tape, fixed=course.teacher.state)
+    found: dict[str, Learned] = {}
+    for name in ("norm", "bias", "tuning"):
+        if how not in ("auto", name):
+            continue
+        if name == "tuning":
+            generator = torch.Generator().manual_seed(course.seed)
+            found[name] = learn_network(
+                playback, course.teacher, lesson, TUNING, generator, progress, only_biases=True
+            )
+            continue
+        kept, damage = Kept.of(simulated), course.teacher.damage
+        before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+        match_outputs(playback, floats, trace, blocks, _first(lesson.inputs), deviations=name == "norm")
+        after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+        if not after < before:
+            kept.put_back(simulated)
+        found[name] = Learned(before, min(before, after))
+    return found
+
+
+def _first(values: Values) -> Values:
+    """As many samples as statistics of channels need."""
+    return {number: x[:STATISTICS_SAMPLES] for number, x in values.items()}
+
+
+def require_course(course: Course | str, **asked: str) -> Course | None:
+    """The course; without one, None where all that was ``asked`` is "auto" or "none", with a notice, otherwise
+    InvalidRequest.
+    """
     if isinstance(course, Course):
         return course
-    if asked != "auto":
-        raise InvalidRequest(f"reconstruction={asked!r} cannot learn this model: {course}. Use 'none'.")
+    for key, value in asked.items():
+        if value not in ("auto", "none"):
+            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {course}. Use 'none'.")
     notice(f"nothing is learned after rounding: {course}")
     return None

@@ -19,6 +19,7 @@ from quantkit.graph.flow import operations_of
 from quantkit.graph.trace import Trace, run_model
 from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
 from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.corrections import CORRECTIONS
 from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
 from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, require_additive
@@ -37,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": ROUNDINGS,
     "ranges": tuple(RANGES),
     "reconstruction": RECONSTRUCTIONS,
+    "correction": CORRECTIONS,
     "loss": ("auto", *LOSSES),
 }
 
@@ -196,3 +198,9 @@ def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> N
     """Raise InvalidRequest, with the known names, for a name that is none of them."""
     if value not in (names := list(known)):
         raise InvalidRequest(f"Unknown {name} {value!r}; known: {', '.join(names)}.{did_you_mean(str(value), names)}")
+
+
+def require_choices(**asked: str) -> None:
+    """Raise InvalidRequest for a name that is not among the ``CHOICES`` of its argument."""
+    for name, value in asked.items():
+        choose(name, value, CHOICES[name])

@@ -83,6 +83,12 @@ class Playback:
         return self.quantize(self.places[self.tape.output], self.run(values, whole(self.tape, ())))
 
 
+def float_playback(playback: Playback) -> Playback:
+    """The same tape with the parameters and buffers as they are now, and nothing quantized."""
+    state = {name: tensor.clone() for name, tensor in playback.tape.state_of(playback.model.model).items()}
+    return Playback(SimulatedModel(playback.model.model, (), {}, {}), playback.tape, fixed=state)
+
+
 def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
     """Each element from one of two tensors, with equal chances."""
     draw = torch.empty_like(one, dtype=torch.uint8).random_(0, 2, generator=generator)

@@ -71,8 +71,11 @@ def begin(playback: Playback, teacher: Teacher, layers: Collection[str], segment
             playback.ranges[site.name] = LearnedRange(found)
 
 
-def rated(playback: Playback, schedule: Schedule) -> list[tuple[Tensor, float]]:
-    """Everything of a playback that is being learned, with its rate."""
+def rated(playback: Playback, schedule: Schedule, only_biases: bool = False) -> list[tuple[Tensor, float]]:
+    """Everything of a playback that is being learned, or only the biases, with its rate."""
+    if only_biases:
+        shifts = [w.bias_shift for w in playback.weights.values() if w.bias_start is not None]
+        return [(shift, schedule.bias_rate) for shift in shifts]
     found = []
     for weight in playback.weights.values():
         found += [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
@@ -109,8 +112,9 @@ def learn_network(
     schedule: Schedule,
     generator: torch.Generator,
     progress: bool,
+    only_biases: bool = False,
 ) -> Learned:
-    """Learn the whole network by the damage of its output."""
+    """Learn the whole network, or only its biases, by the damage of its output."""
 
     def loss(indices: Tensor) -> Tensor:
         return teacher.damage(
@@ -121,7 +125,8 @@ def learn_network(
         return mean_damage(playback, lesson.held_inputs, lesson.held_outputs, teacher.damage)
 
     begin(playback, teacher, playback.model.weights, whole(playback.tape, ()))
-    learned = learn(rated(playback, schedule), loss, held_back, len(lesson), schedule, generator, "network", progress)
+    moved, title = rated(playback, schedule, only_biases), "biases" if only_biases else "network"
+    learned = learn(moved, loss, held_back, len(lesson), schedule, generator, title, progress)
     settle(playback)
     return learned
 

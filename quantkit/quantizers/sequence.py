@@ -16,7 +16,7 @@ from quantkit.kernels.reference import QuantizedWeight, quantize
 from quantkit.progress import track
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import layer_hessians
-from quantkit.quantizers.weights import quantize_weight, rounding_note
+from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
 
 LARGEST_BIAS = 1 << 30  # leaves half of an INT32 accumulator to the products
 
@@ -32,9 +32,9 @@ def round_in_sequence(
     """Give every layer of ``formats`` (in execution order) its codes; returns how each was rounded."""
     how = {}
     for name in track(formats, "quantizing layers", enabled=progress):
-        hessian = None if rounding == "nearest" else layer_hessians(simulated, trace, [name], batches)[name]
+        hessian = None if rounding in WITHOUT_INPUTS else layer_hessians(simulated, trace, [name], batches)[name]
         model = simulated.model
-        rounded = quantize_weight(weight_of(model, name), [formats[name]], hessian, groups_of(model, name))
+        rounded = quantize_weight(weight_of(model, name), [formats[name]], hessian, groups_of(model, name), rounding)
         simulated.set_weight(name, rounded.weights[formats[name]])
         how[name] = rounding_note(name, rounded, rounding)
     return how

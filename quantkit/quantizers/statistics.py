@@ -89,13 +89,14 @@ def layer_hessians(
     return sums
 
 
-def accumulate(sums: dict[str, Tensor], name: str, columns: Tensor) -> None:
-    """Add X^T X of ``columns`` (groups, rows, K) to the sum of a layer."""
+def accumulate(sums: dict[str, Tensor], name: str, columns: Tensor, others: Tensor | None = None) -> None:
+    """Add X^T X of ``columns`` (groups, rows, K), or Y^T X with Y the ``others``, to the sum under a name."""
     if name not in sums:
         groups, _, width = columns.shape
         sums[name] = torch.zeros(groups, width, width, dtype=torch.float64)
-    for rows in columns.float().split(ROWS, dim=1):
-        sums[name] += (rows.transpose(1, 2) @ rows).double()
+    left = columns if others is None else others
+    for rows, others_rows in zip(columns.float().split(ROWS, dim=1), left.float().split(ROWS, dim=1), strict=True):
+        sums[name] += (others_rows.transpose(1, 2) @ rows).double()
 
 
 def rows_seen(model: SimulatedModel, trace: Trace, layers: Sequence[str], batches: Iterable[Any]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from quantkit.allocation.registry import SOLVERS
 from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.corrections import CORRECTIONS
 from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
 from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.recipe.sources import METRICS
@@ -32,6 +33,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("rounding", ROUNDINGS),
         ("ranges", RANGES),
         ("reconstruction", RECONSTRUCTIONS),
+        ("correction", CORRECTIONS),
         ("metric", METRICS),
     ):
         hint = " (only order layers: for solver by-rank)" if title == "rankings" else ""

@@ -48,9 +48,16 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "rounding": _TEXT,
     "ranges": _TEXT,
     "reconstruction": _TEXT,
+    "correction": _TEXT,
     "seed": _NUMBER,
 }
-DECIDED_LATER = ("budget", "solver", "effort", "reconstruction")  # settings that a profile does not depend on
+DECIDED_LATER = (
+    "budget",
+    "solver",
+    "effort",
+    "reconstruction",
+    "correction",
+)  # settings that a profile does not depend on
 PLACES: dict[str, tuple[type, ...]] = {"output": _TEXT, "workdir": _TEXT}
 REQUIRED = ("model", "calibration", "budget")
 _VARIABLE = re.compile(r"\$\{QUANTKIT_DATA(?::-(?P<default>[^}]*))?\}")

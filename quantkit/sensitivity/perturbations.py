@@ -17,7 +17,7 @@ from quantkit.progress import track
 from quantkit.quantizers.activation_ranges import RANGES, Extremes, Histogram
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import in_memory_bound, layer_hessians, site_histograms
-from quantkit.quantizers.weights import quantize_weight, rounding_note
+from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
 from quantkit.sensitivity.measure import Perturbation
 from quantkit.store import Artefacts
 from quantkit.transforms.prepare import Prepared
@@ -41,11 +41,11 @@ def weight_perturbations(
     done = {name: found for name in formats if (found := _find(kept, name, formats[name])) is not None}
     for run in in_memory_bound(ready.model, [name for name in formats if name not in done]):
         hessians = {}
-        if rounding != "nearest":
+        if rounding not in WITHOUT_INPUTS:
             hessians = layer_hessians(observed, ready.trace, run, track(batches, "layer inputs", enabled=progress))
         for name in track(run, "rounding", enabled=progress):
             weight, hessian = weight_of(ready.model, name), hessians.pop(name, None)
-            rounded = quantize_weight(weight, formats[name], hessian, groups_of(ready.model, name))
+            rounded = quantize_weight(weight, formats[name], hessian, groups_of(ready.model, name), rounding)
             done[name] = rounded.weights, rounding_note(name, rounded, rounding)
             _keep(kept, name, *done[name])
     rounded_as = [Perturbation(n, str(f), done[n][0][f]) for n, fs in formats.items() for f in fs]

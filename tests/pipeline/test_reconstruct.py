@@ -49,7 +49,7 @@ def layers() -> list[str]:
 def applied(how: str, scheme: str, seed: int = 0) -> Result:
     model, seen, _ = digits()
     plan = dict.fromkeys(layers(), scheme)
-    return quantkit.apply(model, plan, seen, reconstruction=how, seed=seed, progress=False)
+    return quantkit.apply(model, plan, seen, reconstruction=how, correction=None, seed=seed, progress=False)
 
 
 def damage(result: Result) -> float:
@@ -86,7 +86,8 @@ def test_it_repeats_itself_and_other_seeds_differ() -> None:
 def test_bytes_and_formats_stay_those_of_the_plan() -> None:
     plan = dict(zip(SMALL, ("w8a8", "w3a4", "w2a6", "w5a8"), strict=True))
     rounded, learned = (
-        quantkit.apply(small(), plan, images(96), reconstruction=how, progress=False) for how in ("none", "network")
+        quantkit.apply(small(), plan, images(96), reconstruction=how, correction=None, progress=False)
+        for how in ("none", "network")
     )
     assert learned.plan.size_bytes == rounded.plan.size_bytes
     for name, weight in learned.model.weights.items():

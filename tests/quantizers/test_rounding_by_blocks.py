@@ -12,7 +12,7 @@ from quantkit.graph.tape import Tape, record
 from quantkit.kernels.reference import SiteRange
 from quantkit.quantizers.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
 from quantkit.quantizers.playback import Playback, play
-from quantkit.quantizers.rounding_by_blocks import hessian_within, round_by_blocks
+from quantkit.quantizers.rounding_by_blocks import moments, round_by_blocks
 from quantkit.quantizers.sequence import round_in_sequence
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import layer_hessians
@@ -41,7 +41,7 @@ def test_hessians_are_those_of_whole_forwards(build: type[nn.Module]) -> None:
     values = tape.entering(ready.model, ((x,), {}))
     for block in blocks:
         for name in block.layers:
-            found = hessian_within(Playback(simulated, tape), ready.trace, block, name, values)
+            found = moments(Playback(simulated, tape), ready.trace, block, name, values).hessian
             assert float((found - wanted[name]).norm() / wanted[name].norm()) < 5e-3, name  # sums on a tie tip a code
         values = {block.leaving: play(Playback(simulated, tape), values, block)}
 

@@ -175,7 +175,7 @@ def test_list(capsys, monkeypatch) -> None:
         r"rankings +depth, lim, lim-layer, zd, zd-layer \(only order layers: for solver by-rank\)$",
         r"solver +.*auto",
         r"rounding +auto, nearest, gptq, gptaq, adaround, signround, hqq$",
-        r"ranges +minmax, mse$",
+        r"ranges +minmax, mse, percentile, entropy$",
         r"reconstruction +auto, none, block, network$",
         r"correction +auto, none, bias, norm, tuning$",
         r"metric +top1$",

@@ -133,7 +133,10 @@ CALLS = {
     "unreadable scheme": ({"plan": {"conv": "w44"}}, r"^'conv': Unknown scheme 'w44'"),
     "empty plan": ({"plan": {}}, r"^The plan quantizes no layer"),
     "unknown rounding": ({"rounding": "up"}, r"^Unknown rounding 'up'; known: auto, nearest, gptq"),
-    "unknown ranges": ({"ranges": "max"}, r"^Unknown ranges 'max'; known: minmax, mse\. Did you mean 'minmax'"),
+    "unknown ranges": (
+        {"ranges": "max"},
+        r"^Unknown ranges 'max'; known: minmax, mse, percentile, entropy\. Did you mean 'minmax'",
+    ),
     "unknown loss": ({"loss": "hinge"}, r"^Unknown loss 'hinge'; known: auto, kl, mse"),
     "unknown target": ({"target": "gpu"}, r"^Unknown target 'gpu'; known: onnxruntime-cpu"),
     "evaluate": ({"evaluate": "top1"}, r"^evaluate must be a function \(model -> metric\), not str"),

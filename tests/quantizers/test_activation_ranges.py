@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.kernels.reference import SiteRange
+from quantkit.quantizers import activation_ranges
 from quantkit.quantizers.activation_ranges import (
     BINS,
     RANGES,
@@ -219,3 +220,41 @@ def test_range_scales_with_the_data(bits: int) -> None:
     site = mse_range(histogram_of(DATA["skewed"]), bits)
     scaled = mse_range(histogram_of(DATA["skewed"] * 2.0**-40), bits)
     assert scaled.zero_point == site.zero_point and math.isclose(scaled.scale, site.scale * 2.0**-40)
+
+
+@pytest.mark.parametrize("name", ["percentile", "entropy"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rules_that_clip_leave_a_rare_outlier_out(name: str, bits: int) -> None:
+    """One value in 20,000 lies forty times further out than the others: min-max spends its codes on the way there."""
+    body = normal(20_000).clamp(-4, 4).relu()
+    histogram = histogram_of(torch.cat([body, torch.tensor([160.0])]))
+    clipped, widest = RANGES[name](histogram, bits), minmax_range(histogram, bits)
+    assert clipped.scale * clipped.high < 0.5 * widest.scale * widest.high
+    assert clipped.scale * clipped.high > 1.0
+
+
+def test_a_percentile_leaves_out_that_share_on_either_side() -> None:
+    x = torch.linspace(-3, 7, 100_000)
+    found = RANGES["percentile"](histogram_of(x), 8)
+    low, high = -found.zero_point * found.scale, (found.high - found.zero_point) * found.scale
+    assert low == pytest.approx(-3, abs=2 * found.scale) and high == pytest.approx(7, abs=2 * found.scale)
+
+
+def test_entropy_counts_what_is_lost_as_written_out() -> None:
+    """Against the definition spelled bin by bin."""
+    histogram = histogram_of(DATA["heavy tails"])
+    site = range_between(-6.0, 9.0, 4)
+    values, counts = histogram.centres().tolist(), histogram.counts.tolist()
+    codes = [round(v / site.scale) + site.zero_point for v in values]
+    inside = [i for i, code in enumerate(codes) if 0 <= code <= site.high]
+    p = {i: float(counts[i]) for i in inside}
+    groups = {code: [i for i in inside if codes[i] == code and counts[i]] for code in set(codes)}
+    q = {i: sum(counts[j] for j in group) / len(group) for group in groups.values() for i in group}
+    p[inside[0]] += sum(counts[: inside[0]])
+    p[inside[-1]] += sum(counts[inside[-1] + 1 :])
+    total_p, total_q = sum(p.values()), sum(q.values())
+    smallest = min(v for v in p.values() if v) / total_p * 1e-3
+    wanted = sum(
+        v / total_p * math.log(v / total_p / max(q.get(i, 0.0) / total_q, smallest)) for i, v in p.items() if v
+    )
+    assert activation_ranges._lost_information(histogram, site) == pytest.approx(wanted, rel=1e-9)

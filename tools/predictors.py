@@ -31,10 +31,10 @@ MOST_PAIRS = 2000
 # name in the table -> (estimator, plain or mixed inputs, samples at most)
 WAYS = {
     DEFAULT: ("gram", "mixed", 1 << 30),
-    "sum of KL, plain": ("kl", "plain", 256),
     "Fisher": ("fisher", "mixed", 1 << 30),
     TRACE: ("hessian-trace", "mixed", 32),
     TOP_EIGENVALUE: ("hessian-eigenvalue", "mixed", 16),
+    "sum of KL, plain": ("kl", "plain", 128),
     "exact pairs (hvp)": ("hvp-pairs", "mixed", 32),
     "noise": ("noise", "mixed", 32),
     "first order": ("first-order", "mixed", 1 << 30),

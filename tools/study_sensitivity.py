@@ -170,7 +170,7 @@ def table(
 
 def summary(cells: Mapping[tuple[str, str], Mapping[str, Mapping[str, Agreement]]]) -> None:
     """Print where the default ranks worse than others, the means, and the default's largest error."""
-    for other in COMPARED:
+    for other in [name for name in COMPARED if all(name in found for found in cells.values())]:
         pairs = {
             (*case, title): (found[DEFAULT][title].spearman, found[other][title].spearman)
             for case, found in cells.items()
@@ -191,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--rounding", nargs="+", choices=("gptq", "nearest"), default=["gptq", "nearest"])
+    parser.add_argument("--estimators", nargs="+", metavar="NAME", default=(), help="only these rows of the table")
     parser.add_argument("--plans", type=int, default=100, help="random plans per band (default 100)")
     parser.add_argument("--samples", type=int, default=512, help="calibration images at most (default 512)")
     parser.add_argument("--images", type=int, default=512, help="evaluation images at most (default 512)")
@@ -212,7 +213,7 @@ def main() -> None:
             )
             print(f"base plans: {', '.join(f'{band}: all layers {base}' for band, base in BASES.items())}")
             truths = truths_of(case, sets, kept)
-            ways = predictors(case.ready.model, case.batches, case.changes, options.seed, kept)
+            ways = predictors(case.ready.model, case.batches, case.changes, options.seed, kept, options.estimators)
             cells[name, rounding] = table(ways, sets, truths)
     print()
     summary(cells)

@@ -26,7 +26,7 @@ BASES = {"2-3": "w3", "2-4": "w3", "3-6": "w4", "3-8": "w4"}
 AROUND = {"w3": ("w2", "w3", "w4"), "w4": ("w3", "w4", "w5", "w6", "w8")}
 AROUND_SAMPLES = 256
 AROUND_BASE = {"Gram around a base plan": True, "sum of KL around a base plan": False}  # name -> with pair terms
-PROBES = 32  # for Hessian traces; the estimator's own limit is higher than a study of three networks can afford
+PROBES = 16  # for Hessian traces; the estimator's own limit is higher than a study of three networks can afford
 MOST_PAIRS = 2000
 # name in the table -> (estimator, plain or mixed inputs, samples at most)
 WAYS = {

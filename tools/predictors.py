@@ -32,7 +32,7 @@ MOST_PAIRS = 2000
 WAYS = {
     DEFAULT: ("gram", "mixed", 1 << 30),
     "Fisher": ("fisher", "mixed", 1 << 30),
-    TRACE: ("hessian-trace", "mixed", 32),
+    TRACE: ("hessian-trace", "mixed", 16),
     TOP_EIGENVALUE: ("hessian-eigenvalue", "mixed", 16),
     "sum of KL, plain": ("kl", "plain", 128),
     "exact pairs (hvp)": ("hvp-pairs", "mixed", 32),

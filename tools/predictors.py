@@ -1,7 +1,8 @@
 """What the sensitivity study compares: estimators on inputs drawn from the calibration images, and what they cost.
 
 All but "sum of KL, plain" see the same pair-mixed images as the profile; estimators that cost many forwards see fewer
-of them. A cost is processor time, in forwards of the samples that the estimator saw.
+of them. A cost is processor time, in forwards of the samples that the estimator saw; not a number where a killed run
+was resumed.
 """
 
 from __future__ import annotations
@@ -95,13 +96,15 @@ class Lab:
     ) -> tuple[dict[str, np.ndarray], str]:
         inputs, samples, base = key[:3]
         subject = self.subject(inputs, samples, base)
+        folder = subject.artefacts.folder
+        resumed = folder is not None and folder.exists()
         once = min(_seconds(lambda: list(replace(subject, base=()).outputs())) for _ in range(2))
         found: list[Scores] = []
         generator = torch.Generator().manual_seed(self.seed)
         spent = _seconds(lambda: found.append(ESTIMATORS[estimator](subject, changes, True, generator)))
         scores = found[0]
         arrays = {"damage": scores.damage, "saturation": np.array(scores.saturation)}
-        arrays["forwards"] = np.array(spent / once)
+        arrays["forwards"] = np.array(np.nan if resumed else spent / once)
         arrays["base_damage"] = np.array(scores.notes.get("base_damage", 0.0))
         if scores.gram is not None:
             arrays["gram"] = scores.gram

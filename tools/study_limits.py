@@ -1,0 +1,81 @@
+"""Do limits on accuracy hold, and several limits at once? ResNet20, asked for and then measured.
+
+    python tools/study_limits.py [--drop 0.5] [--workdir out/limits]
+
+The metric is top-1 on the first half of the evaluation images; the second half decides nothing and is printed beside
+it. Asked for: the least size with an accuracy drop of at most ``--drop`` points; the least bit-operations within that
+drop and 1.1 times that size, two limits at once; and the same drop at half the size, which no plan keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from study_sensitivity import REPOSITORY
+
+import quantkit
+from quantkit.errors import AccuracyNotMet
+from quantkit.pipeline.metric import metric_of
+from quantkit.pipeline.result import Result
+from quantkit.recipe.read import read_recipe
+from quantkit.recipe.run import inputs_of, items_of
+
+RECIPE = REPOSITORY / "recipes" / "resnet20_cifar10.yaml"
+HALF = 2500
+
+
+def recipe_of(half: int) -> Any:
+    """The recipe with one half of the evaluation images."""
+    return read_recipe(RECIPE, [f"evaluate.select=[{half * HALF}, {(half + 1) * HALF}]"])
+
+
+def quantized(budget: str, workdir: Path, effort: str) -> Result:
+    recipe = recipe_of(0)
+    inputs = inputs_of(recipe)
+    settings = recipe.settings() | {"budget": budget, "effort": effort}
+    return quantkit.quantize(
+        inputs.model,
+        calibration=items_of(inputs.calibration),
+        evaluate=inputs.evaluate,
+        workdir=workdir,
+        **settings,
+    )
+
+
+def report(title: str, result: Result) -> None:
+    """One block of figures: what was asked, what was counted and measured."""
+    other = inputs_of(recipe_of(1))
+    before, after = (metric_of(other.evaluate, model) for model in (other.model, result.model))
+    metrics = result.metrics
+    cheaper = [drop for cost, drop in result.curve if cost < result.plan.total_bytes]
+    print(f"\n{title}")
+    print(f"  size {result.plan.total_bytes:,} bytes, {result.plan.average_bits:.3f} bits on average")
+    print(f"  drop on the half that decides {metrics['float'] - metrics['quantized']:.2f}", end="")
+    print(f" (95 % confidence bound {metrics['drop_bound']:.2f}), {metrics['evaluations']:.0f} plans evaluated")
+    print(f"  drop on the other half {before - after:.2f}")
+    print(f"  least drop of a smaller evaluated plan {min(cheaper, default=float('nan')):.2f}")
+    points = ", ".join(f"{drop:.2f} at {cost:,.0f}" for cost, drop in result.curve)
+    print(f"  measured: {points}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--drop", type=float, default=0.5)
+    parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "thorough"))
+    parser.add_argument("--workdir", type=Path, default=Path("out/limits"))
+    options = parser.parse_args()
+    first = quantized(f"accuracy_drop={options.drop}", options.workdir, options.effort)
+    report(f"accuracy drop at most {options.drop}, least size", first)
+    size = round(1.1 * first.plan.total_bytes)
+    budget = f"{size} B, accuracy_drop={options.drop}, minimize=bops"
+    report(budget, quantized(budget, options.workdir, options.effort))
+    try:
+        quantized(f"{size // 2} B, accuracy_drop={options.drop}", options.workdir, options.effort)
+    except AccuracyNotMet as error:
+        print(f"\nhalf of that size, the same drop: exit code {error.exit_code}. {error}")
+
+
+if __name__ == "__main__":
+    main()

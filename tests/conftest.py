@@ -15,6 +15,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernel-examples", type=int, default=20, help="random shapes for every kernel (300 take some minutes)"
+    )
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the repository."""

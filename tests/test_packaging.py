@@ -10,7 +10,7 @@ from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
 
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "pulp", "matplotlib", "scipy")
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "pulp", "matplotlib", "scipy", "triton", "transformers")
 
 # Run in a process of its own: which heavy packages does the import add to torch's, and how much time?
 IMPORT_QUANTKIT = """

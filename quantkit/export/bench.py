@@ -42,32 +42,30 @@ def times_of(
     conversions that no file had by those that some had.
     """
     sums = [_by_part(one, owners) for one in measured]
-    scale = _scale(measured, sums)
-    rest = np.mean([one.get(("rest", ""), 0.0) * scale for one in sums])
+    rest = np.mean([one.get(("rest", ""), 0.0) for one in sums])
     found = {}
     for name in operations:
         bits = np.array([bits_of(name, execution) or 0 for execution in executions])
-        times = scale * np.array([one.get(("operation", name), 0.0) for one in sums])
+        times = np.array([one.get(("operation", name), 0.0) for one in sums])
         integer = _mean(times[(bits > 0) & (bits < FULL_BITS)])
         wide = bits >= FULL_BITS
         found[name] = OperationTime(_mean(times[bits == 0]), integer, _mean(times[wide]) if wide.any() else integer)
     sites = {
-        name: (_features(name, executions), scale * np.array([one.get(("site", name), 0.0) for one in sums]))
+        name: (_features(name, executions), np.array([one.get(("site", name), 0.0) for one in sums]))
         for name in elements
     }
     return Times(found, _site_times(sites, elements), round(float(rest)))
 
 
 def _by_part(one: FileTimes, owners: Owners) -> dict[Part, float]:
+    """Nanoseconds of every part of a file, in the shares that its nodes have of the whole run. Nodes are timed as they
+    pass, so that on a busy machine the long ones hold what other processes did; the whole run is timed as it works.
+    """
     found: dict[Part, float] = defaultdict(float)
     for node, part in owners_of_nodes(one.graph, owners).items():
         found[part] += one.nodes.get(node, 0.0)
-    return found
-
-
-def _scale(measured: Sequence[FileTimes], sums: Sequence[Mapping[Part, float]]) -> float:
-    """Time of whole runs relative to the sum of their nodes."""
-    return float(np.median([one.total_ns / sum(parts.values()) for one, parts in zip(measured, sums, strict=True)]))
+    scale = one.total_ns / sum(found.values())
+    return {part: scale * time for part, time in found.items()}
 
 
 def _mean(times: Floats) -> int:

@@ -17,8 +17,9 @@ from quantkit.export.sessions import feeds, open_session
 from quantkit.graph.batches import Batch
 
 WARMUP_ROUNDS = 2
-# What disturbs a run only lengthens it. The lower quartile is what undisturbed runs take, and steadier than the least.
+# What disturbs a run only lengthens it. A low quantile is what undisturbed runs take, and steadier than the least.
 QUANTILE = 0.25
+NODE_QUANTILE = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def clock(threads: int) -> Callable[[], int]:
 def measure_files(
     paths: Sequence[Path], batch: Batch, threads: int, seconds: float, least: int = 8
 ) -> list[FileTimes]:
-    """Times of every file on ``batch``, from rounds in which each runs once with and once without profiling; rounds go
-    on for so many seconds, at least ``least`` of them.
+    """Times of every file on ``batch``. The first file is the reference: it runs just before each run of another one,
+    and what counts is their ratio, since a machine may be slower for seconds. Rounds go on for so many seconds, at
+    least ``least`` of them.
     """
     profiled = [
         open_session(path, threads, save_optimized=f"{path}.optimized", profile=f"{path}.profile") for path in paths
@@ -51,24 +53,33 @@ def measure_files(
     plain = [open_session(path, threads) for path in paths]
     inputs = [feeds(session, batch) for session in plain]
     now = clock(threads)
-    totals: list[list[int]] = [[] for _ in paths]
+
+    def timed(k: int) -> int:
+        start = now()
+        plain[k].run(None, inputs[k])
+        return now() - start
+
+    def row(k: int) -> tuple[int, int]:
+        """(the reference, the file just after it), behind a profiled run of the file."""
+        profiled[k].run(None, inputs[k])
+        return timed(0), timed(k)
+
     for _ in range(WARMUP_ROUNDS):
         for one, values in zip([*profiled, *plain], inputs * 2, strict=True):
             one.run(None, values)
-    end, rounds = time.monotonic() + seconds, 0
-    while rounds < least or time.monotonic() < end:
-        for k, values in enumerate(inputs):
-            profiled[k].run(None, values)
-            start = now()
-            plain[k].run(None, values)
-            totals[k].append(now() - start)
-        rounds += 1
+    end = time.monotonic() + seconds
+    pairs: list[list[tuple[int, int]]] = []
+    while len(pairs) < least or time.monotonic() < end:
+        pairs.append([row(k) for k in range(len(paths))])
+    times = np.array(pairs, dtype=np.float64)  # round, file, reference or file
+    reference = float(np.quantile(times[:, :, 0], QUANTILE))
+    totals = reference * np.median(times[:, :, 1] / times[:, :, 0], axis=0)
     return [
         FileTimes(
             onnx.load(f"{path}.optimized").graph,
             _node_times(session.end_profiling()),
-            float(np.quantile(total, QUANTILE)),
-            rounds,
+            float(total),
+            len(pairs),
             threads,
         )
         for path, session, total in zip(paths, profiled, totals, strict=True)
@@ -82,4 +93,4 @@ def _node_times(path: str) -> dict[str, float]:
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             durations[event["name"].removesuffix("_kernel_time")].append(1e3 * event["dur"])
-    return {name: float(np.quantile(found, QUANTILE)) for name, found in durations.items()}
+    return {name: float(np.quantile(found, NODE_QUANTILE)) for name, found in durations.items()}

@@ -285,7 +285,7 @@ def test_an_interrupted_run(recipe: str, tmp_path: Path, monkeypatch, capsys) ->
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantkit.pipeline.apply.round_in_sequence", interrupt)
+    monkeypatch.setattr("quantkit.pipeline.craft.round_biases", interrupt)
     monkeypatch.setattr(stage, "notice", lambda message: None)
     assert main(["run", recipe, "--set", "workdir=work", "--quiet"]) == 130
     told = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -83,6 +84,15 @@ def test_a_linear_layer_takes_any_leading_dimensions_and_type(way: str, dtype, l
 def test_a_linear_layer_takes_inputs_in_any_order_of_memory(way: str) -> None:
     layer, x = IntLinear(weight_of("w4g32", (16, 64))), torch.randn(64, 5)
     assert torch.equal(layer(x.t()), layer(x.t().contiguous()))
+
+
+def test_copies_of_a_linear_layer_have_a_weight_of_their_own(way: str) -> None:
+    x, wanted = torch.randn(3, 64), IntLinear(weight_of("w4g32", (16, 64)))
+    layer = copy.deepcopy(wanted)
+    assert torch.equal(layer(x), wanted(x))
+    layer.weight.codes.zero_()  # all codes -8
+    assert not torch.equal(layer(x), wanted(x))
+    assert torch.equal(copy.deepcopy(layer).cpu()(x), layer(x))
 
 
 def test_a_linear_layer_is_near_its_float_twin(way: str) -> None:

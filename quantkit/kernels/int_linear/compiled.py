@@ -25,7 +25,7 @@ _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _ARGUMENTS = {
     "quantkit_supports": [_INT],
     "quantkit_int_linear": [_POINTER] * 7 + [_SIZE] * 4 + [_INT] * 3,
-    "quantkit_dynamic_linear": [_POINTER] * 5 + [_SIZE] * 4 + [_INT] * 3,
+    "quantkit_dynamic_linear": [_POINTER, _POINTER, _POINTER, _SIZE, _INT],
     "quantkit_quantize_rows": [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT],
     "quantkit_quantize_padded": [_POINTER, *[_SIZE] * 4, _POINTER, _FLOAT, _INT, _INT, _POINTER, _INT],
     "quantkit_windows": [_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _INT],
@@ -120,31 +120,42 @@ def int_linear_compiled(
     return out
 
 
-def dynamic_linear_compiled(x: Tensor, weight: Panels, bias: Tensor | None = None) -> Tensor:
-    """``int_linear_compiled`` of ``quantize_rows_compiled(x)`` in one call; ``x`` is contiguous float32 of any leading
-    dimensions, its last the weight's unpadded inputs.
-    """
-    inputs, channels = x.shape[-1], weight.padded_channels
-    out = torch.empty(*x.shape[:-1], channels)
-    if out.numel() == 0:
-        return out
-    failed = _built().quantkit_dynamic_linear(
-        x.data_ptr(),
-        weight.codes.data_ptr(),
-        weight.scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        x.numel() // inputs,
-        channels,
-        inputs,
-        inputs // weight.groups,
-        weight.bits,
-        instruction_set() or 0,
-        torch.get_num_threads(),
+class _Layer(ctypes.Structure):
+    """``quantkit_layer`` of the C interface."""
+
+    _fields_ = (
+        ("weights", _POINTER),
+        ("scale", _POINTER),
+        ("bias", _POINTER),
+        ("channels", _SIZE),
+        ("inputs", _SIZE),
+        ("group", _SIZE),
+        ("bits", _INT),
+        ("instruction_set", _INT),
     )
-    if failed:
-        raise QuantkitError("This CPU does not run the compiled kernels; ask instruction_set() first.")
-    return out
+
+
+class DynamicLinear:
+    """``int_linear_compiled`` of ``quantize_rows_compiled(x)`` in one call, its weight and bias set up beforehand.
+
+    It keeps addresses, so it holds the tensors, and cannot be copied: whoever copies the tensors makes a new one.
+    """
+
+    def __init__(self, weight: Panels, bias: Tensor | None) -> None:
+        self.tensors = (weight.codes, weight.scale, bias)
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in self.tensors)
+        self.channels, self.inputs = weight.padded_channels, weight.padded_inputs
+        sizes = (self.channels, self.inputs, self.inputs // weight.groups, weight.bits, instruction_set() or 0)
+        self.layer = _Layer(*addresses, *sizes)
+        self.address = ctypes.addressof(self.layer)
+        self.run = _built().quantkit_dynamic_linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` is contiguous float32 of any leading dimensions and the weight's inputs."""
+        out = torch.empty((*x.shape[:-1], self.channels))
+        if self.run(self.address, x.data_ptr(), out.data_ptr(), x.numel() // self.inputs, torch.get_num_threads()):
+            raise QuantkitError("This CPU does not run the compiled kernels; ask instruction_set() first.")
+        return out
 
 
 def quantize_rows_compiled(x: Tensor, built: ctypes.CDLL | None = None) -> tuple[Tensor, Tensor]:

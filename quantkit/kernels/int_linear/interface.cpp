@@ -80,16 +80,24 @@ void quantkit_quantize_rows(const float* x, int64_t rows, int64_t count, int8_t*
     for (int64_t row = 0; row < rows; ++row) quantize_row(x + row * count, count, codes + row * count, scale + row);
 }
 
-// quantkit_quantize_rows and quantkit_int_linear in one call: for a single row, the second call would cost as much as
-// reading a tenth of the weights.
-int quantkit_dynamic_linear(const float* x, const uint8_t* weights, const float* scale, const float* bias, float* out,
-                            int64_t rows, int64_t channels, int64_t inputs, int64_t group, int bits,
-                            int instruction_set, int threads) {
-    const quantkit::Buffer<int8_t> codes(rows * inputs);
-    const quantkit::Buffer<float> row_scale(rows);
-    quantkit_quantize_rows(x, rows, inputs, codes.data, row_scale.data, threads);
-    return quantkit_int_linear(codes.data, row_scale.data, weights, scale, nullptr, bias, out, rows, channels, inputs,
-                               group, bits, instruction_set, threads);
+// A layer's weight with everything about it that does not change from call to call.
+struct quantkit_layer {
+    const uint8_t* weights;
+    const float* scale;
+    const float* bias;
+    int64_t channels, inputs, group;
+    int bits, instruction_set;
+};
+
+// quantkit_quantize_rows and quantkit_int_linear in one call of few arguments: for a single row, what Python does for a
+// call costs as much as reading a tenth of the weights.
+int quantkit_dynamic_linear(const quantkit_layer* layer, const float* x, float* out, int64_t rows, int threads) {
+    const quantkit::Buffer<int8_t> codes(rows * layer->inputs);
+    const quantkit::Buffer<float> scale(rows);
+    quantkit_quantize_rows(x, rows, layer->inputs, codes.data, scale.data, threads);
+    return quantkit_int_linear(codes.data, scale.data, layer->weights, layer->scale, nullptr, layer->bias, out, rows,
+                               layer->channels, layer->inputs, layer->group, layer->bits, layer->instruction_set,
+                               threads);
 }
 
 // Codes of a float tensor [images][height][width][channels] under one scale and zero point, unsigned codes up to

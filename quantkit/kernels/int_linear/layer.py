@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.kernels.int_linear import compiled
-from quantkit.kernels.int_linear.compiled import (
-    dynamic_linear_compiled,
-    quantize_padded_compiled,
-    quantize_rows_compiled,
-)
+from quantkit.kernels.int_linear.compiled import DynamicLinear, quantize_padded_compiled, quantize_rows_compiled
 from quantkit.kernels.int_linear.held import HeldWeight
 from quantkit.kernels.int_linear.reference import quantize_rows
 from quantkit.kernels.reference import QuantizedWeight, SiteRange, quantize
@@ -79,10 +78,29 @@ class IntLinear(nn.Module):
                     f"bits; this is {weight.format}. Quantize its input per row, or simulate it."
                 )
             bias = None
-        self.at_once = site is None and order is None and self.weight.in_panels and expand is False
         self.register_buffer("offset", offset)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.register_buffer("order", None if order is None else order.long())
+
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Set up the single call that serves dynamic inputs; its addresses are those of this module's own tensors."""
+        plain = self.site is None and self.order is None and self.weight.expanded is None
+        panels = self.weight.held_panels() if plain and self.weight.in_panels else None
+        self.at_once = None if panels is None else DynamicLinear(panels, self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "at_once"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntLinear:
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.weight.inputs or not x.is_floating_point():
@@ -90,8 +108,8 @@ class IntLinear(nn.Module):
                 f"This layer reads floating-point rows of {self.weight.inputs} inputs, not {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
-        if self.at_once and x.dtype == torch.float32 and x.is_contiguous():
-            return dynamic_linear_compiled(x, self.weight.held_panels(), self.bias)
+        if self.at_once is not None and x.dtype == torch.float32 and x.is_contiguous() and x.numel():
+            return self.at_once(x)
         rows = x.detach().reshape(-1, self.weight.inputs).float()
         if self.order is not None:
             rows = rows[:, self.order]

@@ -57,9 +57,7 @@ def midpoint(bits: int) -> np.generic:
     return np.uint8(128) if bits == 8 else np.int8(0)
 
 
-def stored_codes(
-    editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int, integer: bool = False
-) -> ir.Value:
+def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int, integer: bool) -> ir.Value:
     """The value of ``codes`` (INT8, any shape): stored in initializers named after ``name``, expanded ahead of
     ``before``; for ``integer`` kernels around ``midpoint``."""
     shape = tuple(codes.shape)

@@ -102,7 +102,6 @@ class Tape:
         last = self.last_uses(start, stop)
         for i in range(start, stop):
             step = self.steps[i]
-
             args, kwargs = step.arguments({number: self._value(number, kept, state) for number in step.reads})
             made = step.func(*args, **kwargs)
             if change is not None:

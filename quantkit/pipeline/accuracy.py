@@ -172,8 +172,7 @@ def _front(profile: Profile, limit: Budget) -> list[Plan]:
     plans = list(pareto(profile, limit=limit.minimize or "size"))
     others = limit.without_accuracy()
     if others is not None:
-        limits = others.limits(profile)
-        plans = [plan for plan in plans if all(_cost(profile, plan, name) <= most for name, most in limits.items())]
+        plans = [plan for plan in plans if _within(profile, plan, limit)]
         plans.append(allocate(profile, others))
     distinct = {plan.digest(): plan for plan in plans}
     return sorted(distinct.values(), key=lambda plan: _cost(profile, plan, limit.minimize or "size"))

@@ -56,8 +56,7 @@ def bench(
 
     ``calibration``: as for ``profile``; its first ``batch`` samples are what the model runs on. Weights below 8 bits
     become 8-bit integers when a file is loaded and run on one kernel, so two widths are timed: the widest below 8 bits
-    and full bytes. Raises InvalidRequest for a model that cannot
-    be exported.
+    and full bytes. Raises InvalidRequest for a model that cannot be exported.
     """
     for name, value in {"threads": threads, "batch": batch}.items():
         if value < 1:

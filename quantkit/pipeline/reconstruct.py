@@ -20,7 +20,7 @@ from quantkit.pipeline.recording import Recording, some_samples
 from quantkit.progress import notice
 from quantkit.quantizers.corrections import Kept, match_outputs
 from quantkit.quantizers.learning import Learned, Schedule
-from quantkit.quantizers.playback import Playback, Values, play
+from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, play
 from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network, mean_damage
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.inputs import mixed_pairs
@@ -65,7 +65,7 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
         return f"{count} samples are too few"
     order = torch.randperm(count, generator=generator)
     training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
-    state = {name: tensor.clone() for name, tensor in tape.state_of(ready.model).items()}
+    state = copied_state(tape, ready.model)
     teacher = Teacher(
         state,
         _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
@@ -74,7 +74,7 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
     )
     inputs = tape.entering(ready.model, _drawn(training, generator))
     held_inputs = tape.entering(ready.model, _drawn(testing, generator))
-    floats = Playback(SimulatedModel(ready.model, (), {}, {}), tape, fixed=state)
+    floats = float_playback(ready.model, tape, state)
     every = whole(tape, ())
     lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
     return Course(recording, teacher, lesson, seed)
@@ -123,7 +123,7 @@ def correct(course: Course, simulated: SimulatedModel, trace: Trace, how: str, p
     """
     tape, blocks, lesson = course.recording.tape, course.recording.blocks, course.lesson
     playback = Playback(simulated, tape)
-    floats = Playback(SimulatedModel(simulated.model, (), {}, {}), tape, fixed=course.teacher.state)
+    floats = float_playback(simulated.model, tape, course.teacher.state)
     found: dict[str, Learned] = {}
     for name in ("norm", "bias", "tuning"):
         if how not in ("auto", name):

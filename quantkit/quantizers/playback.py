@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.segments import Segment, whole
@@ -83,10 +83,14 @@ class Playback:
         return self.quantize(self.places[self.tape.output], self.run(values, whole(self.tape, ())))
 
 
-def float_playback(playback: Playback) -> Playback:
-    """The same tape with the parameters and buffers as they are now, and nothing quantized."""
-    state = {name: tensor.clone() for name, tensor in playback.tape.state_of(playback.model.model).items()}
-    return Playback(SimulatedModel(playback.model.model, (), {}, {}), playback.tape, fixed=state)
+def copied_state(tape: Tape, model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's parameters and buffers, by name: they stay while the model is being quantized."""
+    return {name: tensor.clone() for name, tensor in tape.state_of(model).items()}
+
+
+def float_playback(model: nn.Module, tape: Tape, state: Mapping[str, Tensor]) -> Playback:
+    """A model on its tape with these parameters and buffers, and nothing quantized."""
+    return Playback(SimulatedModel(model, (), {}, {}), tape, fixed=state)
 
 
 def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from quantkit.graph.segments import Segment, whole
 from quantkit.graph.tape import Tape
 from quantkit.quantizers.learned import LearnedRange, LearnedWeight
 from quantkit.quantizers.learning import Learned, Schedule, learn
-from quantkit.quantizers.playback import EIGHT_BITS, Playback, Values, in_chunks, mixed, play, take
+from quantkit.quantizers.playback import EIGHT_BITS, Playback, Values, float_playback, in_chunks, mixed, play, take
 
 Damage = Callable[[Tensor, Tensor], Tensor]
 Pull = Callable[[Tensor, torch.Generator], Tensor]
@@ -165,10 +165,8 @@ def learn_block(
         entering = {number: mixed(x, theirs[number], generator) for number, x in ours.items()}
         return exercise.error(playback.run(entering, segment), exercise.wanted[indices])
 
-    @torch.no_grad()
     def held_back() -> float:
-        found = [playback.run(part, segment)[:n] for part, n in in_chunks(playback.tape, exercise.held_quantized)]
-        return float(exercise.error(torch.cat(found), exercise.held_wanted))
+        return float(exercise.error(play(playback, exercise.held_quantized, segment), exercise.held_wanted))
 
     begin(playback, teacher, segment.layers, segment)
     playback.dropping = generator
@@ -193,7 +191,7 @@ def learn_blocks(
     leaves, is left to ``learn_network``. Held in memory: the inputs and outputs of one block.
     """
     weighing = fisher(playback.tape, teacher, lesson, blocks[:-1], generator)
-    floats = Playback(type(playback.model)(playback.model.model, (), {}, {}), playback.tape, fixed=teacher.state)
+    floats = float_playback(playback.model.model, playback.tape, teacher.state)
     ours, held_ours = lesson.inputs, lesson.held_inputs
     theirs, held_theirs = lesson.inputs, lesson.held_inputs
     found = {}

@@ -17,7 +17,7 @@ from quantkit.graph.tape import Step
 from quantkit.graph.trace import Trace
 from quantkit.progress import track
 from quantkit.quantizers.layer_inputs import input_columns
-from quantkit.quantizers.playback import Playback, Values, float_playback, in_chunks, play
+from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, in_chunks, play
 from quantkit.quantizers.statistics import accumulate
 from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
 
@@ -44,8 +44,10 @@ def round_by_blocks(
     """``round_in_sequence`` for a model with a tape; returns how each layer was rounded. The model's weights are still
     float when it starts.
     """
-    simulated, how = playback.model, {}
-    floats = float_playback(playback) if rounding == "gptaq" else None
+    simulated, tape, how = playback.model, playback.tape, {}
+    floats = None
+    if rounding == "gptaq":
+        floats = float_playback(simulated.model, tape, copied_state(tape, simulated.model))
     ours = theirs = dict(inputs)
     blocks_of = {name: block for block in blocks for name in block.layers}
     names = [name for block in blocks for name in block.layers if name in formats]

@@ -2,7 +2,7 @@
 
 Most of what is measured differs from a plan (or from the float model) in one or two layers. Layers that ran before
 those give what they gave, so their outputs are recorded in one run of a batch and played back in the runs of its
-variations; over single changes this saves about half of the work. Results are the same bit for bit.
+variations. Results are the same bit for bit.
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@ A 4- or 8-bit weight that fills panels is kept as panels: the bytes of its forma
 Every other weight is kept packed at its true width and expanded to 8 bits in each call, which costs time in proportion
 to the weight and pays where a call has many rows. ``expand`` keeps that expansion: memory for time, counted apart.
 
-What is chosen, and the speeds over float32 behind it (``tools/bench_kernels.py`` prints them again; 1, 16 and 128
-rows, 2048 to 4096 inputs and channels, one thread):
+What is chosen (``tools/bench_kernels.py`` prints the speeds over float32 and over the alternatives):
 
-- AVX2: compiled 4 bits 6.3 / 3.7 / 2.9, compiled 8 bits 3.3 / 2.2 / 2.0; torch's ``_int_mm`` 0.4 / 0.1 / 0.04, and
-  oneDNN's linear is wrong there (it saturates), so without the compiled kernels products go through float32, exactly.
-- AVX512-VNNI: ``_int_mm`` 4.1 / 3.2 / 3.5, oneDNN's linear 2.7 / 5.6 / 4.1; so the compiled kernels take few rows, and
-  an expanded weight with one scale per channel goes to oneDNN from ``ONEDNN_ROWS`` rows on.
+- AVX2: the compiled kernels at any number of rows. torch's ``_int_mm`` is slower than float32 there, and oneDNN's
+  linear is wrong (it saturates), so without the compiled kernels products go through float32, exactly.
+- AVX512-VNNI: the compiled kernels too, but an expanded weight with one scale per channel goes to oneDNN from
+  ``ONEDNN_ROWS`` rows on, and what has no compiled kernel to ``_int_mm``.
 """
 
 from __future__ import annotations

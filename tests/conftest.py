@@ -11,8 +11,9 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# The order of a floating-point sum depends on the number of threads: let it not depend on the machine.
-torch.set_num_threads(2)
+# The order of a floating-point sum depends on the number of threads: let it not depend on the machine. One, since tests
+# run in as many processes as there are cores.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

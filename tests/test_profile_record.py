@@ -274,7 +274,7 @@ def test_a_header_that_is_no_table_is_corrupt(tmp_path: Path, header: Any) -> No
     assert_corrupt(refusal(with_header(tmp_path / "profile", header)))
 
 
-@pytest.mark.parametrize("key", [*CHANGES.keys() - {"damage", "gram"}, "version"])
+@pytest.mark.parametrize("key", [*sorted(CHANGES.keys() - {"damage", "gram"}), "version"])
 def test_a_header_that_lacks_a_key_is_corrupt_and_the_key_is_named(tmp_path: Path, key: str) -> None:
     header = header_of(PROFILE.save(tmp_path / "profile"))
     del header[key]

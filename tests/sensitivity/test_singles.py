@@ -145,7 +145,8 @@ def test_fisher_of_sequences_and_of_squared_error_is_on_average_the_exact_second
         changes = [p for p in perturbed(request) if p.format in ("w4", "a8")]
         expected = hvp_pairs(subject, changes, False, generator()).damage
         mean, error = averaged_fisher(subject, changes, 25)
-        assert (np.abs(mean - expected) < 4 * error + 1e-9).all()  # the largest of two dozen
+        rounding = 1e-6 * np.abs(expected)  # every draw of the squared error's one output is the same
+        assert (np.abs(mean - expected) < 4 * error + rounding).all()  # the largest of two dozen
         assert np.median(error / expected) < 0.1
 
 

@@ -41,7 +41,7 @@ def candidates(rules: Any, schemes: Any = ("w4a8", "w8a8"), target: Target = TAR
         (["w8a8", "W8A8 ", Scheme.parse("w8a8"), "float"], ("w8a8", "float")),
         (iter(["w3a8"]), ("w3a8",)),
     ],
-    ids=repr,
+    ids=lambda value: repr(value) if isinstance(value, str | list | tuple) else "an iterator",
 )
 def test_candidates_keep_their_order_without_repeats(schemes: Any, expected: tuple[str, ...]) -> None:
     assert tuple(str(scheme) for scheme in parse_schemes(schemes, TARGET)) == expected

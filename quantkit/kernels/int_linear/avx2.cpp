@@ -74,8 +74,30 @@ void finish_group(const int32_t* acc, const int32_t* sums, int64_t rows, const f
     (add ? finish_rows<Bits, true> : finish_rows<Bits, false>)(acc, sums, rows, scale, offset, totals);
 }
 
+// One panel for some blocks of rows.
+template <class Kernel>
+void run_panel(const Job& job, int64_t panel, const Rows<Kernel>& rows, Scratch<Kernel>& scratch) {
+    const int64_t groups = job.inputs / job.group, held = rows.last - rows.first;
+    const uint8_t* weights = job.weights + panel * PANEL * job.inputs * Kernel::bits / 8;
+    for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t k = g * job.group; k < (g + 1) * job.group; k += SEGMENT) {
+            const int64_t count = least(SEGMENT, (g + 1) * job.group - k);
+            Kernel::expand(weights + k * PANEL * Kernel::bits / 8, scratch.expanded.data, count);
+            for (int64_t b = rows.first; b < rows.last; ++b)
+                Kernel::tile(rows.packed + k * rows.blocks * Kernel::rows + b * count * Kernel::rows,
+                             scratch.expanded.data, count,
+                             scratch.acc.data + (b - rows.first) * Kernel::rows * PANEL, k > g * job.group);
+        }
+        finish_group<Kernel::bits>(scratch.acc.data, rows.sums + (g * rows.blocks + rows.first) * Kernel::rows,
+                                   held * Kernel::rows, job.scale + (panel * groups + g) * PANEL,
+                                   job.offset ? job.offset + panel * PANEL : nullptr, scratch.totals.data, g > 0);
+    }
+    const int64_t row = rows.first * Kernel::rows;
+    write_rows(job, panel, row, least(job.rows, rows.last * Kernel::rows) - row, scratch.totals.data);
+}
+
 struct FourBits {
-    static constexpr int bits = 4, rows = 4;
+    static constexpr int bits = 4, rows = 4, panels = 1, single_panels = 1;
     static constexpr bool needs_sums = true;
     using Activation = int8_t;
     using Expanded = uint8_t;
@@ -125,6 +147,7 @@ struct FourBits {
         if (quads) narrow<0>(a, w, acc, add, quads);
     }
 
+    template <int>
     AVX2 static void single(const int8_t* a, const uint8_t* w, const int32_t* sums, const float* scale,
                             const int32_t* offset, int64_t groups, int64_t group, float* totals) {
         const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
@@ -156,9 +179,9 @@ struct FourBits {
         _mm256_storeu_ps(totals + 8, total[1]);
     }
 
-    static void finish(const int32_t* acc, const int32_t* sums, int64_t count, const float* scale,
-                       const int32_t* offset, float* totals, bool add) {
-        finish_group<bits>(acc, sums, count, scale, offset, totals, add);
+    template <int>
+    static void run_panels(const Job& job, int64_t panel, const Rows<FourBits>& rows, Scratch<FourBits>& scratch) {
+        run_panel(job, panel, rows, scratch);
     }
 };
 
@@ -174,7 +197,7 @@ AVX2_INLINE __m256i words(const uint8_t* at) {
 }
 
 struct EightBits {
-    static constexpr int bits = 8, rows = 4;
+    static constexpr int bits = 8, rows = 4, panels = 1, single_panels = 1;
     static constexpr bool needs_sums = false;
     using Activation = int16_t;
     using Expanded = int16_t;
@@ -217,6 +240,7 @@ struct EightBits {
         }
     }
 
+    template <int>
     AVX2 static void single(const int16_t* a, const uint8_t* w, const int32_t* sums, const float* scale,
                             const int32_t* offset, int64_t groups, int64_t group, float* totals) {
         __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -238,9 +262,9 @@ struct EightBits {
         _mm256_storeu_ps(totals + 8, total[1]);
     }
 
-    static void finish(const int32_t* acc, const int32_t* sums, int64_t count, const float* scale,
-                       const int32_t* offset, float* totals, bool add) {
-        finish_group<bits>(acc, sums, count, scale, offset, totals, add);
+    template <int>
+    static void run_panels(const Job& job, int64_t panel, const Rows<EightBits>& rows, Scratch<EightBits>& scratch) {
+        run_panel(job, panel, rows, scratch);
     }
 };
 

@@ -152,8 +152,9 @@ class DynamicLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` is contiguous float32 of any leading dimensions and the weight's inputs."""
-        out = torch.empty((*x.shape[:-1], self.channels))
-        if self.run(self.address, x.data_ptr(), out.data_ptr(), x.numel() // self.inputs, torch.get_num_threads()):
+        rows = x.numel() // self.inputs
+        out = x.new_empty((*x.shape[:-1], self.channels))
+        if self.run(self.address, x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads()):
             raise QuantkitError("This CPU does not run the compiled kernels; ask instruction_set() first.")
         return out
 

@@ -2,13 +2,12 @@
 //
 // A kernel is a struct with
 //   bits, rows               width of the weights, rows of one tile
+//   panels, single_panels    panels it takes at a time: for many rows, for one row
 //   needs_sums               whether it takes the weights' offset out with the sums of the activations
 //   Activation, Expanded     element types of packed activations and of an expanded segment
-//   pack_row(from, to, k)    lay out k activations of one row as the tile reads them
-//   expand(w, out, k)        unpack k inputs of one panel
-//   tile(a, w, k, acc, add)  rows x 16 sums over k inputs from expanded weights, stored in acc or added to it
-//   single(...)              one row against a whole panel, straight from the packed weights
-//   finish(acc, sums, ...)   integer sums of a group into the float totals
+//   pack_row(from, to, k)    lay out k activations of one row as the tiles read them
+//   run_panels<P>(...)       the output of P panels for some blocks of rows, through tiles of expanded weights
+//   single<P>(...)           one row against P whole panels, straight from the packed weights
 #pragma once
 
 #include <cstdlib>
@@ -67,28 +66,21 @@ inline void write_rows(const Job& job, int64_t panel, int64_t first, int64_t cou
     }
 }
 
-// One panel for the blocks of rows from `first` to before `last`.
+// Packed activations, their sums by group, and which blocks of rows are meant.
 template <class Kernel>
-void run_panel(const Job& job, int64_t panel, int64_t blocks, int64_t first, int64_t last,
-               const typename Kernel::Activation* packed, const int32_t* sums, typename Kernel::Expanded* expanded,
-               int32_t* acc, float* totals) {
-    const int64_t groups = job.inputs / job.group;
-    const uint8_t* weights = job.weights + panel * PANEL * job.inputs * Kernel::bits / 8;
-    for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t k = g * job.group; k < (g + 1) * job.group; k += SEGMENT) {
-            const int64_t count = least(SEGMENT, (g + 1) * job.group - k);
-            Kernel::expand(weights + k * PANEL * Kernel::bits / 8, expanded, count);
-            for (int64_t b = first; b < last; ++b)
-                Kernel::tile(packed + k * blocks * Kernel::rows + b * count * Kernel::rows, expanded, count,
-                             acc + (b - first) * Kernel::rows * PANEL, k > g * job.group);
-        }
-        Kernel::finish(acc, sums + (g * blocks + first) * Kernel::rows, (last - first) * Kernel::rows,
-                       job.scale + (panel * groups + g) * PANEL, job.offset ? job.offset + panel * PANEL : nullptr,
-                       totals, g > 0);
-    }
-    const int64_t row = first * Kernel::rows;
-    write_rows(job, panel, row, least(job.rows, last * Kernel::rows) - row, totals);
-}
+struct Rows {
+    int64_t blocks, first, last;
+    const typename Kernel::Activation* packed;
+    const int32_t* sums;
+};
+
+// What a thread needs for a chunk of rows.
+template <class Kernel>
+struct Scratch {
+    Buffer<typename Kernel::Expanded> expanded{Kernel::panels * PANEL * SEGMENT};
+    Buffer<int32_t> acc{Kernel::panels * PANEL * ROW_CHUNK};
+    Buffer<float> totals{Kernel::panels * PANEL * ROW_CHUNK};
+};
 
 // All activations of one block of rows: packed, and summed by group where the kernel needs it.
 template <class Kernel>
@@ -104,45 +96,61 @@ void pack_rows(const Job& job, int64_t block, int64_t blocks, typename Kernel::A
     }
 }
 
+// `panels` panels from this one on, at most `Panels` of them.
+template <class Kernel, int Panels>
+void run_panels(const Job& job, int64_t panel, int64_t panels, const Rows<Kernel>& rows, Scratch<Kernel>& scratch) {
+    if constexpr (Panels > 1)
+        if (panels < Panels) return run_panels<Kernel, Panels - 1>(job, panel, panels, rows, scratch);
+    Kernel::template run_panels<Panels>(job, panel, rows, scratch);
+}
+
 template <class Kernel>
 void run_tiles(const Job& job) {
     const int64_t blocks = (job.rows + Kernel::rows - 1) / Kernel::rows, groups = job.inputs / job.group;
-    const int64_t chunk = ROW_CHUNK / Kernel::rows;
+    const int64_t chunk = ROW_CHUNK / Kernel::rows, panels = job.channels / PANEL;
     Buffer<typename Kernel::Activation> packed(blocks * Kernel::rows * job.inputs);
     Buffer<int32_t> sums(groups * blocks * Kernel::rows);
 #pragma omp parallel num_threads(job.threads)
     {
-        Buffer<typename Kernel::Expanded> expanded(PANEL * SEGMENT);
-        Buffer<int32_t> acc(ROW_CHUNK * PANEL);
-        Buffer<float> totals(ROW_CHUNK * PANEL);
+        Scratch<Kernel> scratch;
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block)
             pack_rows<Kernel>(job, block, blocks, packed.data, sums.data);
 #pragma omp for schedule(static) collapse(2)
         for (int64_t first = 0; first < blocks; first += chunk)
-            for (int64_t panel = 0; panel < job.channels / PANEL; ++panel)
-                run_panel<Kernel>(job, panel, blocks, first, least(blocks, first + chunk), packed.data, sums.data,
-                                  expanded.data, acc.data, totals.data);
+            for (int64_t panel = 0; panel < panels; panel += Kernel::panels)
+                run_panels<Kernel, Kernel::panels>(
+                    job, panel, panels - panel,
+                    Rows<Kernel>{blocks, first, least(blocks, first + chunk), packed.data, sums.data}, scratch);
     }
+}
+
+// One row against `panels` panels from this one on, at most `Panels` of them.
+template <class Kernel, int Panels>
+void run_single_panels(const Job& job, int64_t panel, int64_t panels, const typename Kernel::Activation* row,
+                       const int32_t* sums) {
+    if constexpr (Panels > 1)
+        if (panels < Panels) return run_single_panels<Kernel, Panels - 1>(job, panel, panels, row, sums);
+    const int64_t groups = job.inputs / job.group;
+    alignas(64) float totals[PANEL * Panels];
+    Kernel::template single<Panels>(row, job.weights + panel * PANEL * job.inputs * Kernel::bits / 8, sums,
+                                    job.scale + panel * groups * PANEL,
+                                    job.offset ? job.offset + panel * PANEL : nullptr, groups, job.group, totals);
+    for (int p = 0; p < Panels; ++p) write_rows(job, panel + p, 0, 1, totals + p * PANEL);
 }
 
 // One row: nothing to reuse, so the weights are read once, straight from where they lie.
 template <class Kernel>
 void run_single(const Job& job) {
-    const int64_t groups = job.inputs / job.group;
+    const int64_t groups = job.inputs / job.group, panels = job.channels / PANEL;
     Buffer<typename Kernel::Activation> row(job.inputs);
     Buffer<int32_t> sums(groups);
     for (int64_t k = 0; k < job.inputs; ++k) row.data[k] = job.activations[k];
     for (int64_t g = 0; g < groups; ++g)
         sums.data[g] = Kernel::needs_sums ? sum_of(job.activations + g * job.group, job.group) : 0;
 #pragma omp parallel for schedule(static) num_threads(job.threads)
-    for (int64_t panel = 0; panel < job.channels / PANEL; ++panel) {
-        alignas(64) float totals[PANEL];
-        Kernel::single(row.data, job.weights + panel * PANEL * job.inputs * Kernel::bits / 8, sums.data,
-                       job.scale + panel * groups * PANEL, job.offset ? job.offset + panel * PANEL : nullptr, groups,
-                       job.group, totals);
-        write_rows(job, panel, 0, 1, totals);
-    }
+    for (int64_t panel = 0; panel < panels; panel += Kernel::single_panels)
+        run_single_panels<Kernel, Kernel::single_panels>(job, panel, panels - panel, row.data, sums.data);
 }
 
 template <class Kernel>

@@ -6,15 +6,13 @@ to the weight and pays where a call has many rows. ``expand`` keeps that expansi
 
 What is chosen (``tools/bench_kernels.py`` prints the speeds over float32 and over the alternatives):
 
-- AVX2: the compiled kernels at any number of rows. torch's ``_int_mm`` is slower than float32 there, and oneDNN's
-  linear is wrong (it saturates), so without the compiled kernels products go through float32, exactly.
-- AVX512-VNNI: the compiled kernels too, but an expanded weight with one scale per channel goes to oneDNN from
-  ``ONEDNN_ROWS`` rows on, and what has no compiled kernel to ``_int_mm``.
+- With them, the compiled kernels at any number of rows: nothing else that is exact is faster, on AVX2 or AVX512-VNNI.
+- Without them, torch's ``_int_mm`` where there is VNNI; on AVX2 that is slower than float32, so products go through
+  float32, in parts that nothing rounds.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,12 +22,9 @@ from quantkit.kernels.int_linear import compiled
 from quantkit.kernels.int_linear.compiled import int_linear_compiled
 from quantkit.kernels.int_linear.panels import Panels, from_panels, misfit, to_panels
 from quantkit.kernels.int_linear.reference import require_inputs, require_operands
-from quantkit.kernels.int_linear.through_torch import EXACT_IN_FLOAT, OneDnnWeight, has_vnni, int_linear_torch
+from quantkit.kernels.int_linear.through_torch import int_linear_torch
 from quantkit.kernels.packed_weight import PackedWeight, pack_weight, unpack_weight
 from quantkit.kernels.reference import QuantizedWeight
-
-ONEDNN_ROWS = 4
-_LARGEST_ACTIVATION = 128
 
 
 class HeldWeight(nn.Module):
@@ -41,7 +36,7 @@ class HeldWeight(nn.Module):
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    expanded: Panels | OneDnnWeight | None
+    expanded: Panels | None
 
     def __init__(self, weight: QuantizedWeight, expand: bool = False) -> None:
         """Raises InvalidRequest for formats without integer codes of at most 8 bits."""
@@ -60,23 +55,12 @@ class HeldWeight(nn.Module):
             held = {"codes": packed.codes, "scale": packed.scale, "zero_point": packed.zero_point}
         for name, tensor in held.items():
             self.register_buffer(name, tensor)
-        self.expanded = self._expansion(weight) if expand else None
+        self.expanded = _as_panels(weight) if expand and not self.in_panels else None
 
     def _fills_panels(self, weight: QuantizedWeight) -> bool:
         fits = misfit(self.channels, self.inputs, weight.scale.shape[1], weight.format.bits) is None
         plain = weight.zero_point is None and weight.format.scale == "f32"
         return compiled.instruction_set() is not None and plain and fits
-
-    def _expansion(self, weight: QuantizedWeight) -> Panels | OneDnnWeight | None:
-        if has_vnni() and self._exact_in_float(weight):
-            return OneDnnWeight(weight.codes)
-        return None if self.in_panels else _as_panels(weight)
-
-    @staticmethod
-    def _exact_in_float(weight: QuantizedWeight) -> bool:
-        """True where no sum can pass what float32, which oneDNN returns, holds exactly."""
-        largest = int(weight.codes.to(torch.int32).abs().sum(1).max()) * _LARGEST_ACTIVATION
-        return weight.scale.shape[1] == 1 and weight.zero_point is None and largest < EXACT_IN_FLOAT
 
     @property
     def nbytes(self) -> int:
@@ -102,9 +86,7 @@ class HeldWeight(nn.Module):
         """Panels for the compiled kernels, expanded for this call where none are held; None where there are none."""
         if self.in_panels:
             return self.held_panels()
-        if isinstance(self.expanded, Panels):
-            return self.expanded
-        return _as_panels(self.quantized())
+        return _as_panels(self.quantized()) if self.expanded is None else self.expanded
 
     def forward(
         self, activations: Tensor, activation_scale: Tensor, offset: Tensor | None = None, bias: Tensor | None = None
@@ -112,9 +94,6 @@ class HeldWeight(nn.Module):
         """``int_linear_reference`` of int8 rows with this weight, bit for bit, by the fastest way there is. Rows may
         be filled up with zeros to the panels' inputs.
         """
-        if isinstance(self.expanded, OneDnnWeight) and len(activations) >= ONEDNN_ROWS:
-            rows = activations[:, : self.inputs].contiguous()
-            return _scaled(self.expanded(rows), self.quantized_scale(), activation_scale, offset, bias)
         panels = self.runnable()
         if panels is None:
             weight, rows = self.quantized(), activations[:, : self.inputs]
@@ -127,12 +106,6 @@ class HeldWeight(nn.Module):
         offset, bias = _filled(offset, panels.padded_channels), _filled(bias, panels.padded_channels)
         out = int_linear_compiled(filled, activation_scale, panels, offset, bias)
         return out if out.shape[1] == self.channels else out[:, : self.channels]
-
-    def quantized_scale(self) -> Tensor:
-        """The scales, channels x groups, float32."""
-        if not self.in_panels:
-            return self.scale.float()
-        return self.scale.transpose(1, 2).reshape(self.channels, -1)
 
 
 def _filled(tensor: Tensor | None, length: int) -> Tensor | None:
@@ -153,13 +126,3 @@ def _as_panels(weight: QuantizedWeight) -> Panels | None:
     if scale.shape[1] > 1 and misfit(16, codes.shape[1], scale.shape[1], 8):
         return None
     return to_panels(codes, scale, 8, pad=True)
-
-
-def _scaled(
-    sums: Tensor, scale: Tensor, activation_scale: Tensor, offset: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Integer sums in float32 with the scales of a weight that has one per channel, as the reference rounds them."""
-    if offset is not None:
-        sums = (sums.to(torch.int32) + offset).float()
-    out = sums * scale[:, 0] * activation_scale.unsqueeze(1)
-    return out if bias is None else out + bias

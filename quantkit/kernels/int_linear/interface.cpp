@@ -20,11 +20,18 @@ bool has(int wanted) {
     return false;
 }
 
+// Plain loops, compiled for several instruction sets; the loader picks the best that the CPU has.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORIZED __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#else
+#define VECTORIZED
+#endif
+
 constexpr float NO_FRACTION = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction, half to even
 
 // Codes round(x / scale), half to even, within +-127, of one row; scale = largest magnitude / 127, at least the smallest
 // normal number. Written so that every compiler vectorizes it: magnitudes compare as integers.
-void quantize_row(const float* x, int64_t count, int8_t* codes, float* scale) {
+VECTORIZED void quantize_row(const float* x, int64_t count, int8_t* codes, float* scale) {
     int32_t largest = 0;
     for (int64_t i = 0; i < count; ++i) {
         int32_t bits;
@@ -42,7 +49,7 @@ void quantize_row(const float* x, int64_t count, int8_t* codes, float* scale) {
 }
 
 // Codes round(x / scale) + zero point within 0..high, less 128: unsigned codes moved into a signed byte.
-void quantize_static(const float* x, int64_t count, float scale, float zero_point, float high, int8_t* codes) {
+VECTORIZED void quantize_static(const float* x, int64_t count, float scale, float zero_point, float high, int8_t* codes) {
     for (int64_t i = 0; i < count; ++i) {
         float value = x[i] / scale;
         value = value < -1024.0f ? -1024.0f : value;  // inside the range that the rounding below is right for

@@ -8,7 +8,7 @@ namespace quantkit {
 constexpr int PANEL = 16;          // output channels computed together
 constexpr int QUAD = 4;            // inputs of one channel that lie side by side: what one dot-product lane reads
 constexpr int SEGMENT = 512;       // inputs expanded at a time, so that a panel's share stays in the first-level cache
-constexpr int ROW_CHUNK = 120;     // rows that use an expanded segment before the next one is expanded
+constexpr int ROW_CHUNK = 128;     // rows that use an expanded segment before the next one is expanded
 
 // One product of activations and weights. Weights are unsigned (code + 2^(bits-1)), so that a signed activation byte
 // meets an unsigned weight byte as the dot-product instructions want; the sums of the activations take the offset out.

@@ -68,6 +68,7 @@ class IntLinear(nn.Module):
         """
         super().__init__()
         self.weight = HeldWeight(weight, expand)
+        self.inputs = self.weight.inputs
         self.site = site
         offset = None
         if site is not None:
@@ -103,14 +104,14 @@ class IntLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.weight.inputs or not x.is_floating_point():
+        if x.shape[-1] != self.inputs or not x.is_floating_point():
             raise InvalidRequest(
-                f"This layer reads floating-point rows of {self.weight.inputs} inputs, not {x.dtype} of shape "
+                f"This layer reads floating-point rows of {self.inputs} inputs, not {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
         if self.at_once is not None and x.dtype == torch.float32 and x.is_contiguous() and x.numel():
             return self.at_once(x)
-        rows = x.detach().reshape(-1, self.weight.inputs).float()
+        rows = x.detach().reshape(-1, self.inputs).float()
         if self.order is not None:
             rows = rows[:, self.order]
         if self.site is not None:

@@ -2,8 +2,9 @@
 
 - ``int_mm``: ``torch._int_mm``, fast where oneDNN has VNNI, a slow loop elsewhere.
 - ``float_mm``: a float32 matmul of integers in parts short enough that no sum passes 2^24, so that nothing rounds.
-- ``OneDnnWeight``: oneDNN's prepacked linear, the fastest for many rows where there is VNNI. On AVX2 it adds pairs of
-  products in 16 bits, which saturate for weights beyond 7 bits: it is not used there.
+
+oneDNN's prepacked linear is not used: on AVX2 it adds pairs of products in 16 bits, which saturate for weights beyond
+7 bits, and with VNNI it is slower than the compiled kernels.
 """
 
 from __future__ import annotations
@@ -35,22 +36,6 @@ def float_mm(activations: Tensor, codes: Tensor) -> Tensor:
         end = start + part
         sums += (activations[:, start:end].float() @ codes[:, start:end].float().t()).to(torch.int32)
     return sums
-
-
-class OneDnnWeight:
-    """int8 codes with one scale per channel, prepacked for oneDNN: a second copy, as large as the codes."""
-
-    def __init__(self, codes: Tensor) -> None:
-        self.channels, self.nbytes = len(codes), codes.nbytes
-        self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        self.ones, self.zeros = torch.ones(len(codes)), torch.zeros(len(codes), dtype=torch.int32)
-
-    def __call__(self, activations: Tensor) -> Tensor:
-        """float32 sums of int8 rows, rounded where they pass 2^24."""
-        unsigned = activations.view(torch.uint8) ^ 128
-        return torch.ops.onednn.qlinear_pointwise(
-            unsigned, 1.0, 128, self.packed, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
 
 
 def int_linear_torch(

@@ -11,8 +11,8 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# The order of a floating-point sum depends on the number of threads: let it not depend on the machine. One, since there
-# are as many processes as cores.
+# The order of a floating-point sum depends on the number of threads: let it not depend on the machine.
+# One, since tests run in one process for each core.
 torch.set_num_threads(1)
 
 

@@ -9,8 +9,8 @@ tensor; for more, the operations of a float32 matmul of 1024 x 1024, which integ
 are the thread's own, so that other work on the machine counts less; with more they are wall clock.
 
 ``--llama``: a transformers Llama of the data folder's architecture widened to 2048, 4 layers and random weights,
-decoding token by token, float32 against 4-bit weights. ``--conv``: integer convolutions. GPU kernels need a GPU, and
-are not measured without one.
+decoding token by token, float32 against 4-bit weights. ``--conv``: integer convolutions. Where there is a GPU its
+kernels follow (gpu_kernels.py), with tiles tuned once and kept in ``--tiles``.
 """
 
 from __future__ import annotations
@@ -273,11 +273,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--conv", action="store_true")
     parser.add_argument("--llama", action="store_true")
+    parser.add_argument("--tiles", type=Path, default=Path("kernel-tiles.json"), help="the GPU's table of tiles")
     asked = parser.parse_args()
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
     print(f"kernels: {NAMES.get(instruction_set() or 0, 'none')}, torch {torch.__version__}, numpy {np.__version__}")
-    if not torch.cuda.is_available():
-        print("GPU kernels: there is no GPU here, so they are not measured")
     torch.manual_seed(0)
     for threads in asked.threads:
         torch.set_num_threads(threads)
@@ -289,6 +288,12 @@ def main() -> None:
                 bench_conv(asked.rounds, clock)
             if asked.llama:
                 bench_llama(data, threads, asked.rounds, clock)
+    if torch.cuda.is_available():
+        from gpu_kernels import bench_gpu  # Triton decides when it is imported whether there is a GPU
+
+        bench_gpu(asked.tiles)
+    else:
+        print("\nGPU kernels: there is no GPU here, so they are not measured")
 
 
 if __name__ == "__main__":

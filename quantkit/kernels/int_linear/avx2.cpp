@@ -103,6 +103,7 @@ struct FourBits {
     using Expanded = uint8_t;
 
     static void pack_row(const int8_t* from, int8_t* to, int64_t k) { pack_bytes<rows>(from, to, k); }
+    static int32_t sum(const int8_t* values, int64_t count) { return sum_of(values, count); }
 
     AVX2 static void expand(const uint8_t* w, uint8_t* out, int64_t k) {
         const __m256i low = _mm256_set1_epi8(15);
@@ -154,12 +155,13 @@ struct FourBits {
         __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         for (int64_t g = 0; g < groups; ++g, scale += PANEL) {
             __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+            fetch_scale(scale);
             for (int64_t k = 0; k < group; k += WIDEN * QUAD) {
                 const int64_t stop = least(group, k + WIDEN * QUAD);
                 __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
                 for (int64_t i = k; i < stop; i += 2 * QUAD, w += 64, a += 2 * QUAD) {
                     const __m256i first = quad_of_bytes(a), second = quad_of_bytes(a + QUAD);
-                    _mm_prefetch(reinterpret_cast<const char*>(w) + 1536, _MM_HINT_T0);
+                    fetch_weights(w);
                     for (int half = 0; half < 2; ++half) {
                         const __m256i both = load(w + 32 * half);
                         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
@@ -201,6 +203,8 @@ struct EightBits {
     static constexpr bool needs_sums = false;
     using Activation = int16_t;
     using Expanded = int16_t;
+
+    static int32_t sum(const int8_t*, int64_t) { return 0; }
 
     AVX2 static void pack_row(const int8_t* from, int16_t* to, int64_t k) {
         int64_t i = 0;
@@ -249,7 +253,7 @@ struct EightBits {
             for (int c = 0; c < 4; ++c) sum[c] = _mm256_setzero_si256();
             for (int64_t k = 0; k < group; k += QUAD, w += 64, a += QUAD) {
                 const __m256i x = quad_of_words(a);
-                _mm_prefetch(reinterpret_cast<const char*>(w) + 1536, _MM_HINT_T0);
+                fetch_weights(w);
                 for (int c = 0; c < 4; ++c)
                     sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(words(w + 16 * c), x));
             }

@@ -6,6 +6,7 @@
 //   needs_sums               whether it takes the weights' offset out with the sums of the activations
 //   Activation, Expanded     element types of packed activations and of an expanded segment
 //   pack_row(from, to, k)    lay out k activations of one row as the tiles read them
+//   sum(values, count)       of activations
 //   run_panels<P>(...)       the output of P panels for some blocks of rows, through tiles of expanded weights
 //   single<P>(...)           one row against P whole panels, straight from the packed weights
 #pragma once
@@ -47,6 +48,14 @@ template <int Rows>
 void pack_bytes(const int8_t* from, int8_t* to, int64_t count) {
     for (int64_t k = 0; k < count; k += QUAD) std::memcpy(to + k * Rows, from + k, QUAD);
 }
+
+// A single row waits for memory: near weights are fetched into the first cache, far ones into the second, and scales, of
+// which a group has too few lines for the hardware to see where they go, some groups ahead.
+inline void fetch_weights(const uint8_t* w) {
+    __builtin_prefetch(w + 1024, 0, 3);
+    __builtin_prefetch(w + 4096, 0, 2);
+}
+inline void fetch_scale(const float* scale) { __builtin_prefetch(scale + 4 * PANEL, 0, 3); }
 
 inline int32_t sum_of(const int8_t* values, int64_t count) {
     int32_t sum = 0;
@@ -91,7 +100,7 @@ void pack_rows(const Job& job, int64_t block, int64_t blocks, typename Kernel::A
         for (int64_t row = block * Kernel::rows; row < (block + 1) * Kernel::rows; ++row)
             sums[g * blocks * Kernel::rows + row] =
                 Kernel::needs_sums && row < job.rows
-                    ? sum_of(job.activations + row * job.inputs + g * job.group, job.group)
+                    ? Kernel::sum(job.activations + row * job.inputs + g * job.group, job.group)
                     : 0;
     }
 }
@@ -147,7 +156,7 @@ void run_single(const Job& job) {
     Buffer<int32_t> sums(groups);
     for (int64_t k = 0; k < job.inputs; ++k) row.data[k] = job.activations[k];
     for (int64_t g = 0; g < groups; ++g)
-        sums.data[g] = Kernel::needs_sums ? sum_of(job.activations + g * job.group, job.group) : 0;
+        sums.data[g] = Kernel::needs_sums ? Kernel::sum(job.activations + g * job.group, job.group) : 0;
 #pragma omp parallel for schedule(static) num_threads(job.threads)
     for (int64_t panel = 0; panel < panels; panel += Kernel::single_panels)
         run_single_panels<Kernel, Kernel::single_panels>(job, panel, panels - panel, row.data, sums.data);

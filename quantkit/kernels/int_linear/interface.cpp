@@ -49,7 +49,8 @@ VECTORIZED void quantize_row(const float* x, int64_t count, int8_t* codes, float
 }
 
 // Codes round(x / scale) + zero point within 0..high, less 128: unsigned codes moved into a signed byte.
-VECTORIZED void quantize_static(const float* x, int64_t count, float scale, float zero_point, float high, int8_t* codes) {
+VECTORIZED void quantize_static(const float* x, int64_t count, float scale, float zero_point, float high,
+                                int8_t* codes) {
     for (int64_t i = 0; i < count; ++i) {
         float value = x[i] / scale;
         value = value < -1024.0f ? -1024.0f : value;  // inside the range that the rounding below is right for

@@ -56,14 +56,8 @@ VNNI_INLINE __m512 finished(__m512 total, float by, const float* bias) {
 
 // Eight rows and three panels: 24 sums, three registers of weights and one of activations are what there is room for.
 constexpr int ROWS = 8, PANELS = 3;
-// A single row reads several panels side by side, which keeps more lines in flight: near ones into the first cache,
-// far ones into the second.
-constexpr int SINGLE_PANELS = 4, NEAR = 1024, FAR = 4096;
-
-VNNI_INLINE void prefetch(const uint8_t* w) {
-    _mm_prefetch(reinterpret_cast<const char*>(w) + NEAR, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(w) + FAR, _MM_HINT_T1);
-}
+// A single row reads several panels side by side, which keeps more lines in flight.
+constexpr int SINGLE_PANELS = 4;
 
 struct FourBits {
     static constexpr int bits = 4;
@@ -161,6 +155,16 @@ struct Kernel {
 
     static void pack_row(const int8_t* from, int8_t* to, int64_t k) { pack_bytes<rows>(from, to, k); }
 
+    VNNI static int32_t sum(const int8_t* values, int64_t count) {
+        __m512i total = _mm512_setzero_si512();
+        int64_t i = 0;
+        for (; i + 64 <= count; i += 64) total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), load(values + i));
+        int32_t lanes[16], sum = sum_of(values + i, count - i);
+        _mm512_storeu_si512(lanes, total);
+        for (int lane : lanes) sum += lane;
+        return sum;
+    }
+
     template <int Panels>
     static void run_panels(const Job& job, int64_t panel, const Rows<Kernel>& rows, Scratch<Kernel>& scratch) {
         const int64_t stride = PANEL * job.inputs * bits / 8;
@@ -195,9 +199,10 @@ struct Kernel {
                 sum[p][0] = start_of<bits>(sums[g], offset ? offset + p * PANEL : nullptr);
                 sum[p][1] = _mm512_setzero_si512();
             }
+            for (int p = 0; p < Panels; ++p) fetch_scale(scale + p * groups * PANEL);
             for (int64_t k = 0; k < group; k += 32 / bits, w += 64, a += 32 / bits)
                 for (int p = 0; p < Panels; ++p) {
-                    prefetch(w + p * stride);
+                    fetch_weights(w + p * stride);
                     Format::add(sum[p], w + p * stride, a);
                 }
             for (int p = 0; p < Panels; ++p)

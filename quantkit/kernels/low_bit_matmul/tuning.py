@@ -65,6 +65,10 @@ class TuningTable:
         text = json.dumps(rows, indent=1, sort_keys=True)
         write_atomically(Path(path), lambda temporary: Path(temporary).write_text(text))
 
+    def has(self, device: str, kind: str, rows: int, channels: int, inputs: int) -> bool:
+        """True where this shape's class was measured on this device."""
+        return shape_class(kind, rows, channels, inputs) in self.measured.get(device, {})
+
     def tile(self, device: str, kind: str, rows: int, channels: int, inputs: int) -> Tile:
         found = self.measured.get(device, {}).get(shape_class(kind, rows, channels, inputs))
         return found or rule_of_thumb(rows, channels, inputs)

@@ -165,7 +165,7 @@ def check_convolution(case: tuple) -> None:
         assert torch.equal(layer.quantized().codes, weight.codes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=300)
 @given(case=convolutions())
 def test_convolutions_equal_the_reference(case: tuple) -> None:
     check_convolution(case)

@@ -61,7 +61,7 @@ def assert_panels_equal_reference(problem: dict, **options: object) -> None:
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=300)
 @given(problem=problems())
 def test_compiled_kernels_equal_the_reference(problem: dict) -> None:
     assert_panels_equal_reference(problem)
@@ -70,7 +70,7 @@ def test_compiled_kernels_equal_the_reference(problem: dict) -> None:
 @pytest.mark.skipif(
     compiled.instruction_set() != compiled.VNNI, reason="the CPU has no AVX512-VNNI beside AVX2 to compare with"
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=300)
 @given(problem=problems())
 def test_kernels_of_the_lesser_instruction_set_equal_the_reference(problem: dict) -> None:
     assert_panels_equal_reference(problem, through=compiled.AVX2)
@@ -92,7 +92,7 @@ def test_threads_do_not_change_a_bit(threads: int, rows: int) -> None:
     assert torch.equal(found, int_linear_reference(activations, by, codes, scale))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=300)
 @given(problem=problems(), zeros=st.booleans())
 def test_torch_operators_equal_the_reference(problem: dict, zeros: bool) -> None:
     bits = problem.pop("bits")
@@ -125,7 +125,7 @@ def test_panels_come_back(problem: dict, channels: int, inputs: int) -> None:
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=300)
 @given(
     rows=st.integers(1, 20), inputs=st.integers(1, 300), exponent=st.integers(-149, 126), seed=st.integers(0, 10**6)
 )

@@ -13,7 +13,7 @@ from quantkit.kernels.weight_only.reference import weight_only_reference
 from tests.kernels.test_int_layers import weight_of
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=300)
 @given(
     rows=st.sampled_from([0, 1, 2, 5, 17, MANY_ROWS, 40]),
     channels=st.integers(1, 5).map(lambda n: 16 * n),

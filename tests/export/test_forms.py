@@ -17,12 +17,14 @@ from quantkit.export.onnx_writer import ExportReport, export_onnx
 from quantkit.export.sessions import open_session
 from quantkit.formats import WeightFormat
 from quantkit.graph.batches import Batch
+from quantkit.kernels.int_linear.through_torch import has_vnni
 from quantkit.kernels.packing import packed_weight_bytes
 from quantkit.quantizers.simulate import SimulatedModel
 from tests.export.helpers import initializers, operations_that_run, packed_bytes_of, prepared, simulate, stored_bytes
 
 LAYERS = ("conv", "depthwise", "grouped", "conv1d", "tokens", "head")
 WIDTHS = range(2, 9)
+UNSIGNED = "8 unsigned"  # what a CPU without VNNI writes, exact on every other too
 
 
 class EveryKind(nn.Module):
@@ -48,6 +50,7 @@ class EveryKind(nn.Module):
 @dataclass
 class Exported:
     bits: int
+    signed: bool
     simulated: SimulatedModel
     report: ExportReport
     batch: Batch
@@ -69,11 +72,17 @@ def graph(model: nn.Module, batch: Batch) -> MarkedGraph:
     return mark_graph(simulate(prepared(model, batch), batch, 8), batch)
 
 
-@pytest.fixture(scope="module", params=WIDTHS, ids="w{}".format)
+@pytest.fixture(scope="module", params=[*WIDTHS, UNSIGNED] if has_vnni() else WIDTHS, ids="w{}".format)
 def exported(request, model: nn.Module, batch: Batch, tmp_path_factory) -> Exported:
-    simulated = simulate(prepared(model, batch), batch, request.param)
+    signed = request.param == 4 or (request.param == 8 and has_vnni())
+    bits = 8 if request.param == UNSIGNED else request.param
+    simulated = simulate(prepared(model, batch), batch, bits)
     path = tmp_path_factory.mktemp("forms") / "model.onnx"
-    return Exported(request.param, simulated, export_onnx(simulated, batch, path), batch)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == UNSIGNED:
+            patch.setattr("quantkit.export.weights.has_vnni", lambda: False)
+        report = export_onnx(simulated, batch, path)
+    return Exported(bits, signed, simulated, report, batch)
 
 
 def test_as_spelled_outputs_differ_by_float_sums_only(exported: Exported) -> None:
@@ -103,7 +112,7 @@ def test_codes_in_the_file_are_the_plans_bytes(exported: Exported) -> None:
     for layer in LAYERS:
         weight = exported.simulated.weights[layer]
         codes = weight.codes.t().contiguous() if layer == "tokens" else weight.codes
-        if exported.bits == 4:  # ONNX's own signed type: the sign bit is flipped against the unsigned planes
+        if exported.signed:  # ONNX's own signed types: the sign bit is flipped against the unsigned planes
             codes = codes ^ torch.tensor(-(1 << exported.bits - 1), dtype=torch.int8)
         assert stored_bytes(exported.report.path, layer) == packed_bytes_of(codes, exported.bits), layer
 

@@ -29,13 +29,14 @@ def on(cache: KVCache, device: str) -> KVCache:
 
 
 def assert_near_reference(device: str, queries: Tensor, cache: KVCache, causal: bool, split: int | None) -> None:
-    """Rounding a probability to FP8 changes it by a sixteenth at most."""
+    """Rounding a probability to FP8 changes it by a sixteenth at most, and by less on average over many tokens."""
     wanted = kv_attention_reference(queries, cache, causal)
     found = kv_attention(queries.to(device), on(cache, device), causal, split, 16).cpu().float()
     bound = dequantize_heads(cache.values, cache.value_scale).abs().amax((2, 3)).max()
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() <= bound / 16
-    assert (found - wanted).norm() <= 0.04 * wanted.norm() + 1e-6
+    if cache.tokens >= 16:
+        assert (found - wanted).norm() <= 0.04 * wanted.norm() + 1e-6
 
 
 @st.composite

@@ -51,7 +51,7 @@ def named_in_setup(repo: Path) -> set[str]:
 
 def test_ci_runs_the_readmes_test_command(repo: Path) -> None:
     lines = [line.strip() for line in (repo / ".ci" / "run").read_text().splitlines()]
-    assert lines.count(readme_command(repo, "-m pytest")) == 1
+    assert lines.count(readme_command(repo, "--dist loadfile")) == 1
 
 
 def test_readme_runs_a_recipe_that_is_here(repo: Path) -> None:

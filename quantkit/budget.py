@@ -151,6 +151,11 @@ class Budget:
                 f"activation_bytes={self.activation_bytes} needs to know which operations make and read the sites, "
                 "and this profile does not say. Profile again."
             )
+        if self.bops is not None and not any(layer.macs for layer in profile.layers.values()):
+            raise InvalidRequest(
+                f"bops={self.bops} needs the multiply-accumulates of the layers, and this model was not traced: pass "
+                "example_inputs=, one batch of its inputs, or calibration=."
+            )
         return {name: math.floor(self._absolute(name, profile)) for name in self.asked}
 
     def without_accuracy(self) -> Budget | None:

@@ -171,7 +171,7 @@ def test_list(capsys, monkeypatch) -> None:
         r"target +onnxruntime-cpu: ",
         r"  schemes +w2a8, w3a8, .*, float$",
         r"  layers +conv1d, conv2d, conv3d, linear$",
-        r"sensitivity +(?!.*(lim|zd|depth)).*gram, .*kl",
+        r"sensitivity +(?!.*(lim|zd,|depth)).*gram, .*kl.*, weight-error, weight-error-zd$",
         r"rankings +depth, lim, lim-layer, zd, zd-layer \(only order layers: for solver by-rank\)$",
         r"solver +.*auto",
         r"rounding +auto, nearest, gptq, gptaq, adaround, signround, hqq$",

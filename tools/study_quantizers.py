@@ -7,6 +7,11 @@ Every layer gets the scheme, the first one reads 8 bits. Quantized on unlabelled
 that decided nothing: KL divergence from the float network, the share of equal answers, top-1 where there are labels,
 seconds of `quantkit.apply`, and the peak of the process's memory. `--draws 3` takes the mean over three draws of three
 quarters of the calibration images. `--budgets 3 2.5` adds mixed plans from a profile of 2 to 8 bits.
+
+    python tools/study_quantizers.py --no-data [--models ...] [--budgets 4.5]
+
+Weights alone, without a single input: uniform widths to nearest and by HQQ, and plans of these average bits by each
+estimator that needs no data.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import argparse
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +32,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.graph.layers import layer_kind
+from quantkit.sensitivity import NO_INPUTS
 from quantkit.sensitivity.measure import kl_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -112,7 +118,7 @@ def run(case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, draws:
         seconds = time.perf_counter() - start
         rows.append(case.measured(result.model) | {"seconds": seconds})
     figures = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    return figures | {"MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return figures | {"MB": peak_mb()}
 
 
 def mixed_plans(case: Case, budgets: Sequence[str], activation: str) -> dict[str, quantkit.Plan]:
@@ -124,6 +130,42 @@ def mixed_plans(case: Case, budgets: Sequence[str], activation: str) -> dict[str
     return {f"{b} bits {activation}": quantkit.allocate(profile, f"{b} bits") for b in budgets}
 
 
+def without_data(case: Case, budgets: Sequence[str]) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(plan, method, figures) of weight-only plans that nothing but the weights decided."""
+    names = [name for name, module in case.model.named_modules() if layer_kind(module) is not None]
+    for rounding in ("nearest", "hqq"):
+        for width in ("w4", "w5"):
+            start = time.perf_counter()
+            result = quantkit.apply(case.model, dict.fromkeys(names, width), rounding=rounding, progress=False)
+            yield f"{width}, {result.plan.average_bits:.2f} bits", rounding, _figures(case, result, start)
+    for sensitivity in sorted(NO_INPUTS):
+        for bits in budgets:
+            for rounding in ("nearest", "hqq"):
+                start = time.perf_counter()
+                result = quantkit.quantize(
+                    case.model, f"{bits} bits", sensitivity=sensitivity, rounding=rounding, progress=False
+                )
+                yield f"{bits} bits, {sensitivity}", rounding, _figures(case, result, start)
+
+
+def _figures(case: Case, result: quantkit.Result, start: float) -> dict[str, float]:
+    seconds = time.perf_counter() - start
+    return case.measured(result.model) | {"seconds": seconds, "MB": peak_mb()}
+
+
+def peak_mb() -> float:
+    """The most memory this process has held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def print_row(model: str, plan: str, method: str, found: Mapping[str, float]) -> None:
+    print(
+        f"{model:<12} {plan:<25} {method:<10} {found['KL']:8.4f} {found['same']:7.2f} "
+        f"{found.get('top1', float('nan')):7.2f} {found['seconds']:8.0f} {found['MB']:5.0f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SOURCES, default=["resnet20"])
@@ -133,22 +175,22 @@ def main() -> None:
     parser.add_argument("--activation", default="a8", help="of the mixed plans (default a8)")
     parser.add_argument("--draws", type=int, default=1, help="draws of the calibration images (default: all, once)")
     parser.add_argument("--unseen", type=int, help="only so many of the evaluation images")
+    parser.add_argument("--no-data", action="store_true", help="weights alone, decided and rounded without any input")
     options = parser.parse_args()
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
-    print("model        plan         method         KL    same    top1  seconds    MB")
+    print(f"{'model':<12} {'plan':<25} {'method':<10}       KL    same    top1  seconds    MB")
     for name in options.models:
         case = case_of(name, data, options.unseen)
+        if options.no_data:
+            for row in without_data(case, options.budgets or ["4.5"]):
+                print_row(name, *row)
+            continue
         plans: dict[str, quantkit.Plan | Mapping[str, str]] = {s: uniform(case, s) for s in options.schemes}
         if options.budgets:
             plans |= mixed_plans(case, options.budgets, options.activation)
         for title, plan in plans.items():
             for method in options.methods:
-                found = run(case, plan, method, options.draws)
-                print(
-                    f"{name:<12} {title:<12} {method:<10} {found['KL']:8.4f} {found['same']:7.2f} "
-                    f"{found.get('top1', float('nan')):7.2f} {found['seconds']:8.0f} {found['MB']:5.0f}",
-                    flush=True,
-                )
+                print_row(name, title, method, run(case, plan, method, options.draws))
 
 
 if __name__ == "__main__":

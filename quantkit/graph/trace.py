@@ -208,6 +208,12 @@ def _results_of(value: Any) -> list[Tensor]:
     return found
 
 
+def untraced(model: nn.Module) -> Trace:
+    """What is known of a model that cannot be run: its layers, and nothing of what it computes."""
+    kinds = {name: kind for name, module in model.named_modules() if (kind := layer_kind(module)) is not None}
+    return Trace((), {}, {}, {}, (), kinds, {}, {}, {}, frozenset())
+
+
 def trace(model: nn.Module, batch: Batch) -> Trace:
     """Run ``model`` (in eval mode) once on ``batch`` = (args, kwargs) and record what it computes."""
     recorder = _Recorder(model, max(1, batch_size(batch)))

@@ -14,14 +14,15 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.graph.batches import Batch
 from quantkit.kernels.packing import packed_weight_bytes
 from quantkit.pipeline.craft import Ways, Workbench
+from quantkit.pipeline.inputs import Inputs, require_accepted
 from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
-from quantkit.pipeline.request import DEFAULT_TARGET, TargetName, calibration_batches, require_accepted
+from quantkit.pipeline.request import DEFAULT_TARGET, TargetName
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, average_bits
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.targets import Target
-from quantkit.transforms.prepare import Prepared, leave_float, prepare
+from quantkit.transforms.prepare import Prepared, leave_float, without_sites
 
 _ANY_WEIGHT = WeightFormat("8")
 
@@ -29,8 +30,9 @@ _ANY_WEIGHT = WeightFormat("8")
 def apply(
     model: nn.Module,
     plan: Plan | Mapping[str, str | Scheme],
-    calibration: Any,
+    calibration: Any = None,
     *,
+    example_inputs: Any = None,
     samples: int | None = None,
     target: TargetName = DEFAULT_TARGET,
     rounding: str = "auto",
@@ -52,30 +54,38 @@ def apply(
     nothing is learned, ``correction="auto"`` moves scales and biases by statistics ("norm", "bias") and biases by the
     damage ("tuning"); each can be asked for alone, None is off. What does not help on inputs that were held back is
     undone; ``Result.notes`` says what did. ``evaluate`` (model -> a number, or one for each sample, higher is better)
-    is reported for the float and for the quantized model; it must not use the calibration data. Raises InvalidRequest
-    for a plan that does not fit the model or the target.
+    is reported for the float and for the quantized model; it must not use the calibration data. Without
+    ``calibration`` plans of weights alone are met, by HQQ; ``example_inputs`` then lets BatchNorm be folded. Raises
+    InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
     ways = Ways(rounding, ranges, reconstruction, correction or "none", loss, seed)
     require_metric(evaluate)
     _check_schemes(model, decided, goal)
-    batches = calibration_batches(model, calibration, samples)
-    every = prepare(model, batches, goal)
+    inputs = Inputs.of(model, calibration, example_inputs, samples)
+    ways, batches = ways.with_inputs(inputs, decided.schemes.values()), inputs.batches
+    every = inputs.prepared(model, goal)
     kept_float = _kept_float(every, decided, batches)
-    ready = leave_float(every, goal, kept_float)
+    ready = _coded(leave_float(every, goal, kept_float), decided)
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
     bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways)
     if inplace:  # only now that nothing can be refused any more
-        ready = prepare(model, batches, goal, kept_float, inplace=True)
+        ready = _coded(inputs.prepared(model, goal, kept_float, inplace=True), decided)
         bench = replace(bench, ready=ready)
     metrics = {} if evaluate is None else {"float": metric_of(evaluate, ready.model)}
     simulated, notes = bench.quantized(progress)
-    final = _recounted(decided, simulated, ready, formats)
+    decided = _recounted(decided, simulated, ready, formats)
     metrics |= compare_outputs(simulated, batches, reference, loss)
     if evaluate is not None:
         metrics["quantized"] = metric_of(evaluate, simulated)
-    return Result(simulated, final, ready.folds, batches, metrics=metrics, notes=notes)
+    return Result(simulated, decided, ready.folds, inputs.shown, metrics=metrics, notes=notes)
+
+
+def _coded(ready: Prepared, plan: Plan) -> Prepared:
+    """Without sites where the plan quantizes weights alone."""
+    coded = any(scheme.activation is not None for scheme in plan.schemes.values())
+    return ready if coded else without_sites(ready)
 
 
 def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
@@ -130,6 +140,8 @@ def _site_formats(plan: Plan, ready: Prepared, target: Target) -> dict[str, Acti
     Raises InvalidRequest where the plan contradicts itself or asks for what the target cannot run.
     """
     used = [s.activation for s in plan.schemes.values() if s.activation is not None]
+    if not used:
+        return {}
     widest = max(used, key=lambda a: a.bits)
     formats = {}
     for site in ready.sites:
@@ -178,8 +190,10 @@ def compare_outputs(
     model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], loss: str
 ) -> dict[str, float]:
     """Damage and agreement of the largest output with the float model's outputs ``reference`` on the calibration
-    inputs.
+    inputs; nothing without any.
     """
+    if not batches:
+        return {}
     damage = damage_for(loss, torch.cat(list(reference)))
     after = list(Subject(model, batches, {}).outputs())
     losses = torch.cat([damage.rows(a, b) for a, b in zip(reference, after, strict=True)])

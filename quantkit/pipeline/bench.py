@@ -23,7 +23,8 @@ from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.sites import place_sites
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.latency import FULL_BITS, LatencyTable
-from quantkit.pipeline.request import DEFAULT_TARGET, TargetName, calibration_batches
+from quantkit.pipeline.inputs import calibration_batches
+from quantkit.pipeline.request import DEFAULT_TARGET, TargetName
 from quantkit.plan import digest_shapes
 from quantkit.progress import notice
 from quantkit.quantizers.activation_ranges import minmax_range

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.formats import ActivationFormat, WeightFormat
+from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.graph.batches import Batch
 from quantkit.kernels.reference import SiteRange
+from quantkit.pipeline.inputs import Inputs
 from quantkit.pipeline.reconstruct import Course, correct, course_of, reconstruct, require_course, worth_learning
 from quantkit.pipeline.recording import Recording, recording_of
 from quantkit.pipeline.request import require_choices
@@ -39,6 +40,14 @@ class Ways:
     def __post_init__(self) -> None:
         names = ("rounding", "ranges", "reconstruction", "correction", "loss")
         require_choices(**{name: getattr(self, name) for name in names})
+
+    def with_inputs(self, inputs: Inputs, schemes: Iterable[Scheme]) -> Ways:
+        """The ways to meet ``schemes`` with what there is to go by; raises InvalidRequest for what needs data that is
+        not there.
+        """
+        inputs.require_schemes(schemes)
+        inputs.require_none(reconstruction=self.reconstruction, correction=self.correction)
+        return replace(self, rounding=inputs.rounding(self.rounding))
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,15 @@ from quantkit.targets.rules import Rules
 
 def profile(
     model: nn.Module,
-    calibration: Any,
+    calibration: Any = None,
     *,
+    example_inputs: Any = None,
     schemes: Schemes | None = None,
     samples: int | None = None,
     loss: str = "auto",
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
-    sensitivity: str = "gram",
+    sensitivity: str = "auto",
     rounding: str = "auto",
     ranges: str = "mse",
     seed: int = 0,
@@ -45,16 +46,18 @@ def profile(
     """Measure what each format of each layer and site costs, alone and in pairs.
 
     ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
-    it. ``schemes``: candidate schemes, default the target's. ``rules``: ordered (pattern, scheme or schemes), a later
-    one wins. ``loss``: "kl", "mse" or "auto". With ``workdir`` the profile is kept there under a key of everything it
-    depends on and reused when nothing changed; until it is complete, every finished layer is, so that a run that was
-    killed resumes. Raises InvalidRequest before any measuring when the request cannot be carried out.
+    it. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
+    then lets the model be traced, which folds BatchNorm and counts operations. ``schemes``: candidate schemes, default
+    the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``loss``: "kl", "mse" or "auto".
+    With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
+    changed; until it is complete, every finished layer is, so that a run that was killed resumes. Raises
+    InvalidRequest before any measuring when the request cannot be carried out.
     """
     if workdir is not None:
         require_writable(workdir)
     request = make_ready(
-        model, calibration, schemes=schemes, samples=samples, loss=loss, target=target, rules=rules,
-        sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
+        model, calibration, example_inputs=example_inputs, schemes=schemes, samples=samples, loss=loss,
+        target=target, rules=rules, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
     return measure(request, progress, workdir)
 
@@ -74,7 +77,8 @@ def measure(request: Request, progress: bool, workdir: str | Path | None, bench:
             notice(f"reusing the profile {kept}")
             artefacts.remove()
             return request.with_latency(found)
-    notice(str(forecast(request)))
+    if request.batches:
+        notice(str(forecast(request)))
     measured = _measure(request, progress, bench or bench_of(request, progress, workdir))
     if kept is not None:
         measured.save(kept)
@@ -109,11 +113,16 @@ def bench_of(request: Request, progress: bool, workdir: str | Path | None = None
     )
     perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress, artefacts)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(settings["seed"]))
-    notice(f"measuring on {'pair-mixed calibration inputs' if inputs else 'the calibration inputs as they are'}")
+    if batches:
+        notice(f"measuring on {'pair-mixed calibration inputs' if inputs else 'the calibration inputs as they are'}")
     sites = {site.name: site for site in ready.sites}
     subject = Subject(ready.model, inputs or batches, sites, settings["loss"], artefacts=artefacts)
     samples = sum(batch_size(b) for b in batches)
-    notes = {"inputs": "pair-mixed" if inputs else "plain", "samples": samples, "rounded": rounded}
+    notes = {
+        "inputs": ("pair-mixed" if inputs else "plain") if batches else "none",
+        "samples": samples,
+        "rounded": rounded,
+    }
     return Bench(subject, perturbations, notes)
 
 
@@ -122,6 +131,7 @@ def _measure(request: Request, progress: bool, bench: Bench) -> Profile:
     generator = torch.Generator().manual_seed(request.settings["seed"])
     scores = ESTIMATORS[request.settings["sensitivity"]](subject, changes, progress, generator)
     ready = request.ready
-    rows = rows_seen(SimulatedModel(ready.model, (), {}, {}), ready.trace, ready.quantizable, subject.batches)
-    scores = with_fallback(scores, changes, ready.model, reached_by_few(rows, bench.notes["samples"]))
+    if request.batches:
+        rows = rows_seen(SimulatedModel(ready.model, (), {}, {}), ready.trace, ready.quantizable, subject.batches)
+        scores = with_fallback(scores, changes, ready.model, reached_by_few(rows, bench.notes["samples"]))
     return request.profile([(p.owner, p.format) for p in changes], scores, bench.notes | dict(scores.notes))

@@ -28,15 +28,16 @@ from quantkit.targets.rules import Rules
 def quantize(
     model: nn.Module,
     budget: str | Budget | Mapping[str, Any],
-    calibration: Any,
+    calibration: Any = None,
     *,
+    example_inputs: Any = None,
     schemes: Schemes | None = None,
     samples: int | None = None,
     loss: str = "auto",
     evaluate: Evaluate | None = None,
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
-    sensitivity: str = "gram",
+    sensitivity: str = "auto",
     solver: str = "auto",
     effort: str = "fast",
     rounding: str = "auto",
@@ -50,46 +51,50 @@ def quantize(
 ) -> Result:
     """The best model inside ``budget``: profile, allocate, apply, and a measured comparison with the float model.
 
+    Without ``calibration`` only weights are quantized, by what is known of them alone; ``example_inputs``, one batch
+    of inputs, then lets the model be traced, which folds BatchNorm and counts operations.
+
     See ``profile`` and ``apply`` for the arguments; ``evaluate`` is only reported, unless the budget limits
     ``accuracy_drop``: then plans are chosen by it, and more of them with more ``effort``. Otherwise "fast" takes the
     plan that the profile predicts best; "balanced" and "thorough" improve it by measuring around it, with at most 1.5
     and 3 measurements per profiled format. Raises InvalidRequest for a bad request and InfeasibleBudget for one that
     cannot be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
     """
-    limit = Budget.parse(budget)
-    _require_known(limit, solver, effort, evaluate, workdir, inplace)
+    limit = _checked(budget, solver, effort, evaluate, workdir, inplace)
     require_choices(reconstruction=reconstruction, correction=correction or "none")
     request = make_ready(
-        model, calibration, schemes=schemes, samples=samples, loss=loss, target=target, rules=rules,
-        sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
+        model, calibration, example_inputs=example_inputs, schemes=schemes, samples=samples, loss=loss,
+        target=target, rules=rules, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
+    request.inputs.require_none(effort=effort, reconstruction=reconstruction, correction=correction or "none")
     finish = partial(
-        apply, model, calibration=[kwargs or args for args, kwargs in request.batches], target=target, loss=loss,
+        apply, model, calibration=request.inputs.items(), example_inputs=example_inputs, target=target, loss=loss,
         rounding=rounding, ranges=ranges, reconstruction=reconstruction, correction=correction, seed=seed,
         progress=progress, inplace=inplace,
     )  # fmt: skip
     if limit.accuracy_drop is not None:
-        assert evaluate is not None, "checked before"
         return _within_accuracy(request, limit, evaluate, finish, effort, progress, workdir)
     measured, plan = _decide(request, limit, solver, effort, progress, workdir)
     return replace(finish(plan, evaluate=evaluate), profile=measured)
 
 
-def _require_known(
-    limit: Budget,
+def _checked(
+    budget: str | Budget | Mapping[str, Any],
     solver: str,
     effort: str,
     evaluate: Evaluate | None,
     workdir: str | Path | None,
     inplace: bool,
-) -> None:
-    """Refuse what is wrong with a request whatever the model."""
+) -> Budget:
+    """The budget, after refusing what is wrong with a request whatever the model."""
+    limit = Budget.parse(budget)
     require_solver(solver)
     choose("effort", effort, EFFORTS)
     if workdir is not None:
         require_writable(workdir)
     require_metric(evaluate)
     require_accuracy_request(limit, evaluate, inplace)
+    return limit
 
 
 def _decide(
@@ -107,12 +112,13 @@ def _decide(
 def _within_accuracy(
     request: Request,
     limit: Budget,
-    evaluate: Evaluate,
+    evaluate: Evaluate | None,
     finish: Callable[[Plan], Result],
     effort: str,
     progress: bool,
     workdir: str | Path | None,
 ) -> Result:
+    assert evaluate is not None, "checked before"
     if limit.minimize == "latency":
         Budget(latency="100%").limits(request.unmeasured())  # refuses where no times were measured
     others = limit.without_accuracy()

@@ -30,6 +30,8 @@ class Recording:
 
 def recording_of(ready: Prepared, batches: Sequence[Batch]) -> Recording | str:
     """The recording of a model, or why it cannot be recorded."""
+    if not batches:
+        return "there is no calibration data"
     samples = _stacked(batches)
     if samples is None:
         return "its inputs cannot be put into batches of one size"

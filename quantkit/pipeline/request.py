@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Size, Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import Size, nn
 
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.graph.batches import Batch, digest_batches, digest_model, read_batches, split_batches
+from quantkit.graph.batches import Batch, digest_batches, digest_model
 from quantkit.graph.flow import operations_of
-from quantkit.graph.trace import Trace, run_model
+from quantkit.graph.trace import Trace
+from quantkit.pipeline.inputs import Inputs, require_accepted, tell_what_is_missing
 from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.corrections import CORRECTIONS
@@ -25,16 +24,15 @@ from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, require_additive
 from quantkit.sensitivity.measure import LOSSES, Scores
 from quantkit.targets import Target
-from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes
-from quantkit.transforms.prepare import Prepared, leave_float, prepare
+from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes, weights_only
+from quantkit.transforms.prepare import Prepared, leave_float, without_sites
 from quantkit.version import VERSION
 
-BATCH = 128
 DEFAULT_TARGET = "onnxruntime-cpu"
 Schemes = Iterable[str | Scheme]
 TargetName = str | os.PathLike[str] | Target
 CHOICES: dict[str, tuple[str, ...]] = {
-    "sensitivity": tuple(ESTIMATORS),
+    "sensitivity": ("auto", *ESTIMATORS),
     "rounding": ROUNDINGS,
     "ranges": tuple(RANGES),
     "reconstruction": RECONSTRUCTIONS,
@@ -45,13 +43,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """The prepared model, its inputs in batches, the candidates of every layer, and what else decides the result."""
+    """The prepared model, its inputs, the candidates of every layer, and what else decides the result."""
 
     ready: Prepared
-    batches: list[Batch]
+    inputs: Inputs
     candidates: dict[str, tuple[Scheme, ...]]
     target: Target
     settings: dict[str, Any]
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The calibration data, in batches; none without data."""
+        return self.inputs.batches
 
     @property
     def site_formats(self) -> list[ActivationFormat]:
@@ -103,12 +106,13 @@ def make_ready(
     model: nn.Module,
     calibration: Any,
     *,
+    example_inputs: Any = None,
     schemes: Schemes | None = None,
     samples: int | None = None,
     loss: str = "auto",
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
-    sensitivity: str = "gram",
+    sensitivity: str = "auto",
     rounding: str = "auto",
     ranges: str = "mse",
     seed: int = 0,
@@ -116,17 +120,16 @@ def make_ready(
     """Check a request and prepare the model. Raises InvalidRequest, cheapest checks first."""
     goal = Target.load(target)
     asked = {"sensitivity": sensitivity, "rounding": rounding, "ranges": ranges, "loss": loss}
-    for name, value in asked.items():
-        choose(name, value, CHOICES[name])
+    require_choices(**asked)
     require_additive(sensitivity)
     wanted = parse_schemes(schemes, goal)
-    batches = calibration_batches(model, calibration, samples)
-    ready = prepare(model, batches, goal)
-    require_accepted(ready.model, batches)
-    allowed = candidate_schemes({n: ready.layers[n].shape for n in ready.quantizable}, wanted, rules, goal)
-    always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
-    if always_float:
-        ready = leave_float(ready, goal, always_float)
+    inputs = Inputs.of(model, calibration, example_inputs, samples)
+    if schemes is None and not inputs.batches:
+        wanted = weights_only(wanted)
+    asked |= {"sensitivity": inputs.sensitivity(sensitivity), "rounding": inputs.rounding(rounding)}
+    ready = inputs.prepared(model, goal)
+    require_accepted(ready.model, inputs.batches)
+    ready, allowed = _with_candidates(ready, inputs, wanted, rules, goal)
     require_own_table(goal, ready)
     settings: dict[str, Any] = {
         "schemes": [str(s) for s in wanted],
@@ -135,11 +138,27 @@ def make_ready(
         "seed": seed,
         "model": digest_model(model),
         "operations": _digest_operations(ready.trace),
-        "calibration": digest_batches(batches),
+        "calibration": digest_batches(inputs.shown),
         "quantkit": VERSION,
         **asked,
     }
-    return Request(ready, batches, {name: allowed[name] for name in ready.quantizable}, goal, settings)
+    return Request(ready, inputs, {name: allowed[name] for name in ready.quantizable}, goal, settings)
+
+
+def _with_candidates(
+    ready: Prepared, inputs: Inputs, wanted: Sequence[Scheme], rules: Rules | None, target: Target
+) -> tuple[Prepared, dict[str, tuple[Scheme, ...]]]:
+    """The model with what its candidates leave float left float, and the candidates of every layer."""
+    allowed = candidate_schemes({n: ready.layers[n].shape for n in ready.quantizable}, wanted, rules, target)
+    offered = [scheme for options in allowed.values() for scheme in options]
+    inputs.require_schemes(offered)
+    tell_what_is_missing(inputs)
+    always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
+    if always_float:
+        ready = leave_float(ready, target, always_float)
+    if all(scheme.activation is None for scheme in offered):
+        ready = without_sites(ready)
+    return ready, allowed
 
 
 def require_own_table(target: Target, ready: Prepared) -> None:
@@ -161,37 +180,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def calibration_batches(model: nn.Module, calibration: Any, samples: int | None) -> list[Batch]:
-    """The calibration data, read once, in batches of at most ``BATCH`` samples."""
-    if calibration is None:
-        raise InvalidRequest(
-            "calibration is None, and quantizing without data is not supported yet. "
-            "Pass a few hundred typical inputs; labels are not needed."
-        )
-    if samples is not None and samples < 1:
-        raise InvalidRequest(f"samples={samples}: at least one calibration sample is needed.")
-    return split_batches(read_batches(model, calibration, samples), BATCH)
-
-
-def require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Run the model on one batch of every form beyond the first batch's, which it was traced on: raises InvalidRequest
-    for what it rejects.
-    """
-    seen = {_form_of(batches[0])}
-    for batch in batches[1:]:
-        if (form := _form_of(batch)) not in seen:
-            seen.add(form)
-            with torch.no_grad():
-                run_model(model, batch)
-
-
-def _form_of(batch: Batch) -> str:
-    """The structure of a batch, with the types of its tensors and their shapes but for the number of samples."""
-    leaves, structure = tree_flatten(batch)
-    forms = [(leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return f"{structure} {forms}"
 
 
 def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> None:

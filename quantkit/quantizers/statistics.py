@@ -30,6 +30,8 @@ def site_histograms(
     Raises InvalidRequest where a site's values are not finite: no integer range covers them.
     """
     extremes = {site.name: Extremes() for site in sites}
+    if not sites:
+        return {}
 
     def widen(site: Site, x: Tensor) -> Tensor:
         if not torch.isfinite(x).all():

@@ -19,12 +19,13 @@ from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import split_batches
 from quantkit.pipeline.bench import LATENCY_BATCH, bench
+from quantkit.pipeline.inputs import calibration_batches
 from quantkit.pipeline.measure_plans import measured_damages
 from quantkit.pipeline.metric import metric_of
 from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.pipeline.profile import profile
 from quantkit.pipeline.quantize import quantize
-from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, calibration_batches, choose
+from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, choose
 from quantkit.pipeline.result import Result, load_result
 from quantkit.plan import Plan, Profile
 from quantkit.recipe.read import DECIDED_LATER, Recipe, read_recipe

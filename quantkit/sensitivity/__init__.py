@@ -16,8 +16,9 @@ from quantkit.sensitivity import (  # noqa: F401  # registered by name
     lim,
     noise,
     pairwise,
+    weight_error,
     zd,
 )
-from quantkit.sensitivity.registry import COSTS, ESTIMATORS, RANKINGS, require_additive
+from quantkit.sensitivity.registry import COSTS, ESTIMATORS, NO_INPUTS, RANKINGS, require_additive
 
-__all__ = ["COSTS", "ESTIMATORS", "RANKINGS", "require_additive"]
+__all__ = ["COSTS", "ESTIMATORS", "NO_INPUTS", "RANKINGS", "require_additive"]

@@ -43,17 +43,22 @@ class Cost:
 ESTIMATORS: dict[str, Estimator] = {}
 COSTS: dict[str, Cost] = {}
 RANKINGS: set[str] = set()
+NO_INPUTS: set[str] = set()
 E = TypeVar("E", bound=Callable[..., Scores])
 
 
-def estimator(name: str, cost: Cost, ranking: bool = False) -> Callable[[E], E]:
-    """Register a function under ``name``; ``ranking``: it only orders layers (``Scores.ranking``)."""
+def estimator(name: str, cost: Cost, ranking: bool = False, inputs: bool = True) -> Callable[[E], E]:
+    """Register a function under ``name``; ``ranking``: it only orders layers (``Scores.ranking``). ``inputs``:
+    it runs the model on the subject's inputs.
+    """
 
     def register(function: E) -> E:
         ESTIMATORS[name] = function
         COSTS[name] = cost
         if ranking:
             RANKINGS.add(name)
+        if not inputs:
+            NO_INPUTS.add(name)
         return function
 
     return register

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
-from quantkit.formats import Scheme
+from quantkit.formats import ActivationFormat, Scheme
 from quantkit.latency import LatencyTable
 from quantkit.store import write_atomically
 
@@ -23,7 +23,8 @@ _HEAD = "# Times of one model on one machine, measured by `quantkit bench`. Pass
 class Target:
     """A runtime, as data. ``layers`` are the kinds it runs quantized; ``output_coded`` those of them whose kernels
     write codes; ``integer_ops`` the element-wise operations it runs on codes; ``fused_activations`` what it fuses into
-    both. ``latency``: what a model's parts take on a machine, where that was measured.
+    both; ``weight_only``: it expands stored codes and computes in float. ``latency``: what a model's parts take on a
+    machine, where that was measured.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     output_coded: tuple[str, ...]
     fused_activations: tuple[str, ...]
     integer_ops: tuple[str, ...]
+    weight_only: bool = False
     latency: LatencyTable | None = None
 
     @classmethod
@@ -91,8 +93,10 @@ class Target:
 
     def _unsupported(self, scheme: Scheme) -> str | None:
         weight, act = scheme.weight, scheme.activation
-        if weight is None or act is None:
-            return f"{scheme} is ?: a layer needs a weight and an activation format"
+        if weight is None:
+            return f"{scheme} is ?: a layer needs a weight format"
+        if act is None and not self.weight_only:
+            return f"{scheme} is ?: a layer needs an activation format"
         if not weight.is_integer or weight.bits not in self.weight_bits:
             return f"weight format {weight} is ? (bits: {_list(self.weight_bits)})"
         if weight.group and not self.weight_groups:
@@ -101,9 +105,12 @@ class Target:
             return f"weight zero points ({weight}) are ?"
         if weight.scale != "f32":
             return f"{weight.scale} scales ({weight}) are ?"
-        if not act.is_integer or act.bits not in self.activation_bits or act.dynamic or act.group:
+        if act is not None and not self._runs(act):
             return f"activation format {act} is ? (static, bits: {_list(self.activation_bits)})"
         return None
+
+    def _runs(self, act: ActivationFormat) -> bool:
+        return act.is_integer and act.bits in self.activation_bits and not act.dynamic and not act.group
 
 
 def is_target_file(name: object) -> bool:

@@ -31,6 +31,11 @@ def parse_schemes(schemes: Iterable[str | Scheme] | None, target: Target) -> tup
     return parsed
 
 
+def weights_only(schemes: Iterable[Scheme]) -> tuple[Scheme, ...]:
+    """The schemes with float activations, without repeats."""
+    return tuple(dict.fromkeys(scheme.with_activation(None) for scheme in schemes))
+
+
 def candidate_schemes(
     layers: Mapping[str, tuple[int, ...]], schemes: Iterable[str | Scheme] | None, rules: Rules | None, target: Target
 ) -> dict[str, tuple[Scheme, ...]]:

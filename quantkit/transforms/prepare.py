@@ -15,7 +15,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, first_samples
 from quantkit.graph.layers import layer_kind, weight_of
 from quantkit.graph.sites import Site, can_hold_site, place_sites
-from quantkit.graph.trace import Trace, trace
+from quantkit.graph.trace import Trace, trace, untraced
 from quantkit.plan import Layer
 from quantkit.progress import notice
 from quantkit.targets import Target
@@ -57,17 +57,41 @@ def prepare(
     Raises InvalidRequest for NaN or infinite weights, parameters without values, compiled code, a batch the model
     rejects, or a model without a quantizable layer.
     """
-    _require_plain_model(model)
-    element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
-    float_bytes = sum(t.numel() * t.element_size() for t in _stored(model))
-    own = _own_copy(model, inplace)
-    _require_finite_weights(own)
+    own, element_bytes, float_bytes = _checked_copy(model, inplace)
     example, found = _first_trace(own, batches[0])
     folds = foldable_pairs(own, found)
     fold(own, folds)
     found = trace(own, example)
     layers = _layers(own, found, target, set(keep_float), element_bytes)
     return _placed(Prepared(own, found, tuple(folds), layers, (), 0, float_bytes), target)
+
+
+def prepare_untraced(
+    model: nn.Module, target: Target, keep_float: Collection[str] = (), inplace: bool = False
+) -> Prepared:
+    """``prepare`` where there is nothing to run the model on: layers in the order of its modules, nothing folded, no
+    sites. A layer whose weight the model also holds under another name stays float.
+    """
+    own, element_bytes, float_bytes = _checked_copy(model, inplace)
+    found = untraced(own)
+    layers = _layers(own, found, target, set(keep_float), element_bytes)
+    return _placed(Prepared(own, found, (), layers, (), 0, float_bytes), target)
+
+
+def without_sites(ready: Prepared) -> Prepared:
+    """The same for weights alone: no site is quantized, and none is stored."""
+    other = ready.other_bytes - SITE_BYTES * len(ready.sites)
+    return replace(ready, layers=_with_inputs(ready.layers, ()), sites=(), other_bytes=other)
+
+
+def _checked_copy(model: nn.Module, inplace: bool) -> tuple[nn.Module, dict[str, int], int]:
+    """The model to work on, bytes an element of each parameter in the user's model, and that model's bytes."""
+    _require_plain_model(model)
+    element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
+    float_bytes = sum(t.numel() * t.element_size() for t in _stored(model))
+    own = _own_copy(model, inplace)
+    _require_finite_weights(own)
+    return own, element_bytes, float_bytes
 
 
 def leave_float(ready: Prepared, target: Target, names: Collection[str]) -> Prepared:
@@ -86,7 +110,7 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
     if not names:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
-    sites = place_sites(own, ready.trace, target, names)
+    sites = place_sites(own, ready.trace, target, names) if ready.trace.ops else ()
     stored = sum(t.numel() * t.element_size() for t in _stored(own))
     weights = sum(layer.weights for layer in layers.values()) * 4
     other = stored - weights + SITE_BYTES * len(sites)
@@ -183,16 +207,20 @@ def _layers(
             float_bytes=weight.numel() * element_bytes.get(f"{name}.weight", 4),
             macs=sum(call.macs for call in calls),
             calls=len(calls),
-            reason=_reason_to_stay_float(name, found, target, keep_float),
+            reason=_reason_to_stay_float(name, model, found, target, keep_float),
         )
     return layers
 
 
-def _reason_to_stay_float(name: str, found: Trace, target: Target, keep_float: Collection[str]) -> str:
+def _reason_to_stay_float(
+    name: str, model: nn.Module, found: Trace, target: Target, keep_float: Collection[str]
+) -> str:
     if name in keep_float:
         return KEPT
     if found.kinds[name] not in target.layers:
         return f"{found.kinds[name]} is not supported by target {target.name} yet"
+    if not found.ops:
+        return _held_elsewhere(name, model)
     calls = found.calls.get(name, ())
     own = {call.key for call in calls}
     if others := [op.key for op in found.consumers.get(found.stored[f"{name}.weight"], ()) if op.key not in own]:
@@ -207,6 +235,14 @@ def _reason_to_stay_float(name: str, found: Trace, target: Target, keep_float: C
     if not all(can_hold_site(found, v) for v in read):
         return "it reads a tensor that no traced call made (scripted code, or writing through a view)"
     return ""
+
+
+def _held_elsewhere(name: str, model: nn.Module) -> str:
+    """Why a layer of a model that was not traced stays float: others may compute with its weight."""
+    weight, own = weight_of(model, name), f"{name}.weight" if name else "weight"
+    others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != own]
+    same = [n for n in others if model.get_submodule(n.rpartition(".")[0]) is not model.get_submodule(name)]
+    return f"its weight is also {same[0]}, and without example_inputs nobody knows who reads it" if same else ""
 
 
 def _with_inputs(layers: dict[str, Layer], sites: Sequence[Site]) -> dict[str, Layer]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantkit.recipe.inventory import inventory
-from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity import ESTIMATORS, NO_INPUTS
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from tests.sensitivity.networks import perturbed, request_of, sequences, subject_of, transformer
 
@@ -36,18 +36,25 @@ def run(name: str, subject: Subject, changes: list[Perturbation], seed: int = 0)
     return ESTIMATORS[name](subject, changes, False, torch.Generator().manual_seed(seed))
 
 
+def measurable(case, name: str) -> tuple[Subject, list[Perturbation]]:
+    """The case without its sites for estimators of weights alone."""
+    subject, changes = case
+    return subject, [p for p in changes if not p.place[1]] if name in NO_INPUTS else changes
+
+
 def test_all_estimators_are_listed_by_their_names_and_rankings_apart() -> None:
     listed = {
         line.split()[0]: line.partition(" (")[0].replace(",", "").split()[1:] for line in inventory().splitlines()
     }
     damages = "first-order fisher gram hessian-eigenvalue hessian-trace hvp-pairs kl noise pairwise"
+    damages += " weight-error weight-error-zd"
     assert set(listed["sensitivity"]) == set(damages.split())
     assert set(listed["rankings"]) == {"depth", "lim", "lim-layer", "zd", "zd-layer"}
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_same_seed_gives_the_same_scores_and_notes_that_a_profile_can_keep(case, name: str) -> None:
-    subject, changes = case
+    subject, changes = measurable(case, name)
     torch.manual_seed(1)
     first = run(name, subject, changes)
     torch.manual_seed(2)  # the global generator plays no part
@@ -61,7 +68,7 @@ def test_same_seed_gives_the_same_scores_and_notes_that_a_profile_can_keep(case,
 
 @pytest.mark.parametrize("name", EVERY)
 def test_model_is_left_as_it_was(case, name: str) -> None:
-    subject, changes = case
+    subject, changes = measurable(case, name)
     model = subject.model
     model.blocks[1].mlp.train()
     model.head.bias.requires_grad_(False)

@@ -134,9 +134,9 @@ REFUSED: list[tuple[Any, str]] = [
         "weight groups (w4g32) are not supported by target onnxruntime-cpu yet. Candidates that can run: w2a8,",
     ),
     (["w4g32a8"], "w6a8, w8a8, float."),
-    (["w4a8", "w4", "w8a3"], "w4 is not supported by target onnxruntime-cpu yet: a layer needs a weight and an activ"),
+    (["w4a8", "a4", "w8a3"], "a4 is not supported by target onnxruntime-cpu yet: a layer needs a weight"),
     (
-        ["w4a8", "w4", "w8a3"],
+        ["w4a8", "a4", "w8a3"],
         "; activation format a3 is not supported by target onnxruntime-cpu yet (static, bits: 4, 5, 6, 7, 8).",
     ),
     ([], "schemes is empty: name at least one candidate, such as 'w8a8'."),

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.sensitivity import ESTIMATORS, RANKINGS
+from quantkit.sensitivity import ESTIMATORS, NO_INPUTS, RANKINGS
 from quantkit.sensitivity.around import PlanDamage
 from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject
 from tests.sensitivity.explicit import Explicit
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
 
-ADDITIVE = sorted(set(ESTIMATORS) - RANKINGS)
+ADDITIVE = sorted(set(ESTIMATORS) - RANKINGS - NO_INPUTS)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.sensitivity import ESTIMATORS, RANKINGS
+from quantkit.sensitivity import ESTIMATORS, NO_INPUTS, RANKINGS
 from quantkit.sensitivity.measure import Perturbation, Scores
 from tests.sensitivity.networks import classifier, inputs, perturbed, request_of, subject_of
 
@@ -24,7 +24,7 @@ def scores_on(name: str, count: int, seed: int, changes: list[Perturbation]) -> 
     return ESTIMATORS[name](subject, changes, False, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in RANKINGS])
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in RANKINGS | NO_INPUTS])
 def test_twice_the_data_narrows_the_spread(name: str, changes: list[Perturbation]) -> None:
     spread = {}
     for count in (24, 48):

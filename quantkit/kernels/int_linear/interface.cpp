@@ -21,8 +21,8 @@ bool has(int wanted) {
 }
 
 // Plain loops, compiled for several instruction sets; the loader picks the best that the CPU has.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORIZED __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
+#define VECTORIZED __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define VECTORIZED
 #endif

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from quantkit.graph.attention import can_decompose, decomposed_attention
+
 
 @dataclass(frozen=True, order=True)
 class OpKey:
@@ -79,6 +81,9 @@ class _Calls(TorchFunctionMode):
         op = operation_name(func)
         if op is None:
             return func(*args, **kwargs)
+        if can_decompose(op, args, kwargs):
+            with self:
+                return decomposed_attention(*args, **kwargs)
         scope = self.scopes[-1]
         index = self.counts[scope, op]
         self.counts[scope, op] += 1
@@ -90,8 +95,8 @@ def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
     """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the
     call's.
 
-    The handler runs with interception off, so it may compute freely. Hooks are removed on the way out, whatever
-    happens.
+    Fused attention is taken apart: the handler gets its products and its softmax. The handler runs with interception
+    off, so it may compute freely. Hooks are removed on the way out, whatever happens.
     """
     calls = _Calls(handler)
     hooks = []

@@ -10,7 +10,7 @@ with the same codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -82,6 +82,17 @@ def runs_on_codes(trace: Trace, op: Op) -> bool:
     return len({trace.shape[v] for v in op.inputs}) == 1
 
 
+def product_on_codes(trace: Trace, op: Op, coded: Collection[int]) -> bool:
+    """True when both operands of a product are activations that can be sites and one was moved from a value in
+    ``coded``.
+    """
+    if len(op.inputs) != 2 or len(op.outputs) != 1:
+        return False
+    if not all(v in trace.varying and v in trace.producer and can_hold_site(trace, v) for v in op.inputs):
+        return False
+    return any(root_of(trace, v) in coded for v in op.inputs)
+
+
 @dataclass
 class _Placement:
     """Sites under construction: root value -> values that need codes, and root value -> layers that read it."""
@@ -124,15 +135,19 @@ def _names(model: nn.Module, trace: Trace, places: Iterable[OpKey]) -> dict[OpKe
 
 def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable[str]) -> tuple[Site, ...]:
     """The sites that running ``layers`` quantized on ``target`` needs, in execution order."""
-    placement = _Placement(trace)
+    placement, layers = _Placement(trace), list(layers)
     for name in layers:
         for call in trace.calls[name]:
             placement.add(call.input, name)
             if trace.kinds[name] in target.output_coded:
                 placement.add(fused_output(trace, call.output, target.fused_activations))
+    made = {call.output for name in layers for call in trace.calls[name]}
     for op in trace.ops:
         if op.key.op in target.integer_ops:
             _place_integer_op(placement, op, target)
+        elif op.key.op in target.integer_products and product_on_codes(trace, op, made | placement.needs.keys()):
+            for value in op.inputs:
+                placement.add(value)
     order = {value: i for i, value in enumerate(trace.producer)}
     roots = sorted(placement.needs, key=order.__getitem__)
     names = _names(model, trace, [trace.producer[r] for r in roots])

@@ -22,9 +22,10 @@ _HEAD = "# Times of one model on one machine, measured by `quantkit bench`. Pass
 @dataclass(frozen=True)
 class Target:
     """A runtime, as data. ``layers`` are the kinds it runs quantized; ``output_coded`` those of them whose kernels
-    write codes; ``integer_ops`` the element-wise operations it runs on codes; ``fused_activations`` what it fuses into
-    both; ``weight_only``: it expands stored codes and computes in float. ``latency``: what a model's parts take on a
-    machine, where that was measured.
+    write codes; ``integer_ops`` the element-wise operations it runs on codes, ``integer_products`` the products of two
+    activations; ``fused_activations`` what it fuses into layers and element-wise operations; ``weight_only``: it
+    expands stored codes and computes in float. ``latency``: what a model's parts take on a machine, where that was
+    measured.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Target:
     output_coded: tuple[str, ...]
     fused_activations: tuple[str, ...]
     integer_ops: tuple[str, ...]
+    integer_products: tuple[str, ...] = ()
     weight_only: bool = False
     latency: LatencyTable | None = None
 

@@ -68,7 +68,7 @@ def test_digits_cnn_reaches_its_stated_accuracy() -> None:
     ],
 )
 def test_cifar_networks_load_and_classify(data_dir: Path, name: str, weights: str, least: float, most: float) -> None:
-    """On all 5,000 images they reach 92.08 %, 87.90 % and 81.34 %; a few hundred tell a wrong architecture just as well."""
+    """On all 5,000 images they reach 92.08, 87.90 and 81.34 %; a few hundred tell a wrong architecture as well."""
     images = np.load(data_dir / "cifar10_test_a.npz")
     model = loaded(name, data_dir / weights)
     right = logits(name, model, images["images"][:500]).argmax(1) == images["labels"][:500]

@@ -45,6 +45,9 @@ METHODS: dict[str, dict[str, str]] = {
     "signround": {"rounding": "signround", "reconstruction": "none", "correction": "none"},
     "hqq": {"rounding": "hqq", "reconstruction": "none", "correction": "none"},
     "corrected": {"rounding": "gptq", "reconstruction": "none", "correction": "auto"},
+    "adaquant": {"rounding": "nearest", "reconstruction": "adaquant", "correction": "none"},
+    "parallel": {"rounding": "nearest", "reconstruction": "adaquant-parallel", "correction": "none"},
+    "calibtip": {"rounding": "nearest", "reconstruction": "adaquant", "correction": "auto"},
     "network": {"rounding": "gptq", "reconstruction": "network"},
     "block": {"rounding": "gptq", "reconstruction": "block"},
 }

@@ -13,7 +13,15 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.graph.batches import Batch
 from quantkit.kernels.reference import SiteRange
 from quantkit.pipeline.inputs import Inputs
-from quantkit.pipeline.reconstruct import Course, correct, course_of, reconstruct, require_course, worth_learning
+from quantkit.pipeline.reconstruct import (
+    ADAQUANT,
+    Course,
+    correct,
+    course_of,
+    reconstruct,
+    require_course,
+    worth_learning,
+)
 from quantkit.pipeline.recording import Recording, recording_of
 from quantkit.pipeline.request import require_choices
 from quantkit.quantizers.activation_ranges import RANGES
@@ -91,8 +99,9 @@ class Workbench:
         notes: dict[str, Any] = {"rounding": self._round(simulated, progress)}
         learning, correcting = self.ways.reconstruction, self.ways.correction
         if self.course is not None and learning != "none":
-            notes["reconstruction"] = reconstruct(self.course, simulated, learning, progress)
-        learned = "reconstruction" in notes and correcting == "auto"  # biases and scales among it: nothing to correct
+            notes["reconstruction"] = reconstruct(self.course, simulated, ready.trace, learning, progress)
+        # learned by the damage, biases and scales among it, there is nothing to correct
+        learned = "reconstruction" in notes and learning not in ADAQUANT and correcting == "auto"
         if self.course is not None and correcting != "none" and not learned:
             notes["correction"] = correct(self.course, simulated, ready.trace, correcting, progress)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})

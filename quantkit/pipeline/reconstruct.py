@@ -5,7 +5,7 @@ held back.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from quantkit.graph.tape import Tape
 from quantkit.graph.trace import Trace
 from quantkit.pipeline.recording import Recording, some_samples
 from quantkit.progress import notice
+from quantkit.quantizers.adaquant import learn_layers
 from quantkit.quantizers.corrections import Kept, match_outputs
 from quantkit.quantizers.learning import Learned, Schedule
 from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, play
@@ -34,8 +35,11 @@ DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 NETWORK = Schedule()
 BLOCK = Schedule(steps=150)
+LAYER = Schedule(steps=300, checks=20)
 TUNING = Schedule(steps=100, bias_rate=3e-3)
 STATISTICS_SAMPLES = 512
+LAYER_SAMPLES = 1024
+ADAQUANT = ("adaquant", "adaquant-parallel")
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,14 @@ def _spreads(ready: Prepared, tape: Tape, state: dict[str, Tensor], values: dict
     return spreads
 
 
-def reconstruct(course: Course, simulated: SimulatedModel, how: str, progress: bool) -> dict[str, Learned]:
+def reconstruct(
+    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool
+) -> dict[str, Learned]:
     """Learn as asked ("block" learns the blocks first, then the network); returns the loss on held-back inputs before
     and after each step of it.
     """
+    if how in ADAQUANT:
+        return _by_layers(course, simulated, trace, how == "adaquant-parallel", progress)
     generator = torch.Generator().manual_seed(course.seed)
     playback, blocks = Playback(simulated, course.recording.tape), course.recording.blocks
     found = {}
@@ -115,6 +123,26 @@ def reconstruct(course: Course, simulated: SimulatedModel, how: str, progress: b
     learned = found["network"]
     notice(f"learned: damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
     return found
+
+
+def _by_layers(
+    course: Course, simulated: SimulatedModel, trace: Trace, parallel: bool, progress: bool
+) -> dict[str, Learned]:
+    """AdaQuant, kept where the network as a whole gains: layers learn to be like the float ones, not the output."""
+    tape, lesson = course.recording.tape, course.lesson
+    generator = torch.Generator().manual_seed(course.seed)
+    playback, kept = Playback(simulated, tape), Kept.of(simulated)
+    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
+    few = replace(lesson, inputs=_first(lesson.inputs, LAYER_SAMPLES), outputs=lesson.outputs[:LAYER_SAMPLES])
+    found = learn_layers(
+        playback, float_playback(simulated.model, tape, course.teacher.state), course.teacher, few, trace,
+        course.recording.blocks, LAYER, generator, parallel, progress,
+    )  # fmt: skip
+    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
+    if not after < before:
+        kept.put_back(simulated)
+    notice(f"learned layer by layer: damage on held-back inputs {before:.4g} -> {min(before, after):.4g}")
+    return found | {"network": Learned(before, min(before, after))}
 
 
 def correct(course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool) -> dict[str, Learned]:
@@ -136,7 +164,9 @@ def correct(course: Course, simulated: SimulatedModel, trace: Trace, how: str, p
             continue
         kept, damage = Kept.of(simulated), course.teacher.damage
         before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
-        match_outputs(playback, floats, trace, blocks, _first(lesson.inputs), deviations=name == "norm")
+        match_outputs(
+            playback, floats, trace, blocks, _first(lesson.inputs, STATISTICS_SAMPLES), deviations=name == "norm"
+        )
         after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
         if not after < before:
             kept.put_back(simulated)
@@ -144,9 +174,8 @@ def correct(course: Course, simulated: SimulatedModel, trace: Trace, how: str, p
     return found
 
 
-def _first(values: Values) -> Values:
-    """As many samples as statistics of channels need."""
-    return {number: x[:STATISTICS_SAMPLES] for number, x in values.items()}
+def _first(values: Values, count: int) -> Values:
+    return {number: x[:count] for number, x in values.items()}
 
 
 def require_course(course: Course | str, **asked: str) -> Course | None:

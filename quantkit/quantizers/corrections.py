@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit.graph.layers import bias_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.trace import Trace
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.quantizers.playback import Playback, Values, in_chunks, play
 from quantkit.quantizers.simulate import SimulatedModel
 
@@ -34,18 +34,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class Kept:
-    """Codes, scales and biases of a model, to be put back where a correction did not help."""
+    """Codes, scales, biases and ranges of a model, to be put back where a correction did not help."""
 
     weights: Mapping[str, QuantizedWeight]
     biases: Mapping[str, Tensor]
+    ranges: Mapping[str, SiteRange]
 
     @classmethod
     def of(cls, model: SimulatedModel) -> Kept:
         biases = {name: bias_of(model.model, name) for name in model.weights}
-        return cls(dict(model.weights), {n: b.detach().clone() for n, b in biases.items() if b is not None})
+        own = {name: bias.detach().clone() for name, bias in biases.items() if bias is not None}
+        return cls(dict(model.weights), own, dict(model.ranges))
 
     @torch.no_grad()
     def put_back(self, model: SimulatedModel) -> None:
+        model.ranges.update(self.ranges)
         for name, weight in self.weights.items():
             model.set_weight(name, weight)
             bias = bias_of(model.model, name)

@@ -27,38 +27,51 @@ class _RoundThrough(torch.autograd.Function):
         return gradient
 
 
+def round_through(x: Tensor) -> Tensor:
+    """``x`` rounded; its gradient passes as if it were not."""
+    return _RoundThrough.apply(x)
+
+
 class _LearnedStep(torch.autograd.Function):
-    """Fake quantization with gradients for its input and for the logarithm of its scale."""
+    """Fake quantization with gradients for its input, for the logarithm of its scale and for its zero point."""
 
     @staticmethod
-    def forward(ctx, x, log_factor, found):
+    def forward(ctx, x, log_factor, zero_shift, found):
         scale = found.scale * float(log_factor.exp())
-        y = torch.round(x / scale).add_(found.zero_point).clamp_(0, found.high).sub_(found.zero_point).mul_(scale)
+        zero = round(min(max(found.zero_point + float(zero_shift), 0), found.high))
+        y = torch.round(x / scale).add_(zero).clamp_(0, found.high).sub_(zero).mul_(scale)
         ctx.save_for_backward(x, y)
-        ctx.reach = scale / 2 * (1 + 1e-5)
+        ctx.scale, ctx.reach = scale, scale / 2 * (1 + 1e-5)
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         x, y = ctx.saved_tensors
         passed = gradient * ((y - x).abs_() <= ctx.reach)
-        return passed, (gradient * y).sum() - (passed * x).sum(), None
+        of_scale = (gradient * y).sum() - (passed * x).sum()
+        of_zero = ctx.scale * (passed.sum() - gradient.sum()) if ctx.needs_input_grad[2] else None
+        return passed if ctx.needs_input_grad[0] else None, of_scale, of_zero, None
 
 
 class LearnedRange:
-    """A site's quantizer with a step that is learned; its zero point stays."""
+    """A site's quantizer with a scale that is learned and, with ``joint``, a zero point, which is rounded and clamped,
+    so that zero stays a code.
+    """
 
-    def __init__(self, start: SiteRange) -> None:
+    def __init__(self, start: SiteRange, joint: bool = False) -> None:
         self.start = start
         self.log_factor = torch.zeros((), requires_grad=True)
+        self.zero_shift = torch.zeros((), requires_grad=joint)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return _LearnedStep.apply(x, self.log_factor, self.start)
+        return _LearnedStep.apply(x, self.log_factor, self.zero_shift, self.start)
 
     def found(self) -> SiteRange:
         """The quantizer as it would ship now."""
         factor = float(self.log_factor.detach().exp())
-        return replace(self.start, scale=float(torch.tensor(self.start.scale * factor, dtype=torch.float32)))
+        scale = float(torch.tensor(self.start.scale * factor, dtype=torch.float32))
+        zero = round(min(max(self.start.zero_point + float(self.zero_shift.detach()), 0), self.start.high))
+        return replace(self.start, scale=scale, zero_point=zero)
 
 
 class LearnedWeight:
@@ -80,14 +93,18 @@ class LearnedWeight:
 
     def _codes(self) -> Tensor:
         low, high = self.start.format.code_range
-        return _RoundThrough.apply(self.code.clamp(low - HALF, high + HALF))
+        return round_through(self.code.clamp(low - HALF, high + HALF))
+
+    def zeros(self) -> Tensor:
+        """Zero points, a last dimension of one more than the scales."""
+        return self.zero
 
     def _scale(self) -> Tensor:
         return self.start.scale * self.log_factor.exp()
 
     def value(self) -> Tensor:
         """The weight that a layer computes with."""
-        weight = (self._codes() - self.zero) * self._scale().unsqueeze(-1)
+        weight = (self._codes() - self.zeros()) * self._scale().unsqueeze(-1)
         return weight.reshape(self.start.codes.shape)
 
     def bias(self) -> Tensor | None:

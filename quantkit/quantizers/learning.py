@@ -12,13 +12,12 @@ from torch import Tensor
 from quantkit.progress import track
 
 WARM_UP = 10  # steps until rates are reached: Adam's first steps have full length whatever the gradient
-CHECKS = 4
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast: ``code_rate`` in codes per step, ``scale_rate`` relative, ``bias_rate`` in standard
-    deviations of a layer's output.
+    deviations of a layer's output. ``checks``: how often on the way it is asked whether it helps.
     """
 
     steps: int = 300
@@ -26,6 +25,7 @@ class Schedule:
     code_rate: float = 1e-3
     scale_rate: float = 2e-3
     bias_rate: float = 1e-3
+    checks: int = 4
 
     def factor(self, step: int) -> float:
         """Share of the rates at a step: a short warm-up, then half a cosine down to zero."""
@@ -67,7 +67,7 @@ def learn(
     progress: bool = True,
 ) -> Learned:
     """Move the tensors of ``rated`` (with their rates) by Adam to lower ``loss(indices)``, and leave them as they were
-    where ``held_back()`` was lowest, which is asked before and ``CHECKS`` times on the way.
+    where ``held_back()`` was lowest, which is asked before and ``schedule.checks`` times on the way.
     """
     optimizer = torch.optim.Adam([{"params": [t], "lr": rate} for t, rate in rated], betas=(0.9, 0.99))
     before = lowest = held_back()
@@ -80,7 +80,7 @@ def learn(
         with torch.enable_grad():
             loss(indices).backward()
         optimizer.step()
-        if (step + 1) % max(1, schedule.steps // CHECKS) == 0 and (found := held_back()) < lowest:
+        if (step + 1) % max(1, schedule.steps // schedule.checks) == 0 and (found := held_back()) < lowest:
             lowest, best = found, [t.detach().clone() for t, _ in rated]
     with torch.no_grad():
         for (tensor, _), value in zip(rated, best, strict=True):

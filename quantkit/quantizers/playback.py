@@ -68,14 +68,22 @@ class Playback:
         def change(place: OpKey, x: Tensor) -> Tensor:
             return x if place == out else self.quantize(place, x)
 
-        return self._replay(values, segment, [segment.leaving], change)[0]
+        return self._replay(values, segment, [segment.leaving], change, self.quantize)[0]
 
-    def inside(self, values: Values, segment: Segment, wanted: Sequence[int]) -> list[Tensor]:
-        """The values of any numbers at the end of a segment, all sites applied."""
-        return self._replay(values, segment, wanted, self.quantize)
+    def inside(
+        self, values: Values, segment: Segment, wanted: Sequence[int], without: OpKey | None = None
+    ) -> list[Tensor]:
+        """The values of any numbers at the end of a segment, all sites applied but that at a place ``without``."""
 
-    def _replay(self, values: Values, segment: Segment, wanted: Sequence[int], change: Change) -> list[Tensor]:
-        entering = {number: self.quantize(self.places[number], x) for number, x in values.items()}
+        def change(place: OpKey, x: Tensor) -> Tensor:
+            return x if place == without else self.quantize(place, x)
+
+        return self._replay(values, segment, wanted, change, change)
+
+    def _replay(
+        self, values: Values, segment: Segment, wanted: Sequence[int], change: Change, at_entry: Change
+    ) -> list[Tensor]:
+        entering = {number: at_entry(self.places[number], x) for number, x in values.items()}
         return self.tape.replay(entering, self.state(), wanted, change, (segment.start, segment.stop))
 
     def output(self, values: Values) -> Tensor:

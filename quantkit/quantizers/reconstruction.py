@@ -24,7 +24,7 @@ from quantkit.quantizers.playback import EIGHT_BITS, Playback, Values, float_pla
 Damage = Callable[[Tensor, Tensor], Tensor]
 Pull = Callable[[Tensor, torch.Generator], Tensor]
 FISHER_SAMPLES = 256
-RECONSTRUCTIONS = ("auto", "none", "block", "network")
+RECONSTRUCTIONS = ("auto", "none", "adaquant", "adaquant-parallel", "block", "network")
 
 
 @dataclass(frozen=True)

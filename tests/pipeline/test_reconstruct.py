@@ -39,6 +39,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=48, batch=32))
     monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=24, batch=32))
+    monkeypatch.setattr(reconstruct, "LAYER", Schedule(steps=80, batch=32, checks=10))
 
 
 def layers() -> list[str]:
@@ -67,6 +68,20 @@ def test_learning_lowers_the_damage_on_unseen_inputs(how: str, scheme: str) -> N
     learned = result.notes["reconstruction"]
     assert learned["network"].helped
     assert len(learned) == (3 if how == "block" else 1)
+
+
+@pytest.mark.parametrize("how", ["adaquant", "adaquant-parallel"])
+@pytest.mark.parametrize("scheme", ["w2a8", "w3a4"])
+def test_learning_layer_by_layer_lowers_the_damage_of_rounding_to_nearest(how: str, scheme: str) -> None:
+    model, seen, _ = digits()
+    plan = dict.fromkeys(layers(), scheme)
+    options: dict[str, Any] = {"rounding": "nearest", "progress": False}
+    nearest = quantkit.apply(model, plan, seen, reconstruction="none", correction=None, **options)
+    learned = quantkit.apply(model, plan, seen, reconstruction=how, correction=None, **options)
+    assert damage(learned) < 0.8 * damage(nearest)
+    assert set(learned.notes["reconstruction"]) == {*layers(), "network"}
+    corrected = quantkit.apply(model, plan, seen, reconstruction=how, **options)
+    assert set(corrected.notes["correction"]) == {"norm", "bias", "tuning"}
 
 
 def test_each_block_is_no_worse_on_held_back_inputs() -> None:

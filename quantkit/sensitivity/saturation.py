@@ -87,9 +87,7 @@ def fitted(alone: np.ndarray, quadratic: np.ndarray, measured: np.ndarray) -> tu
     """(a, s) for which q / (1 + s q), with q = alone + a (quadratic - alone), is near the measured damages of plans,
     by the mean absolute logarithm of their ratio; (1, 0) where there is nothing to fit to.
 
-    ``alone``: the sum of each plan's single damages, ``quadratic``: with all of the pair terms. Of all that come
-    within a standard error of the nearest, the one that changes the quadratic predictions least (Breiman et al.,
-    "Classification and Regression Trees", 1984): the inputs are milder than those that the plan will meet.
+    ``alone``: the sum of each plan's single damages, ``quadratic``: with all of the pair terms.
     """
     usable = (alone > 0) & (quadratic > 0) & (measured > 0)
     if not usable.any():
@@ -98,9 +96,4 @@ def fitted(alone: np.ndarray, quadratic: np.ndarray, measured: np.ndarray) -> tu
     grid = [0.0, *(np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / single.max()).tolist()]
     options = [(a, s) for a in STRENGTHS for s in grid]
     predicted = np.log([saturated(single + a * pairs, s) for a, s in options])
-    miss = np.abs(predicted - np.log(truth))
-    mean = miss.mean(1)
-    best = int(mean.argmin())
-    error = miss[best].std(ddof=1) / len(truth) ** 0.5 if len(truth) > 1 else 0.0
-    change = np.abs(predicted - predicted[0]).mean(1)  # the first option leaves all as it is
-    return options[int(np.where(mean <= mean[best] + error, change, np.inf).argmin())]
+    return options[int(np.abs(predicted - np.log(truth)).mean(1).argmin())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -14,7 +15,8 @@ from quantkit.export.editing import Editor
 from quantkit.export.marks import DOMAIN, marks
 from quantkit.export.moves import move_codes
 from quantkit.export.weights import LARGEST_UNPACKED, add_functions, is_in_planes, midpoint, stored_codes
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.log_codes import LogRange
+from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.quantizers.simulate import SimulatedModel
 
 BYTE = 8  # bits of a code as kernels read it
@@ -123,21 +125,41 @@ class _Writer:
 
     def quantize_site(self, name: str, mark: ir.Node) -> None:
         site = self.simulated.ranges[name]
+        if isinstance(site, LogRange):
+            self.editor.replace(mark, self._log_codes(name, mark, site))
+            return
         scale = self.editor.initializer(f"{name}.scale", np.array(site.scale, np.float32))
         zero = self.editor.initializer(f"{name}.zero_point", np.array(site.zero_point, np.uint8))
         codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
         if site.bits < BYTE:  # bytes saturate at 255; clipping codes, not values, leaves the kernel before it integer
             highest = self.editor.initializer(f"{name}.highest", np.array(site.high, np.uint8))
             codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
-        self._dequantize_for_float_layers(name, mark, codes)
+        self._dequantize_for_float_layers(name, mark, codes, site)
         self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
 
-    def _dequantize_for_float_layers(self, name: str, mark: ir.Node, codes: ir.Value) -> None:
+    def _log_codes(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
+        """Logarithmic codes by operators that every runtime has, and their values looked up in a table."""
+
+        def constant(role: str, value: float) -> ir.Value:
+            return self.editor.initializer(f"{name}.{role}", np.array(value, np.float32))
+
+        value = self.editor.node(mark, "Log", [self._relative(name, mark, site)], name)
+        value = self.editor.node(mark, "Mul", [value, constant("per_step", -2 / math.log(2))], name)
+        value = self.editor.node(mark, "Round", [value], name)
+        value = self.editor.node(mark, "Clip", [value, constant("lowest", 0), constant("highest", site.high)], name)
+        codes = self.editor.node(mark, "Cast", [value], name, to=ir.DataType.INT32)
+        table = self.editor.initializer(f"{name}.table", site.table().numpy())
+        return self.editor.node(mark, "Gather", [table, codes], name, axis=0)
+
+    def _relative(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
+        scale = self.editor.initializer(f"{name}.scale", np.array(site.scale, np.float32))
+        return self.editor.node(mark, "Div", [mark.inputs[0], scale], name)
+
+    def _dequantize_for_float_layers(self, name: str, mark: ir.Node, codes: ir.Value, site: SiteRange) -> None:
         """Give layers that stay float the same values with the scale written once per channel. Behind a single scale
         onnxruntime would take them for layers that were meant to be quantized, and round their weights itself, to 8
         bits with one scale for all of them.
         """
-        site = self.simulated.ranges[name]
         made: dict[int, ir.Value] = {}
         for use in mark.outputs[0].uses():
             channels = _channels_of_float_layer(use.node) if use.idx == 0 else None

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.graph.batches import Batch
+from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.packing import packed_weight_bytes
-from quantkit.pipeline.craft import Ways, Workbench
+from quantkit.kernels.reference import SiteRange
+from quantkit.pipeline.craft import Ways, Workbench, holds_probabilities
 from quantkit.pipeline.inputs import Inputs, require_accepted
 from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
 from quantkit.pipeline.request import DEFAULT_TARGET, TargetName
@@ -39,6 +41,7 @@ def apply(
     ranges: str = "mse",
     reconstruction: str = "auto",
     correction: str | None = "auto",
+    reparameterization: str = "auto",
     loss: str = "auto",
     evaluate: Evaluate | None = None,
     seed: int = 0,
@@ -54,13 +57,20 @@ def apply(
     where formats are narrow (weights up to 5 bits, activations below 8) and there are at least 64 samples. Where
     nothing is learned, ``correction="auto"`` moves scales and biases by statistics ("norm", "bias") and biases by the
     damage ("tuning"); each can be asked for alone, None is off. What does not help on inputs that were held back is
-    undone; ``Result.notes`` says what did. ``evaluate`` (model -> a number, or one for each sample, higher is better)
-    is reported for the float and for the quantized model; it must not use the calibration data. Without
-    ``calibration`` plans of weights alone are met, by HQQ; ``example_inputs`` then lets BatchNorm be folded. Raises
-    InvalidRequest for a plan that does not fit the model or the target.
+    undone; ``Result.notes`` says what did.
+
+    ``reparameterization`` is for transformers. Before anything is rounded, outputs of LayerNorms get a range for each
+    channel ("norm"), its clipping learned ("clip"), and norms and the layers behind them are rewritten so that one
+    range does the same, where that lowers the error behind them; 4-bit probabilities of attention get logarithmic
+    codes ("softmax"). Joined by +; "auto" is "clip+softmax".
+
+    ``evaluate`` (model -> a number, or one for each sample, higher is better) is reported for the float and for the
+    quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
+    HQQ; ``example_inputs`` then lets BatchNorm be folded. Raises InvalidRequest for a plan that does not fit the model
+    or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
-    ways = Ways(rounding, ranges, reconstruction, correction or "none", loss, seed)
+    ways = Ways(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
     require_metric(evaluate)
     _check_schemes(model, decided, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
@@ -72,11 +82,10 @@ def apply(
     reference = list(Subject(ready.model, batches, {}).outputs())
     bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways)
     if inplace:  # only now that nothing can be refused any more
-        ready = _coded(inputs.prepared(model, goal, kept_float, inplace=True), decided)
-        bench = replace(bench, ready=ready)
-    metrics = {} if evaluate is None else {"float": metric_of(evaluate, ready.model)}
+        bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided))
+    metrics = {} if evaluate is None else {"float": metric_of(evaluate, bench.ready.model)}
     simulated, notes = bench.quantized(progress)
-    decided = _recounted(decided, simulated, ready, formats)
+    decided = _recounted(decided, simulated, bench.ready, formats)
     metrics |= compare_outputs(simulated, batches, reference, loss)
     if evaluate is not None:
         metrics["quantized"] = metric_of(evaluate, simulated)
@@ -155,6 +164,8 @@ def _site_formats(plan: Plan, ready: Prepared, target: Target) -> dict[str, Acti
                 f"The plan asks for several formats of one tensor, {site.name!r}: {given}. Give it one."
             )
         formats[site.name] = next(iter(asked.values()), widest)
+        if formats[site.name].fmt == "log4" and holds_probabilities(site):
+            continue
         if reason := target.refusal(Scheme(_ANY_WEIGHT, formats[site.name])):
             raise InvalidRequest(f"The plan gives site {site.name!r} {formats[site.name]}: {reason}.")
     return formats
@@ -180,11 +191,16 @@ def _recounted(
     return replace(
         plan,
         schemes={name: plan.schemes.get(name, Scheme()) for name in ready.layers},
-        sites={name: str(fmt) for name, fmt in formats.items()},
+        sites={name: _found_format(simulated.ranges.get(name), fmt) for name, fmt in formats.items()},
         size_bytes=size,
         total_bytes=size + ready.other_bytes,
         average_bits=average_bits(ready.layers, size),
     )
+
+
+def _found_format(found: SiteRange | LogRange | None, asked: ActivationFormat) -> str:
+    """The format a site got: probabilities may have got logarithmic codes."""
+    return f"alog{found.bits}" if isinstance(found, LogRange) else str(asked)
 
 
 def compare_outputs(

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.graph.batches import Batch
+from quantkit.graph.sites import Site
+from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.reference import SiteRange
 from quantkit.pipeline.inputs import Inputs
 from quantkit.pipeline.reconstruct import (
@@ -23,8 +25,10 @@ from quantkit.pipeline.reconstruct import (
     worth_learning,
 )
 from quantkit.pipeline.recording import Recording, recording_of
+from quantkit.pipeline.reparameterize import Reparameterization, reparameterization_of
 from quantkit.pipeline.request import require_choices
-from quantkit.quantizers.activation_ranges import RANGES
+from quantkit.quantizers.activation_ranges import RANGES, Histogram
+from quantkit.quantizers.log_ranges import log_range, squared_error
 from quantkit.quantizers.playback import Playback
 from quantkit.quantizers.rounding_by_blocks import round_by_blocks
 from quantkit.quantizers.sequence import round_biases, round_in_sequence
@@ -32,6 +36,13 @@ from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import site_histograms
 from quantkit.sensitivity.measure import damage_for
 from quantkit.transforms.prepare import Prepared
+
+LOG_BITS = 4  # the width that logarithmic codes have a format for: "alog4"
+
+
+def holds_probabilities(site: Site) -> bool:
+    """True for a softmax that only products of activations read."""
+    return site.place.op == "softmax" and not site.consumers
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,10 @@ class Ways:
     correction: str
     loss: str
     seed: int
+    reparameterization: str
 
     def __post_init__(self) -> None:
-        names = ("rounding", "ranges", "reconstruction", "correction", "loss")
+        names = ("rounding", "ranges", "reconstruction", "correction", "loss", "reparameterization")
         require_choices(**{name: getattr(self, name) for name in names})
 
     def with_inputs(self, inputs: Inputs, schemes: Iterable[Scheme]) -> Ways:
@@ -54,7 +66,11 @@ class Ways:
         not there.
         """
         inputs.require_schemes(schemes)
-        inputs.require_none(reconstruction=self.reconstruction, correction=self.correction)
+        inputs.require_none(
+            reconstruction=self.reconstruction,
+            correction=self.correction,
+            reparameterization=self.reparameterization,
+        )
         return replace(self, rounding=inputs.rounding(self.rounding))
 
 
@@ -69,6 +85,7 @@ class Workbench:
     recording: Recording | str
     course: Course | None
     ways: Ways
+    rewritten: Reparameterization
 
     @classmethod
     def of(
@@ -80,16 +97,25 @@ class Workbench:
         reference: Sequence[Tensor],
         ways: Ways,
     ) -> Workbench:
-        """``reference`` are the float model's outputs. Raises InvalidRequest where learning is asked for and cannot
-        be.
+        """Rewrites the model of ``ready`` where that is asked for; it computes what it computed. ``reference`` are its
+        outputs. Raises InvalidRequest where learning is asked for and cannot be.
         """
+        rewritten = reparameterization_of(
+            ready, weights, sites, batches, ways.reparameterization, ways.ranges, ways.seed
+        )
+        rewritten.rewrite(ready.model)
         recording, course = recording_of(ready, batches), None
         worth = worth_learning([w.bits for w in weights.values()], [a.bits for a in sites.values()], batches)
         asked = {"reconstruction": ways.reconstruction, "correction": ways.correction}
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
             damage = damage_for(ways.loss, torch.cat(list(reference)))
             course = require_course(course_of(ready, recording, damage, ways.seed), **asked)
-        return cls(ready, weights, sites, batches, recording, course, ways)
+        return cls(ready, weights, sites, batches, recording, course, ways, rewritten)
+
+    def moved_to(self, ready: Prepared) -> Workbench:
+        """The same for another copy of the float model, which is rewritten too."""
+        self.rewritten.rewrite(ready.model)
+        return replace(self, ready=ready)
 
     def quantized(self, progress: bool) -> tuple[SimulatedModel, dict[str, Any]]:
         """The quantized model, and notes on how it was made."""
@@ -97,6 +123,8 @@ class Workbench:
         simulated = SimulatedModel(ready.model, ready.sites, {}, self._site_ranges(progress))
         simulated.eval()
         notes: dict[str, Any] = {"rounding": self._round(simulated, progress)}
+        if self.rewritten.notes:
+            notes["reparameterization"] = dict(self.rewritten.notes)
         learning, correcting = self.ways.reconstruction, self.ways.correction
         if self.course is not None and learning != "none":
             notes["reconstruction"] = reconstruct(self.course, simulated, ready.trace, learning, progress)
@@ -107,10 +135,23 @@ class Workbench:
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 
-    def _site_ranges(self, progress: bool) -> dict[str, SiteRange]:
-        histograms = site_histograms(self.ready.model, self.ready.sites, self.batches, progress)
-        find = RANGES[self.ways.ranges]
-        return {name: find(histogram, self.sites[name].bits) for name, histogram in histograms.items()}
+    def _site_ranges(self, progress: bool) -> dict[str, SiteRange | LogRange]:
+        ranges: dict[str, SiteRange | LogRange] = {**self.rewritten.ranges}
+        others = [site for site in self.ready.sites if site.name not in ranges]
+        histograms = site_histograms(self.ready.model, others, self.batches, progress)
+        return ranges | {site.name: self._range_of(site, histograms[site.name]) for site in others if histograms}
+
+    def _range_of(self, site: Site, histogram: Histogram) -> SiteRange | LogRange:
+        """A site's range; of probabilities the logarithmic one where the plan says so, or may and that errs less."""
+        asked = self.sites[site.name]
+        uniform = RANGES[self.ways.ranges](histogram, asked.bits)
+        if not holds_probabilities(site) or asked.bits != LOG_BITS:
+            return uniform
+        logarithmic = log_range(histogram, asked.bits)
+        if asked.is_integer and not self.rewritten.log_probabilities:
+            return uniform
+        less = squared_error(histogram, logarithmic) < squared_error(histogram, uniform)
+        return logarithmic if less or not asked.is_integer else uniform
 
     def _round(self, simulated: SimulatedModel, progress: bool) -> dict[str, str]:
         """Give every layer its codes; returns how."""

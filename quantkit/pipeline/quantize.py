@@ -44,6 +44,7 @@ def quantize(
     ranges: str = "mse",
     reconstruction: str = "auto",
     correction: str | None = "auto",
+    reparameterization: str = "auto",
     seed: int = 0,
     progress: bool = True,
     workdir: str | Path | None = None,
@@ -61,17 +62,32 @@ def quantize(
     cannot be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
     """
     limit = _checked(budget, solver, effort, evaluate, workdir, inplace)
-    require_choices(reconstruction=reconstruction, correction=correction or "none")
+    how: dict[str, Any] = {
+        "reconstruction": reconstruction, "correction": correction or "none", "reparameterization": reparameterization,
+    }  # fmt: skip
+    require_choices(**how)
     request = make_ready(
         model, calibration, example_inputs=example_inputs, schemes=schemes, samples=samples, loss=loss,
         target=target, rules=rules, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
-    request.inputs.require_none(effort=effort, reconstruction=reconstruction, correction=correction or "none")
+    request.inputs.require_none(effort=effort, **how)
     finish = partial(
         apply, model, calibration=request.inputs.items(), example_inputs=example_inputs, target=target, loss=loss,
-        rounding=rounding, ranges=ranges, reconstruction=reconstruction, correction=correction, seed=seed,
-        progress=progress, inplace=inplace,
+        rounding=rounding, ranges=ranges, seed=seed, progress=progress, inplace=inplace, **how,
     )  # fmt: skip
+    return _carried_out(request, limit, evaluate, finish, solver, effort, progress, workdir)
+
+
+def _carried_out(
+    request: Request,
+    limit: Budget,
+    evaluate: Evaluate | None,
+    finish: Callable[..., Result],
+    solver: str,
+    effort: str,
+    progress: bool,
+    workdir: str | Path | None,
+) -> Result:
     if limit.accuracy_drop is not None:
         return _within_accuracy(request, limit, evaluate, finish, effort, progress, workdir)
     measured, plan = _decide(request, limit, solver, effort, progress, workdir)

@@ -16,6 +16,7 @@ from quantkit.graph.batches import Batch, digest_batches, digest_model
 from quantkit.graph.flow import operations_of
 from quantkit.graph.trace import Trace
 from quantkit.pipeline.inputs import Inputs, require_accepted, tell_what_is_missing
+from quantkit.pipeline.reparameterize import REPARAMETERIZATIONS
 from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.corrections import CORRECTIONS
@@ -37,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ranges": tuple(RANGES),
     "reconstruction": RECONSTRUCTIONS,
     "correction": CORRECTIONS,
+    "reparameterization": REPARAMETERIZATIONS,
     "loss": ("auto", *LOSSES),
 }
 

@@ -109,7 +109,8 @@ class RealModel(nn.Module):
     def _input_of(self, name: str) -> SiteRange | None:
         """The one quantizer of a layer's input, None where it has several or none."""
         read = [site.name for site in self.sites if name in site.consumers]
-        return self.ranges.get(read[0]) if len(read) == 1 else None
+        found = self.ranges.get(read[0]) if len(read) == 1 else None
+        return found if isinstance(found, SiteRange) else None
 
     @property
     def weights(self) -> Mapping[str, QuantizedWeight]:

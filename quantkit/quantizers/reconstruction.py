@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.graph.layers import bias_of
 from quantkit.graph.segments import Segment, whole
 from quantkit.graph.tape import Tape
+from quantkit.kernels.reference import SiteRange
 from quantkit.quantizers.learned import LearnedRange, LearnedWeight
 from quantkit.quantizers.learning import Learned, Schedule, learn
 from quantkit.quantizers.playback import EIGHT_BITS, Playback, Values, float_playback, in_chunks, mixed, play, take
@@ -67,7 +68,7 @@ def begin(playback: Playback, teacher: Teacher, layers: Collection[str], segment
     inside = (made | entering) - {playback.places[segment.leaving]}
     for site in model.sites:
         found = model.ranges.get(site.name)
-        if found is not None and found.bits < EIGHT_BITS and site.place in inside:
+        if isinstance(found, SiteRange) and found.bits < EIGHT_BITS and site.place in inside:
             playback.ranges[site.name] = LearnedRange(found)
 
 

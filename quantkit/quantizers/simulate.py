@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantkit.graph.intercept import Handler, OpKey, change_inputs, intercept, map_tensors
 from quantkit.graph.layers import weight_of
 from quantkit.graph.sites import Site
+from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
 
 
@@ -73,13 +74,13 @@ class SimulatedModel(nn.Module):
         model: nn.Module,
         sites: Iterable[Site],
         weights: Mapping[str, QuantizedWeight],
-        ranges: Mapping[str, SiteRange],
+        ranges: Mapping[str, SiteRange | LogRange],
     ) -> None:
         super().__init__()
         self.model = model
         self.sites = tuple(sites)
         self.weights: dict[str, QuantizedWeight] = {}
-        self.ranges = dict(ranges)
+        self.ranges: dict[str, SiteRange | LogRange] = dict(ranges)
         for name, weight in weights.items():
             self.set_weight(name, weight)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantkit.allocation.registry import SOLVERS
 from quantkit.pipeline.operating_point import EFFORTS
+from quantkit.pipeline.reparameterize import REPARAMETERIZATIONS
 from quantkit.quantizers.activation_ranges import RANGES
 from quantkit.quantizers.corrections import CORRECTIONS
 from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
@@ -34,6 +35,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("ranges", RANGES),
         ("reconstruction", RECONSTRUCTIONS),
         ("correction", CORRECTIONS),
+        ("reparameterization", REPARAMETERIZATIONS),
         ("metric", METRICS),
     ):
         hint = " (only order layers: for solver by-rank)" if title == "rankings" else ""

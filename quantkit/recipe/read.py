@@ -49,6 +49,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "ranges": _TEXT,
     "reconstruction": _TEXT,
     "correction": _TEXT,
+    "reparameterization": _TEXT,
     "seed": _NUMBER,
 }
 DECIDED_LATER = (
@@ -57,6 +58,7 @@ DECIDED_LATER = (
     "effort",
     "reconstruction",
     "correction",
+    "reparameterization",
 )  # settings that a profile does not depend on
 PLACES: dict[str, tuple[type, ...]] = {"output": _TEXT, "workdir": _TEXT}
 REQUIRED = ("model", "calibration", "budget")

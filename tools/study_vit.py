@@ -1,0 +1,113 @@
+"""What does each part of RepQuant save of a vision transformer? Top-1 on unseen images, simulated and in onnxruntime.
+
+    python tools/study_vit.py [--bits 8 6 4] [--rows plain all ...] [--onnx] [--unseen 5000] [--samples 1024]
+
+Weights, activations and both products of attention of the hybrid ViT get the same bits; its first layer reads 8 bits.
+Nothing is learned after rounding, so that the parts are seen alone. ``norm``: a range for each channel behind
+LayerNorms; ``clip``: their clipping learned; ``softmax``: logarithmic probabilities; ``all`` has the fourth part too,
+weights rebuilt for the quantized inputs (rounding "gptaq": the ridge solution, then GPTQ) instead of rounded to
+nearest. Quantized on unlabelled training images, measured on images that decided nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.export.sessions import open_session
+from quantkit.targets import Target
+from quantkit.transforms.prepare import prepare
+from recipes.models import vit_hybrid
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHUNK = 250
+# row -> reparameterization, rounding
+ROWS = {
+    "plain": ("none", "nearest"),
+    "norm": ("norm", "nearest"),
+    "clip": ("clip", "nearest"),
+    "clip+softmax": ("clip+softmax", "nearest"),
+    "all": ("clip+softmax", "gptaq"),
+    "all but norm": ("softmax", "gptaq"),
+    "all but clip": ("norm+softmax", "gptaq"),
+    "all but softmax": ("clip", "gptaq"),
+    "gptq, no ridge": ("clip+softmax", "gptq"),
+    "plain gptq": ("none", "gptq"),
+    "plain gptaq": ("none", "gptaq"),
+    "default": ("auto", "auto"),
+}
+
+
+def plan_of(model: nn.Module, images: Tensor, bits: int) -> quantkit.Plan:
+    """Every layer and every other site at ``bits``, the first layer reading 8."""
+    ready = prepare(model, [((images[:4],), {})], Target.load("onnxruntime-cpu"))
+    first, *others = ready.quantizable
+    schemes = {first: f"w{bits}a8"} | dict.fromkeys(others, f"w{bits}a{bits}")
+    sites = {site.name: f"a{bits}" for site in ready.sites if not site.consumers}
+    return quantkit.Plan(schemes=quantkit.Plan.of(schemes).schemes, sites=sites)
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    found = torch.cat([model(part).argmax(-1) for part in images.split(CHUNK)])
+    return 100 * float((found == labels).float().mean())
+
+
+def top1_in_onnxruntime(result: quantkit.Result, images: Tensor, labels: Tensor) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        result.export_onnx(path)
+        session = open_session(path, optimized=True)
+        name = session.get_inputs()[0].name
+        found = [session.run(None, {name: part.numpy()})[0].argmax(-1) for part in images.split(CHUNK)]
+    return 100 * float(np.mean(np.concatenate(found) == labels.numpy()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[row for row in ROWS if row != "default"])
+    parser.add_argument("--onnx", action="store_true", help="also export, and measure in onnxruntime")
+    parser.add_argument("--unseen", type=int, help="only so many of the evaluation images")
+    parser.add_argument("--samples", type=int, help="only so many of the calibration images")
+    options = parser.parse_args()
+    data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    model = vit_hybrid.build()
+    model.load_state_dict(load_file(data / "vit_hybrid_cifar10.safetensors"))
+    calibration = vit_hybrid.preprocess(np.load(data / "cifar10_calib.npz")["images"][: options.samples])
+    held = np.load(data / "cifar10_test_a.npz")
+    images = vit_hybrid.preprocess(held["images"][: options.unseen])
+    labels = torch.from_numpy(held["labels"][: options.unseen]).long()
+    print(f"float top-1 {top1(model, images, labels):.2f}")
+    print(
+        "| bits | parts | norms rewritten | log sites | top-1 | onnxruntime | seconds |\n|---|---|---|---|---|---|---|"
+    )
+    for bits in options.bits:
+        plan = plan_of(model, calibration, bits)
+        for row in options.rows:
+            way, rounding = ROWS[row]
+            start = time.perf_counter()
+            result = quantkit.apply(
+                model, plan, calibration, reparameterization=way, rounding=rounding, progress=False,
+                reconstruction="none", correction="none",
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            notes = result.notes.get("reparameterization", {}).values()
+            rewritten = sum("not rewritten" not in note for note in notes)
+            log = sum(fmt == "alog4" for fmt in result.plan.sites.values())
+            runtime = f"{top1_in_onnxruntime(result, images, labels):.2f}" if options.onnx else "-"
+            found = top1(result.model, images, labels)
+            print(f"| {bits} | {row} | {rewritten} | {log} | {found:.2f} | {runtime} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

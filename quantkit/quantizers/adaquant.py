@@ -21,7 +21,7 @@ from quantkit.graph.segments import Segment
 from quantkit.graph.sites import root_of
 from quantkit.graph.tape import Tape
 from quantkit.graph.trace import Trace
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.progress import track
 from quantkit.quantizers.learned import LearnedRange, LearnedWeight, round_through
 from quantkit.quantizers.learning import Learned, Schedule, learn
@@ -193,7 +193,8 @@ def learn_layer(
     """
     model, tape, bias = playback.model, playback.tape, bias_of(playback.model.model, name)
     weight = JointWeight(teacher.state[f"{name}.weight"], model.weights[name], bias, teacher.spread[name])
-    ranges = {site: LearnedRange(model.ranges[site], joint=True) for site in sorted(sites) if site in model.ranges}
+    starts = [(site, model.ranges.get(site)) for site in sorted(sites)]
+    ranges = {site: LearnedRange(start, joint=True) for site, start in starts if isinstance(start, SiteRange)}
     state = tape.state_of(model.model)
 
     def error(task: Task, x: Tensor, wanted: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit.graph.layers import bias_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.trace import Trace
+from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.quantizers.playback import Playback, Values, in_chunks, play
 from quantkit.quantizers.simulate import SimulatedModel
@@ -38,7 +39,7 @@ class Kept:
 
     weights: Mapping[str, QuantizedWeight]
     biases: Mapping[str, Tensor]
-    ranges: Mapping[str, SiteRange]
+    ranges: Mapping[str, SiteRange | LogRange]
 
     @classmethod
     def of(cls, model: SimulatedModel) -> Kept:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from quantkit.allocation.boundaries import choose_execution, needs_execution, separable
 from quantkit.allocation.count import costs_of_execution, counted
 from quantkit.allocation.feasibility import OutOfReach
 from quantkit.allocation.from_profile import Fixed, Question, candidates, fixed_cost, question, with_float
-from quantkit.allocation.problem import Assignment
+from quantkit.allocation.problem import Assignment, Problem
 from quantkit.allocation.reasons import explain_latency, reasons
 from quantkit.allocation.registry import Settings
 from quantkit.allocation.solve import solve
@@ -19,7 +20,13 @@ from quantkit.formats import Scheme
 from quantkit.latency import FULL_BITS
 from quantkit.plan import Plan, Profile, average_bits
 
-GAP = 1e-6
+GAP, GAP_OF_LARGE = 1e-6, 1e-4  # relative distance to the bound that counts as optimal
+LARGE = 2000  # options: beyond, the last digits of the proof take most of the time
+
+
+def gap_for(problem: Problem) -> float:
+    """How near to the bound an assignment has to be to count as the least."""
+    return GAP if problem.offsets[-1] <= LARGE else GAP_OF_LARGE
 
 
 def allocate(
@@ -44,7 +51,7 @@ def allocate(
     settings = Settings(seed=seed, gap=GAP, order=order)
     try:
         asked = _asked(profile, limits, wanted, settings)
-        solution = solve(asked.problem, solver, settings)
+        solution = solve(asked.problem, solver, replace(settings, gap=gap_for(asked.problem)))
     except OutOfReach as error:
         raise _in_asked_unit(error, limit, profile, wanted) from error
     plan = plan_of(profile, asked, solution.assignment)

@@ -59,6 +59,16 @@ def test_digits_cnn_reaches_its_stated_accuracy() -> None:
     assert right.mean() >= 0.985
 
 
+def test_digits_vit_reaches_its_stated_accuracy() -> None:
+    digits = np.load(CALIBRATION / "digits.npz")
+    model = loaded("digits_vit", CALIBRATION / "digits_vit.safetensors")
+    evaluation = digits["evaluation"]
+    right = logits("digits_vit", model, digits["images"][evaluation]).argmax(1) == digits["labels"][evaluation]
+    assert f"Accuracy of the transformer: {100 * right.mean():.2f} %" in README
+    assert right.mean() >= 0.97
+    assert sum(path.stat().st_size for path in CALIBRATION.iterdir()) < 1_000_000
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "least", "most"),
     [

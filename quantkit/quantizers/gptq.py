@@ -51,6 +51,33 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor |
     return None
 
 
+@dataclass(frozen=True)
+class Ordered:
+    """Columns in the order of rounding, most active inputs first: ``order`` (groups, K) and the factor of the Hessian
+    permuted by it. Errors of columns that matter are then left to columns that matter less ("act-order" of the
+    authors' code).
+    """
+
+    order: Tensor
+    factor: InverseFactor
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """``x`` (..., groups, O, K) with its columns in the order of rounding."""
+        return x.gather(-1, self.order.unsqueeze(-2).expand_as(x))
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Columns in the order of rounding back in their places."""
+        return x.gather(-1, self.order.argsort(-1).unsqueeze(-2).expand_as(x))
+
+
+def ordered_factor(hessian: Tensor) -> Ordered | None:
+    """The factor of ``hessian`` (groups, K, K) with its inputs sorted by their squares, largest first."""
+    order = hessian.diagonal(dim1=-2, dim2=-1).sort(dim=-1, descending=True, stable=True).indices
+    rows = hessian.gather(1, order.unsqueeze(-1).expand_as(hessian))
+    factor = inverse_factor(rows.gather(2, order.unsqueeze(-2).expand_as(hessian)))
+    return None if factor is None else Ordered(order, factor)
+
+
 def gptq_codes(
     weight: Tensor, factor: InverseFactor, scale: Tensor, zero_point: Tensor, low: int, high: int
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantkit.formats import WeightFormat
 from quantkit.kernels.reference import QuantizedWeight, dequantize, quantize
 from quantkit.progress import warn
-from quantkit.quantizers.gptq import InverseFactor, gptq_codes, inverse_factor
+from quantkit.quantizers.gptq import InverseFactor, Ordered, gptq_codes, ordered_factor
 from quantkit.quantizers.hqq import hqq_range
 from quantkit.quantizers.learned_rounding import adaround_codes, output_error, signround
 from quantkit.quantizers.weight_ranges import mse_range
@@ -51,19 +51,20 @@ def quantize_weight(
     rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     usable = hessian is not None and rounding not in WITHOUT_INPUTS
-    factor = inverse_factor(hessian) if usable and hessian is not None else None
+    ordered = ordered_factor(hessian) if usable and hessian is not None else None
+    factor = None if ordered is None else ordered.factor
     if factor is not None and hessian is not None and cross is not None and rounding == "gptaq":
         rows = matched(rows, hessian, cross)
     chosen = (rounding if rounding in ROUNDINGS[3:] else "gptq") if factor is not None else "nearest"
     chosen = "hqq" if rounding == "hqq" else chosen
     found = {}
     for format in formats:
-        if factor is None or hessian is None:
+        if ordered is None or hessian is None:
             codes, scale, zero = _without_inputs(rows, format, chosen)
         elif chosen in _LEARNED:
             codes, scale, zero = _learned(rows, format, hessian, chosen)
         else:
-            codes, scale, zero = _gptq(rows, format, hessian, factor)
+            codes, scale, zero = _gptq(rows, format, hessian, ordered)
         shape = (weight.shape[0], -1)
         found[format] = QuantizedWeight(
             codes=codes.reshape(weight.shape).to(torch.int8),
@@ -145,21 +146,30 @@ def _adaround(
 _LEARNED = {"adaround": _adaround, "signround": signround}
 
 
-def _gptq(rows: Tensor, format: WeightFormat, hessian: Tensor, factor: InverseFactor) -> tuple[Tensor, Tensor, Tensor]:
+def _gptq(rows: Tensor, format: WeightFormat, hessian: Tensor, ordered: Ordered) -> tuple[Tensor, Tensor, Tensor]:
     """GPTQ under several scales around the one of least weighted squared error, keeping the best for each row.
 
     The best scale for rounded-and-corrected codes is not that of codes rounded alone: at 2 bits it is about 1.2 times
-    larger. Rows are independent, so they are tried in slices that bound memory.
+    larger. Rows are independent, so they are tried in slices that bound memory. Columns are rounded most active first;
+    groups and their scales are those of neighbouring inputs all the same ("static groups"), so that kernels need no
+    index of groups.
     """
-    factor = InverseFactor(factor.upper.to(rows.dtype), factor.dead, factor.damping)
+    found = ordered.factor
+    factor = InverseFactor(found.upper.to(rows.dtype), found.dead, found.damping)
     scale, zero = _ranges(rows, format, hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1).to(rows.dtype))
     stretch = STRETCH.to(rows.dtype).reshape(-1, 1, 1, 1)
     step = max(1, _ELEMENTS_AT_ONCE // (len(STRETCH) * rows.shape[0] * rows.shape[2]))
     best_codes, best_scale = [], []
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
         scales = base * stretch
-        codes, loss = gptq_codes(some, factor, scales, offset, *format.code_range)
+        step_of, zero_of = (_by_column(x, some, ordered) for x in (scales, offset))
+        codes, loss = gptq_codes(ordered.sorted(some), factor, step_of, zero_of, *format.code_range)
         best = loss.argmin(0)[None, ..., None]
-        best_codes.append(codes.gather(0, best.expand(1, *codes.shape[1:]))[0])
+        best_codes.append(ordered.restored(codes.gather(0, best.expand(1, *codes.shape[1:]))[0]))
         best_scale.append(scales.gather(0, best.expand(1, *scales.shape[1:]))[0])
     return torch.cat(best_codes, 1), torch.cat(best_scale, 1), zero
+
+
+def _by_column(per_group: Tensor, rows: Tensor, ordered: Ordered) -> Tensor:
+    """Scales of groups as one per column in the order of rounding; one for all columns stays one."""
+    return per_group if per_group.shape[-1] == 1 else ordered.sorted(_spread(per_group, rows))

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit.formats import Scheme
 from quantkit.kernels.reference import dequantize, quantize
 from quantkit.quantizers import gptq
-from quantkit.quantizers.gptq import InverseFactor, gptq_codes, inverse_factor
+from quantkit.quantizers.gptq import InverseFactor, gptq_codes, inverse_factor, ordered_factor
+from quantkit.quantizers.weights import quantize_weight
 
 
 def correlated_hessian(groups: int, size: int, seed: int, dead: tuple[int, ...] = ()) -> Tensor:
@@ -212,3 +214,58 @@ def test_layer_that_saw_only_zeros_gets_the_codes_of_zero() -> None:
     codes, loss = gptq_codes(weight, factor, scale, zero, -4, 3)
     assert torch.equal(codes, zero.expand_as(codes))
     assert loss.count_nonzero() == 0
+
+
+def uneven_hessian(groups: int, size: int, seed: int) -> Tensor:
+    """Correlated inputs some of which are far more active than others, in no order."""
+    draw = torch.Generator().manual_seed(seed)
+    activity = torch.exp(1.5 * torch.randn(groups, size, generator=draw, dtype=torch.float64))
+    return correlated_hessian(groups, size, seed) * activity.unsqueeze(-1) * activity.unsqueeze(-2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("text", ["w3", "w3g4", "w3g3z"])
+def test_columns_are_rounded_most_active_first_within_the_groups_they_stand_in(text: str, groups: int) -> None:
+    """Against OBQ row by row on explicitly permuted columns, each with the scale of the group it stands in."""
+    format, hessian = Scheme.parse(text).weight, uneven_hessian(groups, 12, 4)
+    weight = torch.randn(groups * 5, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    found = quantize_weight(weight, [format], hessian, groups, "gptq").weights[format]
+    size = 12 // found.scale.shape[1]
+    scale = found.scale.double().repeat_interleave(size, 1).numpy().reshape(groups, 5, 12)
+    zeros = torch.zeros_like(found.scale) if found.zero_point is None else found.zero_point
+    zero = zeros.double().repeat_interleave(size, 1).numpy().reshape(groups, 5, 12)
+    matrix, codes = damped(hessian, gptq.DAMPING), found.codes.reshape(groups, 5, 12).numpy()
+    for g in range(groups):
+        order = np.argsort(-hessian[g].diagonal().numpy(), kind="stable")
+        assert order.tolist() != list(range(12))
+        inverse = np.ix_(order, order)
+        for o in range(5):
+            row = weight.reshape(groups, 5, 12)[g, o].numpy()
+            wanted, _ = obq_row(row[order], matrix[g].numpy()[inverse], scale[g, o, order], zero[g, o, order], -4, 3)
+            assert np.array_equal(codes[g, o, order], wanted)
+
+
+def test_the_most_active_first_leaves_less_error() -> None:
+    """Statistical: in at least 24 of 30 layers with uneven inputs, and in total by a tenth or more."""
+    wins, totals = 0, np.zeros(2)
+    for seed in range(30):
+        hessian = uneven_hessian(1, 24, seed)
+        weight, _, _ = random_layer(1, 16, 24, 1, seed)
+        scale, zero = weight.abs().amax(-1, keepdim=True) / 4, torch.zeros(1, 16, 1, dtype=torch.float64)
+        ordered = ordered_factor(hessian)
+        assert ordered is not None
+        by_order = ordered.restored(gptq_codes(ordered.sorted(weight), ordered.factor, scale, zero, -4, 3)[0])
+        fixed = gptq_codes(weight, factored(hessian), scale, zero, -4, 3)[0]
+        errors = [weight - dequantize(codes, scale, zero) for codes in (by_order, fixed)]
+        both = np.array([float(torch.einsum("goi,gij,goj->", e, hessian, e)) for e in errors])
+        wins += int(both[0] < both[1])
+        totals += both / both[1]
+    assert wins >= 24 and totals[0] < 0.9 * totals[1]
+
+
+def test_order_is_undone() -> None:
+    ordered = ordered_factor(uneven_hessian(2, 9, 0))
+    x = torch.randn(3, 2, 4, 9, dtype=torch.float64)
+    assert ordered is not None
+    assert torch.equal(ordered.restored(ordered.sorted(x)), x)
+    assert not torch.equal(ordered.sorted(x), x)

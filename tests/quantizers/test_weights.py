@@ -88,9 +88,18 @@ def test_gptq_keeps_the_best_stretch_of_each_row(format: WeightFormat, shape: tu
     scale, zero = mse_range(parts, format, importance.reshape(groups, 1, -1, size))
     best_loss = torch.full(rows.shape[:2], torch.inf, dtype=torch.float64)
     best_codes, best_scale = torch.zeros_like(rows), torch.zeros_like(scale[..., 0])
+    order = [torch.sort(matrix.diagonal(), descending=True, stable=True).indices for matrix in hessian]
+    factor = inverse_factor(torch.stack([matrix[o][:, o] for matrix, o in zip(hessian, order, strict=True)]))
+
+    def in_order(x: Tensor) -> Tensor:
+        return torch.stack([part[:, o] for part, o in zip(x, order, strict=True)])
+
+    zeros = in_order(zero[..., 0].repeat_interleave(size, -1))
     for stretch in STRETCH.double():
         trial = scale[..., 0] * stretch
-        codes, loss = gptq_codes(rows, inverse_factor(hessian), trial, zero[..., 0], *format.code_range)
+        scales = in_order(trial.repeat_interleave(size, -1))
+        found_codes, loss = gptq_codes(in_order(rows), factor, scales, zeros, *format.code_range)
+        codes = torch.stack([part[:, o.argsort()] for part, o in zip(found_codes, order, strict=True)])
         for g, o in np.ndindex(*loss.shape):
             if loss[g, o] < best_loss[g, o]:
                 best_loss[g, o], best_codes[g, o], best_scale[g, o] = loss[g, o], codes[g, o], trial[g, o]

@@ -5,8 +5,9 @@
 
 Every layer gets the scheme, the first one reads 8 bits. Quantized on unlabelled training images, measured on images
 that decided nothing: KL divergence from the float network, the share of equal answers, top-1 where there are labels,
-seconds of `quantkit.apply`, and the peak of the process's memory. `--draws 3` takes the mean over three draws of three
-quarters of the calibration images. `--budgets 3 2.5` adds mixed plans from a profile of 2 to 8 bits.
+seconds of `quantkit.apply`, its peak of memory and what it said before that it would be. `--draws 3` takes the mean
+over three draws of three quarters of the calibration images. `--budgets 3 2.5` adds mixed plans from a profile of 2 to
+8 bits.
 
     python tools/study_quantizers.py --no-data [--models ...] [--budgets 4.5]
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,12 +116,12 @@ def run(case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, draws:
         if draws > 1:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(draw))
             images = images[chosen[: len(images) * 3 // 4]]
-        start = time.perf_counter()
+        start, held = time.perf_counter(), resident_mb(reset=True)
         result = quantkit.apply(case.model, plan, images, seed=draw, progress=False, **METHODS[method])
-        seconds = time.perf_counter() - start
-        rows.append(case.measured(result.model) | {"seconds": seconds})
-    figures = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    return figures | {"MB": peak_mb()}
+        seconds, taken = time.perf_counter() - start, peak_mb() - held
+        said = result.notes.get("working_bytes", float("nan")) / 1e6
+        rows.append(case.measured(result.model) | {"seconds": seconds, "MB": taken, "said": said})
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
 def mixed_plans(case: Case, budgets: Sequence[str], activation: str) -> dict[str, quantkit.Plan]:
@@ -153,18 +153,30 @@ def without_data(case: Case, budgets: Sequence[str]) -> Iterator[tuple[str, str,
 
 def _figures(case: Case, result: quantkit.Result, start: float) -> dict[str, float]:
     seconds = time.perf_counter() - start
-    return case.measured(result.model) | {"seconds": seconds, "MB": peak_mb()}
+    return case.measured(result.model) | {"seconds": seconds, "MB": float("nan"), "said": float("nan")}
 
 
 def peak_mb() -> float:
-    """The most memory this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most memory this process has held since ``resident_mb`` was asked to forget it, in MB (Linux)."""
+    return _status("VmHWM")
+
+
+def resident_mb(reset: bool = False) -> float:
+    """The memory this process holds, in MB."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
 
 
 def print_row(model: str, plan: str, method: str, found: Mapping[str, float]) -> None:
     print(
         f"{model:<12} {plan:<25} {method:<10} {found['KL']:8.4f} {found['same']:7.2f} "
-        f"{found.get('top1', float('nan')):7.2f} {found['seconds']:8.0f} {found['MB']:5.0f}",
+        f"{found.get('top1', float('nan')):7.2f} {found['seconds']:8.0f} {found['MB']:5.0f} {found['said']:5.0f}",
         flush=True,
     )
 
@@ -181,7 +193,7 @@ def main() -> None:
     parser.add_argument("--no-data", action="store_true", help="weights alone, decided and rounded without any input")
     options = parser.parse_args()
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
-    print(f"{'model':<12} {'plan':<25} {'method':<10}       KL    same    top1  seconds    MB")
+    print(f"{'model':<12} {'plan':<25} {'method':<10}       KL    same    top1  seconds    MB  said")
     for name in options.models:
         case = case_of(name, data, options.unseen)
         if options.no_data:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
-from quantkit.graph.batches import Batch
+from quantkit.graph.batches import Batch, batch_size
 from quantkit.graph.sites import Site
 from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.reference import SiteRange
@@ -27,6 +27,8 @@ from quantkit.pipeline.reconstruct import (
 from quantkit.pipeline.recording import Recording, recording_of
 from quantkit.pipeline.reparameterize import Reparameterization, reparameterization_of
 from quantkit.pipeline.request import require_choices
+from quantkit.pipeline.working_memory import working_memory
+from quantkit.progress import notice
 from quantkit.quantizers.activation_ranges import RANGES, Histogram
 from quantkit.quantizers.log_ranges import log_range, squared_error
 from quantkit.quantizers.playback import Playback
@@ -122,7 +124,8 @@ class Workbench:
         ready, weights = self.ready, self.weights
         simulated = SimulatedModel(ready.model, ready.sites, {}, self._site_ranges(progress))
         simulated.eval()
-        notes: dict[str, Any] = {"rounding": self._round(simulated, progress)}
+        notes: dict[str, Any] = self._announced()
+        notes["rounding"] = self._round(simulated, progress)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
         learning, correcting = self.ways.reconstruction, self.ways.correction
@@ -134,6 +137,17 @@ class Workbench:
             notes["correction"] = correct(self.course, simulated, ready.trace, correcting, progress)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
+
+    def _announced(self) -> dict[str, Any]:
+        """The working memory, said before it is taken; nothing where the model is not on tape."""
+        if isinstance(self.recording, str):
+            return {}
+        samples, lesson = sum(map(batch_size, self.batches)), None if self.course is None else self.course.lesson
+        learned = 0 if lesson is None else len(lesson) + len(lesson.held_outputs)
+        by_blocks = self.ways.reconstruction in ("block", *ADAQUANT)
+        memory = working_memory(self.ready, self.recording, samples, learned, by_blocks)
+        notice(str(memory))
+        return {"working_bytes": memory.peak_bytes}
 
     def _site_ranges(self, progress: bool) -> dict[str, SiteRange | LogRange]:
         ranges: dict[str, SiteRange | LogRange] = {**self.rewritten.ranges}

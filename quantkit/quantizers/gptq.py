@@ -17,6 +17,7 @@ from quantkit.kernels.reference import dequantize, quantize
 BLOCK = 128
 DAMPING = 0.01
 MAX_DAMPING = 1.0
+PER_OCTAVE = 16
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ class Ordered:
 
 
 def ordered_factor(hessian: Tensor) -> Ordered | None:
-    """The factor of ``hessian`` (groups, K, K) with its inputs sorted by their squares, largest first."""
-    order = hessian.diagonal(dim1=-2, dim2=-1).sort(dim=-1, descending=True, stable=True).indices
+    """The factor of ``hessian`` (groups, K, K) with its inputs sorted by their squares, largest first; inputs within
+    a ``PER_OCTAVE``-th of an octave keep their order, so that it does not hang on the last bits of a sum.
+    """
+    activity = torch.floor(PER_OCTAVE * torch.log2(hessian.diagonal(dim1=-2, dim2=-1)))
+    order = activity.sort(dim=-1, descending=True, stable=True).indices
     rows = hessian.gather(1, order.unsqueeze(-1).expand_as(hessian))
     factor = inverse_factor(rows.gather(2, order.unsqueeze(-2).expand_as(hessian)))
     return None if factor is None else Ordered(order, factor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +17,7 @@ from quantkit.quantizers.learned import LearnedRange, LearnedWeight
 from quantkit.quantizers.simulate import SimulatedModel
 
 EIGHT_BITS = 8
+SPILL_BYTES = 1 << 30  # a value of all samples beyond this size is kept on disk
 Values = Mapping[int, Tensor]
 
 
@@ -124,5 +127,29 @@ def take(tape: Tape, values: Values, indices: Tensor) -> dict[int, Tensor]:
 @torch.no_grad()
 def play(playback: Playback, values: Values, segment: Segment) -> Tensor:
     """The value that leaves a segment, of all samples."""
-    found = [playback.run(part, segment)[:count] for part, count in in_chunks(playback.tape, values)]
-    return torch.cat(found)
+    total, start, found = len(next(iter(values.values()))), 0, None
+    for part, count in in_chunks(playback.tape, values):
+        made = playback.run(part, segment)
+        if found is None:
+            found = room_for(total, made)
+        found[start : start + count] = made[:count]
+        start += count
+    assert found is not None, "there are samples"
+    return found
+
+
+def room_for(count: int, like: Tensor, limit: int = SPILL_BYTES) -> Tensor:
+    """An empty tensor for ``count`` samples such as those of ``like``: in memory, or, past ``limit`` bytes, in a file
+    that has no name any more and goes when the tensor does.
+    """
+    shape = (count, *like.shape[1:])
+    elements = math.prod(shape)
+    if elements * like.element_size() <= limit:
+        layout = torch.channels_last if like.dim() == 4 and _is_channels_last(like) else torch.contiguous_format
+        return torch.empty(shape, dtype=like.dtype, memory_format=layout)
+    with tempfile.NamedTemporaryFile(prefix="quantkit-") as file:
+        return torch.from_file(file.name, shared=True, size=elements, dtype=like.dtype).reshape(shape)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)

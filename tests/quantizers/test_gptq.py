@@ -236,7 +236,7 @@ def test_columns_are_rounded_most_active_first_within_the_groups_they_stand_in(t
     zero = zeros.double().repeat_interleave(size, 1).numpy().reshape(groups, 5, 12)
     matrix, codes = damped(hessian, gptq.DAMPING), found.codes.reshape(groups, 5, 12).numpy()
     for g in range(groups):
-        order = np.argsort(-hessian[g].diagonal().numpy(), kind="stable")
+        order = np.argsort(-np.floor(16 * np.log2(hessian[g].diagonal().numpy())), kind="stable")
         assert order.tolist() != list(range(12))
         inverse = np.ix_(order, order)
         for o in range(5):
@@ -261,6 +261,15 @@ def test_the_most_active_first_leaves_less_error() -> None:
         wins += int(both[0] < both[1])
         totals += both / both[1]
     assert wins >= 24 and totals[0] < 0.9 * totals[1]
+
+
+def test_the_order_does_not_hang_on_the_last_bits_of_a_sum() -> None:
+    draw = torch.Generator().manual_seed(0)
+    noise = 1 + 1e-9 * torch.randn(1, 16, 16, generator=draw, dtype=torch.float64)
+    hessian = torch.diag_embed(torch.full((1, 16), 3.0, dtype=torch.float64))
+    one, other = ordered_factor(hessian), ordered_factor(hessian * noise)
+    assert one is not None and other is not None
+    assert one.order.tolist() == other.order.tolist() == [list(range(16))]
 
 
 def test_order_is_undone() -> None:

@@ -88,7 +88,8 @@ def test_gptq_keeps_the_best_stretch_of_each_row(format: WeightFormat, shape: tu
     scale, zero = mse_range(parts, format, importance.reshape(groups, 1, -1, size))
     best_loss = torch.full(rows.shape[:2], torch.inf, dtype=torch.float64)
     best_codes, best_scale = torch.zeros_like(rows), torch.zeros_like(scale[..., 0])
-    order = [torch.sort(matrix.diagonal(), descending=True, stable=True).indices for matrix in hessian]
+    activity = [torch.floor(16 * torch.log2(matrix.diagonal())) for matrix in hessian]
+    order = [torch.sort(row, descending=True, stable=True).indices for row in activity]
     factor = inverse_factor(torch.stack([matrix[o][:, o] for matrix, o in zip(hessian, order, strict=True)]))
 
     def in_order(x: Tensor) -> Tensor:

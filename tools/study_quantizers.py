@@ -22,12 +22,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from study_sensitivity import recipe_model
 from torch import Tensor, nn
 
 import quantkit
@@ -91,7 +91,7 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 def case_of(name: str, data: Path, unseen: int | None) -> Case:
     weights, seen_file, seen, unseen_file, array, labels = SOURCES[name]
-    recipe = import_module(f"recipes.models.{name}")
+    recipe = recipe_model(name)
     model = recipe.build()
     model.load_state_dict(load_file(data / weights))
     held = np.load(data / unseen_file)

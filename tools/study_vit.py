@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from study_sensitivity import recipe_model
 from torch import Tensor, nn
 
 import quantkit
 from quantkit.export.sessions import open_session
 from quantkit.targets import Target
 from quantkit.transforms.prepare import prepare
-from recipes.models import vit_hybrid
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHUNK = 250
@@ -95,12 +95,13 @@ def main() -> None:
     parser.add_argument("--outliers", action="store_true", help="a network with large channels behind its norms")
     options = parser.parse_args()
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
-    model = vit_hybrid.build()
+    recipe = recipe_model("vit_hybrid")
+    model = recipe.build()
     weights = load_file(data / "vit_hybrid_cifar10.safetensors")
     model.load_state_dict(with_outliers(weights, data) if options.outliers else weights)
-    calibration = vit_hybrid.preprocess(np.load(data / "cifar10_calib.npz")["images"][: options.samples])
+    calibration = recipe.preprocess(np.load(data / "cifar10_calib.npz")["images"][: options.samples])
     held = np.load(data / "cifar10_test_a.npz")
-    images = vit_hybrid.preprocess(held["images"][: options.unseen])
+    images = recipe.preprocess(held["images"][: options.unseen])
     labels = torch.from_numpy(held["labels"][: options.unseen]).long()
     print(f"float top-1 {top1(model, images, labels):.2f}")
     print(

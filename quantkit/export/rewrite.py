@@ -143,17 +143,14 @@ class _Writer:
         def constant(role: str, value: float) -> ir.Value:
             return self.editor.initializer(f"{name}.{role}", np.array(value, np.float32))
 
-        value = self.editor.node(mark, "Log", [self._relative(name, mark, site)], name)
+        value = self.editor.node(mark, "Div", [mark.inputs[0], constant("scale", site.scale)], name)
+        value = self.editor.node(mark, "Log", [value], name)
         value = self.editor.node(mark, "Mul", [value, constant("per_step", -2 / math.log(2))], name)
         value = self.editor.node(mark, "Round", [value], name)
         value = self.editor.node(mark, "Clip", [value, constant("lowest", 0), constant("highest", site.high)], name)
         codes = self.editor.node(mark, "Cast", [value], name, to=ir.DataType.INT32)
         table = self.editor.initializer(f"{name}.table", site.table().numpy())
         return self.editor.node(mark, "Gather", [table, codes], name, axis=0)
-
-    def _relative(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
-        scale = self.editor.initializer(f"{name}.scale", np.array(site.scale, np.float32))
-        return self.editor.node(mark, "Div", [mark.inputs[0], scale], name)
 
     def _dequantize_for_float_layers(self, name: str, mark: ir.Node, codes: ir.Value, site: SiteRange) -> None:
         """Give layers that stay float the same values with the scale written once per channel. Behind a single scale

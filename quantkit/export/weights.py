@@ -16,7 +16,7 @@ function keeps the graph readable and the file small where a dozen nodes for eac
 On x86 CPUs without VNNI onnxruntime multiplies unsigned by signed bytes in pairs that it adds in 16 bits, which
 saturates: 2 x 255 x 127 does not fit, what 7-bit codes give does. For two unsigned operands it widens first, which is
 exact. So a file written on such a CPU has full 8-bit weights unsigned for integer kernels. With VNNI signed bytes are
-exact, and two to four times as fast as unsigned ones. A file written there computes the same on a CPU without VNNI if
+exact, and much faster than unsigned ones. A file written there computes the same on a CPU without VNNI if
 its session is opened with ``session.x64quantprecision`` set to 1.
 """
 

@@ -98,7 +98,6 @@ void run_panel(const Job& job, int64_t panel, const Rows<Kernel>& rows, Scratch<
 
 struct FourBits {
     static constexpr int bits = 4, rows = 4, panels = 1, single_panels = 1;
-    static constexpr bool needs_sums = true;
     using Activation = int8_t;
     using Expanded = uint8_t;
 
@@ -200,7 +199,6 @@ AVX2_INLINE __m256i words(const uint8_t* at) {
 
 struct EightBits {
     static constexpr int bits = 8, rows = 4, panels = 1, single_panels = 1;
-    static constexpr bool needs_sums = false;
     using Activation = int16_t;
     using Expanded = int16_t;
 

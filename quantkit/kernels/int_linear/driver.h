@@ -3,10 +3,9 @@
 // A kernel is a struct with
 //   bits, rows               width of the weights, rows of one tile
 //   panels, single_panels    panels it takes at a time: for many rows, for one row
-//   needs_sums               whether it takes the weights' offset out with the sums of the activations
 //   Activation, Expanded     element types of packed activations and of an expanded segment
 //   pack_row(from, to, k)    lay out k activations of one row as the tiles read them
-//   sum(values, count)       of activations
+//   sum(values, count)       of activations, to take the weights' offset out with; 0 where there is none
 //   run_panels<P>(...)       the output of P panels for some blocks of rows, through tiles of expanded weights
 //   single<P>(...)           one row against P whole panels, straight from the packed weights
 #pragma once
@@ -99,7 +98,7 @@ void pack_rows(const Job& job, int64_t block, int64_t blocks, typename Kernel::A
             pack_block<Kernel>(job, block, blocks, k, least(SEGMENT, (g + 1) * job.group - k), packed);
         for (int64_t row = block * Kernel::rows; row < (block + 1) * Kernel::rows; ++row)
             sums[g * blocks * Kernel::rows + row] =
-                Kernel::needs_sums && row < job.rows
+                row < job.rows
                     ? Kernel::sum(job.activations + row * job.inputs + g * job.group, job.group)
                     : 0;
     }
@@ -156,7 +155,7 @@ void run_single(const Job& job) {
     Buffer<int32_t> sums(groups);
     for (int64_t k = 0; k < job.inputs; ++k) row.data[k] = job.activations[k];
     for (int64_t g = 0; g < groups; ++g)
-        sums.data[g] = Kernel::needs_sums ? Kernel::sum(job.activations + g * job.group, job.group) : 0;
+        sums.data[g] = Kernel::sum(job.activations + g * job.group, job.group);
 #pragma omp parallel for schedule(static) num_threads(job.threads)
     for (int64_t panel = 0; panel < panels; panel += Kernel::single_panels)
         run_single_panels<Kernel, Kernel::single_panels>(job, panel, panels - panel, row.data, sums.data);

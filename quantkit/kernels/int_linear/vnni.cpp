@@ -59,9 +59,10 @@ constexpr int ROWS = 8, PANELS = 3;
 // A single row reads several panels side by side, which keeps more lines in flight.
 constexpr int SINGLE_PANELS = 4;
 
+using Sums = __m512i[2];  // two chains of one panel
+
 struct FourBits {
     static constexpr int bits = 4;
-    using Sums = __m512i[2];
 
     // Sixty-four bytes of weights with eight inputs.
     VNNI_INLINE void add(Sums& sum, const uint8_t* w, const int8_t* a) {
@@ -85,7 +86,6 @@ struct FourBits {
 
 struct EightBits {
     static constexpr int bits = 8;
-    using Sums = __m512i[2];
 
     VNNI_INLINE void add(Sums& sum, const uint8_t* w, const int8_t* a) {
         sum[0] = _mm512_dpbusd_epi32(sum[0], load(w), quad_of_bytes(a));
@@ -149,7 +149,6 @@ VNNI void multiply(const Job& job, int64_t panel, const Part& part, const uint8_
 template <class Format>
 struct Kernel {
     static constexpr int bits = Format::bits, rows = ROWS, panels = PANELS, single_panels = SINGLE_PANELS;
-    static constexpr bool needs_sums = true;
     using Activation = int8_t;
     using Expanded = uint8_t;
 
@@ -194,7 +193,7 @@ struct Kernel {
         __m512 total[Panels];
         for (int p = 0; p < Panels; ++p) total[p] = _mm512_setzero_ps();
         for (int64_t g = 0; g < groups; ++g, scale += PANEL) {
-            typename Format::Sums sum[Panels];
+            Sums sum[Panels];
             for (int p = 0; p < Panels; ++p) {
                 sum[p][0] = start_of<bits>(sums[g], offset ? offset + p * PANEL : nullptr);
                 sum[p][1] = _mm512_setzero_si512();

@@ -204,7 +204,8 @@ class Profile:
         """Write one safetensors file: the arrays, and everything else as JSON in its header."""
         # safetensors writes the memory of an array, whatever its strides say
         arrays = {"damage": np.ascontiguousarray(self.damage), "gram": np.ascontiguousarray(self.gram)}
-        metadata = {"quantkit_profile": canonical_json(self._header())}
+        # not sorted: layers stay in execution order, which is that of a plan's reasons
+        metadata = {"quantkit_profile": json.dumps(self._header(), separators=(",", ":"), allow_nan=False)}
         return write_atomically(path, lambda temporary: save_file(arrays, temporary, metadata=metadata))
 
     @classmethod

@@ -280,7 +280,7 @@ def test_debug_shows_where(recipe: str) -> None:
 
 
 def test_an_interrupted_run(recipe: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Ctrl-C while the plan is carried out: the profile is there already, nothing else is."""
+    """Ctrl-C while the plan is carried out: the profile and every rounded layer are kept, nothing else is there."""
 
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -290,9 +290,10 @@ def test_an_interrupted_run(recipe: str, tmp_path: Path, monkeypatch, capsys) ->
     assert main(["run", recipe, "--set", "workdir=work", "--quiet"]) == 130
     told = capsys.readouterr().err
     assert told == "quantkit: interrupted; no file was left half-written, finished stages are reused.\n"
-    (kept,) = files_in(tmp_path)
+    *pieces, kept = sorted(files_in(tmp_path))
     assert kept.startswith("work/profile-")
     Profile.load(kept)
+    assert len(pieces) == 4 and all(piece.startswith("work/applied-") for piece in pieces)
 
 
 def in_a_process(*arguments: str, folder: Path) -> subprocess.Popen[str]:

@@ -151,7 +151,7 @@ def test_a_profile_comes_back_equal_and_saves_to_the_same_bytes(tmp_path: Path) 
     assert (loaded.candidates, loaded.provenance) == (PROFILE.candidates, PROFILE.provenance)
     assert (loaded.operations, loaded.latency) == (PROFILE.operations, PROFILE.latency)
     assert np.array_equal(loaded.damage, PROFILE.damage) and np.array_equal(loaded.gram, PROFILE.gram)
-    assert loaded == PROFILE
+    assert loaded == PROFILE and list(loaded.layers) == list(LAYERS)
     assert loaded.save(tmp_path / "second").read_bytes() == first == PROFILE.save(tmp_path / "third").read_bytes()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +20,14 @@ from quantkit.kernels.reference import SiteRange
 from quantkit.pipeline.craft import Ways, Workbench, holds_probabilities
 from quantkit.pipeline.inputs import Inputs, require_accepted
 from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
-from quantkit.pipeline.request import DEFAULT_TARGET, TargetName
+from quantkit.pipeline.request import DEFAULT_TARGET, TargetName, identity_of
 from quantkit.pipeline.result import Result
-from quantkit.plan import Plan, average_bits
+from quantkit.plan import Plan, average_bits, digest_of
+from quantkit.progress import notice
+from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.measure import Subject, damage_for
+from quantkit.store import Artefacts, require_writable
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, leave_float, without_sites
 
@@ -46,6 +51,7 @@ def apply(
     evaluate: Evaluate | None = None,
     seed: int = 0,
     progress: bool = True,
+    workdir: str | Path | None = None,
     inplace: bool = False,
 ) -> Result:
     """Quantize ``model`` by ``plan`` (a Plan, or a mapping layer name -> scheme; layers not named stay float).
@@ -66,13 +72,14 @@ def apply(
 
     ``evaluate`` (model -> a number, or one for each sample, higher is better) is reported for the float and for the
     quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
-    HQQ; ``example_inputs`` then lets BatchNorm be folded. Raises InvalidRequest for a plan that does not fit the model
-    or the target.
+    HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
+    rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
+    depend on: the same call again, after a kill or not, does none of that twice. Raises InvalidRequest for a plan
+    that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
     ways = Ways(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
-    require_metric(evaluate)
-    _check_schemes(model, decided, goal)
+    _check_request(model, decided, goal, evaluate, workdir)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     ways, batches = ways.with_inputs(inputs, decided.schemes.values()), inputs.batches
     every = inputs.prepared(model, goal)
@@ -81,15 +88,32 @@ def apply(
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
     bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways)
+    finished = _finished(workdir, partial(identity_of, model, inputs, every.trace), ways, decided, goal)
     if inplace:  # only now that nothing can be refused any more
         bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided))
-    metrics = {} if evaluate is None else {"float": metric_of(evaluate, bench.ready.model)}
-    simulated, notes = bench.quantized(progress)
+    metrics = _metric("float", evaluate, bench.ready.model)
+    simulated, notes = bench.quantized(progress, finished)
     decided = _recounted(decided, simulated, bench.ready, formats)
-    metrics |= compare_outputs(simulated, batches, reference, loss)
-    if evaluate is not None:
-        metrics["quantized"] = metric_of(evaluate, simulated)
+    metrics |= compare_outputs(simulated, batches, reference, loss) | _metric("quantized", evaluate, simulated)
     return Result(simulated, decided, ready.folds, inputs.shown, metrics=metrics, notes=notes)
+
+
+def _finished(
+    workdir: str | Path | None, identity: Callable[[], dict[str, str]], ways: Ways, plan: Plan, target: Target
+) -> Finished:
+    """Where every finished piece of work is kept, keyed by all that decides it."""
+    if workdir is None:
+        return Finished()
+    timeless = digest_of(asdict(replace(target, latency=None)))
+    settings = identity() | asdict(ways) | {"plan": plan.digest(), "target": timeless, "torch": torch.__version__}
+    folder = Path(workdir) / f"applied-{digest_of(settings)}"
+    if folder.exists():
+        notice(f"going on from what is finished in {folder}")
+    return Finished(Artefacts(folder))
+
+
+def _metric(name: str, evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
+    return {} if evaluate is None else {name: metric_of(evaluate, model)}
 
 
 def _coded(ready: Prepared, plan: Plan) -> Prepared:
@@ -102,7 +126,13 @@ def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
     return {n: s.weight for n in ready.quantizable if (s := plan.schemes[n]).weight is not None}
 
 
-def _check_schemes(model: nn.Module, plan: Plan, target: Target) -> None:
+def _check_request(
+    model: nn.Module, plan: Plan, target: Target, evaluate: Evaluate | None, workdir: str | Path | None
+) -> None:
+    """Raise InvalidRequest for what can be told before the data is read."""
+    require_metric(evaluate)
+    if workdir is not None:
+        require_writable(workdir)
     known = [name for name, _ in model.named_modules() if name]
     for name, scheme in plan.schemes.items():
         if name not in known:

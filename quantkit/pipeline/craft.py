@@ -30,6 +30,7 @@ from quantkit.pipeline.request import require_choices
 from quantkit.pipeline.working_memory import working_memory
 from quantkit.progress import notice
 from quantkit.quantizers.activation_ranges import RANGES, Histogram
+from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.log_ranges import log_range, squared_error
 from quantkit.quantizers.playback import Playback
 from quantkit.quantizers.rounding_by_blocks import round_by_blocks
@@ -119,22 +120,22 @@ class Workbench:
         self.rewritten.rewrite(ready.model)
         return replace(self, ready=ready)
 
-    def quantized(self, progress: bool) -> tuple[SimulatedModel, dict[str, Any]]:
-        """The quantized model, and notes on how it was made."""
+    def quantized(self, progress: bool, finished: Finished) -> tuple[SimulatedModel, dict[str, Any]]:
+        """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again."""
         ready, weights = self.ready, self.weights
         simulated = SimulatedModel(ready.model, ready.sites, {}, self._site_ranges(progress))
         simulated.eval()
         notes: dict[str, Any] = self._announced()
-        notes["rounding"] = self._round(simulated, progress)
+        notes["rounding"] = self._round(simulated, progress, finished)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
         learning, correcting = self.ways.reconstruction, self.ways.correction
         if self.course is not None and learning != "none":
-            notes["reconstruction"] = reconstruct(self.course, simulated, ready.trace, learning, progress)
+            notes["reconstruction"] = reconstruct(self.course, simulated, ready.trace, learning, progress, finished)
         # learned by the damage, biases and scales among it, there is nothing to correct
         learned = "reconstruction" in notes and learning not in ADAQUANT and correcting == "auto"
         if self.course is not None and correcting != "none" and not learned:
-            notes["correction"] = correct(self.course, simulated, ready.trace, correcting, progress)
+            notes["correction"] = correct(self.course, simulated, ready.trace, correcting, progress, finished)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 
@@ -167,11 +168,11 @@ class Workbench:
         less = squared_error(histogram, logarithmic) < squared_error(histogram, uniform)
         return logarithmic if less or not asked.is_integer else uniform
 
-    def _round(self, simulated: SimulatedModel, progress: bool) -> dict[str, str]:
+    def _round(self, simulated: SimulatedModel, progress: bool, finished: Finished) -> dict[str, str]:
         """Give every layer its codes; returns how."""
         trace, how, recording = self.ready.trace, self.ways.rounding, self.recording
         if isinstance(recording, str):
-            return round_in_sequence(simulated, trace, self.weights, self.batches, how, progress)
+            return round_in_sequence(simulated, trace, self.weights, self.batches, how, progress, finished)
         inputs = recording.tape.entering(self.ready.model, recording.samples)
         playback = Playback(simulated, recording.tape)
-        return round_by_blocks(playback, trace, recording.blocks, self.weights, inputs, how, progress)
+        return round_by_blocks(playback, trace, recording.blocks, self.weights, inputs, how, progress, finished)

@@ -73,7 +73,7 @@ def quantize(
     request.inputs.require_none(effort=effort, **how)
     finish = partial(
         apply, model, calibration=request.inputs.items(), example_inputs=example_inputs, target=target, loss=loss,
-        rounding=rounding, ranges=ranges, seed=seed, progress=progress, inplace=inplace, **how,
+        rounding=rounding, ranges=ranges, seed=seed, progress=progress, workdir=workdir, inplace=inplace, **how,
     )  # fmt: skip
     return _carried_out(request, limit, evaluate, finish, solver, effort, progress, workdir)
 

@@ -4,8 +4,9 @@ held back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from quantkit.graph.trace import Trace
 from quantkit.pipeline.recording import Recording, some_samples
 from quantkit.progress import notice
 from quantkit.quantizers.adaquant import learn_layers
-from quantkit.quantizers.corrections import Kept, match_outputs
+from quantkit.quantizers.corrections import match_outputs
+from quantkit.quantizers.kept import Finished, Kept
 from quantkit.quantizers.learning import Learned, Schedule
 from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, play
 from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network, mean_damage
@@ -107,26 +109,27 @@ def _spreads(ready: Prepared, tape: Tape, state: dict[str, Tensor], values: dict
 
 
 def reconstruct(
-    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool
+    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Finished
 ) -> dict[str, Learned]:
     """Learn as asked ("block" learns the blocks first, then the network); returns the loss on held-back inputs before
-    and after each step of it.
+    and after each step of it. What is ``kept`` is not learned again.
     """
     if how in ADAQUANT:
-        return _by_layers(course, simulated, trace, how == "adaquant-parallel", progress)
+        return _by_layers(course, simulated, trace, how == "adaquant-parallel", progress, kept)
     generator = torch.Generator().manual_seed(course.seed)
     playback, blocks = Playback(simulated, course.recording.tape), course.recording.blocks
     found = {}
     if how == "block" and len(blocks) > 1:
-        found = learn_blocks(playback, course.teacher, course.lesson, blocks, BLOCK, generator, progress)
-    found["network"] = learn_network(playback, course.teacher, course.lesson, NETWORK, generator, progress)
+        found = learn_blocks(playback, course.teacher, course.lesson, blocks, BLOCK, generator, progress, kept)
+    work = partial(learn_network, playback, course.teacher, course.lesson, NETWORK, generator, progress)
+    found["network"] = kept.learned("network", simulated, simulated.weights, work)
     learned = found["network"]
     notice(f"learned: damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
     return found
 
 
 def _by_layers(
-    course: Course, simulated: SimulatedModel, trace: Trace, parallel: bool, progress: bool
+    course: Course, simulated: SimulatedModel, trace: Trace, parallel: bool, progress: bool, finished: Finished
 ) -> dict[str, Learned]:
     """AdaQuant, kept where the network as a whole gains: layers learn to be like the float ones, not the output."""
     tape, lesson = course.recording.tape, course.lesson
@@ -136,7 +139,7 @@ def _by_layers(
     few = replace(lesson, inputs=_first(lesson.inputs, LAYER_SAMPLES), outputs=lesson.outputs[:LAYER_SAMPLES])
     found = learn_layers(
         playback, float_playback(simulated.model, tape, course.teacher.state), course.teacher, few, trace,
-        course.recording.blocks, LAYER, generator, parallel, progress,
+        course.recording.blocks, LAYER, generator, parallel, progress, finished,
     )  # fmt: skip
     after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
     if not after < before:
@@ -145,33 +148,40 @@ def _by_layers(
     return found | {"network": Learned(before, min(before, after))}
 
 
-def correct(course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool) -> dict[str, Learned]:
+def correct(
+    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Finished
+) -> dict[str, Learned]:
     """Apply corrections ("auto": all of them in turn), each kept only where the damage on held-back inputs falls;
     returns that damage before and after each.
     """
-    tape, blocks, lesson = course.recording.tape, course.recording.blocks, course.lesson
-    playback = Playback(simulated, tape)
-    floats = float_playback(simulated.model, tape, course.teacher.state)
-    found: dict[str, Learned] = {}
-    for name in ("norm", "bias", "tuning"):
-        if how not in ("auto", name):
-            continue
-        if name == "tuning":
-            generator = torch.Generator().manual_seed(course.seed)
-            found[name] = learn_network(
-                playback, course.teacher, lesson, TUNING, generator, progress, only_biases=True
-            )
-            continue
-        kept, damage = Kept.of(simulated), course.teacher.damage
-        before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
-        match_outputs(
-            playback, floats, trace, blocks, _first(lesson.inputs, STATISTICS_SAMPLES), deviations=name == "norm"
-        )
-        after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
-        if not after < before:
-            kept.put_back(simulated)
-        found[name] = Learned(before, min(before, after))
-    return found
+    tuning = partial(
+        learn_network, Playback(simulated, course.recording.tape), course.teacher, course.lesson, TUNING,
+        torch.Generator().manual_seed(course.seed), progress, only_biases=True,
+    )  # fmt: skip
+    every: dict[str, Callable[[], Learned]] = {
+        "norm": partial(_match, course, simulated, trace, deviations=True),
+        "bias": partial(_match, course, simulated, trace, deviations=False),
+        "tuning": tuning,
+    }
+    return {
+        name: kept.learned(f"correction {name}", simulated, simulated.weights, work)
+        for name, work in every.items()
+        if how in ("auto", name)
+    }
+
+
+def _match(course: Course, simulated: SimulatedModel, trace: Trace, deviations: bool) -> Learned:
+    """Match statistics of the outputs where that lowers the damage on held-back inputs."""
+    tape, lesson, damage = course.recording.tape, course.lesson, course.teacher.damage
+    playback, floats = Playback(simulated, tape), float_playback(simulated.model, tape, course.teacher.state)
+    kept = Kept.of(simulated)
+    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    some = _first(lesson.inputs, STATISTICS_SAMPLES)
+    match_outputs(playback, floats, trace, course.recording.blocks, some, deviations)
+    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    if not after < before:
+        kept.put_back(simulated)
+    return Learned(before, min(before, after))
 
 
 def _first(values: Values, count: int) -> Values:

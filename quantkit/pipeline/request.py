@@ -138,10 +138,7 @@ def make_ready(
         "rules": repr(rules),
         "target": digest_of(asdict(replace(goal, latency=None))),
         "seed": seed,
-        "model": digest_model(model),
-        "operations": _digest_operations(ready.trace),
-        "calibration": digest_batches(inputs.shown),
-        "quantkit": VERSION,
+        **identity_of(model, inputs, ready.trace),
         **asked,
     }
     return Request(ready, inputs, {name: allowed[name] for name in ready.quantizable}, goal, settings)
@@ -168,6 +165,16 @@ def require_own_table(target: Target, ready: Prepared) -> None:
     if target.latency is not None:
         sites = [site.name for site in ready.sites]
         target.latency.require(digest_shapes(ready.layers), list(ready.quantizable), sites)
+
+
+def identity_of(model: nn.Module, inputs: Inputs, trace: Trace) -> dict[str, str]:
+    """What every figure and every code depends on, whatever is asked for: the model, the data and this version."""
+    return {
+        "model": digest_model(model),
+        "operations": _digest_operations(trace),
+        "calibration": digest_batches(inputs.shown),
+        "quantkit": VERSION,
+    }
 
 
 def _digest_operations(trace: Trace) -> str:

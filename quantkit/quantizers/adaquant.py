@@ -9,8 +9,9 @@ layer gets what the network quantized so far makes of them, and is to give what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from quantkit.graph.tape import Tape
 from quantkit.graph.trace import Trace
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.progress import track
+from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.learned import LearnedRange, LearnedWeight, round_through
 from quantkit.quantizers.learning import Learned, Schedule, learn
 from quantkit.quantizers.playback import Playback, Values, in_chunks, play
 from quantkit.quantizers.reconstruction import Lesson, Teacher
+from quantkit.quantizers.simulate import SimulatedModel
 
 ACTIVATIONS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clip")
 LEAST_SPREAD = 1e-12
@@ -137,6 +140,22 @@ class Streams:
         return Streams(ours, theirs, held_ours, held_theirs)
 
 
+def _tasks(
+    source: Playback, floats: Playback, block: Segment, calls: Sequence[LayerCall], streams: Streams
+) -> list[Task]:
+    """The tasks of a layer's calls, on what ``source`` makes of what enters its block."""
+    return [
+        Task(
+            call,
+            _entering(source, block, call, streams.ours),
+            _leaving(floats, block, call, streams.theirs),
+            _entering(source, block, call, streams.held_ours),
+            _leaving(floats, block, call, streams.held_theirs),
+        )
+        for call in calls
+    ]
+
+
 def learn_layers(
     playback: Playback,
     floats: Playback,
@@ -148,11 +167,13 @@ def learn_layers(
     generator: torch.Generator,
     parallel: bool,
     progress: bool,
+    finished: Finished | None = None,
 ) -> dict[str, Learned]:
     """Learn the quantized layers in order; returns the error on held-back inputs of each before and after, relative to
     the variance of its output. A site that several layers read is learned with the first of them. Held in memory: what
-    enters one block, and what one layer reads and makes.
+    enters one block, and what one layer reads and makes. Layers that are ``finished`` are not learned again.
     """
+    kept = finished or Finished()
     streams = Streams(lesson.inputs, lesson.inputs, lesson.held_inputs, lesson.held_inputs)
     names = [(block, name) for block in blocks for name in block.layers if name in playback.model.weights]
     found: dict[str, Learned] = {}
@@ -162,19 +183,11 @@ def learn_layers(
         while at is not block:
             streams = streams.after(playback, floats, at, parallel)
             at = blocks[blocks.index(at) + 1]
-        source = floats if parallel else playback
-        tasks = [
-            Task(
-                call,
-                _entering(source, block, call, streams.ours),
-                _leaving(floats, block, call, streams.theirs),
-                _entering(source, block, call, streams.held_ours),
-                _leaving(floats, block, call, streams.held_theirs),
-            )
-            for call in calls_of(playback, trace, block, name)
-        ]
-        sites = {task.call.site for task in tasks if task.call.site is not None} - taken
-        found[name] = learn_layer(playback, teacher, name, tasks, sites, schedule, generator)
+        calls = list(calls_of(playback, trace, block, name))
+        sites = {call.site for call in calls if call.site is not None} - taken
+        tasks = partial(_tasks, floats if parallel else playback, floats, block, calls, streams)
+        work = partial(learn_layer, playback, teacher, name, tasks, sites, schedule, generator)
+        found[name] = kept.learned(f"layer {name}", playback.model, [name], work, generator)
         taken |= sites
     return found
 
@@ -183,7 +196,7 @@ def learn_layer(
     playback: Playback,
     teacher: Teacher,
     name: str,
-    tasks: Sequence[Task],
+    make_tasks: Callable[[], Sequence[Task]],
     sites: set[str],
     schedule: Schedule,
     generator: torch.Generator,
@@ -191,10 +204,10 @@ def learn_layer(
     """Learn a layer and the ranges of ``sites``, which it reads; what was learned stays where it helps on inputs that
     were held back.
     """
+    tasks = make_tasks()
     model, tape, bias = playback.model, playback.tape, bias_of(playback.model.model, name)
     weight = JointWeight(teacher.state[f"{name}.weight"], model.weights[name], bias, teacher.spread[name])
-    starts = [(site, model.ranges.get(site)) for site in sorted(sites)]
-    ranges = {site: LearnedRange(start, joint=True) for site, start in starts if isinstance(start, SiteRange)}
+    ranges = _ranges(model, sites)
     state = tape.state_of(model.model)
 
     def error(task: Task, x: Tensor, wanted: Tensor) -> Tensor:
@@ -222,6 +235,11 @@ def learn_layer(
             bias.copy_(own)
     model.ranges.update({site: learning.found() for site, learning in ranges.items()})
     return learned
+
+
+def _ranges(model: SimulatedModel, sites: set[str]) -> dict[str, LearnedRange]:
+    starts = [(site, model.ranges.get(site)) for site in sorted(sites)]
+    return {site: LearnedRange(start, joint=True) for site, start in starts if isinstance(start, SiteRange)}
 
 
 def _rated(weight: JointWeight, ranges: Mapping[str, LearnedRange], schedule: Schedule) -> list[tuple[Tensor, float]]:

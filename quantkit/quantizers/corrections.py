@@ -7,7 +7,7 @@ weight's scale and on the bias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +16,6 @@ from torch import Tensor
 from quantkit.graph.layers import bias_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.trace import Trace
-from quantkit.kernels.log_codes import LogRange
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
 from quantkit.quantizers.playback import Playback, Values, in_chunks, play
 from quantkit.quantizers.simulate import SimulatedModel
 
@@ -31,30 +29,6 @@ class Spread:
 
     mean: Tensor
     deviation: Tensor
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Codes, scales, biases and ranges of a model, to be put back where a correction did not help."""
-
-    weights: Mapping[str, QuantizedWeight]
-    biases: Mapping[str, Tensor]
-    ranges: Mapping[str, SiteRange | LogRange]
-
-    @classmethod
-    def of(cls, model: SimulatedModel) -> Kept:
-        biases = {name: bias_of(model.model, name) for name in model.weights}
-        own = {name: bias.detach().clone() for name, bias in biases.items() if bias is not None}
-        return cls(dict(model.weights), own, dict(model.ranges))
-
-    @torch.no_grad()
-    def put_back(self, model: SimulatedModel) -> None:
-        model.ranges.update(self.ranges)
-        for name, weight in self.weights.items():
-            model.set_weight(name, weight)
-            bias = bias_of(model.model, name)
-            if bias is not None:
-                bias.copy_(self.biases[name])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from quantkit.graph.layers import bias_of
 from quantkit.graph.segments import Segment, whole
 from quantkit.graph.tape import Tape
 from quantkit.kernels.reference import SiteRange
+from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.learned import LearnedRange, LearnedWeight
 from quantkit.quantizers.learning import Learned, Schedule, learn
 from quantkit.quantizers.playback import EIGHT_BITS, Playback, Values, float_playback, in_chunks, mixed, play, take
@@ -187,10 +189,13 @@ def learn_blocks(
     schedule: Schedule,
     generator: torch.Generator,
     progress: bool,
+    finished: Finished | None = None,
 ) -> dict[str, Learned]:
     """Learn the blocks in order, each on the inputs it gets from those before it; the last one, from which the output
-    leaves, is left to ``learn_network``. Held in memory: the inputs and outputs of one block.
+    leaves, is left to ``learn_network``. Held in memory: the inputs and outputs of one block. Blocks that are
+    ``finished`` are not learned again.
     """
+    kept = finished or Finished()
     weighing = fisher(playback.tape, teacher, lesson, blocks[:-1], generator)
     floats = float_playback(playback.model.model, playback.tape, teacher.state)
     ours, held_ours = lesson.inputs, lesson.held_inputs
@@ -199,7 +204,9 @@ def learn_blocks(
     for segment, importance in zip(blocks, weighing, strict=False):
         wanted, held_wanted = play(floats, theirs, segment), play(floats, held_theirs, segment)
         exercise = Exercise(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
-        found[" ".join(segment.layers)] = learn_block(playback, teacher, exercise, schedule, generator, progress)
+        work = partial(learn_block, playback, teacher, exercise, schedule, generator, progress)
+        title = " ".join(segment.layers)
+        found[title] = kept.learned(f"block {title}", playback.model, segment.layers, work, generator)
         ours = {segment.leaving: play(playback, ours, segment)}
         held_ours = {segment.leaving: play(playback, held_ours, segment)}
         theirs, held_theirs = {segment.leaving: wanted}, {segment.leaving: held_wanted}

@@ -15,9 +15,12 @@ from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.tape import Step
 from quantkit.graph.trace import Trace
+from quantkit.kernels.reference import QuantizedWeight
 from quantkit.progress import track
+from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.layer_inputs import input_columns
 from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, in_chunks, play
+from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import accumulate
 from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
 
@@ -40,32 +43,43 @@ def round_by_blocks(
     inputs: Values,
     rounding: str = "auto",
     progress: bool = True,
+    finished: Finished | None = None,
 ) -> dict[str, str]:
     """``round_in_sequence`` for a model with a tape; returns how each layer was rounded. The model's weights are still
     float when it starts.
     """
+    kept = finished or Finished()
     simulated, tape, how = playback.model, playback.tape, {}
     floats = None
     if rounding == "gptaq":
         floats = float_playback(simulated.model, tape, copied_state(tape, simulated.model))
     ours = theirs = dict(inputs)
-    blocks_of = {name: block for block in blocks for name in block.layers}
-    names = [name for block in blocks for name in block.layers if name in formats]
-    for name, after in zip(track(names, "quantizing layers", enabled=progress), [*names[1:], None], strict=True):
-        block, weight = blocks_of[name], weight_of(simulated.model, name)
-        seen = None
-        if rounding not in WITHOUT_INPUTS:
-            seen = moments(playback, trace, block, name, ours, None if floats is None else (floats, theirs))
-        hessian, cross = (seen.hessian, seen.cross) if seen is not None else (None, None)
-        groups = groups_of(simulated.model, name)
-        rounded = quantize_weight(weight, [formats[name]], hessian, groups, rounding, cross)
-        simulated.set_weight(name, rounded.weights[formats[name]])
-        how[name] = rounding_note(name, rounded, rounding)
-        if seen is not None and after is not None and blocks_of[after] is not block:
-            for passed in blocks[blocks.index(block) : blocks.index(blocks_of[after])]:
-                ours = {passed.leaving: play(playback, ours, passed)}
-                theirs = theirs if floats is None else {passed.leaving: play(floats, theirs, passed)}
+    at = 0  # the block that they enter
+    place = {name: i for i, block in enumerate(blocks) for name in block.layers}
+    for name in track([name for name in place if name in formats], "quantizing layers", enabled=progress):
+        found = kept.rounded(name, formats[name])
+        if found is None:
+            seen = None
+            if rounding not in WITHOUT_INPUTS:
+                for passed in blocks[at : place[name]]:
+                    ours = {passed.leaving: play(playback, ours, passed)}
+                    theirs = theirs if floats is None else {passed.leaving: play(floats, theirs, passed)}
+                at = place[name]
+                seen = moments(playback, trace, blocks[at], name, ours, None if floats is None else (floats, theirs))
+            found = _rounded(simulated, name, formats[name], seen, rounding)
+            kept.keep_rounded(name, *found)
+        simulated.set_weight(name, found[0])
+        how[name] = found[1]
     return how
+
+
+def _rounded(
+    simulated: SimulatedModel, name: str, format: WeightFormat, seen: Moments | None, rounding: str
+) -> tuple[QuantizedWeight, str]:
+    hessian, cross = (seen.hessian, seen.cross) if seen is not None else (None, None)
+    groups, weight = groups_of(simulated.model, name), weight_of(simulated.model, name)
+    rounded = quantize_weight(weight, [format], hessian, groups, rounding, cross)
+    return rounded.weights[format], rounding_note(name, rounded, rounding)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from quantkit.graph.layers import bias_of, groups_of, weight_of
 from quantkit.graph.trace import Trace
 from quantkit.kernels.reference import QuantizedWeight, quantize
 from quantkit.progress import track
+from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import layer_hessians
 from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
@@ -28,15 +29,21 @@ def round_in_sequence(
     batches: Sequence[Any],
     rounding: str = "auto",
     progress: bool = True,
+    finished: Finished | None = None,
 ) -> dict[str, str]:
-    """Give every layer of ``formats`` (in execution order) its codes; returns how each was rounded."""
-    how = {}
-    for name in track(formats, "quantizing layers", enabled=progress):
-        hessian = None if rounding in WITHOUT_INPUTS else layer_hessians(simulated, trace, [name], batches)[name]
-        model = simulated.model
-        rounded = quantize_weight(weight_of(model, name), [formats[name]], hessian, groups_of(model, name), rounding)
-        simulated.set_weight(name, rounded.weights[formats[name]])
-        how[name] = rounding_note(name, rounded, rounding)
+    """Give every layer of ``formats`` (in execution order) its codes; returns how each was rounded. Layers that are
+    ``finished`` are not rounded again.
+    """
+    kept, model, how = finished or Finished(), simulated.model, {}
+    for name, format in track(formats.items(), "quantizing layers", enabled=progress):
+        found = kept.rounded(name, format)
+        if found is None:
+            hessian = None if rounding in WITHOUT_INPUTS else layer_hessians(simulated, trace, [name], batches)[name]
+            rounded = quantize_weight(weight_of(model, name), [format], hessian, groups_of(model, name), rounding)
+            found = rounded.weights[format], rounding_note(name, rounded, rounding)
+            kept.keep_rounded(name, *found)
+        simulated.set_weight(name, found[0])
+        how[name] = found[1]
     return how
 
 

@@ -15,6 +15,7 @@ from quantkit.graph.layers import groups_of, weight_of
 from quantkit.kernels.reference import QuantizedWeight
 from quantkit.progress import track
 from quantkit.quantizers.activation_ranges import RANGES, Extremes, Histogram
+from quantkit.quantizers.kept import arrays_of, weight_of_arrays
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import in_memory_bound, layer_hessians, site_histograms
 from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
@@ -58,8 +59,7 @@ Codes = dict[WeightFormat, QuantizedWeight]
 def _keep(artefacts: Artefacts, layer: str, weights: Codes, note: str) -> None:
     arrays: dict[str, np.ndarray] = {}
     for format, weight in weights.items():
-        parts = {"codes": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
-        arrays |= {f"{format} {part}": tensor.numpy() for part, tensor in parts.items() if tensor is not None}
+        arrays |= arrays_of(weight, str(format))
     artefacts.keep(f"rounding: layer {layer}", list(map(str, weights)), arrays, note)
 
 
@@ -67,12 +67,7 @@ def _find(artefacts: Artefacts, layer: str, formats: Sequence[WeightFormat]) -> 
     kept = artefacts.find(f"rounding: layer {layer}", list(map(str, formats)))
     if kept is None:
         return None
-    arrays = {name: torch.from_numpy(array) for name, array in kept[0].items()}
-    weights = {
-        f: QuantizedWeight(arrays[f"{f} codes"], arrays[f"{f} scale"], arrays.get(f"{f} zero_point"), f)
-        for f in formats
-    }
-    return weights, kept[1]
+    return {f: weight_of_arrays(kept[0], str(f), f) for f in formats}, kept[1]
 
 
 def site_perturbations(

@@ -13,7 +13,8 @@ from quantkit.errors import InvalidRequest
 from quantkit.graph.segments import whole
 from quantkit.graph.tape import record
 from quantkit.pipeline import reconstruct
-from quantkit.quantizers.corrections import Kept, match_outputs, output_spread
+from quantkit.quantizers.corrections import match_outputs, output_spread
+from quantkit.quantizers.kept import Kept
 from quantkit.quantizers.learning import Schedule
 from quantkit.quantizers.playback import Playback
 from quantkit.quantizers.sequence import round_in_sequence

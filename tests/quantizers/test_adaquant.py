@@ -153,7 +153,7 @@ def test_it_learns_what_gradients_written_out_by_hand_do(text: str) -> None:
     for step, drawn in enumerate(shuffled(64, 64, 12, torch.Generator().manual_seed(5))):
         twin.learn(x[drawn].double().numpy(), wanted[drawn].double().numpy(), step)
     generator = torch.Generator().manual_seed(5)
-    assert learn_layer(case.playback, case.teacher, "0", [task], {"input"}, schedule, generator).helped
+    assert learn_layer(case.playback, case.teacher, "0", lambda: [task], {"input"}, schedule, generator).helped
     found, now, site = simulated.weights["0"], twin.numbers(), simulated.ranges["input"]
     assert np.array_equal(found.codes.numpy(), now["codes"])
     assert (

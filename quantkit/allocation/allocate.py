@@ -71,7 +71,7 @@ def allocate(
         "target": profile.target,
         **costs_of_execution(plan, profile, limits),
     }
-    return Plan(**{**vars(plan), "provenance": provenance})
+    return replace(plan, provenance=provenance | plan.provenance)
 
 
 def _asked(
@@ -118,6 +118,7 @@ def plan_of(profile: Profile, asked: Question, assignment: Assignment) -> Plan:
         average_bits=average_bits(profile.layers, size),
         predicted_damage=profile.predict(chosen, sites),
         why=reasons(profile, asked, assignment),
+        provenance={key: value for key, value in profile.provenance.items() if key == "first_last"},
     )
 
 

@@ -41,7 +41,7 @@ def pareto(
     for point in pareto_front(asked.problem):
         plan = plan_of(profile, asked, point.assignment)
         provenance = {"front": limit, "profile": profile.digest(), "target": profile.target}
-        plans.append(replace(plan, provenance=provenance))
+        plans.append(replace(plan, provenance=provenance | plan.provenance))
     return tuple(plans)
 
 

@@ -20,7 +20,20 @@ def reasons(profile: Profile, asked: Question, assignment: Assignment) -> dict[s
     why = {name: f"float: {layer.reason}" for name, layer in profile.layers.items() if layer.reason}
     for name in asked.layers:
         why[name] = _sentence(profile, asked, assignment, group_of.get(name, (name,)))
-    return {name: why[name] for name in profile.layers if name in why}
+    return {name: why[name] + _position(profile, name) for name in profile.layers if name in why}
+
+
+def _position(profile: Profile, name: str) -> str:
+    """What is said of a first or last layer; nothing of others, and where nobody knows."""
+    known = profile.provenance.get("first_last", {})
+    position = " and ".join(end for end in ("first", "last") if name in known.get(end, ()))
+    if not position:
+        return ""
+    policy = known["policy"]
+    said = "treated as all others" if policy == "same" else f"{policy} by first_last"
+    said = "stays float" if profile.layers[name].reason else said
+    said = f"a rule decides, not first_last={policy!r}" if name in known["by_rule"] else said
+    return f"; {position} layer: {said}"
 
 
 def _sentence(profile: Profile, asked: Question, assignment: Assignment, group: tuple[str, ...]) -> str:

@@ -18,6 +18,7 @@ from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.packing import packed_weight_bytes
 from quantkit.kernels.reference import SiteRange
 from quantkit.pipeline.craft import Ways, Workbench, holds_probabilities
+from quantkit.pipeline.first_last import ends_of
 from quantkit.pipeline.inputs import Inputs, require_accepted
 from quantkit.pipeline.metric import Evaluate, metric_of, require_metric
 from quantkit.pipeline.request import DEFAULT_TARGET, TargetName, identity_of
@@ -31,6 +32,7 @@ from quantkit.store import Artefacts, require_writable
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, leave_float, without_sites
 
+AS_GIVEN = "as given"  # the policy on first and last layers in a plan that comes as a mapping
 _ANY_WEIGHT = WeightFormat("8")
 
 
@@ -225,6 +227,7 @@ def _recounted(
         size_bytes=size,
         total_bytes=size + ready.other_bytes,
         average_bits=average_bits(ready.layers, size),
+        provenance={"first_last": {"policy": AS_GIVEN, **ends_of(ready.trace)}} | plan.provenance,
     )
 
 

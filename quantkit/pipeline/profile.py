@@ -36,6 +36,7 @@ def profile(
     loss: str = "auto",
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
+    first_last: str = "same",
     sensitivity: str = "auto",
     rounding: str = "auto",
     ranges: str = "mse",
@@ -48,7 +49,9 @@ def profile(
     ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
     it. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
     then lets the model be traced, which folds BatchNorm and counts operations. ``schemes``: candidate schemes, default
-    the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``loss``: "kl", "mse" or "auto".
+    the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``first_last``: "8 bits" gives
+    layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
+    "same" they are as all others; either way the plan says so. ``loss``: "kl", "mse" or "auto".
     With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
     changed; until it is complete, every finished layer is, so that a run that was killed resumes. Raises
     InvalidRequest before any measuring when the request cannot be carried out.
@@ -57,7 +60,8 @@ def profile(
         require_writable(workdir)
     request = make_ready(
         model, calibration, example_inputs=example_inputs, schemes=schemes, samples=samples, loss=loss,
-        target=target, rules=rules, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
+        target=target, rules=rules, first_last=first_last, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
+        seed=seed,
     )  # fmt: skip
     return measure(request, progress, workdir)
 

@@ -37,6 +37,7 @@ def quantize(
     evaluate: Evaluate | None = None,
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
+    first_last: str = "same",
     sensitivity: str = "auto",
     solver: str = "auto",
     effort: str = "fast",
@@ -62,13 +63,11 @@ def quantize(
     cannot be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
     """
     limit = _checked(budget, solver, effort, evaluate, workdir, inplace)
-    how: dict[str, Any] = {
-        "reconstruction": reconstruction, "correction": correction or "none", "reparameterization": reparameterization,
-    }  # fmt: skip
-    require_choices(**how)
+    how = _ways(reconstruction, correction or "none", reparameterization)
     request = make_ready(
         model, calibration, example_inputs=example_inputs, schemes=schemes, samples=samples, loss=loss,
-        target=target, rules=rules, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
+        target=target, rules=rules, first_last=first_last, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
+        seed=seed,
     )  # fmt: skip
     request.inputs.require_none(effort=effort, **how)
     finish = partial(
@@ -76,6 +75,13 @@ def quantize(
         rounding=rounding, ranges=ranges, seed=seed, progress=progress, workdir=workdir, inplace=inplace, **how,
     )  # fmt: skip
     return _carried_out(request, limit, evaluate, finish, solver, effort, progress, workdir)
+
+
+def _ways(reconstruction: str, correction: str, reparameterization: str) -> dict[str, Any]:
+    """How the plan is to be met beside what the profile depends on too, checked."""
+    how = {"reconstruction": reconstruction, "correction": correction, "reparameterization": reparameterization}
+    require_choices(**how)
+    return how
 
 
 def _carried_out(

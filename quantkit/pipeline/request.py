@@ -15,6 +15,7 @@ from quantkit.formats import ActivationFormat, Scheme
 from quantkit.graph.batches import Batch, digest_batches, digest_model
 from quantkit.graph.flow import operations_of
 from quantkit.graph.trace import Trace
+from quantkit.pipeline.first_last import FIRST_LAST, SAME, policy_record, with_policy
 from quantkit.pipeline.inputs import Inputs, require_accepted, tell_what_is_missing
 from quantkit.pipeline.reparameterize import REPARAMETERIZATIONS
 from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
@@ -40,6 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "correction": CORRECTIONS,
     "reparameterization": REPARAMETERIZATIONS,
     "loss": ("auto", *LOSSES),
+    "first_last": FIRST_LAST,
 }
 
 
@@ -114,6 +116,7 @@ def make_ready(
     loss: str = "auto",
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
+    first_last: str = SAME,
     sensitivity: str = "auto",
     rounding: str = "auto",
     ranges: str = "mse",
@@ -122,7 +125,7 @@ def make_ready(
     """Check a request and prepare the model. Raises InvalidRequest, cheapest checks first."""
     goal = Target.load(target)
     asked = {"sensitivity": sensitivity, "rounding": rounding, "ranges": ranges, "loss": loss}
-    require_choices(**asked)
+    require_choices(first_last=first_last, **asked)
     require_additive(sensitivity)
     wanted = parse_schemes(schemes, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
@@ -131,11 +134,13 @@ def make_ready(
     asked |= {"sensitivity": inputs.sensitivity(sensitivity), "rounding": inputs.rounding(rounding)}
     ready = inputs.prepared(model, goal)
     require_accepted(ready.model, inputs.batches)
-    ready, allowed = _with_candidates(ready, inputs, wanted, rules, goal)
+    every_rule = with_policy(first_last, ready, wanted, rules)
+    ready, allowed = _with_candidates(ready, inputs, wanted, every_rule, goal)
     require_own_table(goal, ready)
     settings: dict[str, Any] = {
         "schemes": [str(s) for s in wanted],
         "rules": repr(rules),
+        "first_last": policy_record(first_last, ready.trace, allowed, rules),
         "target": digest_of(asdict(replace(goal, latency=None))),
         "seed": seed,
         **identity_of(model, inputs, ready.trace),

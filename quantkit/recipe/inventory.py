@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantkit.allocation.registry import SOLVERS
+from quantkit.pipeline.first_last import FIRST_LAST
 from quantkit.pipeline.operating_point import EFFORTS
 from quantkit.pipeline.reparameterize import REPARAMETERIZATIONS
 from quantkit.quantizers.activation_ranges import RANGES
@@ -31,6 +32,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("rankings", [name for name in ESTIMATORS if name in RANKINGS]),
         ("solver", SOLVERS),
         ("effort", EFFORTS),
+        ("first_last", FIRST_LAST),
         ("rounding", ROUNDINGS),
         ("ranges", RANGES),
         ("reconstruction", RECONSTRUCTIONS),

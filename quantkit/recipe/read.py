@@ -39,6 +39,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "budget": (str, dict),
     "schemes": _LIST,
     "rules": (dict, list),
+    "first_last": _TEXT,
     "samples": _NUMBER,
     "loss": _TEXT,
     "target": _TEXT,

@@ -46,7 +46,7 @@ def candidate_schemes(
     """
     default = parse_schemes(schemes, target)
     allowed = dict.fromkeys(layers, default)
-    for pattern, value in _pairs(rules):
+    for pattern, value in rule_pairs(rules):
         matched = [name for name in layers if fnmatchcase(name, pattern)]
         if not matched:
             raise InvalidRequest(
@@ -62,7 +62,8 @@ def candidate_schemes(
     return allowed
 
 
-def _pairs(rules: Rules | None) -> list[tuple[str, Wanted]]:
+def rule_pairs(rules: Rules | None) -> list[tuple[str, Wanted]]:
+    """Rules as (pattern, scheme or schemes); raises InvalidRequest for what is none."""
     if rules is None:
         return []
     if isinstance(rules, str) or not isinstance(rules, Mapping | Sequence):

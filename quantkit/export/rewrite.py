@@ -17,6 +17,7 @@ from quantkit.export.moves import move_codes
 from quantkit.export.weights import LARGEST_UNPACKED, add_functions, is_in_planes, midpoint, stored_codes
 from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.token_codes import SMALLEST_STEP, TokenRange
 from quantkit.quantizers.simulate import SimulatedModel
 
 BYTE = 8  # bits of a code as kernels read it
@@ -125,6 +126,9 @@ class _Writer:
 
     def quantize_site(self, name: str, mark: ir.Node) -> None:
         site = self.simulated.ranges[name]
+        if isinstance(site, TokenRange):
+            self.editor.replace(mark, self._tokens(name, mark, site))
+            return
         if isinstance(site, LogRange):
             self.editor.replace(mark, self._log_codes(name, mark, site))
             return
@@ -136,6 +140,22 @@ class _Writer:
             codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
         self._dequantize_for_float_layers(name, mark, codes, site)
         self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
+
+    def _tokens(self, name: str, mark: ir.Node, site: TokenRange) -> ir.Value:
+        """Tokens on the grids of scales that are found as they come, in float: runtimes on the CPU quantize whole
+        tensors as they come, or nothing.
+        """
+        value = mark.inputs[0]
+        last = self.editor.initializer("last", np.array([-1], np.int64))
+        top = self.editor.initializer(f"{name}.highest", np.array(site.high, np.float32))
+        least = self.editor.initializer("smallest_step", np.array(SMALLEST_STEP, np.float32))
+        largest = self.editor.node(mark, "Abs", [value], name)
+        largest = self.editor.node(mark, "ReduceMax", [largest, last], name, keepdims=1)
+        scale = self.editor.node(mark, "Div", [largest, top], name)
+        scale = self.editor.node(mark, "Max", [scale, least], name)
+        codes = self.editor.node(mark, "Div", [value, scale], name)
+        codes = self.editor.node(mark, "Round", [codes], name)
+        return self.editor.node(mark, "Mul", [codes, scale], name)
 
     def _log_codes(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
         """Logarithmic codes by operators that every runtime has, and their values looked up in a table."""
@@ -204,11 +224,12 @@ class _Writer:
         return self.weights[key]
 
     def _input_site(self, call: ir.Node) -> str | None:
-        """The site whose codes a layer's call reads; None where its input stays float."""
+        """The site whose codes a layer's call reads; None where its input is float, as tokens on a grid are."""
         made = call.inputs[0].producer() if call.inputs[0] is not None else None
         if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
             return None
-        return made.attributes["name"].as_string()
+        name = made.attributes["name"].as_string()
+        return None if isinstance(self.simulated.ranges[name], TokenRange) else name
 
     def _has_integer_bias(self, name: str, call: ir.Node) -> bool:
         """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one
@@ -226,7 +247,9 @@ class _Writer:
             bias = call.inputs[_BIAS]
             assert bias is not None and bias.const_value is not None
             self.editor.set_aside(bias)
-            step = self.simulated.ranges[site].scale * self.simulated.weights[name].scale.reshape(-1)
+            found = self.simulated.ranges[site]
+            assert isinstance(found, SiteRange), "layers read codes of no other kind"
+            step = found.scale * self.simulated.weights[name].scale.reshape(-1)
             codes = torch.round(torch.from_numpy(bias.const_value.numpy()) / step)
             codes = codes.double().clamp(_INT32.min, _INT32.max).to(torch.int32)
             stored = self.editor.initializer(f"{name}.bias", codes.numpy())

@@ -8,7 +8,8 @@ tensor of the model's state under its own name. Its header has one entry, ``quan
 - ``layers``: layer name -> weight format and shape;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
 - ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
-- ``ranges``: site name -> scale, zero point, bits; without a zero point for logarithmic codes.
+- ``ranges``: site name -> scale, zero point, bits; without a zero point for logarithmic codes, bits alone for scales
+  that are found token by token.
 
 Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
 """
@@ -32,9 +33,9 @@ from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.sites import Site
-from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.packed_weight import PackedWeight, pack_weight, unpack_weight
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import range_of
 from quantkit.plan import Plan, canonical_json
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.store import write_atomically
@@ -91,7 +92,7 @@ def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, P
         raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
     _load_state(own, weights, tensors)
     sites = [_site(record) for record in header["sites"]]
-    ranges = {name: _range(record) for name, record in header["ranges"].items()}
+    ranges = {name: range_of(record) for name, record in header["ranges"].items()}
     return SimulatedModel(own, sites, weights, ranges), plan, folds
 
 
@@ -162,10 +163,6 @@ def _load_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], tensor
                 "weights: this is not the model that was saved."
             )
     model.load_state_dict(dict(tensors), strict=False)
-
-
-def _range(record: Mapping[str, Any]) -> SiteRange | LogRange:
-    return SiteRange(**record) if "zero_point" in record else LogRange(**record)
 
 
 def _site(record: Mapping[str, Any]) -> Site:

@@ -158,6 +158,25 @@ def change_inputs(
     return map_tensors(own_inputs(args, ordered), INPUT, change)
 
 
+READ = -1  # in a place, instead of the number of an output: what the call reads
+
+
+def read_place(key: OpKey) -> OpKey:
+    """The place of the tensor that a call reads first, as this call alone sees it."""
+    return replace(key, output=READ)
+
+
+def change_read(
+    key: OpKey, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[OpKey, Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply ``change`` to the tensor that a call reads first."""
+    if args and isinstance(args[0], Tensor):
+        return (change(read_place(key), args[0]), *args[1:]), kwargs
+    if isinstance(kwargs.get("input"), Tensor):
+        return args, kwargs | {"input": change(read_place(key), kwargs["input"])}
+    return args, kwargs
+
+
 def own_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of a model's inputs: one that works in place must not change the caller's data."""
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from quantkit.graph.intercept import INPUT, OpKey
+from quantkit.graph.intercept import INPUT, OpKey, read_place
 from quantkit.graph.trace import Op, Trace
 from quantkit.targets import Target
 
@@ -131,6 +131,20 @@ def _names(model: nn.Module, trace: Trace, places: Iterable[OpKey]) -> dict[OpKe
         named = place.scope in leaves - taken and place == OpKey(place.scope, last[place.scope])
         names.setdefault(place, place.scope if named else str(place))
     return names
+
+
+def token_sites(trace: Trace, layers: Iterable[str]) -> tuple[Site, ...]:
+    """A site for what every call of ``layers`` reads, in execution order: quantized by that call as it comes, so that
+    whoever else reads the same tensor gets it as it was made.
+    """
+    order = {op.key: i for i, op in enumerate(trace.ops)}
+    found = []
+    for name in layers:
+        for i, call in enumerate(trace.calls[name]):
+            label = f"{name}/input.{i}" if i else f"{name}/input"
+            site = Site(label, read_place(call.key), consumers=(name,), shape=trace.shape[call.input][1:])
+            found.append((order[call.key], site))
+    return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
 def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable[str]) -> tuple[Site, ...]:

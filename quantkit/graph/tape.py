@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from quantkit.graph.batches import Batch
-from quantkit.graph.intercept import INPUT, OpKey, change_inputs, intercept, map_tensors, own_inputs, tensors_of
+from quantkit.graph.intercept import (
+    INPUT,
+    OpKey,
+    change_inputs,
+    intercept,
+    map_tensors,
+    own_inputs,
+    read_place,
+    tensors_of,
+)
 
 Change = Callable[[OpKey, Tensor], Tensor]
 _WRITES = ("setitem",)  # what changes a tensor and returns nothing
@@ -94,15 +103,18 @@ class Tape:
     ) -> list[Tensor]:
         """Run the steps of ``span`` (default all) from these values; returns the values of the numbers ``wanted``.
 
-        ``state`` has the parameters by name; ``change(place, tensor)`` is applied to what every step makes. A value is
-        dropped after its last use.
+        ``state`` has the parameters by name; ``change(place, tensor)`` is applied to what every step makes and to what
+        it reads first. A value is dropped after its last use.
         """
         start, stop = span or (0, len(self.steps))
         kept = dict(values)
         last = self.last_uses(start, stop)
         for i in range(start, stop):
             step = self.steps[i]
-            args, kwargs = step.arguments({number: self._value(number, kept, state) for number in step.reads})
+            found = {number: self._value(number, kept, state) for number in step.reads}
+            if change is not None and step.reads:
+                found[step.reads[0]] = change(read_place(step.key), found[step.reads[0]])
+            args, kwargs = step.arguments(found)
             made = step.func(*args, **kwargs)
             if change is not None:
                 made = map_tensors(made, step.key, change)

@@ -22,7 +22,7 @@ from quantkit.allocation.front import pareto
 from quantkit.budget import Budget
 from quantkit.errors import AccuracyNotMet, InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.reference import QuantizedWeight
 from quantkit.pipeline.metric import Evaluate, outcome_of
 from quantkit.pipeline.profile import Bench
 from quantkit.pipeline.request import Request
@@ -187,5 +187,5 @@ def _simulated(request: Request, bench: Bench, profile: Profile, plan: Plan) -> 
     """A copy of the model with the plan's formats, in the codes and ranges the profile was measured with."""
     chosen = [bench.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
     weights = {p.owner: p.change for p in chosen if isinstance(p.change, QuantizedWeight)}
-    ranges = {p.owner: p.change for p in chosen if isinstance(p.change, SiteRange)}
+    ranges = {p.owner: p.change for p in chosen if not isinstance(p.change, QuantizedWeight)}
     return SimulatedModel(copy.deepcopy(request.ready.model), request.ready.sites, weights, ranges)

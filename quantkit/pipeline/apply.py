@@ -16,7 +16,7 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.graph.batches import Batch
 from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.packing import packed_weight_bytes
-from quantkit.kernels.reference import SiteRange
+from quantkit.kernels.token_codes import AnyRange
 from quantkit.pipeline.craft import Ways, Workbench, holds_probabilities
 from quantkit.pipeline.first_last import ends_of
 from quantkit.pipeline.inputs import Inputs, require_accepted
@@ -30,7 +30,8 @@ from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.store import Artefacts, require_writable
 from quantkit.targets import Target
-from quantkit.transforms.prepare import Prepared, leave_float, without_sites
+from quantkit.targets.rules import require_kinds
+from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
 
 AS_GIVEN = "as given"  # the policy on first and last layers in a plan that comes as a mapping
 _ANY_WEIGHT = WeightFormat("8")
@@ -85,7 +86,7 @@ def apply(
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     ways, batches = ways.with_inputs(inputs, decided.schemes.values()), inputs.batches
     every = inputs.prepared(model, goal)
-    kept_float = _kept_float(every, decided, batches)
+    kept_float = _kept_float(every, decided, batches, goal)
     ready = _coded(leave_float(every, goal, kept_float), decided)
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
@@ -119,9 +120,8 @@ def _metric(name: str, evaluate: Evaluate | None, model: nn.Module) -> dict[str,
 
 
 def _coded(ready: Prepared, plan: Plan) -> Prepared:
-    """Without sites where the plan quantizes weights alone."""
-    coded = any(scheme.activation is not None for scheme in plan.schemes.values())
-    return ready if coded else without_sites(ready)
+    """With the sites that the plan's activations need."""
+    return with_sites_of(ready, plan.schemes.values())
 
 
 def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
@@ -146,7 +146,7 @@ def _check_request(
         raise InvalidRequest("The plan quantizes no layer: every scheme in it is 'float'.")
 
 
-def _kept_float(every: Prepared, plan: Plan, batches: list[Batch]) -> list[str]:
+def _kept_float(every: Prepared, plan: Plan, batches: list[Batch], target: Target) -> list[str]:
     """The layers that the plan leaves float, after checking that the plan fits the model."""
     require_accepted(every.model, batches)
     for name, scheme in plan.schemes.items():
@@ -157,8 +157,9 @@ def _kept_float(every: Prepared, plan: Plan, batches: list[Batch]) -> list[str]:
             raise InvalidRequest(f"The plan gives layer {name!r} {scheme}, but {every.layers[name].reason}.")
         if scheme.weight is not None:
             check_group(name, scheme.weight, every.layers[name].shape)
+    require_kinds(every.layers, {name: [scheme] for name, scheme in plan.schemes.items()}, target)
     _check_size(plan, every)
-    known = [site.name for site in every.sites]
+    known = [site.name for site in (*every.sites, *_coded(every, plan).sites)]
     for name in plan.sites:
         if name not in known:
             hint = did_you_mean(name, known)
@@ -231,7 +232,7 @@ def _recounted(
     )
 
 
-def _found_format(found: SiteRange | LogRange | None, asked: ActivationFormat) -> str:
+def _found_format(found: AnyRange | None, asked: ActivationFormat) -> str:
     """The format a site got: probabilities may have got logarithmic codes."""
     return f"alog{found.bits}" if isinstance(found, LogRange) else str(asked)
 

@@ -14,6 +14,7 @@ from quantkit.graph.batches import Batch, batch_size
 from quantkit.graph.sites import Site
 from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.reference import SiteRange
+from quantkit.kernels.token_codes import AnyRange, TokenRange
 from quantkit.pipeline.inputs import Inputs
 from quantkit.pipeline.reconstruct import (
     ADAQUANT,
@@ -150,8 +151,9 @@ class Workbench:
         notice(str(memory))
         return {"working_bytes": memory.peak_bytes}
 
-    def _site_ranges(self, progress: bool) -> dict[str, SiteRange | LogRange]:
-        ranges: dict[str, SiteRange | LogRange] = {**self.rewritten.ranges}
+    def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
+        ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
+        ranges |= {name: TokenRange(asked.bits) for name, asked in self.sites.items() if asked.dynamic}
         others = [site for site in self.ready.sites if site.name not in ranges]
         histograms = site_histograms(self.ready.model, others, self.batches, progress)
         return ranges | {site.name: self._range_of(site, histograms[site.name]) for site in others if histograms}

@@ -44,7 +44,8 @@ def with_policy(
     ends = {name for name in ends if not _ruled(name, asked)}
     widest = max(quantized, key=lambda scheme: scheme.activation.bits if scheme.activation else 0).activation
     eight = None if widest is None else replace(widest, fmt="8")
-    beside = {reader for site in ready.sites if ends & set(site.consumers) for reader in site.consumers} - ends
+    shared = [] if eight is None or eight.dynamic else [site for site in ready.sites if ends & set(site.consumers)]
+    beside = {reader for site in shared for reader in site.consumers} - ends
     own: list[tuple[str, Wanted]] = [(glob.escape(name), [Scheme(WeightFormat("8"), eight)]) for name in sorted(ends)]
     own += [(glob.escape(name), [s.with_activation(eight) for s in quantized]) for name in sorted(beside)]
     return own + asked

@@ -73,16 +73,39 @@ class Inputs:
         """
         quantized = [scheme for scheme in schemes if not scheme.is_float]
         coded = [scheme for scheme in quantized if scheme.activation is not None]
-        if coded and not self.batches:
+        dynamic = [scheme for scheme in coded if scheme.activation is not None and scheme.activation.dynamic]
+        if 0 < len(dynamic) < len(coded):
+            static = next(scheme for scheme in coded if scheme not in dynamic)
             raise InvalidRequest(
-                f"{coded[0]} quantizes activations, and without data nothing is known of their ranges. {_PASS}; or "
-                f"ask for weights only, as in schemes=['{coded[0].weight}']."
+                f"{static} beside {dynamic[0]}: ranges known before in some layers and found token by token in others "
+                f"are not supported yet. Use {static.weight}{dynamic[0].activation}, or static activations everywhere."
             )
+        if coded and not self.batches:
+            self._require_no_ranges(coded)
         if coded and len(coded) < len(quantized):
             alone = next(scheme for scheme in quantized if scheme.activation is None)
             raise InvalidRequest(
                 f"{alone} beside {coded[0]}: weights alone in some layers and activations too in others is not "
                 f"supported yet. Use {alone}{coded[0].activation}, or leave activations out everywhere."
+            )
+
+    def _require_no_ranges(self, coded: Sequence[Scheme]) -> None:
+        """Raise InvalidRequest for activations that cannot be quantized, or chosen, without data."""
+        formats = list(dict.fromkeys(scheme.activation for scheme in coded if scheme.activation is not None))
+        if not formats[0].dynamic:
+            raise InvalidRequest(
+                f"{coded[0]} quantizes activations, and without data nothing is known of their ranges. {_PASS}; or "
+                f"ask for weights only, as in schemes=['{coded[0].weight}']."
+            )
+        if self.example is None:
+            raise InvalidRequest(
+                f"{coded[0]} quantizes what layers read, and without any input nobody knows where they read it: pass "
+                "example_inputs=, one batch of model inputs."
+            )
+        if len(formats) > 1:
+            raise InvalidRequest(
+                f"{formats[0]} and {formats[1]}: without data nothing tells what activations of fewer bits would do. "
+                f"{_PASS}; or use one activation format in all schemes."
             )
 
     def rounding(self, asked: str) -> str:
@@ -134,9 +157,10 @@ def _form_of(batch: Batch) -> str:
     return f"{structure} {forms}"
 
 
-def tell_what_is_missing(inputs: Inputs) -> None:
+def tell_what_is_missing(inputs: Inputs, offered: Iterable[Scheme]) -> None:
     """A notice on what a request without data, or without an example, does not know."""
     if inputs.batches:
         return
+    only = "widths of weights" if any(scheme.activation is not None for scheme in offered) else "weights only"
     traced = "" if inputs.example is not None else "; without example_inputs no BatchNorm is folded either"
-    notice(f"no calibration data: weights only, by the error of the weights{traced}")
+    notice(f"no calibration data: {only}, by the error of the weights{traced}")

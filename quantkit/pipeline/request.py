@@ -26,8 +26,8 @@ from quantkit.quantizers.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, require_additive
 from quantkit.sensitivity.measure import LOSSES, Scores
 from quantkit.targets import Target
-from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes, weights_only
-from quantkit.transforms.prepare import Prepared, leave_float, without_sites
+from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes, require_kinds, weights_only
+from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
 from quantkit.version import VERSION
 
 DEFAULT_TARGET = "onnxruntime-cpu"
@@ -154,15 +154,14 @@ def _with_candidates(
 ) -> tuple[Prepared, dict[str, tuple[Scheme, ...]]]:
     """The model with what its candidates leave float left float, and the candidates of every layer."""
     allowed = candidate_schemes({n: ready.layers[n].shape for n in ready.quantizable}, wanted, rules, target)
+    require_kinds(ready.layers, allowed, target)
     offered = [scheme for options in allowed.values() for scheme in options]
     inputs.require_schemes(offered)
-    tell_what_is_missing(inputs)
+    tell_what_is_missing(inputs, offered)
     always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
     if always_float:
         ready = leave_float(ready, target, always_float)
-    if all(scheme.activation is None for scheme in offered):
-        ready = without_sites(ready)
-    return ready, allowed
+    return with_sites_of(ready, offered), allowed
 
 
 def require_own_table(target: Target, ready: Prepared) -> None:

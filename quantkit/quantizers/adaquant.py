@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.graph.intercept import OpKey
+from quantkit.graph.intercept import OpKey, read_place
 from quantkit.graph.layers import bias_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.sites import root_of
@@ -91,6 +91,7 @@ def calls_of(playback: Playback, trace: Trace, block: Segment, name: str) -> Ite
         fused = i + 1 < block.stop and _is_activation_of(tape, i)
         last = tape.steps[i + 1] if fused else step
         place = trace.producer.get(root_of(trace, calls[step.key].input))
+        place = own if (own := read_place(step.key)) in playback.sites else place
         site = None if place is None else playback.sites.get(place)
         yield LayerCall(i, i + 2 if fused else i + 1, step.reads[0], last.makes[0], site, place)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.graph.layers import bias_of
-from quantkit.kernels.log_codes import LogRange
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import AnyRange, range_of
 from quantkit.quantizers.learning import Learned
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.store import Artefacts
@@ -44,7 +44,7 @@ class Kept:
 
     weights: Mapping[str, QuantizedWeight]
     biases: Mapping[str, Tensor]
-    ranges: Mapping[str, SiteRange | LogRange]
+    ranges: Mapping[str, AnyRange]
 
     @classmethod
     def of(cls, model: SimulatedModel, layers: Iterable[str] | None = None) -> Kept:
@@ -98,7 +98,7 @@ class Finished:
         arrays, note = kept[0], json.loads(kept[1])
         weights = {name: weight_of_arrays(arrays, name, model.weights[name].format) for name in names}
         biases = {name: torch.from_numpy(arrays[f"{name} bias"]) for name in names if f"{name} bias" in arrays}
-        ranges = {s: SiteRange(**r) if "zero_point" in r else LogRange(**r) for s, r in note["ranges"].items()}
+        ranges = {site: range_of(record) for site, record in note["ranges"].items()}
         Kept(weights, biases, ranges).put_back(model)
         if generator is not None:
             generator.set_state(torch.from_numpy(arrays[_GENERATOR]))

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from quantkit.errors import InvalidRequest
 from quantkit.graph.intercept import OpKey
 from quantkit.graph.layers import bias_of, layer_kind, weight_of
+from quantkit.graph.sites import Site
 from quantkit.kernels.int_conv.layer import IntConv
 from quantkit.kernels.int_linear.layer import IntLinear
 from quantkit.kernels.packed_weight import PackedWeight, dequantize_packed, pack_weight, unpack_weight
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.token_codes import TokenRange
 from quantkit.progress import notice
 from quantkit.quantizers.simulate import SimulatedModel, at_sites, run_with
 
+KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -64,7 +67,12 @@ RealLayer = IntLinear | IntConv | PackedLayer
 
 
 def real_layer(
-    name: str, kind: str | None, weight: QuantizedWeight, bias: Tensor | None, site: SiteRange | None, expand: bool
+    name: str,
+    kind: str | None,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    site: SiteRange | TokenRange | None,
+    expand: bool,
 ) -> RealLayer:
     """The layer that computes with these codes on the input that ``site`` quantizes; where there is no integer kernel
     for it, one that dequantizes, with a notice.
@@ -72,6 +80,10 @@ def real_layer(
     try:
         if site is None:
             raise InvalidRequest("its input has no single quantizer")
+        if isinstance(site, TokenRange):
+            if kind == "linear" and site.bits == KERNEL_BITS:
+                return IntLinear(weight, bias, None, expand)
+            raise InvalidRequest(f"its kernel quantizes tokens to {KERNEL_BITS} bits, not {site.bits}")
         if kind == "linear":
             return IntLinear(weight, bias, site, expand)
         if kind in ("conv1d", "conv2d", "conv3d") and weight.scale.shape[1] == 1 and weight.zero_point is None:
@@ -106,11 +118,19 @@ class RealModel(nn.Module):
         }
         self.eval()
 
-    def _input_of(self, name: str) -> SiteRange | None:
-        """The one quantizer of a layer's input, None where it has several or none."""
-        read = [site.name for site in self.sites if name in site.consumers]
-        found = self.ranges.get(read[0]) if len(read) == 1 else None
-        return found if isinstance(found, SiteRange) else None
+    def _input_of(self, name: str) -> SiteRange | TokenRange | None:
+        """The one quantizer of a layer's input, None where it has several or none; tokens know no calls."""
+        read = [self.ranges.get(site.name) for site in self.sites if name in site.consumers]
+        first = read[0] if read else None
+        if isinstance(first, TokenRange) and set(read) == {first}:
+            return first
+        return first if isinstance(first, SiteRange) and len(read) == 1 else None
+
+    def _is_quantized(self, site: Site) -> bool:
+        """Whether a site is quantized where it is: tokens of integer layers are, by their kernels."""
+        found = self.ranges.get(site.name)
+        inside = isinstance(found, TokenRange) and isinstance(self.layers[site.consumers[0]], IntLinear)
+        return found is not None and not inside
 
     @property
     def weights(self) -> Mapping[str, QuantizedWeight]:
@@ -136,7 +156,7 @@ class RealModel(nn.Module):
         return SimulatedModel(own, self.sites, self.weights, self.ranges).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        quantized = [site for site in self.sites if site.name in self.ranges]
+        quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         with torch.no_grad():
             return run_with(self.model, change, args, kwargs, call=self._call)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.graph.intercept import read_place
 from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.tape import Step
@@ -117,4 +118,5 @@ def _columns(
     playback: Playback, before: Segment, step: Step, part: Values, kind: str, count: int, draws: torch.Generator
 ) -> Tensor:
     found = dict(zip(step.reads, playback.inside(part, before, step.reads), strict=True))
+    found[step.reads[0]] = playback.quantize(read_place(step.key), found[step.reads[0]])
     return input_columns(kind, *step.arguments(found), count, draws)

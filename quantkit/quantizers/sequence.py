@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.formats import WeightFormat
 from quantkit.graph.layers import bias_of, groups_of, weight_of
 from quantkit.graph.trace import Trace
-from quantkit.kernels.reference import QuantizedWeight, quantize
+from quantkit.kernels.reference import QuantizedWeight, SiteRange, quantize
 from quantkit.progress import track
 from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.simulate import SimulatedModel
@@ -50,15 +50,16 @@ def round_in_sequence(
 def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]]) -> None:
     """Put biases on the grid an integer kernel adds them on: multiples of input scale x weight scale, in 32 bits.
 
-    ``inputs`` are the sites each layer reads; a layer reading several has no single grid and keeps its bias, whose
-    rounding is then left to the runtime. Channels whose weights are so small that the bias does not fit, as a vanished
-    BatchNorm gain leaves them, get a coarser weight scale.
+    ``inputs`` are the sites each layer reads; a layer reading several, or one with a scale for each token, has no
+    single grid and keeps its bias, whose rounding is then left to the runtime. Channels whose weights are so small
+    that the bias does not fit, as a vanished BatchNorm gain leaves them, get a coarser weight scale.
     """
     for name, weight in list(simulated.weights.items()):
         bias = bias_of(simulated.model, name)
-        if bias is None or len(inputs[name]) != 1 or weight.scale.shape[1] != 1:
+        site = simulated.ranges.get(inputs[name][0]) if len(inputs[name]) == 1 else None
+        if bias is None or not isinstance(site, SiteRange) or weight.scale.shape[1] != 1:
             continue
-        input_scale = simulated.ranges[inputs[name][0]].scale
+        input_scale = site.scale
         with torch.no_grad():
             least = bias.abs().unsqueeze(1) / LARGEST_BIAS / input_scale
             if (weight.scale.abs() < least).any():

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.graph.intercept import Handler, OpKey, change_inputs, intercept, map_tensors
+from quantkit.graph.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
 from quantkit.graph.layers import weight_of
 from quantkit.graph.sites import Site
-from quantkit.kernels.log_codes import LogRange
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import AnyRange
 
 
 def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) -> Callable[[OpKey, Tensor], Tensor]:
@@ -35,12 +35,14 @@ def run_with(
     before: Callable[[OpKey, Any, Any], None] | None = None,
     call: Handler = lambda key, func, args, kwargs: func(*args, **kwargs),
 ) -> Any:
-    """Run ``model`` with ``change(place, tensor)`` applied to its inputs and to what every torch call inside it makes.
+    """Run ``model`` with ``change(place, tensor)`` applied to its inputs, to what every torch call inside it makes and
+    to what it reads first (``read_place``).
 
     ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out.
     """
 
     def handle(key: OpKey, func: Callable[..., Any], call_args: Any, call_kwargs: Any) -> Any:
+        call_args, call_kwargs = change_read(key, call_args, call_kwargs, change)
         if before is not None:
             before(key, call_args, call_kwargs)
         result = call(key, func, call_args, call_kwargs)
@@ -74,13 +76,13 @@ class SimulatedModel(nn.Module):
         model: nn.Module,
         sites: Iterable[Site],
         weights: Mapping[str, QuantizedWeight],
-        ranges: Mapping[str, SiteRange | LogRange],
+        ranges: Mapping[str, AnyRange],
     ) -> None:
         super().__init__()
         self.model = model
         self.sites = tuple(sites)
         self.weights: dict[str, QuantizedWeight] = {}
-        self.ranges: dict[str, SiteRange | LogRange] = dict(ranges)
+        self.ranges: dict[str, AnyRange] = dict(ranges)
         for name, weight in weights.items():
             self.set_weight(name, weight)
 

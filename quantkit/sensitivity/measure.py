@@ -18,7 +18,8 @@ from quantkit.errors import InvalidRequest
 from quantkit.graph.layers import weight_of
 from quantkit.graph.sites import Site
 from quantkit.graph.trace import run_model
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import AnyRange
 from quantkit.plan import saturated
 from quantkit.quantizers.simulate import at_sites, run_with
 from quantkit.store import Artefacts
@@ -33,12 +34,12 @@ class Perturbation:
 
     owner: str
     format: str
-    change: QuantizedWeight | SiteRange
+    change: QuantizedWeight | AnyRange
 
     @property
     def place(self) -> Place:
         """What is changed: a site may be named as the layer that makes it."""
-        return self.owner, isinstance(self.change, SiteRange)
+        return self.owner, not isinstance(self.change, QuantizedWeight)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def applied(perturbations: Iterable[Perturbation]) -> tuple[Weights, AtSites]:
     """What layers compute with (layer -> weight) and what sites do to their tensors; a later perturbation wins."""
     changes = {p.place: p.change for p in perturbations}
     weights = {owner: c.dequantize() for (owner, _), c in changes.items() if isinstance(c, QuantizedWeight)}
-    at: AtSites = {owner: c.fake_quantize for (owner, _), c in changes.items() if isinstance(c, SiteRange)}
+    at: AtSites = {owner: c.fake_quantize for (owner, _), c in changes.items() if not isinstance(c, QuantizedWeight)}
     return weights, at
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.graph.layers import weight_of
 from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import AnyRange, TokenRange
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Perturbation,
@@ -66,8 +67,12 @@ def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generat
     if isinstance(one.change, QuantizedWeight):
         weights[one.owner] = noisy_weight(weight_of(subject.model, one.owner), one.change, generator)
     else:
-        at[one.owner] = partial(_with_noise, step=one.change.scale, generator=generator)
+        at[one.owner] = partial(_noisy_site, found=one.change, generator=generator)
     return subject.outputs_with(weights, at)
+
+
+def _noisy_site(x: Tensor, found: AnyRange, generator: torch.Generator) -> Tensor:
+    return _with_noise(x, found.scales(x) if isinstance(found, TokenRange) else found.scale, generator)
 
 
 def noisy_weight(weight: Tensor, codes: QuantizedWeight, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.graph.batches import Batch
 from quantkit.graph.layers import groups_of, weight_of
 from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import TokenRange
 from quantkit.progress import track
 from quantkit.quantizers.activation_ranges import RANGES, Extremes, Histogram
 from quantkit.quantizers.kept import arrays_of, weight_of_arrays
@@ -79,9 +80,11 @@ def site_perturbations(
     artefacts: Artefacts | None = None,
 ) -> list[Perturbation]:
     """The range of every site in every format, found on the float network's values: two passes over ``batches`` for
-    all sites together, unless ``artefacts`` has what they found.
+    all sites together, unless ``artefacts`` has what they found. Scales of tokens are found as they come.
     """
     ordered = sorted(formats, key=str)
+    if ordered and ordered[0].dynamic:
+        return [Perturbation(site.name, str(f), TokenRange(f.bits)) for site in ready.sites for f in ordered]
     histograms = _histograms(ready, batches, progress, artefacts or Artefacts()) if ordered else {}
     return [
         Perturbation(name, str(format), RANGES[ranges](histogram, format.bits))

@@ -16,10 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit.graph.layers import layer_kind, weight_of
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
+from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import AnyRange
 from quantkit.sensitivity.measure import AtSites, Perturbation, Place, Subject, applied, swapped_weights
 
-Changes = Mapping[Place, QuantizedWeight | SiteRange]
+Changes = Mapping[Place, QuantizedWeight | AnyRange]
 
 
 def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Tensor]]:
@@ -39,7 +40,7 @@ def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Ite
         alone, tape = replace(subject, batches=[batch]), _Tape(model, layers)
         for k, state in enumerate(states):
             moved = {name: _weight(state, name, own) for name, at_site in changed[k] if not at_site}
-            at: AtSites = {name: c.fake_quantize for (name, _), c in state.items() if isinstance(c, SiteRange)}
+            at: AtSites = {n: c.fake_quantize for (n, _), c in state.items() if not isinstance(c, QuantizedWeight)}
             if k == 0:
                 at |= {name: tape.noting(name, at.get(name, _as_it_is)) for name in {*at, *watched}}
             with swapped_weights(model, weights), tape.playing(changed[k]) if k else tape.recording():

@@ -12,7 +12,7 @@ that does to plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from quantkit.errors import InvalidRequest
 from quantkit.graph.layers import weight_of
 from quantkit.kernels.reference import QuantizedWeight
+from quantkit.kernels.token_codes import TokenRange
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
@@ -33,7 +34,7 @@ def weight_error(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:
     """Mean over output channels of the squared error of a weight relative to its square."""
-    return _scores([channel_error(*_pair(subject, p)) for p in perturbations], "relative error of weights")
+    return _scores(subject, perturbations, channel_error, "relative error of weights")
 
 
 @estimator("weight-error-zd", Cost(lambda work: 0), inputs=False)
@@ -41,11 +42,11 @@ def weight_error_zd(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:
     """The same over the layer's ZD, relative to that of a normal distribution."""
-    found = [
-        channel_error(weight, rounded) * NORMAL_ZD / max(channel_zd(weight), 1 / weight.numel())
-        for weight, rounded in (_pair(subject, p) for p in perturbations)
-    ]
-    return _scores(found, "relative error of weights over ZD")
+
+    def error(weight: Tensor, rounded: Tensor) -> float:
+        return channel_error(weight, rounded) * NORMAL_ZD / max(channel_zd(weight), 1 / weight.numel())
+
+    return _scores(subject, perturbations, error, "relative error of weights over ZD")
 
 
 def channel_error(weight: Tensor, rounded: Tensor) -> float:
@@ -65,15 +66,21 @@ def channel_zd(weight: Tensor) -> float:
     return float((away > deviation)[alive].double().mean()) if alive.any() else NORMAL_ZD
 
 
-def _pair(subject: Subject, perturbation: Perturbation) -> tuple[Tensor, Tensor]:
-    """A layer's weight and what it is rounded to."""
-    if not isinstance(perturbation.change, QuantizedWeight):
+def _scores(
+    subject: Subject, perturbations: Sequence[Perturbation], error: Callable[[Tensor, Tensor], float], name: str
+) -> Scores:
+    """``error`` of every weight and what it is rounded to. Inputs that are quantized as they come count nothing where
+    there is one format for all of them, so that nothing is to be decided.
+    """
+    inputs = [p for p in perturbations if not isinstance(p.change, QuantizedWeight)]
+    decided = {p.format for p in inputs if isinstance(p.change, TokenRange)}
+    if inputs and (len(decided) > 1 or not all(isinstance(p.change, TokenRange) for p in inputs)):
         raise InvalidRequest(
-            f"The error of weights says nothing of activations, and {perturbation.owner!r} would be "
-            f"{perturbation.format}. Use weight-only schemes such as 'w4', or another sensitivity."
+            f"The error of weights says nothing of activations, and {inputs[0].owner!r} would be {inputs[0].format}. "
+            "Use weight-only schemes such as 'w4', or another sensitivity."
         )
-    return weight_of(subject.model, perturbation.owner), perturbation.change.dequantize()
-
-
-def _scores(damage: Sequence[float], name: str) -> Scores:
-    return Scores(np.array(damage), np.zeros(len(damage)), notes={"damage": name})
+    damage = [
+        error(weight_of(subject.model, p.owner), p.change.dequantize()) if isinstance(p.change, QuantizedWeight) else 0
+        for p in perturbations
+    ]
+    return Scores(np.array(damage, dtype=float), np.zeros(len(damage)), notes={"damage": name})

@@ -24,7 +24,8 @@ class Target:
     """A runtime, as data. ``layers`` are the kinds it runs quantized; ``output_coded`` those of them whose kernels
     write codes; ``integer_ops`` the element-wise operations it runs on codes, ``integer_products`` the products of two
     activations; ``fused_activations`` what it fuses into layers and element-wise operations; ``weight_only``: it
-    expands stored codes and computes in float. ``latency``: what a model's parts take on a machine, where that was
+    expands stored codes and computes in float; ``dynamic_layers`` the kinds whose inputs it can quantize token by
+    token. ``latency``: what a model's parts take on a machine, where that was
     measured.
     """
 
@@ -41,6 +42,7 @@ class Target:
     integer_ops: tuple[str, ...]
     integer_products: tuple[str, ...] = ()
     weight_only: bool = False
+    dynamic_layers: tuple[str, ...] = ()
     latency: LatencyTable | None = None
 
     @classmethod
@@ -108,11 +110,15 @@ class Target:
         if weight.scale != "f32":
             return f"{weight.scale} scales ({weight}) are ?"
         if act is not None and not self._runs(act):
-            return f"activation format {act} is ? (static, bits: {_list(self.activation_bits)})"
+            return f"activation format {act} is ? ({self._ways()}, bits: {_list(self.activation_bits)})"
         return None
 
     def _runs(self, act: ActivationFormat) -> bool:
-        return act.is_integer and act.bits in self.activation_bits and not act.dynamic and not act.group
+        in_time = not act.dynamic or bool(self.dynamic_layers)
+        return act.is_integer and act.bits in self.activation_bits and in_time and not act.group
+
+    def _ways(self) -> str:
+        return "static or per token" if self.dynamic_layers else "static"
 
 
 def is_target_file(name: object) -> bool:

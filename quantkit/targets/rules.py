@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from quantkit.errors import InvalidRequest, did_you_mean
-from quantkit.formats import Scheme, check_group
+from quantkit.formats import ActivationFormat, Scheme, check_group
+from quantkit.plan import Layer
 from quantkit.targets import Target
 
 Wanted = str | Scheme | Sequence[str | Scheme]
@@ -60,6 +61,21 @@ def candidate_schemes(
             if scheme.weight is not None:
                 check_group(name, scheme.weight, layers[name])
     return allowed
+
+
+def require_kinds(layers: Mapping[str, Layer], allowed: Mapping[str, Sequence[Scheme]], target: Target) -> None:
+    """Raise InvalidRequest for a layer that may get activations quantized token by token and is of a kind that the
+    target does not run so.
+    """
+    for name, schemes in allowed.items():
+        found = next((s for s in schemes if s.activation is not None and s.activation.dynamic), None)
+        if found is not None and layers[name].kind not in target.dynamic_layers:
+            static = found.with_activation(ActivationFormat(found.activation.fmt)) if found.activation else found
+            raise InvalidRequest(
+                f"{name!r} is a {layers[name].kind} layer, and {found} quantizes inputs token by token, which "
+                f"{target.name} does for {', '.join(target.dynamic_layers) or 'no'} layers. Keep it float, by "
+                f"rules={{{name!r}: 'float'}}, or use static activations everywhere, such as {static}."
+            )
 
 
 def rule_pairs(rules: Rules | None) -> list[tuple[str, Wanted]]:

@@ -4,7 +4,7 @@ untouched.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from quantkit.errors import InvalidRequest
+from quantkit.formats import Scheme
 from quantkit.graph.batches import Batch, first_samples
 from quantkit.graph.layers import layer_kind, weight_of
-from quantkit.graph.sites import Site, can_hold_site, place_sites
+from quantkit.graph.sites import Site, can_hold_site, place_sites, token_sites
 from quantkit.graph.trace import Trace, trace, untraced
 from quantkit.plan import Layer
 from quantkit.progress import notice
@@ -78,10 +79,16 @@ def prepare_untraced(
     return _placed(Prepared(own, found, (), layers, (), 0, float_bytes), target)
 
 
-def without_sites(ready: Prepared) -> Prepared:
-    """The same for weights alone: no site is quantized, and none is stored."""
+def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
+    """The same with the sites that ``schemes`` need: none for weights alone, and what each layer reads where that is
+    quantized as it comes; neither stores any range.
+    """
+    activations = [scheme.activation for scheme in schemes if scheme.activation is not None]
+    if any(not activation.dynamic for activation in activations):
+        return ready
+    sites = token_sites(ready.trace, ready.quantizable) if activations else ()
     other = ready.other_bytes - SITE_BYTES * len(ready.sites)
-    return replace(ready, layers=_with_inputs(ready.layers, ()), sites=(), other_bytes=other)
+    return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
 
 
 def _checked_copy(model: nn.Module, inplace: bool) -> tuple[nn.Module, dict[str, int], int]:

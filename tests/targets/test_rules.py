@@ -137,7 +137,7 @@ REFUSED: list[tuple[Any, str]] = [
     (["w4a8", "a4", "w8a3"], "a4 is not supported by target onnxruntime-cpu yet: a layer needs a weight"),
     (
         ["w4a8", "a4", "w8a3"],
-        "; activation format a3 is not supported by target onnxruntime-cpu yet (static, bits: 4, 5, 6, 7, 8).",
+        "; activation format a3 is not supported by target onnxruntime-cpu yet (static or per token, bits: 4, 5, 6,",
     ),
     ([], "schemes is empty: name at least one candidate, such as 'w8a8'."),
     ("", "schemes is empty"),

@@ -11,7 +11,8 @@ from quantkit.formats import Scheme
 from quantkit.targets import Target, target_names
 from tests.scheme_grammar import SCHEMES
 
-RUNS = {"float", *(f"w{weight}{act}" for weight in range(2, 9) for act in ("", "a4", "a5", "a6", "a7", "a8"))}
+ACTS = ("", "a4", "a5", "a6", "a7", "a8", "a4d", "a5d", "a6d", "a7d", "a8d")
+RUNS = {"float", *(f"w{weight}{act}" for weight in range(2, 9) for act in ACTS)}
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +38,23 @@ REASONS = [
     ("w4g32a8", f"weight groups (w4g32) are {NO}"),
     ("w4za8", f"weight zero points (w4z) are {NO}"),
     ("w4sf16a8", f"f16 scales (w4sf16) are {NO}"),
-    ("w4a3", f"activation format a3 is {NO} (static, bits: 4, 5, 6, 7, 8)"),
-    ("w4a8d", f"activation format a8d is {NO} (static, bits: 4, 5, 6, 7, 8)"),
-    ("w4a8g32", f"activation format a8g32 is {NO} (static, bits: 4, 5, 6, 7, 8)"),
-    ("w4afp8", f"activation format afp8 is {NO} (static, bits: 4, 5, 6, 7, 8)"),
+    ("w4a3", f"activation format a3 is {NO} (static or per token, bits: 4, 5, 6, 7, 8)"),
+    ("w4a3d", f"activation format a3d is {NO} (static or per token, bits: 4, 5, 6, 7, 8)"),
+    ("w4a8g32", f"activation format a8g32 is {NO} (static or per token, bits: 4, 5, 6, 7, 8)"),
+    ("w4afp8", f"activation format afp8 is {NO} (static or per token, bits: 4, 5, 6, 7, 8)"),
 ]
 
 
 @pytest.mark.parametrize(("scheme", "reason"), REASONS, ids=[scheme for scheme, _ in REASONS])
 def test_a_refusal_says_which_part_of_the_scheme_is_the_reason(target: Target, scheme: str, reason: str) -> None:
     assert target.refusal(Scheme.parse(scheme)) == reason
+
+
+def test_a_target_that_quantizes_no_tokens_refuses_them(target: Target) -> None:
+    static = replace(target, dynamic_layers=())
+    reason = f"activation format a8d is {NO} (static, bits: 4, 5, 6, 7, 8)"
+    assert static.refusal(Scheme.parse("w4a8d")) == reason
+    assert target.refusal(Scheme.parse("w4a8d")) is None
 
 
 def test_a_target_with_groups_and_zero_points_runs_them(target: Target) -> None:

@@ -120,8 +120,13 @@ def _run(options: argparse.Namespace) -> None:
 
     recipe = read_recipe(options.recipe, options.set)
     result, measured = run_recipe(recipe, progress=not options.quiet)
+    left = "plan.json, weights.safetensors, recipe.yaml"
+    if measured is None:
+        print(result.plan)
+        print(f"\nleft in {recipe.output}: {left}; for model.onnx add example_inputs, one batch of model inputs")
+        return
     print(summary(result.plan, measured))
-    print(f"\nleft in {recipe.output}: model.onnx, plan.json, weights.safetensors, recipe.yaml")
+    print(f"\nleft in {recipe.output}: model.onnx, {left}")
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -9,14 +9,14 @@ from quantkit.budget import Budget
 from quantkit.pipeline.forecast import forecast
 from quantkit.pipeline.request import Request, make_ready
 from quantkit.recipe.read import DECIDED_LATER, Recipe
-from quantkit.recipe.run import inputs_of, items_of
+from quantkit.recipe.run import inputs_of
 
 
 def forecast_of(recipe: Recipe) -> str:
     """The text that ``quantkit plan`` prints. Raises InfeasibleBudget when no plan can meet the recipe's budget."""
     inputs = inputs_of(recipe)
     settings = {key: value for key, value in recipe.settings().items() if key not in DECIDED_LATER}
-    request = make_ready(inputs.model, items_of(inputs.calibration), **settings)
+    request = make_ready(inputs.model, **inputs.shown(), **settings)
     certain = Budget.parse(recipe.get("budget")).without_accuracy()
     if certain is not None:
         allocate(request.unmeasured(), certain)
@@ -26,7 +26,7 @@ def forecast_of(recipe: Recipe) -> str:
             f"{len(request.ready.sites)} activation sites",
             _sizes(request),
             "what the budget asks of accuracy has to be measured" if certain is None else f"{certain} can be met",
-            str(forecast(request)),
+            str(forecast(request)) if request.batches else "without calibration data nothing is measured",
         ]
     )
 

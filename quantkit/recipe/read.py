@@ -33,6 +33,7 @@ _DATA: dict[str, tuple[type, ...]] = {
 SECTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "model": {"python": _TEXT, "weights": _TEXT},
     "calibration": _DATA,
+    "example_inputs": _DATA,
     "evaluate": _DATA | {"metric": _TEXT, "labels": _TEXT},
 }
 SETTINGS: dict[str, tuple[type, ...]] = {
@@ -62,7 +63,7 @@ DECIDED_LATER = (
     "reparameterization",
 )  # settings that a profile does not depend on
 PLACES: dict[str, tuple[type, ...]] = {"output": _TEXT, "workdir": _TEXT}
-REQUIRED = ("model", "calibration", "budget")
+REQUIRED = ("model", "budget")
 _VARIABLE = re.compile(r"\$\{QUANTKIT_DATA(?::-(?P<default>[^}]*))?\}")
 
 

@@ -28,7 +28,7 @@ from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, choose
 from quantkit.pipeline.result import Result, load_result
 from quantkit.plan import Plan, Profile
-from quantkit.recipe.read import DECIDED_LATER, Recipe, read_recipe
+from quantkit.recipe.read import DECIDED_LATER, SECTIONS, Recipe, read_recipe
 from quantkit.recipe.sources import Evaluate, Samples, evaluate_of, model_of, outputs_of, samples_of
 from quantkit.report.summary import Measured
 from quantkit.store import require_writable, write_atomically
@@ -45,20 +45,28 @@ EXECUTIONS = ("simulated", "real")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe names, read and checked."""
+    """What a recipe names, read and checked; None for what it does not."""
 
     model: nn.Module
-    calibration: Samples
+    calibration: Samples | None
+    example: Samples | None
     evaluate: Evaluate | None
     evaluation: Samples | None
+
+    def shown(self) -> dict[str, Any]:
+        """The arguments that say what inputs look like."""
+        return {
+            "calibration": None if self.calibration is None else items_of(self.calibration),
+            "example_inputs": None if self.example is None else items_of(self.example)[0],
+        }
 
 
 def inputs_of(recipe: Recipe) -> Inputs:
     """The recipe's model and data; raises InvalidRequest, with the line, for what cannot be had."""
     _check_names(recipe)
-    model, calibration = model_of(recipe), samples_of(recipe, "calibration")
+    model, calibration, example = model_of(recipe), _samples(recipe, "calibration"), _samples(recipe, "example_inputs")
     found = evaluate_of(recipe)
-    return Inputs(model, calibration, *(found or (None, None)))
+    return Inputs(model, calibration, example, *(found or (None, None)))
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -83,15 +91,29 @@ def items_of(samples: Samples) -> list[Any]:
     return [kwargs or args for args, kwargs in samples.batches]
 
 
-def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured]:
-    """Quantize by the recipe; leaves model.onnx, plan.json, weights.safetensors and the recipe in its output
-    folder.
+def _samples(recipe: Recipe, section: str) -> Samples | None:
+    """What a section names; None where the recipe has no such section."""
+    return None if recipe.get(section) is None else samples_of(recipe, section)
+
+
+def _calibration(recipe: Recipe, what: str) -> list[Any]:
+    """The calibration data, for ``what`` cannot do without."""
+    found = _samples(recipe, "calibration")
+    if found is None:
+        raise InvalidRequest(f"{recipe.path}: {what} runs the model on data: add the key 'calibration'.")
+    return items_of(found)
+
+
+def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured | None]:
+    """Quantize by the recipe; leaves model.onnx, plan.json, weights.safetensors and the recipe in its output folder.
+
+    Without an input to show the model there is no model.onnx, and nothing measured on it.
     """
     folder = require_writable(recipe.output)
     inputs = inputs_of(recipe)
     result = quantize(
         inputs.model,
-        calibration=items_of(inputs.calibration),
+        **inputs.shown(),
         evaluate=inputs.evaluate,
         progress=progress,
         workdir=recipe.workdir,
@@ -100,7 +122,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured]
     (folder / ONNX_FILE).unlink(missing_ok=True)  # that of an earlier run would not be the plan's
     result.save(folder)
     record(recipe, folder)
-    return result, export_and_measure(result, inputs, folder / ONNX_FILE)
+    return result, export_and_measure(result, inputs, folder / ONNX_FILE) if result.calibration else None
 
 
 def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> tuple[Profile, Path]:
@@ -110,7 +132,7 @@ def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> 
     inputs = inputs_of(recipe)
     measured = profile(
         inputs.model,
-        items_of(inputs.calibration),
+        **inputs.shown(),
         progress=progress,
         workdir=recipe.workdir,
         **_measuring_settings(recipe),
@@ -120,10 +142,10 @@ def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> 
 
 def measure_plans(recipe: Recipe, measured: Profile, plans: Sequence[Plan], progress: bool = True) -> list[float]:
     """Damage of plans on the inputs of the recipe that the profile ``measured`` is of."""
-    inputs = inputs_of(recipe)
-    calibration = items_of(inputs.calibration)
+    _check_names(recipe)
+    calibration = _calibration(recipe, "measuring plans")
     settings = _measuring_settings(recipe)
-    return measured_damages(measured, plans, inputs.model, calibration, progress=progress, **settings)
+    return measured_damages(measured, plans, model_of(recipe), calibration, progress=progress, **settings)
 
 
 def _measuring_settings(recipe: Recipe) -> dict[str, Any]:
@@ -140,10 +162,8 @@ def bench_recipe(
     require_writable(path.parent)
     with recipe.blame("target"):
         target = Target.load(recipe.target or DEFAULT_TARGET)
-    model, samples = model_of(recipe), samples_of(recipe, "calibration")
-    measured = bench(
-        model, items_of(samples), target=target, threads=threads, batch=batch, seconds=seconds, progress=progress
-    )
+    model, items = model_of(recipe), _calibration(recipe, "bench")
+    measured = bench(model, items, target=target, threads=threads, batch=batch, seconds=seconds, progress=progress)
     return measured, measured.save(path)
 
 
@@ -204,7 +224,7 @@ def _absolute(recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = str(recipe.resolved(value))
         elif key in ("python", "preprocess"):
             found[key] = _absolute_function(recipe, value)
-        elif key in ("model", "calibration", "evaluate"):
+        elif key in SECTIONS:
             found[key] = _absolute(recipe, value)
         elif key == "target":
             found[key] = recipe.target
@@ -247,6 +267,7 @@ def _load_by_recipe(folder: str | Path) -> Result:
     recipe = read_recipe(Path(folder) / RECIPE_FILE)
     model = model_of(recipe)
     result = load_result(folder, model)
-    items = items_of(samples_of(recipe, "calibration"))
-    result.calibration = calibration_batches(model, items, recipe.get("samples"))
+    samples = _samples(recipe, "calibration") or _samples(recipe, "example_inputs")
+    if samples is not None:
+        result.calibration = calibration_batches(model, items_of(samples), recipe.get("samples"))
     return result

@@ -157,7 +157,7 @@ def _samples_of_function(recipe: Recipe, section: str) -> Samples:
     if isinstance(items, torch.Tensor | Mapping):
         items = [items]  # one item of many samples
     found: list[Batch] = []
-    samples, most = 0, recipe.get("samples", default=float("inf"))
+    samples, most = 0, 1 if section == "example_inputs" else recipe.get("samples", default=float("inf"))
     with _users_code(recipe, keys), recipe.blame(*keys):
         for item in items:  # it may never end: ``samples`` is how much of it is wanted
             found.append(as_batch(item))

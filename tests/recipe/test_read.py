@@ -61,7 +61,7 @@ ERRORS = {
     "truth is no number": (WHOLE + "seed: true\n", r":7: seed: True is not a whole number\.$"),
     "wrong type of a section": ("model: net.py\n" + DATA + BUDGET, r":1: model: 'net\.py' is not a table of keys\.$"),
     "nothing after a key": (WHOLE + "output:\n", r":7: output: None is not text\.$"),
-    "missing budget": (MODEL + DATA, r"recipe\.yaml: the key 'budget' is missing; a recipe needs model, calibration"),
+    "missing budget": (MODEL + DATA, r"recipe\.yaml: the key 'budget' is missing; a recipe needs model, budget\.$"),
     "missing model": (DATA + BUDGET, r"recipe\.yaml: the key 'model' is missing"),
     "no python": ("model:\n  weights: w\n" + DATA + BUDGET, r":1: model: needs python; found none\.$"),
     "two sources": (
@@ -95,7 +95,10 @@ ERRORS = {
         r":7: not valid YAML: could not determine a constr",
     ),
     "refers to itself": ("model: &m\n  python: *m\n", r"recipe\.yaml: not valid YAML: a key refers to itself"),
-    "a list": ("- model\n", r"recipe\.yaml: a recipe is a table of keys; known keys: model, calibration, evaluate"),
+    "a list": (
+        "- model\n",
+        r"recipe\.yaml: a recipe is a table of keys; known keys: model, calibration, example_inputs, evaluate",
+    ),
     "empty": ("", r"recipe\.yaml: a recipe is a table of keys"),
 }
 

@@ -14,10 +14,11 @@ from quantkit.errors import InvalidRequest
 from quantkit.export.editing import Editor
 from quantkit.export.marks import DOMAIN, marks
 from quantkit.export.moves import move_codes
+from quantkit.export.tokens import reads_rows, token_product, token_values
 from quantkit.export.weights import LARGEST_UNPACKED, add_functions, is_in_planes, midpoint, stored_codes
 from quantkit.kernels.log_codes import LogRange
 from quantkit.kernels.reference import QuantizedWeight, SiteRange
-from quantkit.kernels.token_codes import SMALLEST_STEP, TokenRange
+from quantkit.kernels.token_codes import TokenRange
 from quantkit.quantizers.simulate import SimulatedModel
 
 BYTE = 8  # bits of a code as kernels read it
@@ -127,7 +128,11 @@ class _Writer:
     def quantize_site(self, name: str, mark: ir.Node) -> None:
         site = self.simulated.ranges[name]
         if isinstance(site, TokenRange):
-            self.editor.replace(mark, self._tokens(name, mark, site))
+            source = mark.inputs[0]
+            assert source is not None
+            if mark.outputs[0].uses():  # else the layer that read it has integers
+                source = token_values(self.editor, mark, name, source, site)
+            self.editor.replace(mark, source)
             return
         if isinstance(site, LogRange):
             self.editor.replace(mark, self._log_codes(name, mark, site))
@@ -140,22 +145,6 @@ class _Writer:
             codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
         self._dequantize_for_float_layers(name, mark, codes, site)
         self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
-
-    def _tokens(self, name: str, mark: ir.Node, site: TokenRange) -> ir.Value:
-        """Tokens on the grids of scales that are found as they come, in float: runtimes on the CPU quantize whole
-        tensors as they come, or nothing.
-        """
-        value = mark.inputs[0]
-        last = self.editor.initializer("last", np.array([-1], np.int64))
-        top = self.editor.initializer(f"{name}.highest", np.array(site.high, np.float32))
-        least = self.editor.initializer("smallest_step", np.array(SMALLEST_STEP, np.float32))
-        largest = self.editor.node(mark, "Abs", [value], name)
-        largest = self.editor.node(mark, "ReduceMax", [largest, last], name, keepdims=1)
-        scale = self.editor.node(mark, "Div", [largest, top], name)
-        scale = self.editor.node(mark, "Max", [scale, least], name)
-        codes = self.editor.node(mark, "Div", [value, scale], name)
-        codes = self.editor.node(mark, "Round", [codes], name)
-        return self.editor.node(mark, "Mul", [codes, scale], name)
 
     def _log_codes(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
         """Logarithmic codes by operators that every runtime has, and their values looked up in a table."""
@@ -193,11 +182,26 @@ class _Writer:
         the codes are written transposed: onnxruntime does not fold a transposition of dequantized codes."""
         self.editor.set_aside(mark.inputs[0])
         for use, transposed in _reads(mark):
+            tokens = self._tokens_of(use)
+            if tokens is not None and reads_rows(use.node, transposed):
+                made = token_product(self.editor, use.node, name, *tokens, self.simulated.weights[name])
+                self.editor.replace(use.node, made)
+                continue
             site = self._input_site(use.node)
             value = self._weight(name, use.node, transposed, integer=site is not None)
             use.node.replace_input_with(use.idx, value)
             if site is not None and self._has_integer_bias(name, use.node):
                 use.node.replace_input_with(_BIAS, self._bias(name, use.node, site))
+
+    def _tokens_of(self, use: Any) -> tuple[str, ir.Value, TokenRange] | None:
+        """The site of tokens that the call of a layer's weight reads: its name, what it quantizes, and how."""
+        read = use.node.inputs[0] if use.idx == 1 else None
+        made = None if read is None else read.producer()
+        if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
+            return None
+        name, value = made.attributes["name"].as_string(), made.inputs[0]
+        found = self.simulated.ranges[name]
+        return (name, value, found) if isinstance(found, TokenRange) and value is not None else None
 
     def _weight(self, name: str, before: ir.Node, transposed: bool, integer: bool) -> ir.Value:
         """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from torch.nn import functional as F
 
 import quantkit
 from quantkit import QuantkitError, Result
+from quantkit.export import rewrite, weights
+from quantkit.export import tokens as tokens_of_onnx
 from quantkit.export.onnx_model import OnnxModel
 from quantkit.kernels.token_codes import TokenRange
 from quantkit.quantizers.playback import Playback
@@ -232,3 +236,48 @@ def test_plans_are_refused_alike() -> None:
         quantkit.apply(small(), {"conv": "w4a8d"}, images(), progress=False)
     with pytest.raises(QuantkitError, match=r"^w4a8 beside w4a8d"):
         quantkit.apply(mixer(), {"up": "w4a8d", "down": "w4a8"}, tokens(), progress=False)
+
+
+@pytest.mark.parametrize("scheme", ["w3a8d", "w4a6d", "w8a8d"])
+def test_the_file_multiplies_integers(scheme: str, tmp_path: Path) -> None:
+    applied(scheme).export_onnx(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [node.op_type for node in graph.node].count("MatMulInteger") == 4
+    assert not [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert sum(node.op_type == "ReduceMax" for node in graph.node) == 4
+
+
+def test_full_bytes_of_weights_are_unsigned_where_kernels_saturate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "has_vnni", lambda: False)
+    result, unseen = applied("w8a8d"), tokens(7, seed=3)
+    result.export_onnx(tmp_path / "model.onnx", check=[unseen])
+    stored = {i.name: i for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert stored["up.weight"].data_type == 2  # UINT8
+    written, wanted = OnnxModel(tmp_path / "model.onnx")(unseen).numpy(), by_numpy(result, unseen)
+    assert np.median(np.abs(written - wanted)) < 1e-6 * np.abs(wanted).max()
+
+
+def test_other_products_are_computed_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where an exporter spells a layer with another operator."""
+    monkeypatch.setattr(rewrite, "reads_rows", lambda call, transposed: False)
+    result, unseen = applied("w4a6d"), tokens(7, seed=3)
+    result.export_onnx(tmp_path / "model.onnx", check=[unseen])
+    assert not [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "MatMulInteger"]
+    written, wanted = OnnxModel(tmp_path / "model.onnx")(unseen).numpy(), by_numpy(result, unseen)
+    assert np.median(np.abs(written - wanted)) < 1e-6 * np.abs(wanted).max()
+
+
+def test_only_products_of_rows_are_multiplied_as_integers() -> None:
+    read = [ir.Value(name=name) for name in "xwb"]
+    calls = {
+        "MatMul": ({}, {True}),
+        "Gemm": ({}, {True}),
+        "turned": ({"transB": 1}, {False}),
+        "scaled": ({"transB": 1, "alpha": 2.0}, set()),
+        "columns": ({"transA": 1}, set()),
+    }
+    for name, (attributes, wanted) in calls.items():
+        call = ir.node(name if name == "MatMul" else "Gemm", read, attributes)
+        assert {turned for turned in (True, False) if tokens_of_onnx.reads_rows(call, turned)} == wanted, name

@@ -90,8 +90,8 @@ def apply(
     ready = _coded(leave_float(every, goal, kept_float), decided)
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
-    bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways)
     finished = _finished(workdir, partial(identity_of, model, inputs, every.trace), ways, decided, goal)
+    bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways, finished)
     if inplace:  # only now that nothing can be refused any more
         bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided))
     metrics = _metric("float", evaluate, bench.ready.model)

@@ -100,12 +100,14 @@ class Workbench:
         batches: Sequence[Batch],
         reference: Sequence[Tensor],
         ways: Ways,
+        finished: Finished,
     ) -> Workbench:
         """Rewrites the model of ``ready`` where that is asked for; it computes what it computed. ``reference`` are its
-        outputs. Raises InvalidRequest where learning is asked for and cannot be.
+        outputs. What is ``finished`` is not found again. Raises InvalidRequest where learning is asked for and cannot
+        be.
         """
         rewritten = reparameterization_of(
-            ready, weights, sites, batches, ways.reparameterization, ways.ranges, ways.seed
+            ready, weights, sites, batches, ways.reparameterization, ways.ranges, ways.seed, finished.artefacts
         )
         rewritten.rewrite(ready.model)
         recording, course = recording_of(ready, batches), None

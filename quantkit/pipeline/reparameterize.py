@@ -5,8 +5,9 @@ the runtime's grids stand for them: channels behind a LayerNorm, logarithmic pro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from quantkit.quantizers.activation_ranges import RANGES, Extremes, Histogram
 from quantkit.quantizers.channel_ranges import HELD_BACK, clipped_ranges, mse_ranges
 from quantkit.quantizers.simulate import at_sites, run_with
 from quantkit.quantizers.weights import quantize_weight
+from quantkit.store import Artefacts
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
 from quantkit.transforms.prepare import Prepared
 
@@ -56,12 +58,15 @@ def reparameterization_of(
     asked: str,
     ranges: str,
     seed: int,
+    artefacts: Artefacts | None = None,
 ) -> Reparameterization:
     """What ``asked`` (one of REPARAMETERIZATIONS) comes to for a model that is still float; the model stays as it is.
 
     A norm is rewritten only where that lowers the error behind the layers that read it, with their weights rounded to
-    nearest, on rows that were held back: scaling columns makes weights harder to quantize.
+    nearest, on rows that were held back: scaling columns makes weights harder to quantize. Norms found in
+    ``artefacts`` are not looked at again.
     """
+    kept = artefacts or Artefacts()
     parts = (AUTO if asked == "auto" else asked).split("+")
     log = "softmax" in parts and bool(batches)
     if not batches or not sites or not {"norm", "clip"} & set(parts):
@@ -70,15 +75,34 @@ def reparameterization_of(
     notes = {name: f"not rewritten: {reason}" for name, reason in notes.items()}
     rewrites = []
     for norm, rows in _outputs_of(ready, norms, batches, seed):
-        change = _change(ready.model, norm, rows, sites[norm.site].bits, "clip" in parts, seed)
-        before = _error(ready.model, rows, weights, norm, _one_range(rows, sites[norm.site].bits, ranges))
-        after = _error(ready.model, rows, weights, norm, change)
+        judged = _find(kept, norm)
+        if judged is None:
+            change = _change(ready.model, norm, rows, sites[norm.site].bits, "clip" in parts, seed)
+            before = _error(ready.model, rows, weights, norm, _one_range(rows, sites[norm.site].bits, ranges))
+            judged = change, before, _error(ready.model, rows, weights, norm, change)
+            _keep(kept, *judged)
+        change, before, after = judged
         notes[norm.name] = f"error behind it {after / before:.2f} of that with one range" if before else "exact"
         if after < before:
             rewrites.append(change)
         else:
             notes[norm.name] += ": not rewritten"
     return Reparameterization(tuple(rewrites), log, notes)
+
+
+def _keep(artefacts: Artefacts, change: Rewrite, before: float, after: float) -> None:
+    arrays = {"ratio": change.ratio.numpy(), "shift": change.shift.numpy()}
+    note = json.dumps({"found": asdict(change.found), "before": before, "after": after})
+    artefacts.keep(f"norm: {change.norm.name}", change.norm.layers, arrays, note)
+
+
+def _find(artefacts: Artefacts, norm: Norm) -> tuple[Rewrite, float, float] | None:
+    """The rewrite of a norm, and the errors behind it without and with it."""
+    kept = artefacts.find(f"norm: {norm.name}", norm.layers)
+    if kept is None:
+        return None
+    note, ratio, shift = json.loads(kept[1]), *(torch.from_numpy(kept[0][name]) for name in ("ratio", "shift"))
+    return Rewrite(norm, ratio, shift, SiteRange(**note["found"])), note["before"], note["after"]
 
 
 def _outputs_of(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import quantkit
 from quantkit import Result
@@ -22,6 +22,7 @@ from quantkit.quantizers.learning import Schedule
 from quantkit.store import Artefacts
 from quantkit.targets import Target
 from tests.conftest import REPOSITORY
+from tests.graph.models import randn
 from tests.pipeline.networks import images, small
 from tests.pipeline.test_reconstruct import SMALL, digits, layers
 from tests.pipeline.test_workdir import edited, nudged
@@ -145,6 +146,23 @@ def same(one: Result, other: Result) -> bool:
 
 PLAN = dict(zip(SMALL, ("w4a8", "w2a4", "w3a8", "w8a8"), strict=True))
 DEEP = dict.fromkeys(layers(), "w3a8") | {"block1.conv1": "w2a4", "linear": "w8a8"}
+
+
+def with_norms() -> nn.Module:
+    """Two norms, each read by one layer."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)]
+    with torch.no_grad():
+        parts[1].weight.mul_(torch.linspace(0.1, 4, 6))
+    return nn.Sequential(*parts).eval()
+
+
+NORMS: dict[str, Any] = {
+    "model": with_norms(),
+    "plan": dict.fromkeys(("0", "2", "5"), "w4a4"),
+    "calibration": randn(64, 4, 6),
+    "correction": None,
+}
 WAYS: dict[str, tuple[dict[str, Any], int]] = {
     "network": ({"reconstruction": "network"}, 5),
     "block by block": (
@@ -154,6 +172,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {
     "AdaQuant": ({"reconstruction": "adaquant", "correction": None}, 8),
     "AdaQuant in parallel": ({"reconstruction": "adaquant-parallel", "rounding": "nearest"}, 11),
     "corrections": ({"reconstruction": "none"}, 7),
+    "norms rewritten": ({"reconstruction": "none", "reparameterization": "clip", **NORMS}, 5),
 }
 
 
@@ -161,7 +180,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {
 def test_stopped_after_every_piece_it_ends_with_the_same_bits(
     how: dict[str, Any], pieces: int, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = digits()[1][:64] if "model" in how else images(64)
+    seen = digits()[1][:64] if "block" in how.values() else images(64)
     usual: dict[str, Any] = {"model": small(), "plan": PLAN, "calibration": seen, "progress": False} | how
     whole = quantkit.apply(**usual)
     assert not kept

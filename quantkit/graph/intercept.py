@@ -163,7 +163,7 @@ READ = -1  # in a place, instead of the number of an output: what the call reads
 
 def read_place(key: OpKey) -> OpKey:
     """The place of the tensor that a call reads first, as this call alone sees it."""
-    return replace(key, output=READ)
+    return OpKey(key.scope, key.op, key.index, READ)
 
 
 def change_read(

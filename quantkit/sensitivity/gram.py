@@ -96,12 +96,11 @@ def _with_saturation(
         return float(damage_rows(damage, reference, subject.outputs(chosen)).mean())
 
     measured = measured_plans(subject, perturbations, plans, damage_of, progress)
-    alone = np.array([scores.damage[plan].sum() for plan in plans])
-    strength, limit = fitted(alone, np.array([scores.predict(plan) for plan in plans]), measured)
-    alone_only = np.diag(2 * scores.damage)
-    found = replace(scores, gram=alone_only + strength * (scores.gram - alone_only), saturation=limit)
+    fit = fitted(scores.damage, scores.gram, plans, measured)
+    found = replace(scores, gram=fit.weakened(scores.damage, scores.gram), saturation=fit.limit)
     errors = [abs(found.predict(plan) / truth - 1) for plan, truth in zip(plans, measured, strict=True) if truth > 0]
-    notes = dict(scores.notes) | {"whole_plans": len(plans), "pair_strength": strength}
+    notes = dict(scores.notes) | {"whole_plans": len(plans)}
+    notes |= {"pair_strength": fit.strength, "pair_fading": fit.fading}
     if errors:
         notes["whole_plan_error"] = float(np.median(errors))
     return replace(found, notes=notes)

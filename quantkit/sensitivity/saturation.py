@@ -1,16 +1,19 @@
 """What whole plans, measured on the calibration inputs, say about pair terms: how strong they are, and where they end.
 
 Pair terms are second order and estimated from single changes; where layers depend on each other strongly they are most
-of a plan's damage, elsewhere they overshoot. And a quadratic form knows no end, but outputs that are wrong already
-cannot become wrong again: where most layers get two bits it overshoots several times. So a few seeded random plans,
-from narrow to wide, are measured as a whole, and two numbers are fitted to them: the pair terms are multiplied by
-a <= 1, which keeps the matrix positive semi-definite, and the damage of a plan is q / (1 + s q) of the form q, which
-keeps the order of plans and leaves small damages as they are.
+of a plan's damage, elsewhere they overshoot. A change that does much damage alone is beyond the reach of second order,
+and its pair terms overshoot most. And a quadratic form knows no end, but outputs that are wrong already cannot become
+wrong again: where most layers get two bits it overshoots several times. So a few seeded random plans, from narrow to
+wide, are measured as a whole, and three numbers are fitted to them: pair terms are multiplied by a <= 1 and fade with
+the damages d of their two changes alone, by 1 / sqrt((1 + t d_k) (1 + t d_l)); both keep the matrix positive
+semi-definite. The damage of a plan is then q / (1 + s q) of the form q, which keeps the order of plans and leaves
+small damages as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ MOST_PLANS = 24
 FORMATS_PER_PLAN = 6  # a plan is measured for so many formats, which bounds what it adds to a profile
 STEPS_PER_DECADE = 16
 STRENGTHS = tuple((np.arange(20, -1, -1) / 20).tolist())  # of pair terms, the strongest first
+FADINGS = (0.0, *np.logspace(-1, 3, 13).tolist())  # over the largest damage alone, the slowest first
 
 
 def plans_measured(formats: int) -> int:
@@ -83,17 +87,53 @@ def measured_plans(
     return found
 
 
-def fitted(alone: np.ndarray, quadratic: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
-    """(a, s) for which q / (1 + s q), with q = alone + a (quadratic - alone), is near the measured damages of plans,
-    by the mean absolute logarithm of their ratio; (1, 0) where there is nothing to fit to.
-
-    ``alone``: the sum of each plan's single damages, ``quadratic``: with all of the pair terms.
+@dataclass(frozen=True)
+class Fit:
+    """``strength`` of pair terms (at most 1), their ``fading`` (one over a damage) and the ``limit`` of whole plans
+    (one over the largest damage a plan can do; 0: no end).
     """
-    usable = (alone > 0) & (quadratic > 0) & (measured > 0)
+
+    strength: float = 1.0
+    fading: float = 0.0
+    limit: float = 0.0
+
+    def weakened(self, damage: np.ndarray, gram: np.ndarray) -> np.ndarray:
+        """``gram`` (K, K), whose diagonal is twice the ``damage`` (K) alone, with its pair terms weakened."""
+        reach = 1 / np.sqrt(1 + self.fading * damage.clip(min=0))
+        weak = self.strength * gram * np.outer(reach, reach)
+        np.fill_diagonal(weak, np.diag(gram))
+        return weak
+
+
+def fitted(damage: np.ndarray, gram: np.ndarray, plans: Sequence[Sequence[int]], measured: np.ndarray) -> Fit:
+    """The fit with which ``gram`` (K, K) predicts the ``measured`` damages of plans best, by the mean absolute
+    logarithm of the ratio; all of the pair terms where there is nothing to fit to.
+    """
+    chosen = np.zeros((len(plans), len(damage)))
+    for row, plan in zip(chosen, plans, strict=True):
+        row[list(plan)] = 1
+    alone = chosen @ damage
+    best, least = Fit(), np.inf
+    for fading in FADINGS if damage.size and damage.max() > 0 else ():
+        fading = fading / float(damage.max())
+        off = Fit(fading=fading).weakened(damage, gram)
+        np.fill_diagonal(off, 0)
+        pairs = 0.5 * ((chosen @ off) * chosen).sum(1)
+        strength, limit, miss = _nearest(alone, pairs, measured)
+        if miss < least:
+            best, least = Fit(strength, fading, limit), miss
+    return best
+
+
+def _nearest(alone: np.ndarray, pairs: np.ndarray, measured: np.ndarray) -> tuple[float, float, float]:
+    """Strength and limit that come nearest for these sums of single damages and of pair terms, and how near."""
+    usable = (alone > 0) & (alone + pairs > 0) & (measured > 0)
     if not usable.any():
-        return 1.0, 0.0
-    single, pairs, truth = alone[usable], (quadratic - alone)[usable], measured[usable]
-    grid = [0.0, *(np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / single.max()).tolist()]
-    options = [(a, s) for a in STRENGTHS for s in grid]
-    predicted = np.log([saturated(single + a * pairs, s) for a, s in options])
-    return options[int(np.abs(predicted - np.log(truth)).mean(1).argmin())]
+        return 1.0, 0.0, np.inf
+    single, together, truth = alone[usable], pairs[usable], measured[usable]
+    limits = [0.0, *(np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / single.max()).tolist()]
+    options = [(a, s) for a in STRENGTHS for s in limits]
+    predicted = np.log([saturated(single + a * together, s) for a, s in options])
+    misses = np.abs(predicted - np.log(truth)).mean(1)
+    found = int(misses.argmin())
+    return *options[found], float(misses[found])

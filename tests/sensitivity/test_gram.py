@@ -59,13 +59,9 @@ def test_pair_terms_are_the_shrunk_cosines_of_a_slow_twin_times_the_damages(meas
     slow = slow_gram(reference, outputs, scores.notes["temperature"])
     lengths = np.sqrt(np.diag(slow))
     damages = np.sqrt(2 * scores.damage)
-    expected = (
-        scores.notes["pair_strength"]
-        * scores.notes["reliability"]
-        * slow
-        / np.outer(lengths, lengths)
-        * np.outer(damages, damages)
-    )
+    reach = 1 / np.sqrt(1 + scores.notes["pair_fading"] * scores.damage)
+    cosines = scores.notes["reliability"] * slow / np.outer(lengths, lengths)
+    expected = scores.notes["pair_strength"] * cosines * np.outer(damages * reach, damages * reach)
     np.fill_diagonal(expected, 2 * scores.damage)
     assert np.allclose(scores.gram, expected, rtol=2e-3, atol=1e-6)
 

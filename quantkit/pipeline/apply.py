@@ -62,8 +62,8 @@ def apply(
     Layers are rounded one after the other, each on the inputs it gets from the network quantized so far. Then codes,
     scales, biases and activation steps are learned by the damage of the output, on mixes of the calibration inputs:
     ``reconstruction="network"``; "block" learns block by block first, "adaquant" and "adaquant-parallel" only
-    layer by layer, "none" keeps what was rounded, "auto" learns
-    where formats are narrow (weights up to 5 bits, activations below 8) and there are at least 64 samples. Where
+    layer by layer, "none" keeps what was rounded. "auto" learns where there are at least 64 samples: blocks first for
+    weights of up to 3 bits or activations below 8, the network alone for weights of up to 5 bits. Where
     nothing is learned, ``correction="auto"`` moves scales and biases by statistics ("norm", "bias") and biases by the
     damage ("tuning"); each can be asked for alone, None is off. What does not help on inputs that were held back is
     undone; ``Result.notes`` says what did.

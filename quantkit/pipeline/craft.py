@@ -23,6 +23,7 @@ from quantkit.pipeline.reconstruct import (
     course_of,
     reconstruct,
     require_course,
+    way_to_learn,
     worth_learning,
 )
 from quantkit.pipeline.recording import Recording, recording_of
@@ -111,12 +112,14 @@ class Workbench:
         )
         rewritten.rewrite(ready.model)
         recording, course = recording_of(ready, batches), None
-        worth = worth_learning([w.bits for w in weights.values()], [a.bits for a in sites.values()], batches)
+        bits = [w.bits for w in weights.values()], [a.bits for a in sites.values()]
+        worth = worth_learning(*bits, batches)
         asked = {"reconstruction": ways.reconstruction, "correction": ways.correction}
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
             damage = damage_for(ways.loss, torch.cat(list(reference)))
             course = require_course(course_of(ready, recording, damage, ways.seed), **asked)
-        return cls(ready, weights, sites, batches, recording, course, ways, rewritten)
+        decided = replace(ways, reconstruction=way_to_learn(ways.reconstruction, *bits))
+        return cls(ready, weights, sites, batches, recording, course, decided, rewritten)
 
     def moved_to(self, ready: Prepared) -> Workbench:
         """The same for another copy of the float model, which is rewritten too."""

@@ -35,8 +35,10 @@ HELD_BACK = 8  # one in so many
 DRAWS = 4  # mixes of each sample
 DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
+WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
+TEMPERATURE = 4.0  # of what is learned from: on its training samples a network is too sure to teach much
 NETWORK = Schedule()
-BLOCK = Schedule(steps=150)
+BLOCK = Schedule(steps=600, code_rate=3e-3)
 LAYER = Schedule(steps=300, checks=20)
 TUNING = Schedule(steps=100, bias_rate=3e-3)
 STATISTICS_SAMPLES = 512
@@ -60,6 +62,14 @@ def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], bat
     return narrow and sum(map(batch_size, batches)) >= LEAST_SAMPLES
 
 
+def way_to_learn(how: str, weight_bits: Collection[int], site_bits: Collection[int]) -> str:
+    """What is learned when asked for ``how``: for "auto" blocks first, then the network, where codes are narrowest,
+    and the network alone elsewhere.
+    """
+    narrowest = min(weight_bits, default=8) <= WORTH_BLOCKS or min(site_bits, default=8) < 8
+    return how if how != "auto" else "block" if narrowest else "network"
+
+
 def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed: int) -> Course | str:
     """The course of a model that is still float, or why there is none."""
     if isinstance(recording, str):
@@ -75,7 +85,8 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
     teacher = Teacher(
         state,
         _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
-        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found)),
+        lambda wanted, found: damage.rows(rows_of(wanted), rows_of(found)),
+        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), TEMPERATURE),
         lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
     )
     inputs = tape.entering(ready.model, _drawn(training, generator))

@@ -48,13 +48,14 @@ class Lesson:
 @dataclass(frozen=True)
 class Teacher:
     """The float network: its parameters and buffers by name, the standard deviation of every layer's outputs by
-    channel, ``damage`` of outputs (reference, found) row by row, and ``pull(output, generator)``, a number whose
-    gradient has the Fisher information of the output as its second moment.
+    channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to learn by, and
+    ``pull(output, generator)``, a number whose gradient has the Fisher information of the output as its second moment.
     """
 
     state: Mapping[str, Tensor]
     spread: Mapping[str, Tensor]
     damage: Damage
+    softened: Damage
     pull: Pull
 
 
@@ -117,10 +118,12 @@ def learn_network(
     progress: bool,
     only_biases: bool = False,
 ) -> Learned:
-    """Learn the whole network, or only its biases, by the damage of its output."""
+    """Learn the whole network, or only its biases, by the softened damage of its output; what is kept lowers the
+    damage itself.
+    """
 
     def loss(indices: Tensor) -> Tensor:
-        return teacher.damage(
+        return teacher.softened(
             lesson.outputs[indices], playback.output(take(playback.tape, lesson.inputs, indices))
         ).mean()
 

@@ -179,10 +179,14 @@ class KLDamage:
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return kl_rows(reference.log_softmax(-1), output.log_softmax(-1))
 
-    def smooth_rows(self, reference: Tensor, output: Tensor) -> Tensor:
-        """``rows`` to be differentiated: rounding takes a divergence of zero below zero, where ``rows`` is flat."""
-        log_p = reference.log_softmax(-1)
-        return (log_p.exp() * (log_p - output.log_softmax(-1))).sum(-1)
+    def smooth_rows(self, reference: Tensor, output: Tensor, temperature: float = 1.0) -> Tensor:
+        """``rows`` to be differentiated: rounding takes a divergence of zero below zero, where ``rows`` is flat.
+
+        Above a temperature of 1 both distributions are softened, and the divergence is multiplied by its square, which
+        keeps the size of its gradients (Hinton et al., arXiv 1503.02531, section 2.1).
+        """
+        log_p = (reference / temperature).log_softmax(-1)
+        return temperature**2 * (log_p.exp() * (log_p - (output / temperature).log_softmax(-1))).sum(-1)
 
     def cotangent(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Random rows c with E[c c^T] = diag(p) - p p^T, the Hessian of the divergence at ``output``: e_y - p, y a
@@ -213,7 +217,9 @@ class SquaredError:
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return 0.5 * (output - reference).square().sum(-1) / self.scale
 
-    smooth_rows = rows
+    def smooth_rows(self, reference: Tensor, output: Tensor, temperature: float = 1.0) -> Tensor:
+        """``rows``, which are smooth and have no temperature."""
+        return self.rows(reference, output)
 
     def cotangent(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Random rows c with E[c c^T] = 1 / scale, the Hessian of the squared error: random signs."""

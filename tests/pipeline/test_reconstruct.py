@@ -138,3 +138,20 @@ def test_auto_goes_on_without_learning(caplog: pytest.LogCaptureFixture) -> None
         result = quantkit.apply(small(), {"head": "w2a8"}, calibration, progress=False)
     assert "reconstruction" not in result.notes
     assert any("nothing is learned after rounding" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "how, weight_bits, site_bits, way",
+    [
+        ("auto", [3, 8], [8], "block"),
+        ("auto", [4, 8], [8], "network"),
+        ("auto", [8], [8, 4], "block"),
+        ("auto", [4], [], "network"),
+        ("network", [2], [4], "network"),
+        ("block", [8], [8], "block"),
+    ],
+)
+def test_auto_learns_blocks_first_where_codes_are_narrowest(
+    how: str, weight_bits: list[int], site_bits: list[int], way: str
+) -> None:
+    assert reconstruct.way_to_learn(how, weight_bits, site_bits) == way

@@ -59,7 +59,7 @@ def case_of(model: nn.Module, batch: Batch, format: WeightFormat, bits: int) -> 
     unused = torch.zeros(len(next(iter(inputs.values()))))
     lesson = Lesson(inputs, unused, inputs, unused)
     spread = {name: torch.ones(len(weight_of(ready.model, name))) for name in ready.quantizable}
-    teacher = Teacher(state, spread, lambda a, b: a - b, lambda a, b: a)
+    teacher = Teacher(state, spread, lambda a, b: a - b, lambda a, b: a - b, lambda a, b: a)
     histograms = site_histograms(ready.model, ready.sites, [batch], progress=False)
     simulated = SimulatedModel(ready.model, ready.sites, {}, {n: mse_range(h, bits) for n, h in histograms.items()})
     for name in ready.quantizable:

@@ -102,3 +102,23 @@ def test_rows_have_the_classes_last(shape: tuple[int, ...], expected: tuple[int,
 def test_rows_of_maps_keep_the_classes_of_a_position_together() -> None:
     maps = torch.randn(2, 5, 3, 4)
     assert torch.equal(rows_of(maps)[1 * 12 + 2 * 4 + 3], maps[1, :, 2, 3])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_softened_divergence_is_that_of_the_softened_distributions_with_gradients_as_large(temperature: float) -> None:
+    reference = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    output = (reference + 1e-4 * torch.randn(6, 5, dtype=torch.float64)).requires_grad_()
+    rows = KLDamage().smooth_rows(reference, output, temperature)
+    twin = torch.nn.functional.kl_div(
+        (output / temperature).log_softmax(-1), (reference / temperature).softmax(-1), reduction="none"
+    ).sum(-1)
+    assert torch.allclose(rows, temperature**2 * twin)
+    (gradient,) = torch.autograd.grad(rows.sum(), output)
+    expected = temperature * ((output / temperature).softmax(-1) - (reference / temperature).softmax(-1))
+    assert torch.allclose(gradient, expected, atol=1e-12)
+
+
+def test_squared_error_has_no_temperature() -> None:
+    reference, output = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    damage = SquaredError(2.0)
+    assert torch.equal(damage.smooth_rows(reference, output, 4.0), damage.rows(reference, output))

@@ -50,22 +50,20 @@ def test_digits_are_split_without_overlap() -> None:
     assert np.bincount(digits["labels"][digits["evaluation"]]).min() >= 55
 
 
-def test_digits_cnn_reaches_its_stated_accuracy() -> None:
+@pytest.mark.parametrize(
+    ("name", "said", "least"),
+    [("digits_cnn", "600 evaluation images", 0.985), ("digits_vit", "Accuracy of the transformer", 0.97)],
+)
+def test_digits_references_reach_their_stated_accuracy(name: str, said: str, least: float) -> None:
     digits = np.load(CALIBRATION / "digits.npz")
-    model = loaded("digits_cnn", CALIBRATION / "digits_cnn.safetensors")
+    model = loaded(name, CALIBRATION / f"{name}.safetensors")
     evaluation = digits["evaluation"]
-    right = logits("digits_cnn", model, digits["images"][evaluation]).argmax(1) == digits["labels"][evaluation]
-    assert f"600 evaluation images: {100 * right.mean():.2f} %" in README
-    assert right.mean() >= 0.985
+    right = logits(name, model, digits["images"][evaluation]).argmax(1) == digits["labels"][evaluation]
+    assert f"{said}: {100 * right.mean():.2f} %" in README
+    assert right.mean() >= least
 
 
-def test_digits_vit_reaches_its_stated_accuracy() -> None:
-    digits = np.load(CALIBRATION / "digits.npz")
-    model = loaded("digits_vit", CALIBRATION / "digits_vit.safetensors")
-    evaluation = digits["evaluation"]
-    right = logits("digits_vit", model, digits["images"][evaluation]).argmax(1) == digits["labels"][evaluation]
-    assert f"Accuracy of the transformer: {100 * right.mean():.2f} %" in README
-    assert right.mean() >= 0.97
+def test_calibration_files_are_small() -> None:
     assert sum(path.stat().st_size for path in CALIBRATION.iterdir()) < 1_000_000
 
 

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.graph.intercept import read_place
-from quantkit.graph.layers import groups_of, weight_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.tape import Step
 from quantkit.graph.trace import Trace
-from quantkit.kernels.reference import QuantizedWeight
 from quantkit.progress import track
 from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.layer_inputs import input_columns
 from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, in_chunks, play
-from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import accumulate
-from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
+from quantkit.quantizers.weights import WITHOUT_INPUTS, rounded_layer
 
 
 @dataclass(frozen=True)
@@ -67,20 +64,12 @@ def round_by_blocks(
                     theirs = theirs if floats is None else {passed.leaving: play(floats, theirs, passed)}
                 at = place[name]
                 seen = moments(playback, trace, blocks[at], name, ours, None if floats is None else (floats, theirs))
-            found = _rounded(simulated, name, formats[name], seen, rounding)
+            hessian, cross = (None, None) if seen is None else (seen.hessian, seen.cross)
+            found = rounded_layer(simulated.model, name, formats[name], hessian, cross, rounding)
             kept.keep_rounded(name, *found)
         simulated.set_weight(name, found[0])
         how[name] = found[1]
     return how
-
-
-def _rounded(
-    simulated: SimulatedModel, name: str, format: WeightFormat, seen: Moments | None, rounding: str
-) -> tuple[QuantizedWeight, str]:
-    hessian, cross = (seen.hessian, seen.cross) if seen is not None else (None, None)
-    groups, weight = groups_of(simulated.model, name), weight_of(simulated.model, name)
-    rounded = quantize_weight(weight, [format], hessian, groups, rounding, cross)
-    return rounded.weights[format], rounding_note(name, rounded, rounding)
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.graph.layers import bias_of, groups_of, weight_of
+from quantkit.graph.layers import bias_of
 from quantkit.graph.trace import Trace
 from quantkit.kernels.reference import QuantizedWeight, SiteRange, quantize
 from quantkit.progress import track
 from quantkit.quantizers.kept import Finished
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.quantizers.statistics import layer_hessians
-from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
+from quantkit.quantizers.weights import WITHOUT_INPUTS, rounded_layer
 
 LARGEST_BIAS = 1 << 30  # leaves half of an INT32 accumulator to the products
 
@@ -34,13 +34,12 @@ def round_in_sequence(
     """Give every layer of ``formats`` (in execution order) its codes; returns how each was rounded. Layers that are
     ``finished`` are not rounded again.
     """
-    kept, model, how = finished or Finished(), simulated.model, {}
+    kept, how = finished or Finished(), {}
     for name, format in track(formats.items(), "quantizing layers", enabled=progress):
         found = kept.rounded(name, format)
         if found is None:
             hessian = None if rounding in WITHOUT_INPUTS else layer_hessians(simulated, trace, [name], batches)[name]
-            rounded = quantize_weight(weight_of(model, name), [format], hessian, groups_of(model, name), rounding)
-            found = rounded.weights[format], rounding_note(name, rounded, rounding)
+            found = rounded_layer(simulated.model, name, format, hessian, None, rounding)
             kept.keep_rounded(name, *found)
         simulated.set_weight(name, found[0])
         how[name] = found[1]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.formats import WeightFormat
+from quantkit.graph.layers import groups_of, weight_of
 from quantkit.kernels.reference import QuantizedWeight, dequantize, quantize
 from quantkit.progress import warn
 from quantkit.quantizers.gptq import InverseFactor, Ordered, gptq_codes, ordered_factor
@@ -73,6 +74,14 @@ def quantize_weight(
             format=format,
         )
     return Rounded(found, chosen, 0.0 if factor is None else factor.damping)
+
+
+def rounded_layer(
+    model: nn.Module, name: str, format: WeightFormat, hessian: Tensor | None, cross: Tensor | None, rounding: str
+) -> tuple[QuantizedWeight, str]:
+    """A layer's weight in one format, and the note on how it was rounded."""
+    rounded = quantize_weight(weight_of(model, name), [format], hessian, groups_of(model, name), rounding, cross)
+    return rounded.weights[format], rounding_note(name, rounded, rounding)
 
 
 def rounding_note(layer: str, rounded: Rounded, asked: str) -> str:

@@ -37,14 +37,14 @@ import torch
 
 from quantkit.cli import main
 from quantkit.pipeline import reconstruct
-from quantkit.quantizers import reconstruction, rounding_by_blocks
+from quantkit.quantizers import reconstruction, weights
 from quantkit.quantizers.learning import Schedule
 from quantkit.recipe import run
 
 torch.set_num_threads(1)
 log, fatal, arguments = open(sys.argv[1], "a"), int(sys.argv[2]), sys.argv[3:]
 reconstruct.NETWORK = reconstruct.BLOCK = Schedule(steps=12, batch=8)
-note, learn = rounding_by_blocks.rounding_note, reconstruction.learn
+note, learn = weights.rounding_note, reconstruction.learn
 count = 0
 
 
@@ -71,7 +71,7 @@ def logged_learning(moved, loss, held_back, *rest):
     return learn(moved, first_loss, held_back, *rest)
 
 
-rounding_by_blocks.rounding_note, reconstruction.learn = logged_note, logged_learning
+weights.rounding_note, reconstruction.learn = logged_note, logged_learning
 run.export_and_measure = lambda *arguments: sys.exit(0)  # all that is slow about a run and has nothing to resume
 sys.exit(main(["run", "recipes/quickstart.yaml", "--quiet", *arguments]))
 """

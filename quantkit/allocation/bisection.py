@@ -119,21 +119,37 @@ def along_front(front: Sequence[Plan], judge: Judge) -> Evaluation | None:
     return judge.cheapest()
 
 
-def between(judge: Judge, plan_at: Callable[[float], Plan], tries: int) -> Evaluation | None:
+def between(
+    judge: Judge, plan_at: Callable[[float], Plan], tries: int, least: float | None = None
+) -> Evaluation | None:
     """Plans between the points of a front: bisection on the cost, from the cheapest evaluated plan that meets the
-    limit down to the dearest cheaper one that does not, ``plan_at(cost)`` the best plan of at most that cost.
+    limit down to the dearest cheaper one that does not (to a cost of ``least``, if given, where there is none),
+    ``plan_at(cost)`` the best plan of at most that cost.
     """
     found = judge.cheapest()
-    cheaper = [] if found is None else [one.cost for one in judge.seen.values() if one.cost < found.cost]
-    if found is None or not cheaper:
+    cheaper = [one.cost for one in judge.seen.values() if found is not None and one.cost < found.cost]
+    low = max(cheaper, default=least)
+    if found is None or low is None:
         return found
-    low, high = max(cheaper), found.cost
+    high = found.cost
     for _ in range(tries):
         plan = plan_at((low + high) / 2)
         if plan.digest() in judge.seen or not low < judge.cost(plan) < high:
             break
         low, high = (low, judge.cost(plan)) if judge.meets(plan) else (judge.cost(plan), high)
     return judge.cheapest()
+
+
+def first_that_meets(plans: Sequence[Plan], judge: Judge) -> Evaluation | None:
+    """The first of some plans (cheapest first) that meets the limit, in steps that double: what is skipped is left to
+    ``between``. The last one is always tried before giving up.
+    """
+    step = 1
+    while plans:
+        if judge.meets(plans[0]):
+            return judge.look(plans[0])
+        plans, step = (plans[step:] or plans[-1:]) if len(plans) > 1 else (), 2 * step
+    return None
 
 
 def by_levels(

@@ -1,21 +1,22 @@
 """A limit on the accuracy drop: the cheapest plan of the profile's front whose evaluated metric is good enough.
 
-Plans are evaluated with the codes the profile was measured with; the chosen one is then applied, which rounds again,
-and what is returned was itself evaluated after that. ``evaluate`` is asked often: it must not use the calibration
-data, and the metric of the returned plan on the data it was chosen by is optimistic.
+Plans are first evaluated with the codes the profile was measured with, which takes seconds. The best of them is
+applied, and since learning makes up for damage, so are a few cheaper ones: what is returned was itself evaluated after
+that. ``evaluate`` is asked often: it must not use the calibration data, and the metric of the returned plan on the
+data it was chosen by is optimistic.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from quantkit.allocation.allocate import allocate, plan_of
-from quantkit.allocation.bisection import Evaluation, Judge, along_front, between, by_levels, drop_of
+from quantkit.allocation.bisection import Judge, Metric, along_front, between, by_levels, drop_of, first_that_meets
 from quantkit.allocation.count import COUNTED, counted
 from quantkit.allocation.from_profile import FLOAT_BITS, assignment_of, candidates, question
 from quantkit.allocation.front import pareto
@@ -34,6 +35,7 @@ from quantkit.sensitivity.augmented import augmented_scores
 from quantkit.sensitivity.measure import Scores
 
 TRIES = 6  # plans evaluated between two points of the front
+FINISHED_TRIES = {"fast": 2, "balanced": 4, "thorough": 6}  # plans applied below the first that met the limit
 
 
 def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: bool) -> None:
@@ -67,12 +69,18 @@ def meet_accuracy(
 ) -> Result:
     """The applied result of the cheapest plan found that meets the limit, all other limits included.
 
-    Plans are looked for on the front and between its points; from ``effort`` "balanced" on also level by level, about
-    log2(layers) evaluations for each width. ``finish`` applies a plan. Raises AccuracyNotMet with the best plan and
-    the measured (cost, drop) points when none does, InfeasibleBudget when the other limits alone cannot be met.
+    Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
+    also level by level, about log2(layers) evaluations for each width. ``finish`` applies a plan. What is learned
+    then buys accuracy, so cheaper plans are applied too, ``FINISHED_TRIES`` of them by bisection on the cost. Raises
+    AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
+    InfeasibleBudget when the other limits alone cannot be met.
     """
     reference = outcome_of(evaluate, request.ready.model)
     front = _front(profile, limit)
+
+    def plan_at(cost: float) -> Plan:
+        return _plan_at(profile, limit, cost)
+
     judge = Judge(
         lambda plan: outcome_of(evaluate, _simulated(request, bench, profile, plan)),
         reference,
@@ -81,32 +89,57 @@ def meet_accuracy(
         bool(limit.confident),
         lambda plan: _within(profile, plan, limit),
     )
-    found = along_front(front, judge)
-    if found is None:
-        raise _not_met(limit, judge)
-    between(judge, lambda cost: _plan_at(profile, limit, cost), TRIES)
-    if effort != "fast":
-        _by_levels(profile, bench, judge)
-    for plan in _meeting(judge, front):
-        result = finish(plan)
-        outcome = outcome_of(evaluate, result.model)
-        applied = Evaluation(plan, judge.cost(plan), *drop_of(reference, outcome))
-        notice(f"plan of {applied.cost:,.6g}: drop {applied.drop:.4g} of {judge.allowed:.4g} allowed")
-        judge.seen[plan.digest()] = applied
-        if judge.accepts(applied):
-            metrics = {"float": float(np.mean(reference)), "quantized": float(np.mean(outcome))}
-            metrics |= {} if math.isnan(applied.bound) else {"drop_bound": applied.bound}
-            metrics["evaluations"] = float(len(judge.seen))
-            return replace(result, metrics=result.metrics | metrics, curve=judge.curve)
-    raise _not_met(limit, judge)
+    if along_front(front, judge) is not None:
+        between(judge, plan_at, TRIES)
+        if effort != "fast":
+            _by_levels(profile, bench, judge)
+    finished = Finished(judge, finish, evaluate)
+    if not any(first_that_meets(plans, finished.judge) for plans in _rising(judge, front)):
+        raise _not_met(limit, finished.everything())
+    found = between(finished.judge, plan_at, FINISHED_TRIES[effort], least=judge.cost(front[0]))
+    assert found is not None, "one was found to meet the limit"
+    seen = finished.everything()
+    result, metric = finished.results[found.plan.digest()]
+    metrics = {"float": float(np.mean(reference)), "quantized": metric}
+    metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
+    metrics["evaluations"] = float(len(seen.seen))
+    return replace(result, metrics=result.metrics | metrics, curve=seen.curve)
 
 
-def _meeting(judge: Judge, front: Sequence[Plan]) -> list[Plan]:
-    """What to apply, cheapest first: every plan seen to meet the limits, and all of the front that costs more."""
+class Finished:
+    """Plans evaluated once they are applied: minutes each, so few of them; of the models only the best and the last
+    are kept.
+    """
+
+    def __init__(self, cursory: Judge, finish: Callable[[Plan], Result], evaluate: Evaluate) -> None:
+        self.cursory, self.finish, self.evaluate = cursory, finish, evaluate
+        self.judge = replace(cursory, evaluate=self._outcome, seen={})
+        self.results: dict[str, tuple[Result, float]] = {}  # with the metric
+
+    def _outcome(self, plan: Plan) -> Metric:
+        best = self.judge.cheapest()
+        self.results = {} if best is None else {best.plan.digest(): self.results[best.plan.digest()]}
+        result = self.finish(plan)
+        outcome = outcome_of(self.evaluate, result.model)
+        self.results[plan.digest()] = result, float(np.mean(outcome))
+        drop, _ = drop_of(self.judge.reference, outcome)
+        notice(f"plan of {self.judge.cost(plan):,.6g}: drop {drop:.4g} of {self.judge.allowed:.4g} allowed")
+        return outcome
+
+    def everything(self) -> Judge:
+        """All that was evaluated, with the profile's codes where a plan was not applied."""
+        return replace(self.judge, seen=self.cursory.seen | self.judge.seen)
+
+
+def _rising(judge: Judge, front: Sequence[Plan]) -> Iterator[Sequence[Plan]]:
+    """What to apply until a plan meets the limit, cheapest first: one by one those that met it with the profile's
+    codes, then what is dearer on the front, at the end the dearest.
+    """
     good = [one.plan for one in judge.seen.values() if judge.accepts(one) and judge.admits(one.plan)]
-    least = min(judge.cost(plan) for plan in good)
-    distinct = {plan.digest(): plan for plan in [*good, *(plan for plan in front if judge.cost(plan) > least)]}
-    return sorted(distinct.values(), key=judge.cost)
+    good.sort(key=judge.cost)
+    yield from ([plan] for plan in good)
+    most = max(map(judge.cost, good), default=math.inf)
+    yield [plan for plan in front if judge.cost(plan) > most] if good else front[-1:]
 
 
 def _plan_at(profile: Profile, limit: Budget, cost: float) -> Plan:

@@ -57,10 +57,12 @@ def quantize(
     of inputs, then lets the model be traced, which folds BatchNorm and counts operations.
 
     See ``profile`` and ``apply`` for the arguments; ``evaluate`` is only reported, unless the budget limits
-    ``accuracy_drop``: then plans are chosen by it, and more of them with more ``effort``. Otherwise "fast" takes the
-    plan that the profile predicts best; "balanced" and "thorough" improve it by measuring around it, with at most 1.5
-    and 3 measurements per profiled format. Raises InvalidRequest for a bad request and InfeasibleBudget for one that
-    cannot be met, both before anything is measured; AccuracyNotMet when no plan keeps the accuracy.
+    ``accuracy_drop``: then plans are chosen by it, first with the profile's codes; the cheapest of them and 2, 4 or 6
+    still cheaper ones (with ``effort``) are applied, minutes each, since what is learned decides how small a plan may
+    be. Otherwise "fast" takes the plan that the profile predicts best; "balanced" and "thorough" improve it by
+    measuring around it, with at most 1.5 and 3 measurements per profiled format. Raises InvalidRequest for a bad
+    request and InfeasibleBudget for one that cannot be met, both before anything is measured; AccuracyNotMet when no
+    plan keeps the accuracy.
     """
     limit = _checked(budget, solver, effort, evaluate, workdir, inplace)
     how = _ways(reconstruction, correction or "none", reparameterization)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.allocation.bisection import Judge, along_front, between, by_levels, drop_of
+from quantkit.allocation.bisection import Judge, along_front, between, by_levels, drop_of, first_that_meets
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Plan
@@ -42,6 +42,31 @@ def test_finds_the_cheapest_of_a_monotone_front_in_logarithmic_time(count: int, 
     expected = next((i for i, drop in enumerate(drops) if drop <= allowed), None)
     assert (None if found is None else found.cost - 100) == expected
     assert len(asked) == len(set(asked)) <= math.ceil(math.log2(count + 1)) + 4
+
+
+@given(st.integers(1, 60), st.integers(0, 61))
+@settings(deadline=None, derandomize=True)
+def test_rising_in_doubling_steps_finds_one_that_meets_the_limit_and_tries_the_last(count: int, first: int) -> None:
+    judge, asked = judge_of([2.0 if i < first else 0.0 for i in range(count + 1)], 1.0)
+    found = first_that_meets(front_of(count), judge)
+    if first > count:
+        assert found is None
+        assert asked[-1] == count
+    else:
+        assert found is not None
+        assert first <= found.cost - 100 <= max(2 * first, 1)
+    assert len(asked) <= math.log2(count + 1) + 3
+    assert first_that_meets([], judge) is None
+
+
+def test_bisection_goes_down_to_the_least_cost_where_nothing_failed_yet() -> None:
+    front = front_of(32)
+    judge, asked = judge_of([float(32 - i) for i in range(33)], 25.0)
+    judge.look(front[20])
+    found = between(judge, lambda cost: front[int(cost) - 100], 10, least=99)
+    assert found is not None
+    assert found.cost == 107
+    assert len(asked) <= 6
 
 
 @given(st.lists(st.floats(0, 2), min_size=2, max_size=20))

@@ -106,6 +106,24 @@ def test_confidence_bound_of_the_drop_can_be_the_criterion() -> None:
         quantize("accuracy_drop=6, confident=true", fidelity())
 
 
+def test_what_learning_gains_is_spent_on_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = fidelity()
+    learned = quantize("accuracy_drop=2", evaluate)
+    monkeypatch.setattr("quantkit.pipeline.accuracy.FINISHED_TRIES", {"fast": 0})
+    assert learned.plan.total_bytes < quantize("accuracy_drop=2", evaluate).plan.total_bytes
+
+
+def test_limit_that_only_learning_meets_is_met() -> None:
+    evaluate = fidelity()
+    with pytest.raises(AccuracyNotMet) as failed:
+        quantize("3 bits, accuracy_drop=0.001", evaluate, reconstruction="none", correction="none")
+    rounded = min(lost for _, lost in failed.value.curve)
+    learned = quantize("3 bits, accuracy_drop=100", evaluate)
+    asked = 0.95 * rounded
+    assert 100 - evaluate(quantize(f"3 bits, accuracy_drop={asked}", evaluate).model) <= asked
+    assert all(found != rounded for _, found in learned.curve)
+
+
 def test_more_effort_evaluates_more_plans_and_never_ends_with_a_dearer_one() -> None:
     evaluate = fidelity()
     fast, balanced = (quantize("accuracy_drop=2", evaluate, effort=effort) for effort in ("fast", "balanced"))

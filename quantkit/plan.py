@@ -108,9 +108,12 @@ def average_bits(layers: Mapping[str, Layer], size_bytes: int) -> float:
     return 8 * size_bytes / sum(layer.weights for layer in layers.values())
 
 
-def saturated(quadratic: Any, saturation: float) -> Any:
-    """q / (1 + s q): damage stops growing with its quadratic form q and never passes 1 / s; 0 leaves it as it is."""
-    return quadratic / (1 + saturation * quadratic)
+def saturated(quadratic: Any, saturation: Any, growth: Any = 0.0) -> Any:
+    """h / (1 + s h) of h = q (1 + g q): damage grows faster than its quadratic form q first, and stops before 1 / s;
+    0 and 0 leave it as it is. The order of plans stays.
+    """
+    grown = quadratic * (1 + growth * quadratic)
+    return grown / (1 + saturation * grown)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Profile:
     candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     saturation: float = 0.0
+    growth: float = 0.0
     operations: tuple[Operation, ...] = ()
     latency: LatencyTable | None = None
 
@@ -183,7 +187,7 @@ class Profile:
     def predict(self, schemes: Mapping[str, str | Scheme], sites: Mapping[str, str] | None = None) -> float:
         """Predicted damage of a mapping layer name -> scheme (pair terms included)."""
         chosen = self.chosen(schemes, sites)
-        return float(saturated(0.5 * float(self.gram[np.ix_(chosen, chosen)].sum()), self.saturation))
+        return float(saturated(0.5 * float(self.gram[np.ix_(chosen, chosen)].sum()), self.saturation, self.growth))
 
     def predict_separable(self, schemes: Mapping[str, str | Scheme], sites: Mapping[str, str] | None = None) -> float:
         """The same without pair terms: the sum of the damages measured alone."""

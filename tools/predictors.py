@@ -103,7 +103,7 @@ class Lab:
         generator = torch.Generator().manual_seed(self.seed)
         spent = _seconds(lambda: found.append(ESTIMATORS[estimator](subject, changes, True, generator)))
         scores = found[0]
-        arrays = {"damage": scores.damage, "saturation": np.array(scores.saturation)}
+        arrays = {"damage": scores.damage, "bend": np.array([scores.saturation, scores.growth])}
         arrays["forwards"] = np.array(np.nan if resumed else spent / once)
         arrays["base_damage"] = np.array(scores.notes.get("base_damage", 0.0))
         if scores.gram is not None:
@@ -132,7 +132,8 @@ def _spread(arrays: Mapping[str, np.ndarray], chosen: Sequence[int], count: int)
         matrix = np.full((count, count), np.nan)
         matrix[np.ix_(chosen, chosen)] = arrays["gram"]
     notes = {"base_damage": float(arrays["base_damage"])}
-    return Scores(damage, np.zeros(count), matrix, notes, saturation=float(arrays["saturation"]))
+    saturation, growth = arrays["bend"].tolist()
+    return Scores(damage, np.zeros(count), matrix, notes, saturation=saturation, growth=growth)
 
 
 def predictors(

@@ -91,6 +91,7 @@ class Request:
             candidates={name: tuple(str(s) for s in options) for name, options in self.candidates.items()},
             provenance=self.settings | dict(provenance),
             saturation=scores.saturation,
+            growth=scores.growth,
             operations=operations_of(ready.trace, ready.sites, self.target),
             latency=self.target.latency,
         )

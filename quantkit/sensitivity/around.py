@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.graph.batches import batch_size
 from quantkit.progress import track
 from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject, damage_for
-from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms
+from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms, sample_numbers
 from quantkit.sensitivity.replay import variations
 from quantkit.sensitivity.sketch import sketch_for
 
@@ -63,14 +64,15 @@ class PlanDamage:
         means = [float(torch.cat(one).mean()) for one in rows]
         damage = np.full(len(self.perturbations), means[0])
         damage[others] = means[1:]
-        sizes, here = [len(o) for o in kept[0]], torch.cat(kept[0])
+        here = torch.cat(kept[0])
         shifts = torch.zeros(len(self.perturbations), *here.shape)
         for k, one in zip(others, kept[1:], strict=True):
             shifts[k] = torch.cat(one) - here
-        return damage, self._pair_terms(here, shifts, sizes)
+        return damage, self._pair_terms(here, shifts, [len(o) for o in kept[0]])
 
-    def _pair_terms(self, here: Tensor, shifts: Tensor, sizes: Sequence[int]) -> np.ndarray:
+    def _pair_terms(self, here: Tensor, shifts: Tensor, rows: Sequence[int]) -> np.ndarray:
         """Trusted cosines, with the lengths that the metric at the plan gives the shifts."""
-        pairs = pair_terms(self.damage, here, shifts, [p.owner for p in self.perturbations], sizes)
+        samples = sample_numbers(rows, [batch_size(b) for b in self.subject.batches])
+        pairs = pair_terms(self.damage, here, shifts, [p.owner for p in self.perturbations], samples)
         lengths = metric_lengths(self.damage, here, shifts)
         return pairs.cosines * np.outer(lengths, lengths)

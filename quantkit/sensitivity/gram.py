@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.graph.batches import batch_size
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Damage,
@@ -30,7 +31,7 @@ from quantkit.sensitivity.measure import (
     mean_and_error,
     notes_on,
 )
-from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms
+from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms, sample_numbers
 from quantkit.sensitivity.registry import Cost, estimator
 from quantkit.sensitivity.saturation import fitted, measured_plans, plans_measured, random_plans
 from quantkit.sensitivity.sketch import Sketch, sketch_for
@@ -65,7 +66,8 @@ def gram(
     for k, found in by_place(subject, perturbations, "gram", progress, measure):
         means[k], errors[k] = found["found"]
         torch.sub(torch.from_numpy(found["outputs"]), here, out=shifts[k])
-    pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], [len(o) for o in small])
+    samples = sample_numbers([len(o) for o in small], [batch_size(b) for b in subject.batches])
+    pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], samples)
     lengths = np.sqrt(2 * means) if not subject.base else metric_lengths(damage, here, shifts)
     matrix = pairs.cosines * np.outer(lengths, lengths)
     np.fill_diagonal(matrix, 2 * means)
@@ -97,10 +99,13 @@ def _with_saturation(
 
     measured = measured_plans(subject, perturbations, plans, damage_of, progress)
     fit = fitted(scores.damage, scores.gram, plans, measured)
-    found = replace(scores, gram=fit.weakened(scores.damage, scores.gram), saturation=fit.limit)
+    found = replace(scores, gram=fit.weakened(scores.damage, scores.gram), saturation=fit.limit, growth=fit.growth)
     errors = [abs(found.predict(plan) / truth - 1) for plan, truth in zip(plans, measured, strict=True) if truth > 0]
     notes = dict(scores.notes) | {"whole_plans": len(plans)}
-    notes |= {"pair_strength": fit.strength, "pair_fading": fit.fading}
+    notes |= {
+        "pair_strength": sum(fit.strengths),
+        "pair_terms": [[a, t] for a, t in zip(fit.strengths, fit.fadings, strict=True)],
+    }
     if errors:
         notes["whole_plan_error"] = float(np.median(errors))
     return replace(found, notes=notes)

@@ -49,8 +49,8 @@ class Scores:
 
     Loss units, higher is worse; ``gram`` is scaled so that gram[k, k] = 2 damage[k]. Of a subject with a base plan,
     ``damage`` is the increase over the base, below zero where a format is better than the base's; half the sum of
-    ``gram`` over a plan, ``saturated`` with ``saturation``, predicts the plan's increase. ``notes``: how it was
-    measured. ``ranking``: the numbers only order layers; they are in no unit and must not be added up.
+    ``gram`` over a plan, ``saturated`` with ``saturation`` and ``growth``, predicts the plan's increase. ``notes``:
+    how it was measured. ``ranking``: the numbers only order layers; they are in no unit and must not be added up.
     """
 
     damage: np.ndarray
@@ -59,12 +59,13 @@ class Scores:
     notes: Mapping[str, Any] = field(default_factory=dict)
     ranking: bool = False
     saturation: float = 0.0
+    growth: float = 0.0
 
     def predict(self, chosen: Sequence[int]) -> float:
         """Damage of a plan, given the positions of its perturbations: by pair terms where there are any."""
         if self.gram is None:
             return float(self.damage[list(chosen)].sum())
-        return float(saturated(0.5 * self.gram[np.ix_(chosen, chosen)].sum(), self.saturation))
+        return float(saturated(0.5 * self.gram[np.ix_(chosen, chosen)].sum(), self.saturation, self.growth))
 
 
 @dataclass

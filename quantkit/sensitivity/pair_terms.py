@@ -34,17 +34,15 @@ class PairTerms:
     reliability: float
 
 
-def pair_terms(
-    damage: Damage, reference: Tensor, shifts: Tensor, owners: Sequence[str], sizes: Sequence[int]
-) -> PairTerms:
+def pair_terms(damage: Damage, reference: Tensor, shifts: Tensor, owners: Sequence[str], samples: Tensor) -> PairTerms:
     """Cosines between the shifts (K, rows, classes) of the outputs ``reference`` (rows, classes).
 
     ``owners`` (K) tell which entries exclude each other: only pairs of different owners count for the reliability.
-    ``sizes``: the rows of each batch. Its first rows go to one half, its last to the other, so that the rows of one
-    sample, which are alike, stay together.
+    ``samples`` (rows): the number of the sample that a row belongs to. Every other sample goes to one half, however
+    they came in batches; the rows of one sample, which are alike, stay together.
     """
     apart = np.array([[a != b for b in owners] for a in owners]).reshape(len(owners), len(owners))
-    halves = _halves(sizes)
+    halves = [(samples % 2 == parity).nonzero().flatten() for parity in (0, 1)]
     for temperature in TEMPERATURES:
         grams = [gram_matrix(damage, reference, shifts, temperature, half) for half in halves]
         reliability = split_half_reliability(*(_cosines(one)[apart] for one in grams))
@@ -55,33 +53,33 @@ def pair_terms(
     return PairTerms(shrunk, temperature, reliability)
 
 
-def _halves(sizes: Sequence[int]) -> tuple[list[slice], list[slice]]:
-    ends = list(accumulate(sizes))
-    cuts = [(end - size, end - size // 2, end) for size, end in zip(sizes, ends, strict=True)]
-    return [slice(a, b) for a, b, _ in cuts], [slice(b, c) for _, b, c in cuts]
+def sample_numbers(rows: Sequence[int], samples: Sequence[int]) -> Tensor:
+    """For every row of an output the number of its sample, from the counts of rows and of samples in each batch; a
+    single sample counts as two, its first rows and its last.
+    """
+    if sum(samples) == 1:
+        rows, samples = [sum(rows)], [2]
+    starts = accumulate(samples, initial=0)
+    return torch.cat([start + torch.arange(r) * n // r for r, n, start in zip(rows, samples, starts, strict=False)])
 
 
-def gram_matrix(
-    damage: Damage, reference: Tensor, shifts: Tensor, temperature: float, blocks: Sequence[slice]
-) -> np.ndarray:
-    """All inner products (K, K) of the shifts (K, rows, classes) in the metric of the damage, over blocks of rows.
+def gram_matrix(damage: Damage, reference: Tensor, shifts: Tensor, temperature: float, rows: Tensor) -> np.ndarray:
+    """All inner products (K, K) of the shifts (K, rows, classes) in the metric of the damage, over some ``rows``.
 
-    Summed in float64, a slice of rows at a time to bound memory.
+    Summed in float64, some rows at a time to bound memory.
     """
     count = len(shifts)
     step = max(1, SLICE_BYTES // max(1, 8 * count * shifts.shape[-1]))
     total = torch.zeros(count, count, dtype=torch.float64)
-    for block in blocks:
-        for start in range(block.start, block.stop, step):
-            rows = slice(start, min(start + step, block.stop))
-            vectors = damage.metric(reference[rows], shifts[:, rows], temperature).double().flatten(1)
-            total += vectors @ vectors.T
+    for some in rows.split(step):
+        vectors = damage.metric(reference[some], shifts[:, some], temperature).double().flatten(1)
+        total += vectors @ vectors.T
     return total.numpy()
 
 
 def metric_lengths(damage: Damage, here: Tensor, shifts: Tensor) -> np.ndarray:
     """Lengths (K) of the shifts in the metric at the outputs ``here``."""
-    return np.sqrt(np.diag(gram_matrix(damage, here, shifts, 1.0, [slice(0, len(here))])) / len(here))
+    return np.sqrt(np.diag(gram_matrix(damage, here, shifts, 1.0, torch.arange(len(here)))) / len(here))
 
 
 def split_half_reliability(first: np.ndarray, second: np.ndarray) -> float:

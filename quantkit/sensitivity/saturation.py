@@ -3,17 +3,23 @@
 Pair terms are second order and estimated from single changes; where layers depend on each other strongly they are most
 of a plan's damage, elsewhere they overshoot. A change that does much damage alone is beyond the reach of second order,
 and its pair terms overshoot most. And a quadratic form knows no end, but outputs that are wrong already cannot become
-wrong again: where most layers get two bits it overshoots several times. So a few seeded random plans, from narrow to
-wide, are measured as a whole, and three numbers are fitted to them: pair terms are multiplied by a <= 1 and fade with
-the damages d of their two changes alone, by 1 / sqrt((1 + t d_k) (1 + t d_l)); both keep the matrix positive
-semi-definite. The damage of a plan is then q / (1 + s q) of the form q, which keeps the order of plans and leaves
-small damages as they are.
+wrong again; on the way there damage can grow faster than quadratically. So some seeded random plans, from narrow to
+wide, are measured as a whole. Pair terms are multiplied by a <= 1 and fade with the damages d of their two changes
+alone, by 1 / sqrt((1 + t d_k) (1 + t d_l)), and the quadratic form q of a plan is bent to h / (1 + s h),
+h = q (1 + g q), which keeps the order of plans and leaves small damages as they are.
+
+A few dozen plans cannot tell strong fading terms from weak lasting ones, and the nearest of such fits orders plans
+badly. So pair terms are averaged over all fits, each weighted by how likely it makes what was measured: with errors of
+the logarithm that are Laplace distributed and of unknown scale, whose prior is flat in its logarithm, that is their
+mean to the power of minus the number of plans. Growth is as likely as none before anything is measured. The average is
+positive semi-definite, as every fit is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -24,10 +30,12 @@ from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes, members_of
 from quantkit.sensitivity.measure import Perturbation, Subject
 
-MOST_PLANS = 24
-FORMATS_PER_PLAN = 6  # a plan is measured for so many formats, which bounds what it adds to a profile
-STEPS_PER_DECADE = 16
+MOST_PLANS = 40
+FORMATS_PER_PLAN = 4  # a plan is measured for so many formats, which bounds what it adds to a profile
 STRENGTHS = tuple((np.arange(20, -1, -1) / 20).tolist())  # of pair terms, the strongest first
+LIMITS = (0.0, *np.logspace(-3, 3, 97).tolist())  # over the largest sum of single damages, as are growths
+GROWTHS = (0.0, *np.logspace(-2, 3, 16).tolist())
+LEAST_MISS = 0.01  # nearer than this is chance
 FADINGS = (0.0, *np.logspace(-1, 3, 13).tolist())  # over the largest damage alone, the slowest first
 
 
@@ -89,51 +97,57 @@ def measured_plans(
 
 @dataclass(frozen=True)
 class Fit:
-    """``strength`` of pair terms (at most 1), their ``fading`` (one over a damage) and the ``limit`` of whole plans
-    (one over the largest damage a plan can do; 0: no end).
+    """``strengths`` of pair terms, which sum to at most 1, each with its ``fadings`` (one over a damage), the
+    ``limit`` of whole plans (one over the largest damage a plan can do; 0: no end) and their ``growth`` (one over a
+    damage).
     """
 
-    strength: float = 1.0
-    fading: float = 0.0
+    strengths: tuple[float, ...] = (1.0,)
+    fadings: tuple[float, ...] = (0.0,)
     limit: float = 0.0
+    growth: float = 0.0
 
     def weakened(self, damage: np.ndarray, gram: np.ndarray) -> np.ndarray:
         """``gram`` (K, K), whose diagonal is twice the ``damage`` (K) alone, with its pair terms weakened."""
-        reach = 1 / np.sqrt(1 + self.fading * damage.clip(min=0))
-        weak = self.strength * gram * np.outer(reach, reach)
+        share = np.zeros_like(gram)
+        for strength, fading in zip(self.strengths, self.fadings, strict=True):
+            reach = 1 / np.sqrt(1 + fading * damage.clip(min=0))
+            share += strength * np.outer(reach, reach)
+        weak = share * gram
         np.fill_diagonal(weak, np.diag(gram))
         return weak
 
 
 def fitted(damage: np.ndarray, gram: np.ndarray, plans: Sequence[Sequence[int]], measured: np.ndarray) -> Fit:
-    """The fit with which ``gram`` (K, K) predicts the ``measured`` damages of plans best, by the mean absolute
-    logarithm of the ratio; all of the pair terms where there is nothing to fit to.
+    """The average of all fits of ``gram`` (K, K) to the ``measured`` damages of plans, and the limit and growth that
+    come nearest to them then; all of the pair terms where there is nothing to fit to.
     """
     chosen = np.zeros((len(plans), len(damage)))
     for row, plan in zip(chosen, plans, strict=True):
         row[list(plan)] = 1
     alone = chosen @ damage
-    best, least = Fit(), np.inf
-    for fading in FADINGS if damage.size and damage.max() > 0 else ():
-        fading = fading / float(damage.max())
-        off = Fit(fading=fading).weakened(damage, gram)
-        np.fill_diagonal(off, 0)
-        pairs = 0.5 * ((chosen @ off) * chosen).sum(1)
-        strength, limit, miss = _nearest(alone, pairs, measured)
-        if miss < least:
-            best, least = Fit(strength, fading, limit), miss
-    return best
-
-
-def _nearest(alone: np.ndarray, pairs: np.ndarray, measured: np.ndarray) -> tuple[float, float, float]:
-    """Strength and limit that come nearest for these sums of single damages and of pair terms, and how near."""
-    usable = (alone > 0) & (alone + pairs > 0) & (measured > 0)
+    usable = (alone > 0) & (measured > 0)
     if not usable.any():
-        return 1.0, 0.0, np.inf
-    single, together, truth = alone[usable], pairs[usable], measured[usable]
-    limits = [0.0, *(np.logspace(-3, 3, 6 * STEPS_PER_DECADE + 1) / single.max()).tolist()]
-    options = [(a, s) for a in STRENGTHS for s in limits]
-    predicted = np.log([saturated(single + a * together, s) for a, s in options])
-    misses = np.abs(predicted - np.log(truth)).mean(1)
-    found = int(misses.argmin())
-    return *options[found], float(misses[found])
+        return Fit()
+    chosen, alone, truth = chosen[usable], alone[usable], measured[usable]
+    fadings = tuple(fading / float(damage.max()) for fading in FADINGS)
+    pairs = np.stack([_pair_sums(Fit(fadings=(fading,)).weakened(damage, gram), chosen) for fading in fadings])
+    bends = np.array(list(product(GROWTHS, LIMITS))) / alone.max()
+    misses = np.stack([[_misses(alone + a * together, bends, truth) for a in STRENGTHS] for together in pairs])
+    grows = bends[:, 0] > 0
+    odds = (misses.min() / misses) ** len(truth) * np.where(grows, 1 / (len(GROWTHS) - 1), 1)
+    shares = (odds.sum(2) / odds.sum()) @ np.array(STRENGTHS)
+    likely = bends if odds[..., grows].sum() > odds[..., ~grows].sum() else bends[~grows]
+    growth, limit = likely[_misses(alone + shares @ pairs, likely, truth).argmin()]
+    return Fit(tuple(shares.tolist()), fadings, float(limit), float(growth))
+
+
+def _pair_sums(gram: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What pair terms add to each of the plans (plans, K)."""
+    return 0.5 * (((chosen @ gram) * chosen).sum(1) - chosen @ np.diag(gram))
+
+
+def _misses(quadratic: np.ndarray, bends: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """For each (growth, limit) the mean absolute logarithm of the ratio of predicted to ``measured`` damages."""
+    bent = saturated(quadratic.clip(min=np.finfo(float).tiny), bends[:, 1:], bends[:, :1])
+    return np.abs(np.log(bent / measured)).mean(1).clip(min=LEAST_MISS)

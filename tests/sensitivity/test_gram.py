@@ -17,6 +17,7 @@ from quantkit.sensitivity.pair_terms import (
     TEMPERATURES,
     gram_matrix,
     pair_terms,
+    sample_numbers,
     split_half_reliability,
 )
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
@@ -59,9 +60,11 @@ def test_pair_terms_are_the_shrunk_cosines_of_a_slow_twin_times_the_damages(meas
     slow = slow_gram(reference, outputs, scores.notes["temperature"])
     lengths = np.sqrt(np.diag(slow))
     damages = np.sqrt(2 * scores.damage)
-    reach = 1 / np.sqrt(1 + scores.notes["pair_fading"] * scores.damage)
     cosines = scores.notes["reliability"] * slow / np.outer(lengths, lengths)
-    expected = scores.notes["pair_strength"] * cosines * np.outer(damages * reach, damages * reach)
+    expected = np.zeros_like(slow)
+    for strength, fading in scores.notes["pair_terms"]:
+        reach = 1 / np.sqrt(1 + fading * scores.damage)
+        expected += strength * cosines * np.outer(damages * reach, damages * reach)
     np.fill_diagonal(expected, 2 * scores.damage)
     assert np.allclose(scores.gram, expected, rtol=2e-3, atol=1e-6)
 
@@ -82,7 +85,7 @@ def test_prediction_tends_to_the_damage_of_all_together_as_perturbations_shrink(
     grown = [replace(p, change=replace(p.change, scale=p.change.scale * 1.02)) for p in eighths]
     reference = torch.cat(list(subject.outputs()))
     shifts = torch.stack([torch.cat(list(subject.outputs([p]))) - reference for p in grown])
-    matrix = gram_matrix(KLDamage(), reference.double(), shifts.double(), 1.0, [slice(0, 400)]) / 400
+    matrix = gram_matrix(KLDamage(), reference.double(), shifts.double(), 1.0, torch.arange(400)) / 400
     together = KLDamage().rows(reference.double(), torch.cat(list(subject.outputs(grown))).double()).mean()
     assert 0.5 * matrix.sum() == pytest.approx(float(together), rel=0.05)
     assert 0.5 * np.trace(matrix) < 0.6 * float(together)
@@ -91,10 +94,10 @@ def test_prediction_tends_to_the_damage_of_all_together_as_perturbations_shrink(
 def test_memory_slices_do_not_change_the_matrix(monkeypatch: pytest.MonkeyPatch, measured) -> None:
     _, _, _, reference, outputs = measured
     shifts = torch.stack([o - reference for o in outputs])
-    blocks = [slice(0, 16), slice(20, 40)]
-    whole = gram_matrix(KLDamage(), reference, shifts, 2.0, blocks)
+    rows = torch.tensor([*range(16), *range(20, 40, 2)])
+    whole = gram_matrix(KLDamage(), reference, shifts, 2.0, rows)
     monkeypatch.setattr("quantkit.sensitivity.pair_terms.SLICE_BYTES", 8 * shifts.shape[0] * shifts.shape[2] * 3)
-    assert np.allclose(gram_matrix(KLDamage(), reference, shifts, 2.0, blocks), whole, rtol=1e-9)
+    assert np.allclose(gram_matrix(KLDamage(), reference, shifts, 2.0, rows), whole, rtol=1e-9)
 
 
 def test_split_half_reliability_recovers_the_share_of_signal() -> None:
@@ -119,21 +122,38 @@ def synthetic(rows: int, sharpness: float, common: float) -> tuple[Tensor, Tenso
 
 def test_metric_is_softened_only_as_far_as_the_inputs_make_it_necessary() -> None:
     owners = list("abcdef")
-    plenty = pair_terms(KLDamage(), *synthetic(20_000, 1, 1), owners, [20_000])
+    plenty = pair_terms(KLDamage(), *synthetic(20_000, 1, 1), owners, torch.arange(20_000))
     assert (plenty.temperature, plenty.reliability > RELIABLE) == (1, True)
-    overconfident = pair_terms(KLDamage(), *synthetic(300, 12, 1), owners, [300])
+    overconfident = pair_terms(KLDamage(), *synthetic(300, 12, 1), owners, torch.arange(300))
     assert overconfident.temperature > 1
-    nothing_shared = pair_terms(KLDamage(), *synthetic(60, 3, 0), owners, [60])
+    nothing_shared = pair_terms(KLDamage(), *synthetic(60, 3, 0), owners, torch.arange(60))
     assert nothing_shared.temperature == TEMPERATURES[-1]
     assert nothing_shared.reliability < 0.5
+
+
+def test_rows_of_a_sample_are_told_from_the_batches() -> None:
+    assert sample_numbers([6, 3], [2, 1]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert sample_numbers([2, 2], [2, 2]).tolist() == [0, 1, 2, 3]
+    assert sample_numbers([3, 5], [2, 2]).tolist() == [0, 0, 1, 2, 2, 2, 3, 3]  # as near as it can be told
+    assert sample_numbers([4], [1]).tolist() == [0, 0, 1, 1]
+
+
+def test_batches_do_not_matter_to_pair_terms() -> None:
+    reference, shifts = synthetic(300, 3, 0.3)
+    together, apart = (
+        pair_terms(KLDamage(), reference, shifts, list("abcdef"), sample_numbers(split, split))
+        for split in ([300], [7, 93, 200])
+    )
+    assert together.reliability == apart.reliability
+    assert (together.cosines == apart.cosines).all()
 
 
 def test_formats_of_one_layer_are_no_evidence_of_reliability() -> None:
     reference, shifts = synthetic(60, 3, 0)
     twins = torch.cat([shifts, shifts])
     names = list("abcdef") * 2
-    assert pair_terms(KLDamage(), reference, twins, names, [60]).reliability < 0.5
-    alone = pair_terms(KLDamage(), reference, shifts, ["a"] * 6, [60])
+    assert pair_terms(KLDamage(), reference, twins, names, torch.arange(60)).reliability < 0.5
+    alone = pair_terms(KLDamage(), reference, shifts, ["a"] * 6, torch.arange(60))
     assert (alone.temperature, alone.reliability) == (1, 1)
 
 

@@ -20,6 +20,7 @@ from quantkit.graph.trace import Trace
 from quantkit.pipeline.recording import Recording, some_samples
 from quantkit.progress import notice
 from quantkit.quantizers.adaquant import learn_layers
+from quantkit.quantizers.augmentation import changed, harmless
 from quantkit.quantizers.corrections import match_outputs
 from quantkit.quantizers.kept import Finished, Kept
 from quantkit.quantizers.learning import Learned, Schedule
@@ -33,6 +34,7 @@ from quantkit.transforms.prepare import Prepared
 LEAST_SAMPLES = 64  # with fewer, what is learned is the samples
 HELD_BACK = 8  # one in so many
 DRAWS = 4  # mixes of each sample
+CHANGED_SAMPLES = 256  # on which it is asked how harmless a change is
 DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
@@ -89,21 +91,35 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
         lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), TEMPERATURE),
         lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
     )
-    inputs = tape.entering(ready.model, _drawn(training, generator))
-    held_inputs = tape.entering(ready.model, _drawn(testing, generator))
-    floats = float_playback(ready.model, tape, state)
-    every = whole(tape, ())
+    floats, every = float_playback(ready.model, tape, state), whole(tape, ())
+
+    def outputs(batch: Batch) -> Tensor:
+        return play(floats, tape.entering(ready.model, batch), every)
+
+    few = some_samples(training, torch.arange(min(CHANGED_SAMPLES, count - held)))
+    changes = harmless(few, outputs, teacher.damage, generator)
+    if changes:
+        notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")
+    inputs, held_inputs = (
+        tape.entering(ready.model, _drawn(part, changes, generator)) for part in (training, testing)
+    )
     lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
     return Course(recording, teacher, lesson, seed)
 
 
-def _drawn(batch: Batch, generator: torch.Generator) -> Batch:
-    """Pair-mixed inputs, several draws of each where they are small; the inputs themselves where they do not mix."""
+def _drawn(batch: Batch, changes: Sequence[str], generator: torch.Generator) -> Batch:
+    """Inputs with these changes and pair-mixed, several draws of each where they are small; the inputs themselves
+    where neither is possible.
+    """
     bytes_each = sum(t.numel() * t.element_size() for t in tree_flatten(batch)[0])
-    draws = max(1, min(DRAWS, DRAWN_BYTES // max(1, bytes_each)))
-    mixes = [mixed_pairs([batch], generator) for _ in range(draws)]
-    drawn = [mix[0] for mix in mixes if mix is not None]
-    return tree_map(lambda *tensors: torch.cat(tensors), *drawn) if drawn else batch
+    drawn = []
+    for _ in range(max(1, min(DRAWS, DRAWN_BYTES // max(1, bytes_each)))):
+        other = changed(batch, changes, generator)
+        mix = mixed_pairs([other], generator)
+        if mix is None and not changes:
+            return batch
+        drawn.append(other if mix is None else mix[0])
+    return tree_map(lambda *tensors: torch.cat(tensors), *drawn)
 
 
 @torch.no_grad()

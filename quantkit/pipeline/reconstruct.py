@@ -28,7 +28,7 @@ from quantkit.quantizers.playback import Playback, Values, copied_state, float_p
 from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network, mean_damage
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import Damage, rows_of
+from quantkit.sensitivity.measure import SOFTENED, Damage, rows_of
 from quantkit.transforms.prepare import Prepared
 
 LEAST_SAMPLES = 64  # with fewer, what is learned is the samples
@@ -38,7 +38,6 @@ CHANGED_SAMPLES = 256  # on which it is asked how harmless a change is
 DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
-TEMPERATURE = 4.0  # of what is learned from: on its training samples a network is too sure to teach much
 NETWORK = Schedule()
 BLOCK = Schedule(steps=600, code_rate=3e-3)
 LAYER = Schedule(steps=300, checks=20)
@@ -88,7 +87,7 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
         state,
         _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
         lambda wanted, found: damage.rows(rows_of(wanted), rows_of(found)),
-        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), TEMPERATURE),
+        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), SOFTENED),
         lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
     )
     floats, every = float_playback(ready.model, tape, state), whole(tape, ())

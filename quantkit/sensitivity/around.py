@@ -22,10 +22,19 @@ from quantkit.sensitivity.sketch import sketch_for
 
 
 class PlanDamage:
-    """Measures plans given as positions in ``perturbations``, against the outputs of the float model."""
+    """Measures plans given as positions in ``perturbations``, against the outputs of the float model; with a
+    ``temperature`` above 1, by the damage of softened outputs.
+    """
 
-    def __init__(self, subject: Subject, perturbations: Sequence[Perturbation], progress: bool = True) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        perturbations: Sequence[Perturbation],
+        progress: bool = True,
+        temperature: float = 1.0,
+    ) -> None:
         self.subject, self.perturbations, self.progress = subject, perturbations, progress
+        self.temperature = temperature
         self.reference = list(subject.float_outputs())
         self.damage = damage_for(subject.loss, torch.cat(self.reference))
 
@@ -40,7 +49,7 @@ class PlanDamage:
         rows: list[list[Tensor]] = [[] for _ in many]
         measured = variations(part, chosen)
         for batch, plan, output in track(measured, "measuring plans", len(many) * count, enabled=self.progress):
-            rows[plan].append(self.damage.rows(self.reference[batch], output).double())
+            rows[plan].append(self._rows(batch, output))
         return [float(torch.cat(one).mean()) for one in rows]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +68,7 @@ class PlanDamage:
         measured = variations(self.subject, [[self.perturbations[k] for k in plan] for plan in plans])
         steps = len(plans) * len(self.reference)
         for batch, plan, output in track(measured, "measuring around the plan", steps, enabled=self.progress):
-            rows[plan].append(self.damage.rows(self.reference[batch], output).double())
+            rows[plan].append(self._rows(batch, output))
             kept[plan].append(output if sketch is None else sketch(batch, output))
         means = [float(torch.cat(one).mean()) for one in rows]
         damage = np.full(len(self.perturbations), means[0])
@@ -70,9 +79,16 @@ class PlanDamage:
             shifts[k] = torch.cat(one) - here
         return damage, self._pair_terms(here, shifts, [len(o) for o in kept[0]])
 
+    def _rows(self, batch: int, output: Tensor) -> Tensor:
+        """Damage of each row of a batch, float64."""
+        reference = self.reference[batch]
+        if self.temperature == 1:
+            return self.damage.rows(reference, output).double()
+        return self.damage.smooth_rows(reference, output, self.temperature).double()
+
     def _pair_terms(self, here: Tensor, shifts: Tensor, rows: Sequence[int]) -> np.ndarray:
         """Trusted cosines, with the lengths that the metric at the plan gives the shifts."""
         samples = sample_numbers(rows, [batch_size(b) for b in self.subject.batches])
         pairs = pair_terms(self.damage, here, shifts, [p.owner for p in self.perturbations], samples)
-        lengths = metric_lengths(self.damage, here, shifts)
+        lengths = metric_lengths(self.damage, here, shifts, self.temperature)
         return pairs.cosines * np.outer(lengths, lengths)

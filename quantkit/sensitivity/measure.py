@@ -231,6 +231,8 @@ class SquaredError:
         return shift
 
 
+# At which training samples are compared where a decision follows: a network is too sure of them for damage itself
+SOFTENED = 4.0
 Damage = KLDamage | SquaredError
 LOSSES = ("kl", "mse")
 

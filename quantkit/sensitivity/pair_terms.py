@@ -77,9 +77,9 @@ def gram_matrix(damage: Damage, reference: Tensor, shifts: Tensor, temperature: 
     return total.numpy()
 
 
-def metric_lengths(damage: Damage, here: Tensor, shifts: Tensor) -> np.ndarray:
+def metric_lengths(damage: Damage, here: Tensor, shifts: Tensor, temperature: float = 1.0) -> np.ndarray:
     """Lengths (K) of the shifts in the metric at the outputs ``here``."""
-    return np.sqrt(np.diag(gram_matrix(damage, here, shifts, 1.0, torch.arange(len(here)))) / len(here))
+    return np.sqrt(np.diag(gram_matrix(damage, here, shifts, temperature, torch.arange(len(here)))) / len(here))
 
 
 def split_half_reliability(first: np.ndarray, second: np.ndarray) -> float:

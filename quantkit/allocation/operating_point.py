@@ -3,7 +3,9 @@
 Below four bits the second order at the float point mispredicts (METHODS b). Rounds: measure every single change of the
 plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
 one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
-selects (arXiv 2410.14649). What is measured comes through ``Measurements``; nothing here knows a model.
+selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
+than it is: better is what is better by two standard errors of the difference, input by input. What is measured comes
+through ``Measurements``; nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ KICKS = 60
 CANDIDATES = 16  # exchanges tried on a part of the inputs, and the part
 PART = 0.25
 FINALISTS = 4
+SURE = 2.0  # standard errors by which a plan must be better: the best of many looks better than it is
 
 
 class Measurements(Protocol):
     """What may be measured. ``entries`` are positions in the profile's entries: the formats of a plan."""
 
-    def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
-        """Damage of each plan on a share of the inputs (the same ones every time); costs ``share`` of a measurement
-        each.
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[Floats]:
+        """Damage of each plan, row by row of the outputs for a share of the inputs (the same ones every time); costs
+        ``share`` of a measurement each.
         """
 
     def around(self, entries: Sequence[int]) -> tuple[Floats, Floats]:
@@ -88,7 +91,13 @@ class _Walk:
     ledger: Ledger
     generator: np.random.Generator
     local: Problem | None = None
-    damage: float = np.inf
+    rows: Floats | None = None
+
+    @property
+    def damage(self) -> float:
+        """Measured damage of the plan that the walk stands on."""
+        assert self.rows is not None, "measured before anything is compared"
+        return float(self.rows.mean())
 
     def entries(self, assignment: Assignment) -> list[int]:
         return self.profile.chosen(*self.asked.answer(assignment))
@@ -96,13 +105,14 @@ class _Walk:
     def look_around(self) -> bool:
         """Measure the plan and every single change of it; False when that is no longer affordable."""
         chosen = self.entries(self.assignment)
-        cost = 1 + len(self.profile.entries) - len(chosen)
+        cost = 1 + len(self.profile.entries) - len(chosen) + (self.rows is None)
         if not chosen or not self.ledger.affords(cost):
             return False
+        if self.rows is None:
+            (self.rows,) = self.measurements.rows([chosen])
         damage, pairs = self.measurements.around(chosen)
-        self.damage = damage[chosen[0]]
         terms = pairs.copy()
-        np.fill_diagonal(terms, 2 * (damage - self.damage))
+        np.fill_diagonal(terms, 2 * (damage - damage[chosen[0]]))
         terms[chosen, chosen] = 0.0
         rows = option_entries(self.profile, self.asked.problem.choices, [*self.asked.layers, *self.asked.sites])
         self.local = replace(self.asked.problem, pairs=with_nothing(terms)[np.ix_(rows, rows)])
@@ -117,14 +127,21 @@ class _Walk:
             proposed = self._solve_within(radius)
             if proposed == self.assignment:
                 return False
-            damage = self.measurements.plans([self.entries(proposed)])[0]
-            accepted = damage < self.damage
-            self.ledger.note(f"jump within {radius} changes", 1, damage, accepted)
+            (rows,) = self.measurements.rows([self.entries(proposed)])
+            accepted = self._better(rows)
+            self.ledger.note(f"jump within {radius} changes", 1, float(rows.mean()), accepted)
             if accepted:
-                self.assignment, self.damage = proposed, damage
+                self.assignment, self.rows = proposed, rows
                 return True
             radius //= 2
         return False
+
+    def _better(self, rows: Floats) -> bool:
+        """Whether a plan with this damage is better than the present one, and not by chance."""
+        assert self.rows is not None
+        gain = self.rows - rows
+        error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+        return bool(gain.mean() > SURE * error)
 
     def _solve_within(self, radius: int) -> Assignment:
         """The least predicted damage with at most ``radius`` choices changed, by swaps from where the walk stands."""
@@ -150,18 +167,21 @@ class _Walk:
             tried = list(self._promising(CANDIDATES))
             if not tried:
                 break
-            part, *rough = self.measurements.plans([self.entries(one) for one in [self.assignment, *tried]], PART)
+            part, *rough = self._means([self.assignment, *tried], PART)
             finalists = [k for k in np.argsort(rough, kind="stable")[:FINALISTS] if rough[k] < part]
-            measured = self.measurements.plans([self.entries(tried[k]) for k in finalists]) if finalists else []
+            measured = self.measurements.rows([self.entries(tried[k]) for k in finalists]) if finalists else []
             exact = dict(zip(map(int, finalists), measured, strict=True))
-            best = min(exact, key=exact.__getitem__, default=None)
-            better = best is not None and exact[best] < self.damage
-            spent = (len(tried) + 1) * PART + len(exact)
-            self.ledger.note("exchange", spent, self.damage if best is None else exact[best], better)
+            best = min(exact, key=lambda k: exact[k].mean(), default=None)
+            better = best is not None and self._better(exact[best])
+            damage = self.damage if best is None else float(exact[best].mean())
+            self.ledger.note("exchange", (len(tried) + 1) * PART + len(exact), damage, better)
             if not better or best is None:
                 break
-            self.assignment, self.damage, taken = tried[best], exact[best], True
+            self.assignment, self.rows, taken = tried[best], exact[best], True
         return taken
+
+    def _means(self, assignments: Sequence[Assignment], share: float) -> list[float]:
+        return [float(r.mean()) for r in self.measurements.rows([self.entries(one) for one in assignments], share)]
 
     def _promising(self, count: int) -> Iterator[Assignment]:
         """The exchanges (one choice, or two) within the limits with the least predicted change."""

@@ -39,7 +39,11 @@ class PlanDamage:
         self.damage = damage_for(subject.loss, torch.cat(self.reference))
 
     def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
-        """Mean damage of each plan on the first batches, ``share`` of them but at least one.
+        """Mean damage of each plan, of which ``rows`` are the parts."""
+        return [float(one.mean()) for one in self.rows(many, share)]
+
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
+        """Damage of each plan (rows,) on the first batches, ``share`` of them but at least one.
 
         Plans that differ from the first in a few late layers cost little more than it.
         """
@@ -50,7 +54,7 @@ class PlanDamage:
         measured = variations(part, chosen)
         for batch, plan, output in track(measured, "measuring plans", len(many) * count, enabled=self.progress):
             rows[plan].append(self._rows(batch, output))
-        return [float(torch.cat(one).mean()) for one in rows]
+        return [torch.cat(one).numpy() for one in rows]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(damage (K,) of the plan with each entry in place of its owner's, pair terms (K, K) of the changes)."""

@@ -29,9 +29,9 @@ class Saturating:
     def value(self, entries: Sequence[int]) -> float:
         return float(np.tanh(np.square(self.vectors[list(entries)].sum(0)).sum())) + 0.05
 
-    def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
         self.cost += share * len(many)
-        return [self.value(entries) for entries in many]
+        return [np.array([self.value(entries)]) for entries in many]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         owners = [owner for owner, _ in self.profile.entries]

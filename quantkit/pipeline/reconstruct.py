@@ -21,7 +21,7 @@ from quantkit.pipeline.recording import Recording, some_samples
 from quantkit.progress import notice
 from quantkit.quantizers.adaquant import learn_layers
 from quantkit.quantizers.augmentation import changed, harmless
-from quantkit.quantizers.corrections import match_outputs
+from quantkit.quantizers.corrections import best_factor, head_of, match_outputs, scale_layer
 from quantkit.quantizers.kept import Finished, Kept
 from quantkit.quantizers.learning import Learned, Schedule
 from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, play
@@ -55,6 +55,7 @@ class Course:
     teacher: Teacher
     lesson: Lesson
     seed: int
+    logits: bool  # whether outputs are logits, as far as the damage is concerned
 
 
 def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], batches: Sequence[Batch]) -> bool:
@@ -103,7 +104,7 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
         tape.entering(ready.model, _drawn(part, changes, generator)) for part in (training, testing)
     )
     lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
-    return Course(recording, teacher, lesson, seed)
+    return Course(recording, teacher, lesson, seed, damage.softens)
 
 
 def _drawn(batch: Batch, changes: Sequence[str], generator: torch.Generator) -> Batch:
@@ -188,6 +189,7 @@ def correct(
         "norm": partial(_match, course, simulated, trace, deviations=True),
         "bias": partial(_match, course, simulated, trace, deviations=False),
         "tuning": tuning,
+        "confidence": partial(_temper, course, simulated, trace),
     }
     return {
         name: kept.learned(f"correction {name}", simulated, simulated.weights, work)
@@ -208,6 +210,20 @@ def _match(course: Course, simulated: SimulatedModel, trace: Trace, deviations: 
     if not after < before:
         kept.put_back(simulated)
     return Learned(before, min(before, after))
+
+
+def _temper(course: Course, simulated: SimulatedModel, trace: Trace) -> Learned:
+    """Make the logits as large as is best for the damage on held-back inputs."""
+    tape, lesson, damage = course.recording.tape, course.lesson, course.teacher.damage
+    playback = Playback(simulated, tape)
+    found = play(playback, lesson.held_inputs, whole(tape, ()))
+    factor, before, after = best_factor(found, lambda outputs: damage(lesson.held_outputs, outputs))
+    head = head_of(playback, trace)
+    if head is None or not course.logits or not after < before:
+        return Learned(before, before)
+    scale_layer(simulated, head, factor)
+    notice(f"logits times {factor:.2f}: damage on held-back inputs {before:.4g} -> {after:.4g}")
+    return Learned(before, after)
 
 
 def _first(values: Values, count: int) -> Values:

@@ -2,14 +2,16 @@
 
 Bias correction (Nagel et al., arXiv 1906.04721) gives every channel of a layer's output its float mean back;
 para-normalization (Hubara et al., arXiv 2006.10518, "BN tuning") its mean and standard deviation, by a factor on the
-weight's scale and on the bias.
+weight's scale and on the bias. A factor on the last layer's does to logits what temperature scaling does (Guo et al.,
+arXiv 1706.04599): a network that computes with errors should be less sure of its answers than the float one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ from quantkit.graph.trace import Trace
 from quantkit.quantizers.playback import Playback, Values, in_chunks, play
 from quantkit.quantizers.simulate import SimulatedModel
 
-CORRECTIONS = ("auto", "none", "bias", "norm", "tuning")
+CORRECTIONS = ("auto", "none", "bias", "norm", "tuning", "confidence")
+FACTORS = tuple((np.arange(30, 71) / 50).tolist())  # on logits
 LEAST_RATIO, MOST_RATIO = 0.5, 2.0  # of standard deviations: beyond, a channel carries next to nothing
 
 
@@ -80,3 +83,26 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
     bias = bias_of(model.model, name)
     assert bias is not None
     bias.copy_((bias.double() - found.mean) * ratio + wanted.mean)
+
+
+def head_of(playback: Playback, trace: Trace) -> str | None:
+    """The layer with quantized weights whose output is the network's, if that is so."""
+    last = next(step.key for step in playback.tape.steps if playback.tape.output in step.makes)
+    heads = (name for name in playback.model.weights if [call.key for call in trace.calls[name]] == [last])
+    return next(heads, None)
+
+
+def best_factor(outputs: Tensor, damage: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
+    """(the factor on outputs with which their mean damage is least, that damage without and with it)."""
+    means = {factor: float(damage(factor * outputs).double().mean()) for factor in (1.0, *FACTORS)}
+    best = min(means, key=means.__getitem__)
+    return best, means[1.0], means[best]
+
+
+@torch.no_grad()
+def scale_layer(model: SimulatedModel, name: str, factor: float) -> None:
+    """Multiply what a layer computes by a factor, through its scales and its bias."""
+    weight, bias = model.weights[name], bias_of(model.model, name)
+    model.set_weight(name, replace(weight, scale=weight.scale * factor))
+    if bias is not None:
+        bias.mul_(factor)

@@ -50,6 +50,7 @@ METHODS: dict[str, dict[str, str]] = {
     "calibtip": {"rounding": "nearest", "reconstruction": "adaquant", "correction": "auto"},
     "network": {"rounding": "gptq", "reconstruction": "network"},
     "block": {"rounding": "gptq", "reconstruction": "block"},
+    "confident": {"rounding": "gptq", "reconstruction": "block", "correction": "confidence"},
 }
 CIFAR = ("cifar10_calib.npz", "images", "cifar10_test_a.npz", "images", "labels")
 VWW = ("vww_images.npz", "calib", "vww_images.npz", "eval", None)

@@ -65,8 +65,9 @@ def apply(
     layer by layer, "none" keeps what was rounded. "auto" learns where there are at least 64 samples: blocks first for
     weights of up to 3 bits or activations below 8, the network alone for weights of up to 5 bits. Where
     nothing is learned, ``correction="auto"`` moves scales and biases by statistics ("norm", "bias") and biases by the
-    damage ("tuning"); each can be asked for alone, None is off. What does not help on inputs that were held back is
-    undone; ``Result.notes`` says what did.
+    damage ("tuning"). Each can be asked for alone, as can "confidence", a factor on logits, also after learning; None
+    is off. What does not help on inputs that were held back is undone; ``Result.notes`` says what did. Images are also
+    learned from mirrored and shifted, where the float outputs hardly change.
 
     ``reparameterization`` is for transformers. Before anything is rounded, outputs of LayerNorms get a range for each
     channel ("norm"), its clipping learned ("clip"), and norms and the layers behind them are rewritten so that one

@@ -138,10 +138,9 @@ class Workbench:
         learning, correcting = self.ways.reconstruction, self.ways.correction
         if self.course is not None and learning != "none":
             notes["reconstruction"] = reconstruct(self.course, simulated, ready.trace, learning, progress, finished)
-        # learned by the softened damage, biases and scales among it, there is nothing else to correct
-        if "reconstruction" in notes and learning not in ADAQUANT and correcting == "auto":
-            correcting = "confidence"
-        if self.course is not None and correcting != "none":
+        # learned by the damage, biases and scales among it, there is nothing to correct
+        learned = "reconstruction" in notes and learning not in ADAQUANT and correcting == "auto"
+        if self.course is not None and correcting != "none" and not learned:
             notes["correction"] = correct(self.course, simulated, ready.trace, correcting, progress, finished)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes

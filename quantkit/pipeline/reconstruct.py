@@ -44,6 +44,7 @@ LAYER = Schedule(steps=300, checks=20)
 TUNING = Schedule(steps=100, bias_rate=3e-3)
 STATISTICS_SAMPLES = 512
 LAYER_SAMPLES = 1024
+AUTO = ("norm", "bias", "tuning")  # corrections: how sure to be of unseen inputs, held-back ones say too vaguely
 ADAQUANT = ("adaquant", "adaquant-parallel")
 
 
@@ -178,8 +179,8 @@ def _by_layers(
 def correct(
     course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Finished
 ) -> dict[str, Learned]:
-    """Apply corrections ("auto": all of them in turn), each kept only where the damage on held-back inputs falls;
-    returns that damage before and after each.
+    """Apply a correction ("auto": all but "confidence" in turn), each kept only where the damage on held-back inputs
+    falls; returns that damage before and after each.
     """
     tuning = partial(
         learn_network, Playback(simulated, course.recording.tape), course.teacher, course.lesson, TUNING,
@@ -194,7 +195,7 @@ def correct(
     return {
         name: kept.learned(f"correction {name}", simulated, simulated.weights, work)
         for name, work in every.items()
-        if how in ("auto", name)
+        if how == name or (how == "auto" and name in AUTO)
     }
 
 

@@ -13,13 +13,13 @@ from quantkit.errors import InvalidRequest
 from quantkit.graph.segments import whole
 from quantkit.graph.tape import record
 from quantkit.pipeline import reconstruct
-from quantkit.quantizers.corrections import match_outputs, output_spread
+from quantkit.quantizers.corrections import best_factor, head_of, match_outputs, output_spread
 from quantkit.quantizers.kept import Kept
 from quantkit.quantizers.learning import Schedule
 from quantkit.quantizers.playback import Playback
 from quantkit.quantizers.sequence import round_in_sequence
 from quantkit.quantizers.simulate import SimulatedModel
-from quantkit.sensitivity.measure import main_output
+from quantkit.sensitivity.measure import KLDamage, main_output
 from quantkit.targets import Target
 from quantkit.transforms.prepare import prepare
 from tests.pipeline.networks import images, small
@@ -100,3 +100,39 @@ def test_nothing_is_corrected_after_learning_unless_asked(monkeypatch: pytest.Mo
 def test_an_unknown_correction_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"^Unknown correction 'all'; known: auto, none, bias, norm, tuning"):
         quantkit.apply(small(), {"head": "w2a8"}, images(), correction="all", progress=False)
+
+
+def test_confidence_scales_the_logits_and_nothing_else() -> None:
+    plain, corrected = applied(None), applied("confidence")
+    x = digits()[2][:64]
+    with torch.no_grad():
+        before, after = plain.model(x), corrected.model(x)
+    factor = float(after.norm() / before.norm())
+    torch.testing.assert_close(after, factor * before, rtol=1e-3, atol=1e-3)
+    step = corrected.notes["correction"]["confidence"]
+    assert step.helped == (abs(factor - 1) > 0.01)
+
+
+@pytest.mark.parametrize("truth", [0.7, 1.0, 1.3])
+def test_best_factor_undoes_logits_that_are_too_large_or_too_small(truth: float) -> None:
+    wanted = 3 * torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
+
+    def damage(outputs: torch.Tensor) -> torch.Tensor:
+        return KLDamage().rows(wanted, outputs)
+
+    factor, before, after = best_factor(wanted / truth, damage)
+    assert factor == pytest.approx(truth, abs=0.011)
+    assert after <= before
+    assert after == pytest.approx(float(damage(factor * wanted / truth).double().mean()), abs=1e-7)
+
+
+def test_head_is_the_layer_that_makes_the_output() -> None:
+    x = images(40)
+    for model, name in ((small(), "head"), (torch.nn.Sequential(small(), torch.nn.ReLU()), None)):
+        ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
+        tape = record(ready.model, ((x[:16],), {}), ((x[16:32],), {}), main_output)
+        assert tape is not None
+        simulated = SimulatedModel(ready.model, (), {}, {})
+        formats = {n: quantkit.Scheme.parse("w4").weight for n in ready.quantizable}
+        round_in_sequence(simulated, ready.trace, formats, [((x,), {})], "nearest", progress=False)
+        assert head_of(Playback(simulated, tape), ready.trace) == name

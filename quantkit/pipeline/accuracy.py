@@ -35,7 +35,7 @@ from quantkit.sensitivity.augmented import augmented_scores
 from quantkit.sensitivity.measure import Scores
 
 TRIES = 6  # plans evaluated between two points of the front
-FINISHED_TRIES = {"fast": 2, "balanced": 4, "thorough": 6}  # plans applied below the first that met the limit
+APPLIED_TRIES = {"fast": 2, "balanced": 4, "thorough": 6}  # plans applied below the first that met the limit
 
 
 def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: bool) -> None:
@@ -71,7 +71,7 @@ def meet_accuracy(
 
     Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
     also level by level, about log2(layers) evaluations for each width. ``finish`` applies a plan. What is learned
-    then buys accuracy, so cheaper plans are applied too, ``FINISHED_TRIES`` of them by bisection on the cost. Raises
+    then buys accuracy, so cheaper plans are applied too, ``APPLIED_TRIES`` of them by bisection on the cost. Raises
     AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
     InfeasibleBudget when the other limits alone cannot be met.
     """
@@ -93,20 +93,20 @@ def meet_accuracy(
         between(judge, plan_at, TRIES)
         if effort != "fast":
             _by_levels(profile, bench, judge)
-    finished = Finished(judge, finish, evaluate)
-    if not any(first_that_meets(plans, finished.judge) for plans in _rising(judge, front)):
-        raise _not_met(limit, finished.everything())
-    found = between(finished.judge, plan_at, FINISHED_TRIES[effort], least=judge.cost(front[0]))
+    applied = Applied(judge, finish, evaluate)
+    if not any(first_that_meets(plans, applied.judge) for plans in _rising(judge, front)):
+        raise _not_met(limit, applied.everything())
+    found = between(applied.judge, plan_at, APPLIED_TRIES[effort], least=judge.cost(front[0]))
     assert found is not None, "one was found to meet the limit"
-    seen = finished.everything()
-    result, metric = finished.results[found.plan.digest()]
+    seen = applied.everything()
+    result, metric = applied.results[found.plan.digest()]
     metrics = {"float": float(np.mean(reference)), "quantized": metric}
     metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
     metrics["evaluations"] = float(len(seen.seen))
     return replace(result, metrics=result.metrics | metrics, curve=seen.curve)
 
 
-class Finished:
+class Applied:
     """Plans evaluated once they are applied: minutes each, so few of them; of the models only the best and the last
     are kept.
     """

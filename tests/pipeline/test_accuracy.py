@@ -109,7 +109,7 @@ def test_confidence_bound_of_the_drop_can_be_the_criterion() -> None:
 def test_what_learning_gains_is_spent_on_size(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = fidelity()
     learned = quantize("accuracy_drop=2", evaluate)
-    monkeypatch.setattr("quantkit.pipeline.accuracy.FINISHED_TRIES", {"fast": 0})
+    monkeypatch.setattr("quantkit.pipeline.accuracy.APPLIED_TRIES", {"fast": 0})
     assert learned.plan.total_bytes < quantize("accuracy_drop=2", evaluate).plan.total_bytes
 
 

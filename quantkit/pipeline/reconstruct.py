@@ -38,7 +38,7 @@ CHANGED_SAMPLES = 256  # on which it is asked how harmless a change is
 DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
-NETWORK = Schedule()
+NETWORK = Schedule(code_rate=3e-4)
 BLOCK = Schedule(steps=600, code_rate=3e-3)
 LAYER = Schedule(steps=300, checks=20)
 TUNING = Schedule(steps=100, bias_rate=3e-3)
@@ -149,7 +149,9 @@ def reconstruct(
     found = {}
     if how == "block" and len(blocks) > 1:
         found = learn_blocks(playback, course.teacher, course.lesson, blocks, BLOCK, generator, progress, kept)
-    work = partial(learn_network, playback, course.teacher, course.lesson, NETWORK, generator, progress)
+    # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
+    schedule = replace(NETWORK, code_rate=0.0) if found else NETWORK
+    work = partial(learn_network, playback, course.teacher, course.lesson, schedule, generator, progress)
     found["network"] = kept.learned("network", simulated, simulated.weights, work)
     learned = found["network"]
     notice(f"learned: damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")

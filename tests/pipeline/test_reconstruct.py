@@ -90,6 +90,42 @@ def test_each_block_is_no_worse_on_held_back_inputs() -> None:
     assert any(step.helped for name, step in learned.items() if name != "network")
 
 
+def test_the_network_moves_scales_and_biases_but_no_code_behind_learned_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = []
+    learn = reconstruct.learn_network
+
+    def watched(playback, *rest, **options):
+        before = dict(playback.model.weights)
+        found = learn(playback, *rest, **options)
+        steps.append((before, dict(playback.model.weights)))
+        return found
+
+    monkeypatch.setattr(reconstruct, "learn_network", watched)
+    result = applied.__wrapped__("block", "w2a8")
+    ((before, after),) = steps
+    assert result.notes["reconstruction"]["network"].helped
+    assert all(torch.equal(w.codes, after[n].codes) for n, w in before.items())
+    assert any(not torch.equal(w.scale, after[n].scale) for n, w in before.items())
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_images_are_learned_from_as_the_network_could_have_seen_them(
+    moving: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Digits may be moved by a pixel, but not mirrored; a network that looks at single pixels allows neither."""
+    model, seen, _ = digits()
+    still = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        still[1].weight.mul_(20)
+    caplog.set_level("INFO", logger="quantkit")
+    plan = dict.fromkeys(layers(), "w4a8") if moving else {"1": "w4a8"}
+    quantkit.apply(model if moving else still, plan, seen, reconstruction="network", progress=False)
+    said = [r.message for r in caplog.records if "learning from images" in r.message]
+    assert (["shifted" in text and "mirrored" not in text for text in said] == [True]) is moving
+
+
 def test_it_repeats_itself_and_other_seeds_differ() -> None:
     one, other = applied("network", "w2a8").model, applied("network", "w2a8", seed=1).model
     again = applied.__wrapped__("network", "w2a8").model

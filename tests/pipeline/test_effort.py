@@ -13,6 +13,7 @@ from quantkit.pipeline.profile import bench_of
 from quantkit.pipeline.request import make_ready
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity.around import PlanDamage
+from quantkit.sensitivity.measure import SOFTENED
 
 
 def network() -> nn.Sequential:
@@ -39,7 +40,7 @@ def measured_damage(profile: Profile, plan: Plan) -> float:
     """Damage of a plan on the inputs of the profile, measured anew."""
     request = make_ready(network(), [images()], schemes=SCHEMES)
     bench = bench_of(request, progress=False)
-    return PlanDamage(bench.subject, bench.perturbations, progress=False).plans(
+    return PlanDamage(bench.subject, bench.perturbations, False, SOFTENED).plans(
         [profile.chosen(plan.schemes, plan.sites)]
     )[0]
 

@@ -113,3 +113,31 @@ def test_same_seed_gives_the_same_plan_and_nothing_allowed_changes_nothing() -> 
     untouched = Saturating(profile, 3)
     assert improve(profile, asked, start, untouched, 0)[0] == start
     assert untouched.cost == 0
+
+
+class Noisy(Saturating):
+    """The same on 64 inputs, which differ much more than plans do: alike for every plan, or anew for each."""
+
+    def __init__(self, profile: Profile, seed: int, alike: bool) -> None:
+        super().__init__(profile, seed)
+        self.draw, self.alike = np.random.default_rng(seed), alike
+
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
+        drawn = np.random.default_rng(0) if self.alike else self.draw
+        if self.alike:
+            noise = drawn.normal(size=64)
+            return [one + noise for one in super().rows(many, share)]
+        return [self.vectors.mean() + drawn.normal(size=64) for _ in many]
+
+
+def test_what_may_be_chance_is_not_taken_and_what_every_input_says_is() -> None:
+    stayed = moved = 0
+    for seed in range(10):
+        profile = profile_of(8, seed)
+        asked, start = asked_and_start(profile, "2.75 bits")
+        found, _ = improve(profile, asked, start, Noisy(profile, seed, alike=False), 300, seed)
+        stayed += found == start
+        found, _ = improve(profile, asked, start, Noisy(profile, seed, alike=True), 300, seed)
+        moved += found != start
+    assert stayed >= 7
+    assert moved >= 7

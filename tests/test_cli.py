@@ -177,7 +177,7 @@ def test_list(capsys, monkeypatch) -> None:
         r"rounding +auto, nearest, gptq, gptaq, adaround, signround, hqq$",
         r"ranges +minmax, mse, percentile, entropy$",
         r"reconstruction +auto, none, adaquant, adaquant-parallel, block, network$",
-        r"correction +auto, none, bias, norm, tuning$",
+        r"correction +auto, none, bias, norm, tuning, confidence$",
         r"metric +top1$",
         r"recipes +.*recipes/quickstart\.yaml",
     ):

@@ -26,16 +26,20 @@ HARMLESS = 0.1  # of the damage of another sample's output
 def mirrored(images: Tensor, draw: torch.Generator) -> Tensor:
     """Images (samples, channels, height, width), about half of them with left and right exchanged."""
     chosen = torch.rand(len(images), generator=draw) < 0.5
-    return torch.where(chosen.reshape(-1, 1, 1, 1), images.flip(-1), images)
+    found = images.clone()
+    found[chosen] = images[chosen].flip(-1)
+    return found
 
 
 def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
     """Images (samples, channels, height, width), each moved up or down and left or right; edges are reflected."""
     height, width = images.shape[-2:]
     up, left = height // SHIFT, width // SHIFT
-    wide = pad(images, (left, left, up, up), mode="reflect")
     moves = [torch.randint(2 * most + 1, (len(images),), generator=draw).tolist() for most in (up, left)]
-    return torch.stack([w[:, y : y + height, x : x + width] for w, y, x in zip(wide, *moves, strict=True)])
+    found = torch.empty_like(images)
+    for i, (y, x) in enumerate(zip(*moves, strict=True)):  # one by one: images of all samples are large
+        found[i] = pad(images[i : i + 1], (left, left, up, up), mode="reflect")[0, :, y : y + height, x : x + width]
+    return found
 
 
 CHANGES = {"mirrored": mirrored, "shifted": shifted}

@@ -146,8 +146,9 @@ def first_that_meets(plans: Sequence[Plan], judge: Judge) -> Evaluation | None:
     """
     step = 1
     while plans:
-        if judge.meets(plans[0]):
-            return judge.look(plans[0])
+        found = judge.look(plans[0])
+        if judge.accepts(found):
+            return found
         plans, step = (plans[step:] or plans[-1:]) if len(plans) > 1 else (), 2 * step
     return None
 

@@ -26,7 +26,7 @@ KICKS = 60
 CANDIDATES = 16  # exchanges tried on a part of the inputs, and the part
 PART = 0.25
 FINALISTS = 4
-SURE = 2.0  # standard errors by which a plan must be better: the best of many looks better than it is
+SURE = 2.0  # standard errors by which a plan must be better
 
 
 class Measurements(Protocol):

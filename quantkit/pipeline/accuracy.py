@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -77,10 +78,7 @@ def meet_accuracy(
     """
     reference = outcome_of(evaluate, request.ready.model)
     front = _front(profile, limit)
-
-    def plan_at(cost: float) -> Plan:
-        return _plan_at(profile, limit, cost)
-
+    plan_at = partial(_plan_at, profile, limit)
     judge = Judge(
         lambda plan: outcome_of(evaluate, _simulated(request, bench, profile, plan)),
         reference,
@@ -136,10 +134,12 @@ def _rising(judge: Judge, front: Sequence[Plan]) -> Iterator[Sequence[Plan]]:
     codes, then what is dearer on the front, at the end the dearest.
     """
     good = [one.plan for one in judge.seen.values() if judge.accepts(one) and judge.admits(one.plan)]
+    if not good:
+        yield front[-1:]
+        return
     good.sort(key=judge.cost)
     yield from ([plan] for plan in good)
-    most = max(map(judge.cost, good), default=math.inf)
-    yield [plan for plan in front if judge.cost(plan) > most] if good else front[-1:]
+    yield [plan for plan in front if judge.cost(plan) > judge.cost(good[-1])]
 
 
 def _plan_at(profile: Profile, limit: Budget, cost: float) -> Plan:

@@ -32,11 +32,11 @@ from quantkit.sensitivity.measure import Perturbation, Subject
 
 MOST_PLANS = 40
 FORMATS_PER_PLAN = 4  # a plan is measured for so many formats, which bounds what it adds to a profile
-STRENGTHS = tuple((np.arange(20, -1, -1) / 20).tolist())  # of pair terms, the strongest first
+STRENGTHS = tuple((np.arange(20, -1, -1) / 20).tolist())  # of pair terms
 LIMITS = (0.0, *np.logspace(-3, 3, 97).tolist())  # over the largest sum of single damages, as are growths
 GROWTHS = (0.0, *np.logspace(-2, 3, 16).tolist())
 LEAST_MISS = 0.01  # nearer than this is chance
-FADINGS = (0.0, *np.logspace(-1, 3, 13).tolist())  # over the largest damage alone, the slowest first
+FADINGS = (0.0, *np.logspace(-1, 3, 13).tolist())  # over the largest damage alone
 
 
 def plans_measured(formats: int) -> int:

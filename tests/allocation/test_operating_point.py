@@ -123,11 +123,10 @@ class Noisy(Saturating):
         self.draw, self.alike = np.random.default_rng(seed), alike
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
-        drawn = np.random.default_rng(0) if self.alike else self.draw
         if self.alike:
-            noise = drawn.normal(size=64)
+            noise = np.random.default_rng(0).normal(size=64)
             return [one + noise for one in super().rows(many, share)]
-        return [self.vectors.mean() + drawn.normal(size=64) for _ in many]
+        return [self.draw.normal(size=64) for _ in many]
 
 
 def test_what_may_be_chance_is_not_taken_and_what_every_input_says_is() -> None:

@@ -1,13 +1,13 @@
 """How much of the float network is left? Methods of rounding and learning at several bits, on unseen images.
 
     python tools/study_quantizers.py [--models resnet20 resnet8 mobilenetv1] [--schemes w2a8 w3a8 w4a8 w4a4]
-                                     [--methods nearest gptq network block] [--draws 1]
+                                     [--methods nearest gptq network block] [--draws 1] [--onnx]
 
 Every layer gets the scheme, the first one reads 8 bits. Quantized on unlabelled training images, measured on images
 that decided nothing: KL divergence from the float network, the share of equal answers, top-1 where there are labels,
 seconds of `quantkit.apply`, its peak of memory and what it said before that it would be. `--draws 3` takes the mean
 over three draws of three quarters of the calibration images. `--budgets 3 2.5` adds mixed plans from a profile of 2 to
-8 bits.
+8 bits. `--onnx` also exports, and gives top-1 (without labels, the share of equal answers) in onnxruntime.
 
     python tools/study_quantizers.py --no-data [--models ...] [--budgets 4.5]
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from study_sensitivity import recipe_model
 from torch import Tensor, nn
 
 import quantkit
+from quantkit.export.sessions import open_session
 from quantkit.graph.layers import layer_kind
 from quantkit.sensitivity import NO_INPUTS
 from quantkit.sensitivity.measure import kl_rows
@@ -73,21 +75,39 @@ class Case:
     wanted: Tensor
     labels: Tensor | None
 
-    def measured(self, model: nn.Module) -> dict[str, float]:
-        """Figures of a quantized model on the unseen images."""
-        found = outputs(model, self.unseen)
+    def measured(self, result: quantkit.Result, runtime: bool) -> dict[str, float]:
+        """Figures of a quantized model on the unseen images, with ``runtime`` also in onnxruntime."""
+        found, answers = outputs(result.model, self.unseen), self.wanted.argmax(-1)
         figures = {
             "KL": float(kl_rows(self.wanted.log_softmax(-1), found.log_softmax(-1)).mean()),
-            "same": 100 * float((found.argmax(-1) == self.wanted.argmax(-1)).float().mean()),
+            "same": equal_answers(found, answers),
         }
         if self.labels is not None:
-            figures["top1"] = 100 * float((found.argmax(-1) == self.labels).float().mean())
+            answers = self.labels
+            figures["top1"] = equal_answers(found, answers)
+        if runtime:
+            figures["runtime"] = equal_answers(outputs_in_onnxruntime(result, self.unseen), answers)
         return figures
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(part) for part in images.split(CHUNK)])
+
+
+def outputs_in_onnxruntime(result: quantkit.Result, images: Tensor) -> Tensor:
+    """What the exported model says, its graph optimized as users have it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        result.export_onnx(path)
+        session = open_session(path, optimized=True)
+        name = session.get_inputs()[0].name
+        return torch.cat([torch.from_numpy(session.run(None, {name: p.numpy()})[0]) for p in images.split(CHUNK)])
+
+
+def equal_answers(found: Tensor, answers: Tensor) -> float:
+    """How often the likeliest class is the one wanted, in percent."""
+    return 100 * float((found.argmax(-1) == answers).float().mean())
 
 
 def case_of(name: str, data: Path, unseen: int | None) -> Case:
@@ -109,7 +129,9 @@ def uniform(case: Case, scheme: str) -> dict[str, str]:
     return plan | {names[0]: f"{scheme.partition('a')[0]}a8"}
 
 
-def run(case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, draws: int) -> dict[str, float]:
+def run(
+    case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, draws: int, runtime: bool
+) -> dict[str, float]:
     """The figures of a plan met by a method, the mean over draws of the calibration images."""
     rows = []
     for draw in range(draws):
@@ -121,7 +143,7 @@ def run(case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, draws:
         result = quantkit.apply(case.model, plan, images, seed=draw, progress=False, **METHODS[method])
         seconds, taken = time.perf_counter() - start, peak_mb() - held
         said = result.notes.get("working_bytes", float("nan")) / 1e6
-        rows.append(case.measured(result.model) | {"seconds": seconds, "MB": taken, "said": said})
+        rows.append(case.measured(result, runtime) | {"seconds": seconds, "MB": taken, "said": said})
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
@@ -154,7 +176,7 @@ def without_data(case: Case, budgets: Sequence[str]) -> Iterator[tuple[str, str,
 
 def _figures(case: Case, result: quantkit.Result, start: float) -> dict[str, float]:
     seconds = time.perf_counter() - start
-    return case.measured(result.model) | {"seconds": seconds, "MB": float("nan"), "said": float("nan")}
+    return case.measured(result, runtime=False) | {"seconds": seconds, "MB": float("nan"), "said": float("nan")}
 
 
 def peak_mb() -> float:
@@ -177,7 +199,8 @@ def _status(field: str) -> float:
 def print_row(model: str, plan: str, method: str, found: Mapping[str, float]) -> None:
     print(
         f"{model:<12} {plan:<25} {method:<10} {found['KL']:8.4f} {found['same']:7.2f} "
-        f"{found.get('top1', float('nan')):7.2f} {found['seconds']:8.0f} {found['MB']:5.0f} {found['said']:5.0f}",
+        f"{found.get('top1', float('nan')):7.2f} {found.get('runtime', float('nan')):7.2f} "
+        f"{found['seconds']:8.0f} {found['MB']:5.0f} {found['said']:5.0f}",
         flush=True,
     )
 
@@ -191,10 +214,11 @@ def main() -> None:
     parser.add_argument("--activation", default="a8", help="of the mixed plans (default a8)")
     parser.add_argument("--draws", type=int, default=1, help="draws of the calibration images (default: all, once)")
     parser.add_argument("--unseen", type=int, help="only so many of the evaluation images")
+    parser.add_argument("--onnx", action="store_true", help="also export, and measure in onnxruntime")
     parser.add_argument("--no-data", action="store_true", help="weights alone, decided and rounded without any input")
     options = parser.parse_args()
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
-    print(f"{'model':<12} {'plan':<25} {'method':<10}       KL    same    top1  seconds    MB  said")
+    print(f"{'model':<12} {'plan':<25} {'method':<10}       KL    same    top1 runtime  seconds    MB  said")
     for name in options.models:
         case = case_of(name, data, options.unseen)
         if options.no_data:
@@ -206,7 +230,7 @@ def main() -> None:
             plans |= mixed_plans(case, options.budgets, options.activation)
         for title, plan in plans.items():
             for method in options.methods:
-                print_row(name, title, method, run(case, plan, method, options.draws))
+                print_row(name, title, method, run(case, plan, method, options.draws, options.onnx))
 
 
 if __name__ == "__main__":

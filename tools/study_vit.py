@@ -16,23 +16,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from study_quantizers import equal_answers, outputs, outputs_in_onnxruntime
 from study_sensitivity import recipe_model
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.export.sessions import open_session
 from quantkit.targets import Target
 from quantkit.transforms.prepare import prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CHUNK = 250
 # row -> reparameterization, rounding
 ROWS = {
     "plain": ("none", "nearest"),
@@ -69,22 +67,6 @@ def with_outliers(weights: dict[str, Tensor], data: Path) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    found = torch.cat([model(part).argmax(-1) for part in images.split(CHUNK)])
-    return 100 * float((found == labels).float().mean())
-
-
-def top1_in_onnxruntime(result: quantkit.Result, images: Tensor, labels: Tensor) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        result.export_onnx(path)
-        session = open_session(path, optimized=True)
-        name = session.get_inputs()[0].name
-        found = [session.run(None, {name: part.numpy()})[0].argmax(-1) for part in images.split(CHUNK)]
-    return 100 * float(np.mean(np.concatenate(found) == labels.numpy()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
@@ -103,7 +85,7 @@ def main() -> None:
     held = np.load(data / "cifar10_test_a.npz")
     images = recipe.preprocess(held["images"][: options.unseen])
     labels = torch.from_numpy(held["labels"][: options.unseen]).long()
-    print(f"float top-1 {top1(model, images, labels):.2f}")
+    print(f"float top-1 {equal_answers(outputs(model, images), labels):.2f}")
     print(
         "| bits | parts | norms rewritten | log sites | top-1 | onnxruntime | seconds |\n|---|---|---|---|---|---|---|"
     )
@@ -120,8 +102,9 @@ def main() -> None:
             notes = result.notes.get("reparameterization", {}).values()
             rewritten = sum("not rewritten" not in note for note in notes)
             log = sum(fmt == "alog4" for fmt in result.plan.sites.values())
-            runtime = f"{top1_in_onnxruntime(result, images, labels):.2f}" if options.onnx else "-"
-            found = top1(result.model, images, labels)
+            found, runtime = equal_answers(outputs(result.model, images), labels), "-"
+            if options.onnx:
+                runtime = f"{equal_answers(outputs_in_onnxruntime(result, images), labels):.2f}"
             print(f"| {bits} | {row} | {rewritten} | {log} | {found:.2f} | {runtime} | {seconds:.0f} |", flush=True)
 
 

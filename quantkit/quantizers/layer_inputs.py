@@ -48,9 +48,10 @@ def input_columns(
 ) -> Tensor:
     """Inputs of one layer call as (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
 
-    ``kind`` is "linear" or "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, of whose samples
-    the first ``samples`` count. With a ``generator``, of a convolution with many positions some are drawn, the same
-    for all samples of the call.
+    Rows of a convolution go through all samples of one position, then of the next. ``kind`` is "linear" or
+    "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, of whose samples the first ``samples``
+    count. With a ``generator``, of a convolution with many positions some are drawn, the same for all samples of the
+    call.
     """
     if kind == "linear":
         x = (args[0] if args else kwargs["input"])[:samples]
@@ -62,17 +63,15 @@ def input_columns(
     groups = given.get("groups", 1)
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)  # a convolution also takes one unbatched sample
-    x = x[:samples]
-    x = _pad(x, given.get("padding", 0), kernel, dilation)
+    x = _pad(x[:samples], given.get("padding", 0), kernel, dilation)
+    places = torch.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
     for axis in range(dims):
-        x = x.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
+        places = places.unfold(axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
     every: list[Any] = [slice(None, None, d) for d in dilation]
-    x = x[(..., *every)]
-    batch, channels, *positions = x.shape[: 2 + dims]
-    count, wanted = math.prod(positions), positions_wanted(channels // groups * math.prod(kernel))
-    if generator is not None and count > wanted:
-        drawn = torch.randperm(count, generator=generator)[:wanted]
-        every_sample: list[Any] = [slice(None), slice(None)]
-        x, count = x[(*every_sample, *torch.unravel_index(drawn, positions))], wanted
-    x = x.reshape(batch, groups, channels // groups, count, math.prod(kernel))
-    return x.permute(1, 0, 3, 2, 4).reshape(groups, batch * count, -1)
+    places = places[(..., *every)].reshape(-1, math.prod(kernel))
+    wanted = positions_wanted(x.shape[1] // groups * math.prod(kernel))
+    if generator is not None and len(places) > wanted:
+        places = places[torch.randperm(len(places), generator=generator)[:wanted]]
+    # samples last: what is picked is then one piece of memory for each place
+    picked = x.flatten(2).permute(1, 2, 0).contiguous().index_select(1, places.t().reshape(-1).to(x.device))
+    return picked.view(groups, -1, len(places) * len(x)).transpose(1, 2)

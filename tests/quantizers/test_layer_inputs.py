@@ -24,10 +24,10 @@ def random_tensor(*shape: int) -> Tensor:
 
 
 def as_rows(output: Tensor, dims: int, groups: int) -> Tensor:
-    """A convolution's output (batch, O, *positions) as (groups, rows, O / groups), positions innermost."""
+    """A convolution's output (batch, O, *positions) as (groups, rows, O / groups), samples innermost."""
     batched = output if output.dim() == dims + 2 else output[None]
     flat = batched.flatten(2)
-    return torch.stack([part.transpose(1, 2).flatten(0, 1) for part in flat.chunk(groups, 1)])
+    return torch.stack([part.permute(2, 0, 1).flatten(0, 1) for part in flat.chunk(groups, 1)])
 
 
 def assert_product_is_output(columns: Tensor, weight: Tensor, output_rows: Tensor) -> None:

@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=20_000, help="plans measured at most, per budget")
     parser.add_argument("--patience", type=int, default=30, help="rounds without a gain that end a start")
     options = parser.parse_args()
-    for title, study in studies(options):
+    for title, study in studies(options, STARTS):
         print(f"\n{title}: the best plan of a long search\n{'bits':5} {'calibration':>12} {'unseen':>12} {'plans':>8}")
         for bits in options.bits:
             plan, damage, count = search(study, bits, options.patience, options.evaluations, options.seed)

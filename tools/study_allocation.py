@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,13 +94,14 @@ def profile_of(case: Case, scores: Scores) -> Profile:
     )
 
 
-def study_of(name: str, rounding: str, data: Path, samples: int, seed: int) -> Study:
+def study_of(name: str, rounding: str, data: Path, samples: int, seed: int, ways: Iterable[str]) -> Study:
+    """What some ways of choosing, the profile's among them, need to know."""
     case = case_of(name, rounding, data, BITS)
     batches = case.batches[: -(-samples // 128)]
     mixed = mixed_pairs(batches, torch.Generator().manual_seed(seed))
     subjects = {"plain": Subject(case.ready.model, batches, {}), "mixed": Subject(case.ready.model, mixed, {})}
     profiles, orders = {}, {}
-    for inputs, estimator, _ in dict.fromkeys(WAYS.values()):
+    for inputs, estimator, _ in dict.fromkeys(WAYS[way] for way in ways):
         generator = torch.Generator().manual_seed(seed)
         scores = ESTIMATORS[estimator](subjects[inputs], case.changes, True, generator)
         if scores.ranking:
@@ -128,12 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def studies(options: argparse.Namespace) -> Iterator[tuple[str, Study]]:
-    """(title, study) of every model and rounding asked for."""
+def studies(options: argparse.Namespace, ways: Iterable[str]) -> Iterator[tuple[str, Study]]:
+    """(title, study for some ways of choosing) of every model and rounding asked for."""
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
     for name in options.models:
         for rounding in options.rounding:
-            study = study_of(name, rounding, data, options.samples, options.seed)
+            study = study_of(name, rounding, data, options.samples, options.seed, ways)
             yield f"{name}, {rounding} rounding", study
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     options = parser.parse_args()
-    for title, study in studies(options):
+    for title, study in studies(options, WAYS):
         print(f"\n{title}: KL on unseen images at an average of so many bits (measurements)")
         print(f"{'bits':5}" + "".join(f" {way:>12}" for way in [*WAYS, *IMPROVED]))
         for bits in options.bits:

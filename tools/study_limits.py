@@ -1,10 +1,11 @@
 """Do limits on accuracy hold, and several limits at once? ResNet20, asked for and then measured.
 
-    python tools/study_limits.py [--drop 0.5] [--workdir out/limits]
+    python tools/study_limits.py [--drop 0.5] [--effort fast] [--reconstruction auto] [--workdir out/limits]
 
 The metric is top-1 on the first half of the evaluation images; the second half decides nothing and is printed beside
 it. Asked for: the least size with an accuracy drop of at most ``--drop`` points; the least bit-operations within that
-drop and 1.1 times that size, two limits at once; and the same drop at half the size, which no plan keeps.
+drop and 1.1 times that size, two limits at once; and the same drop at half the size, which no plan keeps. Several
+plans are applied for each, so ``--reconstruction network`` saves most of the time.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ def recipe_of(half: int) -> Any:
     return read_recipe(RECIPE, [f"evaluate.select=[{half * HALF}, {(half + 1) * HALF}]"])
 
 
-def quantized(budget: str, workdir: Path, effort: str) -> Result:
+def quantized(budget: str, options: argparse.Namespace) -> Result:
     recipe = recipe_of(0)
     inputs = inputs_of(recipe)
-    settings = recipe.settings() | {"budget": budget, "effort": effort}
+    asked = {"budget": budget, "effort": options.effort, "reconstruction": options.reconstruction}
     return quantkit.quantize(
         inputs.model,
         calibration=items_of(inputs.calibration),
         evaluate=inputs.evaluate,
-        workdir=workdir,
-        **settings,
+        workdir=options.workdir,
+        **recipe.settings() | asked,
     )
 
 
@@ -64,15 +65,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--drop", type=float, default=0.5)
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "thorough"))
+    parser.add_argument("--reconstruction", default="auto", help="how the plans are applied (default auto)")
     parser.add_argument("--workdir", type=Path, default=Path("out/limits"))
     options = parser.parse_args()
-    first = quantized(f"accuracy_drop={options.drop}", options.workdir, options.effort)
+    first = quantized(f"accuracy_drop={options.drop}", options)
     report(f"accuracy drop at most {options.drop}, least size", first)
     size = round(1.1 * first.plan.total_bytes)
     budget = f"{size} B, accuracy_drop={options.drop}, minimize=bops"
-    report(budget, quantized(budget, options.workdir, options.effort))
+    report(budget, quantized(budget, options))
     try:
-        quantized(f"{size // 2} B, accuracy_drop={options.drop}", options.workdir, options.effort)
+        quantized(f"{size // 2} B, accuracy_drop={options.drop}", options)
     except AccuracyNotMet as error:
         print(f"\nhalf of that size, the same drop: exit code {error.exit_code}. {error}")
 

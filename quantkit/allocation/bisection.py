@@ -9,7 +9,7 @@ forwards of a whole data set; they are kept by plan and counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,11 +120,12 @@ def along_front(front: Sequence[Plan], judge: Judge) -> Evaluation | None:
 
 
 def between(
-    judge: Judge, plan_at: Callable[[float], Plan], tries: int, least: float | None = None
+    judge: Judge, plan_at: Callable[[float], Plan], tries: int, least: float | None = None, apart: float = 0.0
 ) -> Evaluation | None:
     """Plans between the points of a front: bisection on the cost, from the cheapest evaluated plan that meets the
     limit down to the dearest cheaper one that does not (to a cost of ``least``, if given, where there is none),
-    ``plan_at(cost)`` the best plan of at most that cost.
+    ``plan_at(cost)`` the best plan of at most that cost. Costs that differ by no more than a share of ``apart`` are
+    near enough.
     """
     found = judge.cheapest()
     cheaper = [one.cost for one in judge.seen.values() if found is not None and one.cost < found.cost]
@@ -133,11 +134,31 @@ def between(
         return found
     high = found.cost
     for _ in range(tries):
+        if high - low <= apart * high:
+            break
         plan = plan_at((low + high) / 2)
         if plan.digest() in judge.seen or not low < judge.cost(plan) < high:
             break
         low, high = (low, judge.cost(plan)) if judge.meets(plan) else (judge.cost(plan), high)
     return judge.cheapest()
+
+
+def rising(judge: Judge, front: Sequence[Plan], apart: float) -> Iterator[Sequence[Plan]]:
+    """What another judge, to whom each plan is dear, should look at until one meets the limit, cheapest first: one by
+    one those that meet it here, where their costs differ by more than a share of ``apart``, then for
+    ``first_that_meets`` what is dearer on the front.
+    """
+    good = [one.plan for one in judge.seen.values() if judge.accepts(one) and judge.admits(one.plan)]
+    if not good:
+        yield front[-1:]
+        return
+    good.sort(key=judge.cost)
+    last = 0.0
+    for plan in good:
+        if judge.cost(plan) > (1 + apart) * last:
+            last = judge.cost(plan)
+            yield [plan]
+    yield [plan for plan in front if judge.cost(plan) > judge.cost(good[-1])]
 
 
 def first_that_meets(plans: Sequence[Plan], judge: Judge) -> Evaluation | None:

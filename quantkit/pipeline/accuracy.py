@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from quantkit.allocation.allocate import allocate, plan_of
-from quantkit.allocation.bisection import Judge, Metric, along_front, between, by_levels, drop_of, first_that_meets
+from quantkit.allocation.bisection import (
+    Judge,
+    Metric,
+    along_front,
+    between,
+    by_levels,
+    drop_of,
+    first_that_meets,
+    rising,
+)
 from quantkit.allocation.count import COUNTED, counted
 from quantkit.allocation.from_profile import FLOAT_BITS, assignment_of, candidates, question
 from quantkit.allocation.front import pareto
@@ -37,6 +46,7 @@ from quantkit.sensitivity.measure import Scores
 
 TRIES = 6  # plans evaluated between two points of the front
 APPLIED_TRIES = {"fast": 2, "balanced": 4, "thorough": 6}  # plans applied below the first that met the limit
+APART = 0.01  # of their cost, between plans that are applied: less is not worth minutes
 
 
 def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: bool) -> None:
@@ -92,9 +102,9 @@ def meet_accuracy(
         if effort != "fast":
             _by_levels(profile, bench, judge)
     applied = Applied(judge, finish, evaluate)
-    if not any(first_that_meets(plans, applied.judge) for plans in _rising(judge, front)):
+    if not any(first_that_meets(plans, applied.judge) for plans in rising(judge, front, APART)):
         raise _not_met(limit, applied.everything())
-    found = between(applied.judge, plan_at, APPLIED_TRIES[effort], least=judge.cost(front[0]))
+    found = between(applied.judge, plan_at, APPLIED_TRIES[effort], least=judge.cost(front[0]), apart=APART)
     assert found is not None, "one was found to meet the limit"
     seen = applied.everything()
     result, metric = applied.results[found.plan.digest()]
@@ -127,19 +137,6 @@ class Applied:
     def everything(self) -> Judge:
         """All that was evaluated, with the profile's codes where a plan was not applied."""
         return replace(self.judge, seen=self.cursory.seen | self.judge.seen)
-
-
-def _rising(judge: Judge, front: Sequence[Plan]) -> Iterator[Sequence[Plan]]:
-    """What to apply until a plan meets the limit, cheapest first: one by one those that met it with the profile's
-    codes, then what is dearer on the front, at the end the dearest.
-    """
-    good = [one.plan for one in judge.seen.values() if judge.accepts(one) and judge.admits(one.plan)]
-    if not good:
-        yield front[-1:]
-        return
-    good.sort(key=judge.cost)
-    yield from ([plan] for plan in good)
-    yield [plan for plan in front if judge.cost(plan) > judge.cost(good[-1])]
 
 
 def _plan_at(profile: Profile, limit: Budget, cost: float) -> Plan:

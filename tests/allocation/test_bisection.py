@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.allocation.bisection import Judge, along_front, between, by_levels, drop_of, first_that_meets
+from quantkit.allocation.bisection import Judge, along_front, between, by_levels, drop_of, first_that_meets, rising
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Plan
@@ -104,6 +104,26 @@ def test_between_two_points_of_a_front_a_cheaper_plan_is_found(count: int, neede
     assert len(asked) - before <= tries
     if 2**tries >= count:
         assert found.cost - 100 == needed
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(0.0, 150), (0.05, 155), (0.2, 174), (0.6, 199)])
+def test_between_stops_where_costs_are_near_enough(apart: float, expected: int) -> None:
+    plans = [Plan(schemes={f"layer{i}": Scheme.parse("w4a8")}, size_bytes=100 + i) for i in range(100)]
+    judge, _ = judge_of([2.0 if i < 50 else 0.5 for i in range(100)], 1.0)
+    along_front([plans[0], plans[-1]], judge)
+    found = between(judge, lambda cost: plans[int(cost) - 100], 20, apart=apart)
+    assert found.cost == expected
+
+
+def test_rising_skips_costs_that_are_near_and_ends_with_what_is_dearer() -> None:
+    front = front_of(40)
+    judge, _ = judge_of([2.0] * 10 + [0.5] * 31, 1.0)
+    assert list(rising(judge, front, 0.05)) == [front[-1:]]
+    for place in (8, 10, 11, 14, 18, 24):
+        judge.look(front[place])
+    *ones, dearer = rising(judge, front, 0.05)
+    assert ones == [[front[place]] for place in (10, 18, 24)]
+    assert dearer == front[25:]
 
 
 def test_between_is_silent_where_nothing_meets_the_limit() -> None:

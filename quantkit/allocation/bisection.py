@@ -120,12 +120,12 @@ def along_front(front: Sequence[Plan], judge: Judge) -> Evaluation | None:
 
 
 def between(
-    judge: Judge, plan_at: Callable[[float], Plan], tries: int, least: float | None = None, apart: float = 0.0
+    judge: Judge, plan_at: Callable[[float], Plan], tries: int, least: float | None = None, apart: float = 1e-3
 ) -> Evaluation | None:
     """Plans between the points of a front: bisection on the cost, from the cheapest evaluated plan that meets the
     limit down to the dearest cheaper one that does not (to a cost of ``least``, if given, where there is none),
-    ``plan_at(cost)`` the best plan of at most that cost. Costs that differ by no more than a share of ``apart`` are
-    near enough.
+    ``plan_at(cost)`` the best plan of at most that cost. Costs that differ by no more than a share of ``apart``
+    (above 0) are near enough.
     """
     found = judge.cheapest()
     cheaper = [one.cost for one in judge.seen.values() if found is not None and one.cost < found.cost]
@@ -133,20 +133,24 @@ def between(
     if found is None or low is None:
         return found
     high = found.cost
-    for _ in range(tries):
-        if high - low <= apart * high:
+    while tries and high - low > apart * high:
+        middle = (low + high) / 2
+        plan = plan_at(middle)
+        cost = judge.cost(plan)
+        if cost <= low:  # nothing lies between them: costs have gaps where one layer dominates
+            low = middle
+            continue
+        if plan.digest() in judge.seen or cost >= high:
             break
-        plan = plan_at((low + high) / 2)
-        if plan.digest() in judge.seen or not low < judge.cost(plan) < high:
-            break
-        low, high = (low, judge.cost(plan)) if judge.meets(plan) else (judge.cost(plan), high)
+        low, high = (low, cost) if judge.meets(plan) else (cost, high)
+        tries -= 1
     return judge.cheapest()
 
 
 def rising(judge: Judge, front: Sequence[Plan], apart: float) -> Iterator[Sequence[Plan]]:
     """What another judge, to whom each plan is dear, should look at until one meets the limit, cheapest first: one by
-    one those that meet it here, where their costs differ by more than a share of ``apart``, then for
-    ``first_that_meets`` what is dearer on the front.
+    one those that meet it here, where their costs differ by more than a share of ``apart``, and the dearest of them;
+    then for ``first_that_meets`` what is dearer on the front.
     """
     good = [one.plan for one in judge.seen.values() if judge.accepts(one) and judge.admits(one.plan)]
     if not good:
@@ -155,7 +159,7 @@ def rising(judge: Judge, front: Sequence[Plan], apart: float) -> Iterator[Sequen
     good.sort(key=judge.cost)
     last = 0.0
     for plan in good:
-        if judge.cost(plan) > (1 + apart) * last:
+        if judge.cost(plan) > (1 + apart) * last or plan is good[-1]:
             last = judge.cost(plan)
             yield [plan]
     yield [plan for plan in front if judge.cost(plan) > judge.cost(good[-1])]

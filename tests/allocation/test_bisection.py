@@ -106,7 +106,7 @@ def test_between_two_points_of_a_front_a_cheaper_plan_is_found(count: int, neede
         assert found.cost - 100 == needed
 
 
-@pytest.mark.parametrize(("apart", "expected"), [(0.0, 150), (0.05, 155), (0.2, 174), (0.6, 199)])
+@pytest.mark.parametrize(("apart", "expected"), [(0.001, 150), (0.05, 155), (0.2, 174), (0.6, 199)])
 def test_between_stops_where_costs_are_near_enough(apart: float, expected: int) -> None:
     plans = [Plan(schemes={f"layer{i}": Scheme.parse("w4a8")}, size_bytes=100 + i) for i in range(100)]
     judge, _ = judge_of([2.0 if i < 50 else 0.5 for i in range(100)], 1.0)
@@ -124,6 +124,19 @@ def test_rising_skips_costs_that_are_near_and_ends_with_what_is_dearer() -> None
     *ones, dearer = rising(judge, front, 0.05)
     assert ones == [[front[place]] for place in (10, 18, 24)]
     assert dearer == front[25:]
+    judge.look(front[25])
+    assert [[front[24]], [front[25]]] == list(rising(judge, front, 0.05))[-3:-1]
+
+
+def test_between_finds_a_cheaper_plan_above_a_gap_in_the_costs() -> None:
+    """Where one layer dominates, no plan costs what lies between two of its formats."""
+    costs = [100, 880, 1000]
+    plans = [Plan(schemes={f"layer{c}": Scheme.parse("w4a8")}, size_bytes=c) for c in costs]
+    judge, asked = judge_of([2.0 if cost < 500 else 0.5 for cost in range(100, 1001)], 1.0)
+    along_front([plans[0], plans[2]], judge)
+    found = between(judge, lambda cost: max((p for p in plans if p.size_bytes <= cost), key=lambda p: p.size_bytes), 6)
+    assert found.cost == 880
+    assert len(asked) == 3
 
 
 def test_between_is_silent_where_nothing_meets_the_limit() -> None:

@@ -128,7 +128,9 @@ def digest_batches(batches: Sequence[Batch]) -> str:
     """Identifies calibration data by its bytes."""
     hasher = hashlib.sha256()
     for batch in batches:
-        for leaf in tree_flatten(batch)[0]:
+        leaves, structure = tree_flatten(batch)
+        hasher.update(str(structure).encode())
+        for leaf in leaves:
             if isinstance(leaf, Tensor):
                 hasher.update(str((leaf.dtype, tuple(leaf.shape))).encode())
                 hasher.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -138,9 +140,18 @@ def digest_batches(batches: Sequence[Batch]) -> str:
 
 
 def digest_model(model: nn.Module) -> str:
-    """Identifies a model by its class and the names, shapes and values of its state."""
+    """Identifies a model by its class and the names, shapes and values of all tensors it holds: its state, buffers
+    that are not part of it, and plain attributes of its modules.
+    """
     hasher = hashlib.sha256(type(model).__qualname__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    held = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in sorted((held | buffers | dict(model.state_dict())).items()):
         if not isinstance(tensor, Tensor):
             hasher.update(f"{name}{tensor!r}".encode())
             continue

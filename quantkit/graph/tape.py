@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from quantkit.graph.batches import Batch
+from quantkit.graph.batches import Batch, batch_size
 from quantkit.graph.intercept import (
     INPUT,
     OpKey,
@@ -26,6 +26,7 @@ from quantkit.graph.intercept import (
     read_place,
     tensors_of,
 )
+from quantkit.graph.layers import layer_kind
 
 Change = Callable[[OpKey, Tensor], Tensor]
 _WRITES = ("setitem",)  # what changes a tensor and returns nothing
@@ -70,7 +71,8 @@ class Tape:
 
     ``inputs`` are the numbers of the model's input tensors, ``output`` that of the tensor it is asked for; ``state``
     names the parameters and buffers read, ``constants`` holds every other tensor that is read and not made;
-    ``floating`` are the numbers of floating-point tensors; ``channels_last``: whether it may run in that layout.
+    ``floating`` are the numbers of floating-point tensors, ``rows`` those of tensors with one row per sample;
+    ``channels_last``: whether it may run in that layout.
     """
 
     size: int
@@ -80,6 +82,7 @@ class Tape:
     state: dict[int, str]
     constants: dict[int, Tensor]
     floating: frozenset[int]
+    rows: frozenset[int]
     channels_last: bool = True
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -146,13 +149,15 @@ class Tape:
         return found
 
     def lone_values(self) -> dict[int, int]:
-        """Step -> the one value that everything after it is computed from: where a forward can be cut in two."""
+        """Step -> the one value, a row per sample, that everything after it is computed from: where a forward can be
+        cut in two.
+        """
         last = self.last_uses(0, len(self.steps)) | {self.output: len(self.steps)}
         live = set(self.inputs)
         found = {}
         for i, step in enumerate(self.steps):
             live = {number for number in (*live, *step.makes) if last.get(number, -1) > i}
-            if len(live) == 1 and live <= self.floating:
+            if len(live) == 1 and live <= self.floating & self.rows:
                 found[i] = next(iter(live))
         return found
 
@@ -189,34 +194,80 @@ class _Recorder:
 
 def record(model: nn.Module, batch: Batch, other: Batch, output: Callable[[Any], Tensor]) -> Tape | None:
     """The tape of ``model`` (in eval mode) on the samples of ``batch``, up to the tensor that ``output`` picks from
-    what the model returns; None where replaying it does not compute what the model computes, on ``batch`` or on
-    ``other``, which has the same number of samples.
+    what the model returns; None where that does not have a row per sample, or where replaying it does not compute what
+    the model computes, on ``batch`` or on ``other``, which has the same number of samples.
     """
-    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    recorder = _Recorder({id(tensor): name for name, tensor in state.items()})
-    args, kwargs = change_inputs(model, *batch, lambda _, tensor: tensor)
-    inputs = [recorder.number(tensor) for tensor in tensors_of((args, kwargs))]
-    recorder.varying.update(inputs)
-    with torch.no_grad(), intercept(model, recorder):
-        result = model(*args, **kwargs)
+    recorder, inputs, result = _recorded(model, batch)
     main = recorder.number(output(result))
     named = {n: recorder.state[id(t)] for n, t in enumerate(recorder.held) if id(t) in recorder.state}
     made = {n for step in recorder.steps for n in step.makes} | set(inputs) | set(named)
+    rows = _with_samples_first(model, batch, recorder, inputs)
     tape = Tape(
-        size=len(tensors_of(batch)[0]),
+        size=batch_size(batch),
         steps=tuple(recorder.steps),
         inputs=tuple(inputs),
         output=main,
         state=named,
         constants={n: recorder.held[n] for step in recorder.steps for n in step.reads if n not in made},
         floating=frozenset(n for n, t in enumerate(recorder.held) if t.is_floating_point()),
+        rows=rows,
     )
-    if main not in {n for step in tape.steps for n in step.makes}:
+    if main not in rows or main not in {n for step in tape.steps for n in step.makes}:
         return None
     for candidate in (tape, replace(tape, channels_last=False)):
         if all(_replays(candidate, model, one, output) for one in (batch, other)):
             return candidate
     return None
+
+
+def _recorded(model: nn.Module, batch: Batch) -> tuple[_Recorder, list[int], Any]:
+    """(the calls of a forward, the numbers of its inputs, what the model returns)."""
+    recorder = _Recorder(_names(model))
+    args, kwargs = change_inputs(model, *batch, lambda _, tensor: tensor)
+    inputs = [recorder.number(tensor) for tensor in tensors_of((args, kwargs))]
+    recorder.varying.update(inputs)
+    with torch.no_grad(), intercept(model, recorder):
+        result = model(*args, **kwargs)
+    return recorder, inputs, result
+
+
+def _with_samples_first(model: nn.Module, batch: Batch, recorder: _Recorder, inputs: Sequence[int]) -> frozenset[int]:
+    """The numbers of what was recorded on ``batch`` whose first dimension is the samples: it has another length on
+    other numbers of them. None at all where the model's calls are others there.
+    """
+    size = batch_size(batch)
+    few = 3 if size == 2 else 2
+    indices = torch.arange(few) % size
+    try:
+        other, others, _ = _recorded(model, tree_map(lambda v: v[indices] if _of_samples(v, size) else v, batch))
+    except (RuntimeError, ValueError, AssertionError):  # a model that takes one batch size only
+        return frozenset()
+    if [step.key for step in other.steps] != [step.key for step in recorder.steps]:
+        return frozenset()
+    pairs = list(zip(inputs, others, strict=True))
+    for one, two in zip(recorder.steps, other.steps, strict=True):
+        pairs.extend(zip(one.makes, two.makes, strict=True))
+    return frozenset(n for n, m in pairs if (_rows(recorder.held[n]), _rows(other.held[m])) == (size, few))
+
+
+def _rows(tensor: Tensor) -> int:
+    return len(tensor) if tensor.dim() else 0
+
+
+def _of_samples(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and _rows(value) == size
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """The name of each parameter and buffer, by identity. Of several names a layer's own counts: a plan knows a layer
+    that is registered twice by the first of its names.
+    """
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    found = {id(tensor): name for name, tensor in state.items()}
+    for name, module in model.named_modules():
+        if layer_kind(module) is not None:
+            found |= {id(t): f"{name}.{key}" for key, t in module.named_parameters(recurse=False)}
+    return found
 
 
 def _replays(tape: Tape, model: nn.Module, batch: Batch, output: Callable[[Any], Tensor]) -> bool:

@@ -118,7 +118,8 @@ class Workbench:
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
             damage = damage_for(ways.loss, torch.cat(list(reference)))
             course = require_course(course_of(ready, recording, damage, ways.seed), **asked)
-        decided = replace(ways, reconstruction=way_to_learn(ways.reconstruction, *bits))
+        how = "none" if ways.reconstruction == "auto" and not worth else way_to_learn(ways.reconstruction, *bits)
+        decided = replace(ways, reconstruction=how)
         return cls(ready, weights, sites, batches, recording, course, decided, rewritten)
 
     def moved_to(self, ready: Prepared) -> Workbench:

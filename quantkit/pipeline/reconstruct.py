@@ -219,12 +219,18 @@ def _temper(course: Course, simulated: SimulatedModel, trace: Trace) -> Learned:
     """Make the logits as large as is best for the damage on held-back inputs."""
     tape, lesson, damage = course.recording.tape, course.lesson, course.teacher.damage
     playback = Playback(simulated, tape)
-    found = play(playback, lesson.held_inputs, whole(tape, ()))
-    factor, before, after = best_factor(found, lambda outputs: damage(lesson.held_outputs, outputs))
+    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
     head = head_of(playback, trace)
-    if head is None or not course.logits or not after < before:
+    if head is None or not course.logits:
         return Learned(before, before)
+    kept = Kept.of(simulated)
+    found = play(playback, lesson.held_inputs, whole(tape, ()))
+    factor = best_factor(found, lambda outputs: damage(lesson.held_outputs, outputs))
     scale_layer(simulated, head, factor)
+    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    if not after < before:
+        kept.put_back(simulated)
+        return Learned(before, before)
     notice(f"logits times {factor:.2f}: damage on held-back inputs {before:.4g} -> {after:.4g}")
     return Learned(before, after)
 

@@ -172,7 +172,8 @@ def learn_layers(
 ) -> dict[str, Learned]:
     """Learn the quantized layers in order; returns the error on held-back inputs of each before and after, relative to
     the variance of its output. A site that several layers read is learned with the first of them. Held in memory: what
-    enters one block, and what one layer reads and makes. Layers that are ``finished`` are not learned again.
+    enters one block, and what one layer reads and makes. Layers that are ``finished`` are not learned again, and
+    those that do not read and make a row per sample not at all.
     """
     kept = finished or Finished()
     streams = Streams(lesson.inputs, lesson.inputs, lesson.held_inputs, lesson.held_inputs)
@@ -184,7 +185,9 @@ def learn_layers(
         while at is not block:
             streams = streams.after(playback, floats, at, parallel)
             at = blocks[blocks.index(at) + 1]
-        calls = list(calls_of(playback, trace, block, name))
+        calls = [c for c in calls_of(playback, trace, block, name) if {c.reads, c.makes} <= playback.tape.rows]
+        if not calls:
+            continue
         sites = {call.site for call in calls if call.site is not None} - taken
         tasks = partial(_tasks, floats if parallel else playback, floats, block, calls, streams)
         work = partial(learn_layer, playback, teacher, name, tasks, sites, schedule, generator)

@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkit.graph.layers import bias_of
 from quantkit.graph.segments import Segment
 from quantkit.graph.trace import Trace
+from quantkit.quantizers.layer_inputs import first_share
 from quantkit.quantizers.playback import Playback, Values, in_chunks, play
 from quantkit.quantizers.simulate import SimulatedModel
 
@@ -45,7 +46,7 @@ def output_spread(playback: Playback, trace: Trace, block: Segment, name: str, v
             continue
         until = Segment(block.start, i + 1, block.entering, step.makes[0], ())
         for part, meant in in_chunks(playback.tape, values):
-            output = playback.run(part, until)[:meant].double()
+            output = first_share(playback.run(part, until), meant / playback.tape.size).double()
             rows = output if trace.kinds[name] == "linear" else output.movedim(1, -1)
             rows = rows.reshape(-1, rows.shape[-1])
             count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
@@ -87,16 +88,15 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
 
 def head_of(playback: Playback, trace: Trace) -> str | None:
     """The layer with quantized weights whose output is the network's, if that is so."""
-    last = next(step.key for step in playback.tape.steps if playback.tape.output in step.makes)
+    last = next(step.key for step in reversed(playback.tape.steps) if playback.tape.output in step.makes)
     heads = (name for name in playback.model.weights if [call.key for call in trace.calls[name]] == [last])
     return next(heads, None)
 
 
-def best_factor(outputs: Tensor, damage: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
-    """(the factor on outputs with which their mean damage is least, that damage without and with it)."""
+def best_factor(outputs: Tensor, damage: Callable[[Tensor], Tensor]) -> float:
+    """The factor on outputs with which their mean damage is least."""
     means = {factor: float(damage(factor * outputs).double().mean()) for factor in (1.0, *FACTORS)}
-    best = min(means, key=means.__getitem__)
-    return best, means[1.0], means[best]
+    return min(means, key=means.__getitem__)
 
 
 @torch.no_grad()

@@ -39,22 +39,27 @@ def positions_wanted(inputs: int) -> int:
     return max(LEAST_POSITIONS, inputs // 2)
 
 
+def first_share(x: Tensor, share: float) -> Tensor:
+    """The first ``share`` of a tensor's rows, at least one."""
+    return x if share == 1 else x[: max(1, round(share * len(x)))]
+
+
 def input_columns(
     kind: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    samples: int | None = None,
+    share: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Inputs of one layer call as (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
 
     Rows of a convolution go through all samples of one position, then of the next. ``kind`` is "linear" or
-    "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, of whose samples the first ``samples``
-    count. With a ``generator``, of a convolution with many positions some are drawn, the same for all samples of the
-    call.
+    "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, of whose samples (the first dimension,
+    in which a sample may take several places) the first ``share`` counts. With a ``generator``, of a convolution with
+    many positions some are drawn, the same for all samples of the call.
     """
     if kind == "linear":
-        x = (args[0] if args else kwargs["input"])[:samples]
+        x = first_share(args[0] if args else kwargs["input"], share)
         return x.reshape(1, -1, x.shape[-1])
     given = dict(zip(_CONV_ARGUMENTS, args, strict=False)) | kwargs
     x, kernel = given["input"], given["weight"].shape[2:]
@@ -63,7 +68,7 @@ def input_columns(
     groups = given.get("groups", 1)
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)  # a convolution also takes one unbatched sample
-    x = _pad(x[:samples], given.get("padding", 0), kernel, dilation)
+    x = _pad(first_share(x, share), given.get("padding", 0), kernel, dilation)
     places = torch.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
     for axis in range(dims):
         places = places.unfold(axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])

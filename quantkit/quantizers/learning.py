@@ -67,10 +67,13 @@ def learn(
     progress: bool = True,
 ) -> Learned:
     """Move the tensors of ``rated`` (with their rates) by Adam to lower ``loss(indices)``, and leave them as they were
-    where ``held_back()`` was lowest, which is asked before and ``schedule.checks`` times on the way.
+    where ``held_back()`` was lowest, which is asked before and ``schedule.checks`` times on the way. ``rated`` may be
+    empty, as biases are where layers have none.
     """
-    optimizer = torch.optim.Adam([{"params": [t], "lr": rate} for t, rate in rated], betas=(0.9, 0.99))
     before = lowest = held_back()
+    if not rated:
+        return Learned(before, before)
+    optimizer = torch.optim.Adam([{"params": [t], "lr": rate} for t, rate in rated], betas=(0.9, 0.99))
     best = [t.detach().clone() for t, _ in rated]
     draws = shuffled(samples, schedule.batch, schedule.steps, generator)
     for step, indices in enumerate(track(draws, title, enabled=progress)):

@@ -228,9 +228,10 @@ def fisher(
     count = 0
     order = torch.randperm(len(lesson), generator=generator)[:FISHER_SAMPLES]
     some = {number: x[order] for number, x in lesson.inputs.items()}
+    # gradients begin at the parameters: inputs may be token ids
+    state = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in teacher.state.items()}
     for part, _ in in_chunks(tape, some):
-        entering = {number: x.requires_grad_(x.is_floating_point()) for number, x in part.items()}
-        values = tape.replay(entering, teacher.state, [*numbers, tape.output])
+        values = tape.replay(part, state, [*numbers, tape.output])
         gradients = torch.autograd.grad(teacher.pull(values[-1], generator), values[:-1])
         sums = [total + g.square().sum(0) for total, g in zip(sums, gradients, strict=True)]
         count += tape.size

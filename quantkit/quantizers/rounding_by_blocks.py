@@ -108,4 +108,4 @@ def _columns(
 ) -> Tensor:
     found = dict(zip(step.reads, playback.inside(part, before, step.reads), strict=True))
     found[step.reads[0]] = playback.quantize(read_place(step.key), found[step.reads[0]])
-    return input_columns(kind, *step.arguments(found), count, draws)
+    return input_columns(kind, *step.arguments(found), count / playback.tape.size, draws)

@@ -227,8 +227,8 @@ class SquaredError:
         return random_signs(output, generator) / self.scale**0.5
 
     def metric(self, reference: Tensor, shift: Tensor, temperature: float) -> Tensor:
-        """The shift itself; the metric is flat, ``temperature`` changes nothing."""
-        return shift
+        """The shift over the root of the scale; the metric is flat, ``temperature`` changes nothing."""
+        return shift / self.scale**0.5
 
 
 # At which training samples are compared where a decision follows: a network is too sure of them for damage itself

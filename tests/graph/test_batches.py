@@ -9,6 +9,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
 
 from quantkit.errors import InvalidRequest
@@ -219,12 +220,15 @@ def test_digest_depends_on_the_bytes_alone() -> None:
         [((X.reshape(4, 3),), {"mask": Y})],
         [((X[:1],), {}), ((X[1:],), {})],
         [((X,), {"mask": 1})],
+        [((X,), {"other": Y})],
+        [((X, Y), {})],
     ]
-    assert len({base, *map(digest_batches, others)}) == 7
+    assert len({base, *map(digest_batches, others)}) == 9
 
 
 def test_digest_is_that_of_the_described_bytes() -> None:
-    expected = hashlib.sha256(b"(torch.float32, (3, 4))" + X.numpy().tobytes()).hexdigest()[:16]
+    structure = str(tree_flatten(((X,), {}))[1]).encode()
+    expected = hashlib.sha256(structure + b"(torch.float32, (3, 4))" + X.numpy().tobytes()).hexdigest()[:16]
     assert digest_batches([((X,), {})]) == expected
 
 
@@ -243,6 +247,19 @@ def test_digest_of_a_model_sees_values_names_and_class_not_identity() -> None:
         len({digest_model(m) for m in (model, same, renamed, nn.ModuleList(model), copy.deepcopy(model).double())})
         == 5
     )
+
+
+def test_digest_of_a_model_sees_tensors_that_are_no_part_of_its_state() -> None:
+    model = nn.Linear(2, 2)
+    digests = {digest_model(model)}
+    model.register_buffer("angles", torch.ones(3), persistent=False)
+    digests.add(digest_model(model))
+    model.angles[1] = 2
+    digests.add(digest_model(model))
+    model.mask = torch.ones(2)
+    digests.add(digest_model(model))
+    model.mask[0] = 0
+    assert len({*digests, digest_model(model)}) == 5
 
 
 def test_digest_of_a_model_with_state_that_is_no_tensor() -> None:

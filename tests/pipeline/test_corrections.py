@@ -120,15 +120,13 @@ def test_best_factor_undoes_logits_that_are_too_large_or_too_small(truth: float)
     def damage(outputs: torch.Tensor) -> torch.Tensor:
         return KLDamage().rows(wanted, outputs)
 
-    factor, before, after = best_factor(wanted / truth, damage)
-    assert factor == pytest.approx(truth, abs=0.011)
-    assert after <= before
-    assert after == pytest.approx(float(damage(factor * wanted / truth).double().mean()), abs=1e-7)
+    assert best_factor(wanted / truth, damage) == pytest.approx(truth, abs=0.011)
 
 
 def test_head_is_the_layer_that_makes_the_output() -> None:
     x = images(40)
-    for model, name in ((small(), "head"), (torch.nn.Sequential(small(), torch.nn.ReLU()), None)):
+    behind = (torch.nn.ReLU(), torch.nn.ReLU(inplace=True))  # the latter's output is the tensor the head made
+    for model, name in ((small(), "head"), *((torch.nn.Sequential(small(), act), None) for act in behind)):
         ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
         tape = record(ready.model, ((x[:16],), {}), ((x[16:32],), {}), main_output)
         assert tape is not None

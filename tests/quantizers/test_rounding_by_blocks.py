@@ -73,7 +73,7 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
 def test_of_many_positions_some_are_drawn_and_their_inputs_are_right() -> None:
     x, weight = randn(3, 4, 20, 20), randn(6, 4, 3, 3)
     every = input_columns("conv2d", (x, weight), {"padding": 1}).reshape(400, 3, 36)
-    some = input_columns("conv2d", (x, weight), {"padding": 1}, 2, torch.Generator().manual_seed(0))
+    some = input_columns("conv2d", (x, weight), {"padding": 1}, 2 / 3, torch.Generator().manual_seed(0))
     assert positions_wanted(36) == LEAST_POSITIONS == 128
     some = some.reshape(128, 2, 36)
     for sample in range(2):

@@ -65,6 +65,13 @@ def test_metric_vectors_give_the_second_order_of_the_divergence() -> None:
     assert torch.allclose(0.5 * v.square().sum(-1), divergence / step**2, rtol=5e-3)
 
 
+def test_metric_vectors_of_the_squared_error_give_the_squared_error() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, u = torch.randn(8, 3, generator=draw), torch.randn(8, 3, generator=draw)
+    error = damage_for("mse", 5 * a)
+    assert torch.allclose(0.5 * error.metric(a, u, 1.0).square().sum(-1), error.rows(a, a + u))
+
+
 def test_squared_error_is_relative_and_the_same_for_any_unit() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(8, 3, generator=draw), torch.randn(8, 3, generator=draw)

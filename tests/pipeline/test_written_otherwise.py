@@ -1,0 +1,151 @@
+"""Networks that name, order and feed their layers otherwise are rounded and learned like any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantkit
+from quantkit.graph.tape import record
+from quantkit.pipeline import reconstruct
+from quantkit.quantizers.learning import Schedule
+from quantkit.quantizers.playback import Playback
+from quantkit.quantizers.rounding_by_blocks import moments
+from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.sensitivity.measure import main_output
+from tests.graph.models import randn
+from tests.pipeline.networks import small
+from tests.quantizers.test_rounding_by_blocks import recorded
+
+
+def linears(count: int, width: int) -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(width, width) for _ in range(count)])
+
+
+class Named(nn.Module):
+    """Every layer has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = linears(4, 8)
+        self.a, self.b, self.c, self.d = self.layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.d(x)
+
+
+class Tokens(nn.Module):
+    """Inputs have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(20, 16), linears(5, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.mean(1)
+
+
+class SequenceFirst(nn.Module):
+    """The first dimension inside is the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = linears(5, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x.transpose(0, 1).mean(1)
+
+
+class Frames(nn.Module):
+    """The first dimension inside is samples times frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.shape[1]
+        x = self.two(self.one(x.flatten(0, 1)).relu()).relu().mean((2, 3))
+        return self.head(x.unflatten(0, (-1, frames)).mean(1))
+
+
+NETWORKS = {
+    "two names": (Named, lambda: randn(80, 8)),
+    "tokens": (Tokens, lambda: torch.randint(20, (80, 6), generator=torch.Generator().manual_seed(0))),
+    "sequence first": (SequenceFirst, lambda: randn(80, 7, 16)),
+    "as many tokens as samples": (SequenceFirst, lambda: randn(80, 64, 16)),
+    "frames": (Frames, lambda: randn(80, 4, 3, 8, 8)),
+}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NETWORK", "BLOCK", "LAYER", "TUNING"):
+        monkeypatch.setattr(reconstruct, name, Schedule(steps=30, batch=32))
+
+
+@pytest.mark.parametrize("how", ["block", "network", "adaquant"])
+@pytest.mark.parametrize("case", NETWORKS)
+def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
+    build, inputs = NETWORKS[case]
+    torch.manual_seed(0)
+    model = build().eval()
+    plan = {name: "w2a8" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    found = {
+        way: quantkit.apply(model, plan, inputs(), reconstruction=way, correction=None, progress=False)
+        for way in ("none", how)
+    }
+    learned = found[how].notes["reconstruction"]
+    if how == "adaquant":
+        expected = {"sequence first": 0, "as many tokens as samples": 0, "frames": 1}.get(case, len(plan))
+        assert len(set(learned) & set(plan)) == expected  # the others have no row per sample
+        return
+    assert learned["network"].helped
+    for name, weight in found["none"].model.weights.items():
+        assert not torch.equal(weight.scale, found[how].model.weights[name].scale), name
+
+
+def test_a_tape_knows_which_values_have_a_row_per_sample() -> None:
+    for case, cuts in (("two names", True), ("sequence first", False), ("frames", False)):
+        build, inputs = NETWORKS[case]
+        model, x = build().eval(), inputs()
+        tape = record(model, ((x[:8],), {}), ((x[8:16],), {}), main_output)
+        assert tape is not None
+        layers = [i for i, step in enumerate(tape.steps) if step.key.op == "linear" and step.key.scope != "head"]
+        assert all((i in tape.lone_values()) == cuts for i in layers)
+        assert {tape.output, *tape.inputs} <= tape.rows
+
+
+def test_all_frames_of_all_samples_are_rounded_on() -> None:
+    x = randn(21, 4, 3, 8, 8)
+    ready, tape, (block,) = recorded(Frames().eval(), x)
+    playback = Playback(SimulatedModel(ready.model, (), {}, {}), tape)
+    found = moments(playback, ready.trace, block, "one", tape.entering(ready.model, ((x,), {})))
+    windows = x.flatten(0, 1).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27).double()
+    torch.testing.assert_close(found.hessian[0], windows.T @ windows, rtol=1e-4, atol=1e-2)
+
+
+def test_corrections_of_layers_without_biases_leave_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
+    result = quantkit.apply(
+        model, {"0": "w2a8", "2": "w2a8"}, randn(80, 8), reconstruction="none", correction="auto", progress=False
+    )
+    assert not any(step.helped for step in result.notes["correction"].values())
+
+
+def test_asking_for_a_correction_starts_no_learning() -> None:
+    result = quantkit.apply(
+        small(), {"head": "w8a8"}, randn(20, 2, 6, 6), reconstruction="auto", correction="bias", progress=False
+    )
+    assert "correction" in result.notes
+    assert "reconstruction" not in result.notes

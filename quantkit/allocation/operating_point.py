@@ -33,8 +33,8 @@ class Measurements(Protocol):
     """What may be measured. ``entries`` are positions in the profile's entries: the formats of a plan."""
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[Floats]:
-        """Damage of each plan, row by row of the outputs for a share of the inputs (the same ones every time); costs
-        ``share`` of a measurement each.
+        """Damage of each plan, sample by sample for a share of the inputs (the same ones every time); costs ``share``
+        of a measurement each.
         """
 
     def around(self, entries: Sequence[int]) -> tuple[Floats, Floats]:

@@ -30,6 +30,8 @@ from quantkit.allocation.bisection import (
 from quantkit.allocation.count import COUNTED, counted
 from quantkit.allocation.from_profile import FLOAT_BITS, assignment_of, candidates, question
 from quantkit.allocation.front import pareto
+from quantkit.allocation.problem import Problem
+from quantkit.allocation.reduce import reduce
 from quantkit.budget import Budget
 from quantkit.errors import AccuracyNotMet, InvalidRequest
 from quantkit.formats import Scheme
@@ -160,7 +162,9 @@ def _by_levels(profile: Profile, bench: Bench, judge: Judge) -> None:
     """Bisection per width, in ascending order of the augmented scores."""
     scores = augmented_scores(bench.perturbations, Scores(profile.damage, np.zeros(len(profile.damage)), profile.gram))
     asked = question(profile, {"size": 0})
-    wide = {name: _widest_first(schemes) for name, schemes in candidates(profile).items()}
+    kept = _agreeing(asked.problem)
+    possible = {n: [s for s in found if (n, str(s)) in kept] for n, found in candidates(profile).items()}
+    wide = {name: _widest_first(schemes) for name, schemes in possible.items()}
     widths = sorted({s.weight.bits for found in wide.values() for s in found if s.weight}, reverse=True)
     levels = [{name: _at_width(found, width) for name, found in wide.items()} for width in widths]
 
@@ -169,6 +173,12 @@ def _by_levels(profile: Profile, bench: Bench, judge: Judge) -> None:
         return plan_of(profile, asked, assignment_of(profile, asked, plan))
 
     by_levels(sorted(scores, key=scores.__getitem__), levels, plan_of_schemes, judge)
+
+
+def _agreeing(problem: Problem) -> set[tuple[str, str]]:
+    """(choice, option) by name of what can be taken together: readers of one tensor agree on its format."""
+    origins = (origin for options in reduce(problem).back for option in options for origin in option)
+    return {(problem.choices[i].name, problem.choices[i].options[k].name) for i, k in origins}
 
 
 def _widest_first(schemes: Sequence[Scheme]) -> list[Scheme]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.graph.batches import batch_size
+from quantkit.graph.batches import Batch, batch_size, first_samples
 from quantkit.progress import track
 from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject, damage_for
 from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms, sample_numbers
@@ -43,18 +43,21 @@ class PlanDamage:
         return [float(one.mean()) for one in self.rows(many, share)]
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
-        """Damage of each plan (rows,) on the first batches, ``share`` of them but at least one.
+        """Damage of each plan on the first inputs, ``share`` of them: (samples,), each weighed by its number of output
+        rows. The rows of one sample, as its tokens are, say much the same: they are no numbers of their own.
 
         Plans that differ from the first in a few late layers cost little more than it.
         """
-        count = max(1, round(share * len(self.reference)))
-        part = replace(self.subject, batches=self.subject.batches[:count])
+        part = replace(self.subject, batches=_first_part(self.subject.batches, share))
         chosen = [[self.perturbations[k] for k in entries] for entries in many]
         rows: list[list[Tensor]] = [[] for _ in many]
-        measured = variations(part, chosen)
-        for batch, plan, output in track(measured, "measuring plans", len(many) * count, enabled=self.progress):
+        steps = len(many) * len(part.batches)
+        for batch, plan, output in track(variations(part, chosen), "measuring plans", steps, enabled=self.progress):
             rows[plan].append(self._rows(batch, output))
-        return [torch.cat(one).numpy() for one in rows]
+        numbers = sample_numbers([len(one) for one in rows[0]], [batch_size(b) for b in part.batches])
+        samples = int(numbers.max()) + 1
+        sums = [torch.zeros(samples).double().index_add_(0, numbers, torch.cat(one)) for one in rows]
+        return [(one * samples / len(numbers)).numpy() for one in sums]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(damage (K,) of the plan with each entry in place of its owner's, pair terms (K, K) of the changes)."""
@@ -84,8 +87,8 @@ class PlanDamage:
         return damage, self._pair_terms(here, shifts, [len(o) for o in kept[0]])
 
     def _rows(self, batch: int, output: Tensor) -> Tensor:
-        """Damage of each row of a batch, float64."""
-        reference = self.reference[batch]
+        """Damage of each row of a batch, or of its first rows, float64."""
+        reference = self.reference[batch][: len(output)]
         if self.temperature == 1:
             return self.damage.rows(reference, output).double()
         return self.damage.smooth_rows(reference, output, self.temperature).double()
@@ -96,3 +99,15 @@ class PlanDamage:
         pairs = pair_terms(self.damage, here, shifts, [p.owner for p in self.perturbations], samples)
         lengths = metric_lengths(self.damage, here, shifts, self.temperature)
         return pairs.cosines * np.outer(lengths, lengths)
+
+
+def _first_part(batches: Sequence[Batch], share: float) -> list[Batch]:
+    """The first ``share`` of all samples, at least one, in batches as they are but for the last."""
+    left = max(1, round(share * sum(map(batch_size, batches))))
+    found: list[Batch] = []
+    for batch in batches:
+        if left <= 0:
+            break
+        found.append(batch if batch_size(batch) <= left else first_samples(batch, left))
+        left -= batch_size(batch)
+    return found

@@ -132,6 +132,29 @@ def test_more_effort_evaluates_more_plans_and_never_ends_with_a_dearer_one() -> 
     assert 100 - evaluate(balanced.model) <= 2
 
 
+class TwoReaders(nn.Module):
+    """Two layers read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.other, self.head = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.head((self.one(x) + self.other(x)).relu())
+
+
+def test_more_effort_copes_with_readers_of_one_tensor_that_are_offered_different_formats() -> None:
+    torch.manual_seed(0)
+    model, x = TwoReaders().eval(), torch.randn(40, 8)
+    answers = model(x).argmax(1)
+    result = quantkit.quantize(
+        model, "accuracy_drop=0.9", [x], schemes=["w8a8", "w4a4"], rules={"other": ["w4a4"]}, effort="balanced",
+        evaluate=lambda m: float((m(x).argmax(1) == answers).float().mean()), progress=False,
+    )  # fmt: skip
+    assert str(result.plan.schemes["one"].activation) == str(result.plan.schemes["other"].activation) == "a4"
+
+
 @pytest.mark.parametrize(
     ("budget", "evaluate", "message"),
     [

@@ -31,7 +31,20 @@ def test_damage_of_a_plan_is_the_divergence_from_the_float_model(measured) -> No
     rows = KLDamage().rows(outputs([]), outputs([changes[k] for k in plan]))
     assert measurements.plans([plan])[0] == pytest.approx(float(rows.mean()), rel=1e-3)
     assert measurements.plans([plan], share=0.4)[0] == pytest.approx(float(rows[:16].mean()), rel=1e-3)
+    assert measurements.plans([plan], share=0.55)[0] == pytest.approx(float(rows[:22].mean()), rel=1e-3)
     assert measurements.plans([[]])[0] == 0
+
+
+def test_rows_of_one_sample_are_one_number() -> None:
+    batches = [((torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(k)),), {}) for k in range(2)]
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5)).eval()
+    request = request_of(model, batches)
+    changes = perturbed(request)
+    plan = [next(k for k, p in enumerate(changes) if p.format == "w2")]
+    (rows,) = PlanDamage(subject_of(request, batches), changes, progress=False).rows([plan])
+    x = torch.cat([args[0] for args, _ in batches])
+    expected = KLDamage().rows(model(x), by_hand(request, x, [changes[plan[0]]])).mean(1)
+    assert rows == pytest.approx(expected.detach().numpy(), rel=1e-3)
 
 
 def test_around_measures_every_change_of_the_plan(measured) -> None:

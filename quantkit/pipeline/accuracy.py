@@ -42,7 +42,7 @@ from quantkit.pipeline.request import Request
 from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
-from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.simulate import SimulatedModel, as_float
 from quantkit.sensitivity.augmented import augmented_scores
 from quantkit.sensitivity.measure import Scores
 
@@ -88,7 +88,7 @@ def meet_accuracy(
     AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
     InfeasibleBudget when the other limits alone cannot be met.
     """
-    reference = outcome_of(evaluate, request.ready.model)
+    reference = outcome_of(evaluate, as_float(request.ready.model))
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)
     judge = Judge(

@@ -26,7 +26,7 @@ from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, average_bits, digest_of
 from quantkit.progress import notice
 from quantkit.quantizers.kept import Finished
-from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.simulate import SimulatedModel, as_float
 from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.store import Artefacts, require_writable
 from quantkit.targets import Target
@@ -95,7 +95,7 @@ def apply(
     bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways, finished)
     if inplace:  # only now that nothing can be refused any more
         bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided))
-    metrics = _metric("float", evaluate, bench.ready.model)
+    metrics = _metric("float", evaluate, as_float(bench.ready.model))
     simulated, notes = bench.quantized(progress, finished)
     decided = _recounted(decided, simulated, bench.ready, formats)
     metrics |= compare_outputs(simulated, batches, reference, loss) | _metric("quantized", evaluate, simulated)

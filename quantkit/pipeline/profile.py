@@ -15,7 +15,7 @@ from quantkit.pipeline.forecast import forecast
 from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, TargetName, make_ready
 from quantkit.plan import Profile, digest_of
 from quantkit.progress import notice, warn
-from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.simulate import as_float
 from quantkit.quantizers.statistics import rows_seen
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
@@ -136,6 +136,6 @@ def _measure(request: Request, progress: bool, bench: Bench) -> Profile:
     scores = ESTIMATORS[request.settings["sensitivity"]](subject, changes, progress, generator)
     ready = request.ready
     if request.batches:
-        rows = rows_seen(SimulatedModel(ready.model, (), {}, {}), ready.trace, ready.quantizable, subject.batches)
+        rows = rows_seen(as_float(ready.model), ready.trace, ready.quantizable, subject.batches)
         scores = with_fallback(scores, changes, ready.model, reached_by_few(rows, bench.notes["samples"]))
     return request.profile([(p.owner, p.format) for p in changes], scores, bench.notes | dict(scores.notes))

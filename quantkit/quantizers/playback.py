@@ -14,7 +14,7 @@ from quantkit.graph.intercept import OpKey
 from quantkit.graph.segments import Segment, whole
 from quantkit.graph.tape import Change, Tape
 from quantkit.quantizers.learned import LearnedRange, LearnedWeight
-from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.simulate import SimulatedModel, as_float
 
 EIGHT_BITS = 8
 SPILL_BYTES = 1 << 30  # a value of all samples beyond this size is kept on disk
@@ -101,7 +101,7 @@ def copied_state(tape: Tape, model: nn.Module) -> dict[str, Tensor]:
 
 def float_playback(model: nn.Module, tape: Tape, state: Mapping[str, Tensor]) -> Playback:
     """A model on its tape with these parameters and buffers, and nothing quantized."""
-    return Playback(SimulatedModel(model, (), {}, {}), tape, fixed=state)
+    return Playback(as_float(model), tape, fixed=state)
 
 
 def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from quantkit.graph.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
 from quantkit.graph.layers import weight_of
@@ -65,10 +66,16 @@ def _put_in_place(result: Tensor, change: Callable[[Tensor], Tensor], changed: T
     return changed
 
 
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
 class SimulatedModel(nn.Module):
     """``model`` with quantized layers and sites. Calls, attributes and gradients go through to the wrapped module.
 
-    ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float.
+    ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. Computes in
+    float32: half-precision inputs, which a half-precision model takes, are widened.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class SimulatedModel(nn.Module):
             weight_of(self.model, name).copy_(weight.dequantize())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(args, kwargs)
+        return self.run(*tree_map(_widened, (args, kwargs)))
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
@@ -108,3 +115,8 @@ class SimulatedModel(nn.Module):
             if name.startswith("__"):
                 raise  # how Python copies or pickles the wrapped module is not how this one is
             return getattr(super().__getattr__("model"), name)
+
+
+def as_float(model: nn.Module) -> SimulatedModel:
+    """A model with nothing quantized, called as the quantized one is."""
+    return SimulatedModel(model, (), {}, {})

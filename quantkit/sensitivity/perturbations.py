@@ -17,7 +17,7 @@ from quantkit.kernels.token_codes import TokenRange
 from quantkit.progress import track
 from quantkit.quantizers.activation_ranges import RANGES, Extremes, Histogram
 from quantkit.quantizers.kept import arrays_of, weight_of_arrays
-from quantkit.quantizers.simulate import SimulatedModel
+from quantkit.quantizers.simulate import as_float
 from quantkit.quantizers.statistics import in_memory_bound, layer_hessians, site_histograms
 from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
 from quantkit.sensitivity.measure import Perturbation
@@ -38,7 +38,7 @@ def weight_perturbations(
     rounded again.
     """
     kept = artefacts or Artefacts()
-    observed = SimulatedModel(ready.model, (), {}, {})
+    observed = as_float(ready.model)
     formats = {n: list(dict.fromkeys(s.weight for s in c if s.weight is not None)) for n, c in candidates.items()}
     done = {name: found for name in formats if (found := _find(kept, name, formats[name])) is not None}
     for run in in_memory_bound(ready.model, [name for name in formats if name not in done]):

@@ -146,11 +146,18 @@ def test_in_place_changes_the_model_given() -> None:
     assert torch.equal(model.conv.weight, codes.dequantize())
 
 
-def test_half_precision_model_keeps_its_type() -> None:
-    model = small().half()
-    made = quantkit.quantize(model, "4 bits", images(), progress=False)
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_model_keeps_its_type_and_its_inputs(dtype: torch.dtype) -> None:
+    model, x = small().to(dtype), images(8, seed=4).to(dtype)
+
+    def evaluate(asked: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float(asked(x).abs().sum())
+
+    made = quantkit.quantize(model, "4 bits", images(), evaluate=evaluate, progress=False)
+    assert {p.dtype for p in model.parameters()} == {dtype}
     assert made.plan.average_bits <= 4
+    assert made.metrics["float"] == pytest.approx(evaluate(model), rel=0.05)
 
 
 def test_evaluate_is_reported_for_both_models() -> None:

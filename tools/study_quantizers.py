@@ -1,13 +1,14 @@
 """How much of the float network is left? Methods of rounding and learning at several bits, on unseen images.
 
     python tools/study_quantizers.py [--models resnet20 resnet8 mobilenetv1] [--schemes w2a8 w3a8 w4a8 w4a4]
-                                     [--methods nearest gptq network block] [--draws 1] [--onnx]
+                                     [--methods nearest gptq network block] [--draws 1] [--share 1] [--onnx]
 
 Every layer gets the scheme, the first one reads 8 bits. Quantized on unlabelled training images, measured on images
 that decided nothing: KL divergence from the float network, the share of equal answers, top-1 where there are labels,
 seconds of `quantkit.apply`, its peak of memory and what it said before that it would be. `--draws 3` takes the mean
-over three draws of three quarters of the calibration images. `--budgets 3 2.5` adds mixed plans from a profile of 2 to
-8 bits. `--onnx` also exports, and gives top-1 (without labels, the share of equal answers) in onnxruntime.
+over three seeds, which also draw the calibration images where only a `--share` of them is used. `--budgets 3 2.5` adds
+mixed plans from a profile of 2 to 8 bits. `--onnx` also exports, and gives top-1 (without labels, the share of equal
+answers) in onnxruntime.
 
     python tools/study_quantizers.py --no-data [--models ...] [--budgets 4.5]
 
@@ -130,20 +131,20 @@ def uniform(case: Case, scheme: str) -> dict[str, str]:
 
 
 def run(
-    case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, draws: int, runtime: bool
+    case: Case, plan: quantkit.Plan | Mapping[str, str], method: str, options: argparse.Namespace
 ) -> dict[str, float]:
     """The figures of a plan met by a method, the mean over draws of the calibration images."""
     rows = []
-    for draw in range(draws):
+    for draw in range(options.draws):
         images = case.calibration
-        if draws > 1:
+        if options.share < 1:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(draw))
-            images = images[chosen[: len(images) * 3 // 4]]
+            images = images[chosen[: round(options.share * len(images))]]
         start, held = time.perf_counter(), resident_mb(reset=True)
         result = quantkit.apply(case.model, plan, images, seed=draw, progress=False, **METHODS[method])
         seconds, taken = time.perf_counter() - start, peak_mb() - held
         said = result.notes.get("working_bytes", float("nan")) / 1e6
-        rows.append(case.measured(result, runtime) | {"seconds": seconds, "MB": taken, "said": said})
+        rows.append(case.measured(result, options.onnx) | {"seconds": seconds, "MB": taken, "said": said})
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
@@ -212,7 +213,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["nearest", "gptq", "network"])
     parser.add_argument("--budgets", nargs="*", default=[], help="average bits of mixed plans, such as 3 2.5")
     parser.add_argument("--activation", default="a8", help="of the mixed plans (default a8)")
-    parser.add_argument("--draws", type=int, default=1, help="draws of the calibration images (default: all, once)")
+    parser.add_argument("--draws", type=int, default=1, help="seeds to take the mean over (default 1)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the calibration images, drawn (default all)")
     parser.add_argument("--unseen", type=int, help="only so many of the evaluation images")
     parser.add_argument("--onnx", action="store_true", help="also export, and measure in onnxruntime")
     parser.add_argument("--no-data", action="store_true", help="weights alone, decided and rounded without any input")
@@ -230,7 +232,7 @@ def main() -> None:
             plans |= mixed_plans(case, options.budgets, options.activation)
         for title, plan in plans.items():
             for method in options.methods:
-                print_row(name, title, method, run(case, plan, method, options.draws, options.onnx))
+                print_row(name, title, method, run(case, plan, method, options))
 
 
 if __name__ == "__main__":

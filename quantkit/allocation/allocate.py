@@ -84,20 +84,26 @@ def _asked(
         return question(profile, limits, schemes)
     allowed = with_float(profile, candidates(profile, schemes), schemes)
     if "latency" in limits:
-        allowed = {name: _timed(name, options) for name, options in allowed.items()}
+        allowed = timed(allowed)
     fixed = choose_execution(profile, limits, allowed, settings)
     return question(profile, separable(limits), schemes, fixed)
 
 
-def _timed(layer: str, options: Sequence[Scheme]) -> tuple[Scheme, ...]:
-    """The candidates that a latency table has times for: codes of narrower activations are clipped on the way."""
-    timed = tuple(s for s in options if s.activation is None or s.activation.bits == FULL_BITS)
-    if not timed:
-        raise InvalidRequest(
-            f"A limit on latency is met with {FULL_BITS}-bit activations so far, and layer {layer!r} may be "
-            f"{', '.join(map(str, options))}. Add a scheme such as 'w4a{FULL_BITS}'."
-        )
-    return timed
+def timed(allowed: Mapping[str, Sequence[Scheme]]) -> dict[str, tuple[Scheme, ...]]:
+    """The candidates that a latency table has times for: codes of narrower activations are clipped on the way, and
+    weights alone are expanded, which saves no time. Raises InvalidRequest where a layer has none, or none but float.
+    """
+    found = {
+        name: tuple(s for s in options if s.is_float or (s.activation and s.activation.bits == FULL_BITS))
+        for name, options in allowed.items()
+    }
+    for name, options in found.items():
+        if not options or (all(s.is_float for s in options) and not all(s.is_float for s in allowed[name])):
+            raise InvalidRequest(
+                f"A limit on latency is met with {FULL_BITS}-bit activations so far, and layer {name!r} may be "
+                f"{', '.join(map(str, allowed[name]))}. Add a scheme such as 'w4a{FULL_BITS}'."
+            )
+    return found
 
 
 def question_around(profile: Profile, limits: Mapping[str, int], plan: Plan) -> Question:

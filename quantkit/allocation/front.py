@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from quantkit.allocation.allocate import allocate, plan_of
+from quantkit.allocation.allocate import allocate, plan_of, timed
 from quantkit.allocation.boundaries import smallest
 from quantkit.allocation.count import COUNTED, OF_EXECUTION, counted
 from quantkit.allocation.from_profile import candidates, question, with_float
@@ -36,6 +36,8 @@ def pareto(
         )
     if limit in OF_EXECUTION:
         return _by_steps(profile, limit, schemes)
+    if limit == "bops":
+        Budget.parse("bops=1").limits(profile)  # refuses where the profile has no multiplications
     asked = question(profile, {limit: 0}, schemes)
     plans = []
     for point in pareto_front(asked.problem):
@@ -50,11 +52,15 @@ def _by_steps(profile: Profile, limit: str, schemes: Iterable[str | Scheme] | No
     Budget.parse(f"{limit}=1 {unit}").limits(profile)  # refuses where the profile has no costs
     wanted = None if schemes is None else [Scheme.parse(s) for s in schemes]
     allowed = with_float(profile, candidates(profile, wanted), wanted)
+    if limit == "latency":
+        allowed = timed(allowed)
     least = smallest(profile, limit, {}, allowed, Settings())
     most = counted(profile, dict.fromkeys(profile.layers, Scheme()), {}, limit)
     assert least is not None, "no other limit holds"
+    if not most and not least:
+        raise InvalidRequest(f"There is no front along {limit}: no activation of this profile can be quantized.")
     amounts = {least + (most - least) * k // STEPS for k in range(STEPS + 1)} if most > least else {least}
-    plans = [allocate(profile, f"{limit}={amount} {unit}", schemes=wanted) for amount in sorted(amounts)]
+    plans = [allocate(profile, f"{limit}={amount} {unit}", schemes=wanted) for amount in sorted(amounts) if amount]
     kept: dict[str, Plan] = {}
     for plan in plans:
         if not kept or (plan.predicted_damage or 0) < min(p.predicted_damage or 0 for p in kept.values()):

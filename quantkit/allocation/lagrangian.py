@@ -58,7 +58,10 @@ def pareto_front(problem: Problem) -> list[FrontPoint]:
             search = Search(replace(reduced.problem, limits=((name, int(point.cost)),)))
             positions = search.improve([positions], np.random.default_rng(0), kicks=0)
         assignment = reduced.expand(arrays.assignment(positions))
-        objective = problem.objective(assignment)
-        if not front or objective < front[-1].objective:
-            front.append(FrontPoint(problem.cost(assignment)[0], objective, assignment))
+        cost, objective = problem.cost(assignment)[0], problem.objective(assignment)
+        if front and objective >= front[-1].objective:
+            continue
+        while front and front[-1].cost >= cost:  # swaps may have made it cheaper than the one before
+            front.pop()
+        front.append(FrontPoint(cost, objective, assignment))
     return front

@@ -84,7 +84,8 @@ class PlanDamage:
         shifts = torch.zeros(len(self.perturbations), *here.shape)
         for k, one in zip(others, kept[1:], strict=True):
             shifts[k] = torch.cat(one) - here
-        return damage, self._pair_terms(here, shifts, [len(o) for o in kept[0]])
+        samples = sample_numbers([len(r) for r in self.reference], [batch_size(b) for b in self.subject.batches])
+        return damage, self._pair_terms(here, shifts, samples if sketch is None else sketch.of_kept(samples))
 
     def _rows(self, batch: int, output: Tensor) -> Tensor:
         """Damage of each row of a batch, or of its first rows, float64."""
@@ -93,9 +94,8 @@ class PlanDamage:
             return self.damage.rows(reference, output).double()
         return self.damage.smooth_rows(reference, output, self.temperature).double()
 
-    def _pair_terms(self, here: Tensor, shifts: Tensor, rows: Sequence[int]) -> np.ndarray:
+    def _pair_terms(self, here: Tensor, shifts: Tensor, samples: Tensor) -> np.ndarray:
         """Trusted cosines, with the lengths that the metric at the plan gives the shifts."""
-        samples = sample_numbers(rows, [batch_size(b) for b in self.subject.batches])
         pairs = pair_terms(self.damage, here, shifts, [p.owner for p in self.perturbations], samples)
         lengths = metric_lengths(self.damage, here, shifts, self.temperature)
         return pairs.cosines * np.outer(lengths, lengths)

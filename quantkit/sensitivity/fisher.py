@@ -140,7 +140,7 @@ def per_sample(slopes: Tensor, shift: Tensor, count: int) -> Tensor:
     samples along the first dimension of the latter. Where that cannot be, one of the whole batch, and zeros: samples
     have independent labels, so their cross terms vanish on average.
     """
-    if shift.dim() and len(shift) % count == 0:
+    if shift.dim() and len(shift) == count:
         rows = shift.reshape(count, -1)
         return torch.einsum("rnd,nd->rn", slopes.reshape(len(slopes), count, -1), rows).double().cpu()
     whole = torch.zeros(len(slopes), count, dtype=torch.float64)

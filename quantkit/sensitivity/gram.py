@@ -66,7 +66,8 @@ def gram(
     for k, found in by_place(subject, perturbations, "gram", progress, measure):
         means[k], errors[k] = found["found"]
         torch.sub(torch.from_numpy(found["outputs"]), here, out=shifts[k])
-    samples = sample_numbers([len(o) for o in small], [batch_size(b) for b in subject.batches])
+    samples = sample_numbers([len(o) for o in outputs], [batch_size(b) for b in subject.batches])
+    samples = samples if sketch is None else sketch.of_kept(samples)
     pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], samples)
     lengths = np.sqrt(2 * means) if not subject.base else metric_lengths(damage, here, shifts)
     matrix = pairs.cosines * np.outer(lengths, lengths)

@@ -124,7 +124,7 @@ def _site_damage(land: Landscape, i: int, generator: torch.Generator) -> np.ndar
 
 def _rows(x: Tensor, count: int) -> Tensor:
     """One row per sample, or a single one where samples are not along the first dimension."""
-    return x.reshape(count if x.dim() and len(x) % count == 0 else 1, -1)
+    return x.reshape(count if x.dim() and len(x) == count else 1, -1)
 
 
 def _sample_eigenvalues(point: Point, place: Place, count: int, generator: torch.Generator) -> Tensor:

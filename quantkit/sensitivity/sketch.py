@@ -22,14 +22,20 @@ SHIFT_BYTES = 1 << 31
 
 @dataclass(frozen=True)
 class Sketch:
-    """Which rows of each batch are kept, the classes (rows, TOP) each keeps, and the bucket (classes,) of all others;
-    the latter two None where all classes are kept.
+    """Of ``counts`` rows in each batch which are kept, the classes (rows, TOP) each keeps, and the bucket (classes,)
+    of all others; the latter two None where all classes are kept.
     """
 
+    counts: list[int]
     rows: list[Tensor]
     top: list[Tensor] | None
     bucket: Tensor | None
     share: float
+
+    def of_kept(self, numbers: Tensor) -> Tensor:
+        """Of one number per row of all batches those of the rows that are kept."""
+        parts = numbers.split(self.counts)
+        return torch.cat([part[kept] for part, kept in zip(parts, self.rows, strict=True)])
 
     def __call__(self, i: int, output: Tensor) -> Tensor:
         """The output (rows, classes) of batch ``i``, made small."""
@@ -54,12 +60,13 @@ def sketch_for(reference: Sequence[Tensor], copies: int, merge: bool, generator:
     share = SHIFT_BYTES / max(1, 4 * copies * total * width)
     if share >= 1 and not merge:
         return None
-    rows = [_sample(len(r), share, generator) for r in reference]
+    counts = [len(r) for r in reference]
+    rows = [_sample(count, share, generator) for count in counts]
     if not merge:
-        return Sketch(rows, None, None, min(share, 1.0))
+        return Sketch(counts, rows, None, None, min(share, 1.0))
     top = [r[kept.to(r.device)].topk(TOP, dim=1).indices for r, kept in zip(reference, rows, strict=True)]
     bucket = torch.randint(0, BUCKETS, (classes,), generator=generator)
-    return Sketch(rows, top, bucket, min(share, 1.0))
+    return Sketch(counts, rows, top, bucket, min(share, 1.0))
 
 
 def _sample(count: int, share: float, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
+from torch import nn
 
+import quantkit
 from quantkit.allocation.allocate import allocate
 from quantkit.allocation.front import pareto
 from quantkit.errors import InvalidRequest
@@ -30,6 +33,25 @@ def test_plan_on_the_front_is_what_its_own_budget_gets_nearly() -> None:
         assert plan.predicted_damage == pytest.approx(profile.predict(plan.schemes, plan.sites))
         assert best.predicted_damage <= plan.predicted_damage * (1 + 1e-9)
         assert plan.predicted_damage <= 1.5 * best.predicted_damage
+
+
+def test_no_plan_of_a_front_is_beaten_by_another() -> None:
+    """Swaps may make a vertex cheaper than the one before it."""
+    for seed in range(60):
+        front = pareto(profile_of(5, 100 + seed))
+        for one, other in pairwise(front):
+            assert one.size_bytes < other.size_bytes
+            assert one.predicted_damage > other.predicted_damage
+
+
+def test_fronts_along_what_a_profile_does_not_have_are_refused() -> None:
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    weights_only = quantkit.profile(network, x, schemes=["w4", "w8"], progress=False)
+    with pytest.raises(InvalidRequest, match="no front along activation_bytes"):
+        pareto(weights_only, limit="activation_bytes")
+    with pytest.raises(InvalidRequest, match="bops"):
+        pareto(quantkit.profile(network, progress=False), limit="bops")
 
 
 def test_schemes_can_be_restricted_and_an_unknown_limit_is_refused() -> None:

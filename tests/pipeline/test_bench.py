@@ -100,6 +100,18 @@ def test_a_limit_out_of_reach_is_refused_before_anything_is_measured(by_hand: Ta
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("schemes", [["w4", "w8"], ["w4a4", "w8a8"]])
+def test_formats_without_times_are_no_candidates(by_hand: Target, schemes: list[str]) -> None:
+    profile = quantkit.profile(small(), images(), target=by_hand, schemes=schemes, progress=False)
+    if "w8a8" in schemes:
+        assert len(quantkit.pareto(profile, limit="latency")) > 1
+        return
+    for ask in (lambda: quantkit.allocate(profile, "latency=80%"), lambda: quantkit.pareto(profile, limit="latency")):
+        with pytest.raises(InvalidRequest, match=r"met with 8-bit activations so far.*Add a scheme such as 'w4a8'"):
+            ask()
+
+
+@pytest.mark.slow
 def test_a_table_of_another_network_is_refused(by_hand: Target) -> None:
     other = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(InvalidRequest, match=r"measured on another model: it has no time for the layer '0'"):

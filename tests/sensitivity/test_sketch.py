@@ -11,7 +11,8 @@ from quantkit.sensitivity import sketch as module
 from quantkit.sensitivity.around import PlanDamage
 from quantkit.sensitivity.gram import gram
 from quantkit.sensitivity.measure import KLDamage
-from quantkit.sensitivity.sketch import BUCKETS, TOP, sketch_for
+from quantkit.sensitivity.pair_terms import sample_numbers
+from quantkit.sensitivity.sketch import BUCKETS, TOP, Sketch, sketch_for
 from tests.sensitivity.networks import classifier, inputs, perturbed, request_of, subject_of
 
 
@@ -106,6 +107,14 @@ def test_stated_error_is_that_of_single_damages_on_what_was_kept(monkeypatch) ->
         errors.append(abs(float(torch.cat(rows).mean()) - full) / full)
     assert scores.notes["sketch"]["rows"] == 0.25
     assert scores.notes["sketch"]["relative_error"] == pytest.approx(np.median(errors), rel=0.05)
+
+
+def test_rows_that_are_kept_know_their_samples() -> None:
+    reference = [torch.arange(12.0).repeat(3, 1).T, torch.arange(12.0, 24.0).repeat(3, 1).T]
+    sketch = Sketch([12, 12], [torch.tensor([0, 5, 11]), torch.tensor([3, 4])], None, None, 0.2)
+    numbers = sample_numbers([12, 12], [3, 4])
+    kept = torch.cat([sketch(i, one)[:, 0] for i, one in enumerate(reference)])
+    assert sketch.of_kept(numbers).tolist() == [int(v) // 4 if v < 12 else 3 + int(v - 12) // 3 for v in kept]
 
 
 def test_measuring_around_a_plan_sketches_its_pair_terms_too(monkeypatch) -> None:

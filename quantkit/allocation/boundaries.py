@@ -22,6 +22,7 @@ from quantkit.allocation.problem import Assignment, Choice, Option, Problem
 from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.reduce import reduce
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
+from quantkit.errors import InvalidRequest
 from quantkit.flow import Operation, live_sites
 from quantkit.formats import Scheme
 from quantkit.latency import LatencyTable, SiteTime
@@ -228,6 +229,11 @@ def _add_conditions(
             sources = [cause for site in op.reads for cause in causes.get(site, ())]
             builder.follows(list(dict.fromkeys(sources)), _choice(op))
             touch(op, (*op.reads, *op.writes))
+    if unknown := [site for site, choices in causes.items() if not choices]:
+        raise InvalidRequest(
+            f"Limits on latency or activation memory do not know yet what decides whether {unknown[0]} is quantized, "
+            "as in products of attention. Use limits on size, bits or bit-operations."
+        )
     for site, choices in causes.items():
         builder.follows(list(dict.fromkeys(choices)), f"site {site}")
 

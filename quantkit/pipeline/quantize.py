@@ -11,8 +11,13 @@ from typing import Any
 from torch import nn
 
 from quantkit.allocation.allocate import allocate
+from quantkit.allocation.boundaries import needs_execution
+from quantkit.allocation.count import counted
+from quantkit.allocation.from_profile import candidates, with_float
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
+from quantkit.errors import InvalidRequest
+from quantkit.formats import Scheme
 from quantkit.pipeline.accuracy import meet_accuracy, require_accuracy_request
 from quantkit.pipeline.apply import apply
 from quantkit.pipeline.metric import Evaluate, require_metric
@@ -125,12 +130,24 @@ def _decide(
     request: Request, limit: Budget, solver: str, effort: str, progress: bool, workdir: str | Path | None
 ) -> tuple[Profile, Plan]:
     """The profile of a request, and the plan that solver and effort find from it."""
-    allocate(request.unmeasured(), limit)  # refuses what cannot be met before anything is measured
+    blank = request.unmeasured()
+    _require_work(blank, limit)
+    allocate(blank, limit)  # refuses what cannot be met before anything is measured
     seed = request.settings["seed"]
     bench = None if effort == "fast" else bench_of(request, progress, workdir)
     measured = measure(request, progress, workdir, bench)
     plan = allocate(measured, limit, solver=solver, seed=seed)
     return measured, plan if bench is None else refine(plan, measured, limit, bench, effort, seed, progress)
+
+
+def _require_work(profile: Profile, limit: Budget) -> None:
+    """Raise InvalidRequest where layers may stay float and all of them do: the float model is within the limit."""
+    limits = limit.limits(profile)
+    free = all(Scheme() in options for options in with_float(profile, candidates(profile)).values())
+    floating = dict.fromkeys(profile.layers, Scheme())
+    within = all(counted(profile, floating, {}, name) <= most for name, most in limits.items())
+    if needs_execution(limits) and free and within:
+        raise InvalidRequest(f"The float model is within {limit} as it is: nothing has to be quantized. Ask for less.")
 
 
 def _within_accuracy(

@@ -76,8 +76,15 @@ class Request:
         return weights + [(site.name, str(fmt)) for site in self.ready.sites for fmt in self.site_formats]
 
     def profile(self, entries: Sequence[tuple[str, str]], scores: Scores, provenance: Mapping[str, Any]) -> Profile:
-        """The profile of this request with these scores; its settings are added to the provenance."""
+        """The profile of this request with these scores; its settings are added to the provenance. Raises
+        InvalidRequest for damages that are not finite.
+        """
         ready = self.ready
+        if bad := [entry for entry, damage in zip(entries, scores.damage, strict=True) if not np.isfinite(damage)]:
+            raise InvalidRequest(
+                f"The damage of {bad[0][1]} at {bad[0][0]} is not a finite number. Does the model return infinite or "
+                "NaN outputs on the calibration inputs?"
+            )
         return Profile(
             layers=ready.layers,
             sites={s.name: SiteRecord(s.name, Size(s.shape).numel(), s.consumers) for s in ready.sites},

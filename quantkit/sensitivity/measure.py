@@ -4,6 +4,7 @@ for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -152,10 +153,13 @@ def main_output(result: Any) -> Tensor:
 
 
 def rows_of(output: Tensor) -> Tensor:
-    """(rows, classes): classes are dimension 1 of image-like outputs (N, C, H, W), the last dimension otherwise."""
+    """(rows, classes): classes are dimension 1 of image-like outputs (N, C, H, W), the last dimension otherwise. A
+    class that is masked by minus infinity becomes finite, and stays impossible: infinities have no differences.
+    """
     if output.dim() >= 4:
         output = output.movedim(1, -1)
-    return output.reshape(-1, output.shape[-1]).float() if output.dim() > 1 else output.reshape(-1, 1).float()
+    rows = output.reshape(-1, output.shape[-1]) if output.dim() > 1 else output.reshape(-1, 1)
+    return rows.float().masked_fill(rows == -math.inf, MASKED)
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -233,6 +237,7 @@ class SquaredError:
 
 # At which training samples are compared where a decision follows: a network is too sure of them for damage itself
 SOFTENED = 4.0
+MASKED = -1e4  # a logit of probability zero, also where outputs are softened
 Damage = KLDamage | SquaredError
 LOSSES = ("kl", "mse")
 

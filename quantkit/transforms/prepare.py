@@ -125,6 +125,8 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
 
 
 def _require_plain_model(model: nn.Module) -> None:
+    if layer_kind(model) is not None:
+        raise InvalidRequest("The model is a single layer, which has no name: pass torch.nn.Sequential(model).")
     compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
     if compiled or isinstance(model, torch.jit.ScriptModule):
         raise InvalidRequest(

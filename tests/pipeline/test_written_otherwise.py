@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import quantkit
+from quantkit.errors import InvalidRequest
 from quantkit.graph.tape import record
 from quantkit.pipeline import reconstruct
 from quantkit.quantizers.learning import Schedule
@@ -149,3 +150,40 @@ def test_asking_for_a_correction_starts_no_learning() -> None:
     )
     assert "correction" in result.notes
     assert "reconstruction" not in result.notes
+
+
+def test_a_model_that_is_one_layer_is_told_how_to_be_passed() -> None:
+    with pytest.raises(InvalidRequest, match=r"single layer, which has no name: pass torch\.nn\.Sequential"):
+        quantkit.profile(nn.Linear(5, 4), randn(20, 5), progress=False)
+    assert quantkit.quantize(nn.Sequential(nn.Linear(5, 4)), "21 bits", randn(20, 5), progress=False).plan
+
+
+class MaskedLogits(nn.Module):
+    """Some classes are impossible."""
+
+    def __init__(self, mask: float) -> None:
+        super().__init__()
+        self.body, self.mask = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6)), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).masked_fill(x[:, :6] > 0.5, self.mask)
+
+
+def test_impossible_classes_do_no_damage() -> None:
+    found = {}
+    for mask in (-float("inf"), -1e4, float("nan")):
+        torch.manual_seed(0)
+        model = MaskedLogits(mask).eval()
+        if mask != mask:
+            with pytest.raises(InvalidRequest, match=r"is not a finite number\. Does the model return"):
+                quantkit.profile(model, randn(80, 8), progress=False)
+            continue
+        found[mask] = quantkit.profile(model, randn(80, 8), progress=False)
+    assert found[-float("inf")].damage == pytest.approx(found[-1e4].damage)
+    assert found[-float("inf")].damage.min() > 0
+
+
+def test_a_limit_that_the_float_model_meets_is_refused_before_anything_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr("quantkit.pipeline.quantize.measure", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(InvalidRequest, match="nothing has to be quantized"):
+        quantkit.quantize(small(), "activation_bytes=10 MB", randn(20, 2, 6, 6), progress=False)

@@ -213,6 +213,8 @@ def unit_size(name: str, unit: str, profile: Profile) -> Fraction:
 
 
 def _float32_bytes(profile: Profile) -> int:
+    if profile.float32_bytes:
+        return profile.float32_bytes
     return profile.float_bytes + sum(4 * layer.weights - layer.float_bytes for layer in profile.layers.values())
 
 

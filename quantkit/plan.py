@@ -124,8 +124,9 @@ class Profile:
     alone; ``gram`` (K x K, positive semi-definite) holds the pairwise terms, scaled so that gram[k, k] = 2 damage[k]:
     half the sum of ``gram`` over a plan's entries, ``saturated``, is its predicted damage. ``same_scheme`` lists
     groups of layers that must get one scheme. ``other_bytes`` is everything the model stores besides its layers'
-    weights. ``operations`` say which sites are made and read where; ``latency`` what that takes on the
-    target, where it was measured.
+    weights, ``float_bytes`` all that the user's model stores, ``float32_bytes`` the same at 4 bytes for each
+    floating-point number (0: not known). ``operations`` say which sites are made and read where; ``latency`` what that
+    takes on the target, where it was measured.
     """
 
     layers: dict[str, Layer]
@@ -144,6 +145,7 @@ class Profile:
     growth: float = 0.0
     operations: tuple[Operation, ...] = ()
     latency: LatencyTable | None = None
+    float32_bytes: int = 0
 
     def index(self) -> dict[tuple[str, str], int]:
         """Position of each (owner, format) in ``entries``."""

@@ -94,6 +94,7 @@ class Request:
             gram=np.diag(2 * scores.damage) if scores.gram is None else scores.gram,
             other_bytes=ready.other_bytes,
             float_bytes=ready.float_bytes,
+            float32_bytes=ready.float32_bytes,
             target=self.target.name,
             candidates={name: tuple(str(s) for s in options) for name, options in self.candidates.items()},
             provenance=self.settings | dict(provenance),

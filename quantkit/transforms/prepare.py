@@ -34,7 +34,8 @@ class Prepared:
 
     ``folds`` are the (layer, BatchNorm) pairs that were folded. ``layers`` are in execution order, those never called
     last; each is quantizable or carries the reason why not. ``other_bytes`` is what the model stores besides the
-    layers' weights: biases, unfolded norms, buffers, and a scale and zero point per site.
+    layers' weights: biases, unfolded norms, buffers, and a scale and zero point per site. ``float_bytes`` is all that
+    the user's model stores, ``float32_bytes`` the same in float32.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Prepared:
     sites: tuple[Site, ...]
     other_bytes: int
     float_bytes: int
+    float32_bytes: int
 
     @property
     def quantizable(self) -> list[str]:
@@ -58,13 +60,13 @@ def prepare(
     Raises InvalidRequest for NaN or infinite weights, parameters without values, compiled code, a batch the model
     rejects, or a model without a quantizable layer.
     """
-    own, element_bytes, float_bytes = _checked_copy(model, inplace)
+    own, element_bytes, sizes = _checked_copy(model, inplace)
     example, found = _first_trace(own, batches[0])
     folds = foldable_pairs(own, found)
     fold(own, folds)
     found = trace(own, example)
     layers = _layers(own, found, target, set(keep_float), element_bytes)
-    return _placed(Prepared(own, found, tuple(folds), layers, (), 0, float_bytes), target)
+    return _placed(Prepared(own, found, tuple(folds), layers, (), 0, *sizes), target)
 
 
 def prepare_untraced(
@@ -73,10 +75,10 @@ def prepare_untraced(
     """``prepare`` where there is nothing to run the model on: layers in the order of its modules, nothing folded, no
     sites. A layer whose weight the model also holds under another name stays float.
     """
-    own, element_bytes, float_bytes = _checked_copy(model, inplace)
+    own, element_bytes, sizes = _checked_copy(model, inplace)
     found = untraced(own)
     layers = _layers(own, found, target, set(keep_float), element_bytes)
-    return _placed(Prepared(own, found, (), layers, (), 0, float_bytes), target)
+    return _placed(Prepared(own, found, (), layers, (), 0, *sizes), target)
 
 
 def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
@@ -91,14 +93,17 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
     return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
 
 
-def _checked_copy(model: nn.Module, inplace: bool) -> tuple[nn.Module, dict[str, int], int]:
-    """The model to work on, bytes an element of each parameter in the user's model, and that model's bytes."""
+def _checked_copy(model: nn.Module, inplace: bool) -> tuple[nn.Module, dict[str, int], tuple[int, int]]:
+    """The model to work on, bytes an element of each parameter in the user's model, and that model's bytes, as it is
+    and in float32.
+    """
     _require_plain_model(model)
     element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
-    float_bytes = sum(t.numel() * t.element_size() for t in _stored(model))
+    stored = sum(t.numel() * t.element_size() for t in _stored(model))
+    in_float32 = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in _stored(model))
     own = _own_copy(model, inplace)
     _require_finite_weights(own)
-    return own, element_bytes, float_bytes
+    return own, element_bytes, (stored, in_float32)
 
 
 def leave_float(ready: Prepared, target: Target, names: Collection[str]) -> Prepared:

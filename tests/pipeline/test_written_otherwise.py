@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import quantkit
+from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.graph.tape import record
 from quantkit.pipeline import reconstruct
@@ -187,3 +188,21 @@ def test_a_limit_that_the_float_model_meets_is_refused_before_anything_is_measur
     monkeypatch.setattr("quantkit.pipeline.quantize.measure", lambda *a, **k: pytest.fail("measured"))
     with pytest.raises(InvalidRequest, match="nothing has to be quantized"):
         quantkit.quantize(small(), "activation_bytes=10 MB", randn(20, 2, 6, 6), progress=False)
+
+
+class TiedNormed(nn.Module):
+    """Norms, and a weight that is stored once and read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(16, 16), nn.GroupNorm(2, 16), nn.Linear(16, 16)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.norm(self.one(x)).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_percentage_is_one_of_the_float32_size(dtype: torch.dtype) -> None:
+    profile = quantkit.profile(TiedNormed().to(dtype), randn(20, 16), progress=False)
+    assert Budget(size="25%").limits(profile) == {"size": (16 * 16 + 4 * 16)}

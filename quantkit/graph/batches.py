@@ -22,7 +22,7 @@ def as_batch(item: Any) -> Batch:
     if isinstance(item, Tensor):
         return (item,), {}
     if isinstance(item, Mapping):
-        return (), dict(item)
+        return (), dict(sorted(item.items()))  # batches are told apart by their leaves: always in one order
     if isinstance(item, tuple | list):
         return tuple(item), {}
     raise InvalidRequest(

@@ -24,7 +24,7 @@ def mixed_pairs(batches: Sequence[Batch], generator: torch.Generator) -> list[Ba
     """
     flattened = [tree_flatten(batch) for batch in batches]
     columns = list(zip(*(leaves for leaves, _ in flattened), strict=False))
-    mixable = all(len(leaves) == len(columns) for leaves, _ in flattened) and all(_continuous(c) for c in columns)
+    mixable = all(spec == flattened[0][1] for _, spec in flattened) and all(_continuous(c) for c in columns)
     sizes = [len(leaves[0]) for leaves, _ in flattened] if mixable and columns else []
     if sum(sizes) < 2 or any(len(t) != n for column in columns for t, n in zip(column, sizes, strict=True)):
         return None

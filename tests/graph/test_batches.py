@@ -67,6 +67,11 @@ def test_one_tensor_or_dict_is_one_batch() -> None:
     assert [b[1].keys() for b in read_batches(Two(), {"image": X})] == [{"image"}]
 
 
+def test_keywords_come_in_one_order() -> None:
+    one, other = read_batches(AnyArguments(), [{"a": X, "b": Y}, {"b": Y, "a": X}])
+    assert list(one[1]) == list(other[1])
+
+
 def test_labels_are_dropped_with_a_notice(caplog) -> None:
     with caplog.at_level(logging.INFO, "quantkit"):
         batches = read_batches(One(), [(X, Y, Y)])

@@ -37,7 +37,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=48, batch=32))
+    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=150, batch=32, code_rate=3e-4))
     monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=24, batch=32))
     monkeypatch.setattr(reconstruct, "LAYER", Schedule(steps=80, batch=32, checks=10))
 

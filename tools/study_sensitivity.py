@@ -169,7 +169,12 @@ def table(
 
 
 def summary(cells: Mapping[tuple[str, str], Mapping[str, Mapping[str, Agreement]]]) -> None:
-    """Print where the default ranks worse than others, the means, and the default's largest error."""
+    """Print where the default ranks worse than others, the means, and the default's largest error; nothing where it
+    was not asked for.
+    """
+    cells = {case: found for case, found in cells.items() if DEFAULT in found}
+    if not cells:
+        return
     for other in [name for name in COMPARED if all(name in found for found in cells.values())]:
         pairs = {
             (*case, title): (found[DEFAULT][title].spearman, found[other][title].spearman)

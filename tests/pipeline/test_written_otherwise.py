@@ -206,3 +206,23 @@ class TiedNormed(nn.Module):
 def test_a_percentage_is_one_of_the_float32_size(dtype: torch.dtype) -> None:
     profile = quantkit.profile(TiedNormed().to(dtype), randn(20, 16), progress=False)
     assert Budget(size="25%").limits(profile) == {"size": (16 * 16 + 4 * 16)}
+
+
+class Attention(nn.Module):
+    """Products of two tensors, which have sites of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.head = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.queries(x) @ self.keys(x).transpose(1, 2)).softmax(-1)
+        return self.head((weights @ x).mean(1))
+
+
+def test_limits_that_depend_on_products_of_two_tensors_are_refused() -> None:
+    torch.manual_seed(0)
+    options = {"schemes": ["w4a4", "w8a4"], "progress": False}
+    with pytest.raises(InvalidRequest, match=r"do not know yet what decides whether .* is quantized"):
+        quantkit.quantize(Attention().eval(), "activation_bytes=100 B", randn(20, 6, 8), **options)
+    assert quantkit.quantize(Attention().eval(), "30 bits", randn(20, 6, 8), **options).plan.sites

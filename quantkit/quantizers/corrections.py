@@ -88,7 +88,7 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
 
 def head_of(playback: Playback, trace: Trace) -> str | None:
     """The layer with quantized weights whose output is the network's, if that is so."""
-    last = next(step.key for step in reversed(playback.tape.steps) if playback.tape.output in step.makes)
+    last = playback.places[playback.tape.output]
     heads = (name for name in playback.model.weights if [call.key for call in trace.calls[name]] == [last])
     return next(heads, None)
 

@@ -3,11 +3,11 @@
     python tools/long_search.py [--models resnet20] [--rounding gptq nearest] [--bits 2.25 2.5 3 3.5 4]
 
 Weights only, formats of 2, 3, 4, 6 and 8 bits. From several starts (the profile's plan, greedy, uniform) it switches
-the formats of a few layers at a time, keeps the size within the limit, and keeps what lowers the damage of softened
-outputs (as ``effort`` does) on the pair-mixed calibration images: sixteen variations on an eighth of them, the best
-four of those on a half, the best on all. A start is given up after ``--patience`` rounds without a gain, the search
-after ``--evaluations`` plans. For the best plan found it prints the damage it was chosen by and the KL divergence on
-evaluation images.
+the formats of a few layers at a time, keeps the size within the limit, and keeps what lowers the damage that
+``effort`` compares plans by (of softened outputs, on mixed, mirrored and shifted calibration images): sixteen
+variations on an eighth of them, the best four of those on a half, the best on all. A start is given up after
+``--patience`` rounds without a gain, the search after ``--evaluations`` plans. For the best plan found it prints the
+damage it was chosen by and the KL divergence on evaluation images.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from quantkit.allocation.allocate import plan_of, recount
 from quantkit.allocation.from_profile import Question, assignment_of, question
 from quantkit.allocation.problem import Assignment
 from quantkit.budget import Budget
+from quantkit.pipeline.operating_point import measurements_of
 from quantkit.plan import Plan
 from quantkit.progress import notice
 from quantkit.sensitivity.around import PlanDamage
-from quantkit.sensitivity.measure import SOFTENED
 
 VARIATIONS, SECOND, PARTS = 16, 4, (0.125, 0.5)
 STARTS = ("profile", "greedy", "uniform")
@@ -100,7 +100,7 @@ def search(study: Study, bits: float, patience: int, most: int, seed: int) -> tu
     """(the best plan found, its measured damage, plans measured)."""
     limits = Budget(average_bits=bits).limits(study.profile)
     asked = question(study.profile, limits)
-    measurements = PlanDamage(study.bench.subject, study.bench.perturbations, False, SOFTENED)
+    measurements = measurements_of(study.bench, seed, progress=False)
     walk = LongSearch(study, asked, measurements, np.random.default_rng(seed))
     best, lowest = None, np.inf
     for name in STARTS:

@@ -150,9 +150,11 @@ class Workbench:
         """The working memory, said before it is taken; nothing where the model is not on tape."""
         if isinstance(self.recording, str):
             return {}
-        samples, lesson = sum(map(batch_size, self.batches)), None if self.course is None else self.course.lesson
-        learned = 0 if lesson is None else len(lesson) + len(lesson.held_outputs)
-        by_blocks = self.ways.reconstruction in ("block", *ADAQUANT)
+        lessons = [] if self.course is None else [self.course.lesson, self.course.block_lesson]
+        learned, by_blocks = [len(one) + len(one.held_outputs) for one in lessons] or (0, 0)
+        if self.ways.reconstruction not in ("block", *ADAQUANT):
+            by_blocks = 0
+        samples = sum(map(batch_size, self.batches))
         memory = working_memory(self.ready, self.recording, samples, learned, by_blocks)
         notice(str(memory))
         return {"working_bytes": memory.peak_bytes}

@@ -1,18 +1,29 @@
-"""Effort after the profile: a plan improved by measuring around it, on the inputs the profile was measured on."""
+"""Effort after the profile: a plan improved by measuring around it.
+
+Compared by the damage of softened outputs: on the inputs that decide, the damage itself is that of the few on which
+the network hesitates, and says less of other inputs. Measured on the inputs of the profile; images are also mirrored
+and shifted, where the float network hardly minds: searching among plans finds what is good for these very inputs, and
+the less these are the ones that the network was trained on, the more it is good for others.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from quantkit.allocation.allocate import plan_of, question_around, recount
 from quantkit.allocation.from_profile import assignment_of
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
+from quantkit.graph.batches import Batch
 from quantkit.pipeline.profile import Bench
 from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
+from quantkit.quantizers.augmentation import changed, harmless
 from quantkit.sensitivity.around import PlanDamage
-from quantkit.sensitivity.measure import SOFTENED
+from quantkit.sensitivity.measure import SOFTENED, Subject, damage_for
 
 # Measurements (forwards of the sample set with a whole plan in place) allowed per profiled format.
 EFFORTS = {"fast": 0.0, "balanced": 1.5, "thorough": 3.0}
@@ -21,14 +32,11 @@ EFFORTS = {"fast": 0.0, "balanced": 1.5, "thorough": 3.0}
 def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: str, seed: int, progress: bool) -> Plan:
     """The plan that ``effort`` finds from ``plan``, never one that measures worse; what it took is in its
     provenance.
-
-    Compared by the damage of softened outputs: on the inputs that decide, the damage itself is that of the few on
-    which the network hesitates, and says less of other inputs.
     """
     limits = budget.limits(profile)
     asked = question_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
-    measurements = PlanDamage(bench.subject, bench.perturbations, progress, SOFTENED)
+    measurements = measurements_of(bench, seed, progress)
     allowed = EFFORTS[effort] * len(profile.entries)
     found, ledger = improve(profile, asked, start, measurements, allowed, seed)
     better = plan_of(profile, asked, found)
@@ -40,3 +48,23 @@ def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: s
         )
     spent = {"effort": effort, "measurements": ledger.spent, "steps": ledger.steps}
     return replace(better, provenance=plan.provenance | {"operating_point": spent})
+
+
+def measurements_of(bench: Bench, seed: int, progress: bool) -> PlanDamage:
+    """What plans are compared by."""
+    inputs = _with_changed_images(bench.subject, torch.Generator().manual_seed(seed))
+    return PlanDamage(inputs, bench.perturbations, progress, SOFTENED)
+
+
+def _with_changed_images(subject: Subject, generator: torch.Generator) -> Subject:
+    """Measured on the same inputs with their images changed in the ways that the first batch says are harmless."""
+
+    def outputs(batch: Batch) -> Tensor:
+        return torch.cat(list(replace(subject, batches=[batch], base=()).outputs()))
+
+    first = subject.batches[0]
+    changes = harmless(first, outputs, damage_for(subject.loss, outputs(first)).rows, generator)
+    if not changes:
+        return subject
+    notice(f"comparing plans on images that are also {' and '.join(changes)}: the float outputs hardly change")
+    return replace(subject, batches=[changed(batch, changes, generator) for batch in subject.batches])

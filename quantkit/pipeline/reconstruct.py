@@ -24,7 +24,7 @@ from quantkit.quantizers.augmentation import changed, harmless
 from quantkit.quantizers.corrections import best_factor, head_of, match_outputs, scale_layer
 from quantkit.quantizers.kept import Finished, Kept
 from quantkit.quantizers.learning import Learned, Schedule
-from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, play
+from quantkit.quantizers.playback import Playback, copied_state, float_playback, play
 from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network, mean_damage
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.inputs import mixed_pairs
@@ -33,12 +33,13 @@ from quantkit.transforms.prepare import Prepared
 
 LEAST_SAMPLES = 64  # with fewer, what is learned is the samples
 HELD_BACK = 8  # one in so many
-DRAWS = 4  # mixes of each sample
+DRAWS = 16  # mixes of each sample for learning the network
+FEW_DRAWS = 4  # for learning blocks, whose values all draws take room for, and of samples that are held back
 CHANGED_SAMPLES = 256  # on which it is asked how harmless a change is
 DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
-NETWORK = Schedule(code_rate=3e-4)
+NETWORK = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12)
 BLOCK = Schedule(steps=600, code_rate=3e-3)
 LAYER = Schedule(steps=300, checks=20)
 TUNING = Schedule(steps=100, bias_rate=3e-3)
@@ -50,11 +51,14 @@ ADAQUANT = ("adaquant", "adaquant-parallel")
 
 @dataclass(frozen=True)
 class Course:
-    """Everything learning needs from the float model, kept before its weights are rounded."""
+    """Everything learning needs from the float model, kept before its weights are rounded. ``block_lesson``: the part
+    of the lesson that blocks and layers learn from.
+    """
 
     recording: Recording
     teacher: Teacher
     lesson: Lesson
+    block_lesson: Lesson
     seed: int
     logits: bool  # whether outputs are logits, as far as the damage is concerned
 
@@ -102,19 +106,20 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
     if changes:
         notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")
     inputs, held_inputs = (
-        tape.entering(ready.model, _drawn(part, changes, generator)) for part in (training, testing)
+        tape.entering(ready.model, _drawn(part, changes, most, generator))
+        for part, most in ((training, DRAWS), (testing, FEW_DRAWS))
     )
     lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
-    return Course(recording, teacher, lesson, seed, damage.softens)
+    return Course(recording, teacher, lesson, lesson.first(FEW_DRAWS * (count - held)), seed, damage.softens)
 
 
-def _drawn(batch: Batch, changes: Sequence[str], generator: torch.Generator) -> Batch:
-    """Inputs with these changes and pair-mixed, several draws of each where they are small; the inputs themselves
-    where neither is possible.
+def _drawn(batch: Batch, changes: Sequence[str], most: int, generator: torch.Generator) -> Batch:
+    """Inputs with these changes and pair-mixed, up to ``most`` draws of each where they are small; the inputs
+    themselves where neither is possible.
     """
     bytes_each = sum(t.numel() * t.element_size() for t in tree_flatten(batch)[0])
     drawn = []
-    for _ in range(max(1, min(DRAWS, DRAWN_BYTES // max(1, bytes_each)))):
+    for _ in range(max(1, min(most, DRAWN_BYTES // max(1, bytes_each)))):
         other = changed(batch, changes, generator)
         mix = mixed_pairs([other], generator)
         if mix is None and not changes:
@@ -148,7 +153,7 @@ def reconstruct(
     playback, blocks = Playback(simulated, course.recording.tape), course.recording.blocks
     found = {}
     if how == "block" and len(blocks) > 1:
-        found = learn_blocks(playback, course.teacher, course.lesson, blocks, BLOCK, generator, progress, kept)
+        found = learn_blocks(playback, course.teacher, course.block_lesson, blocks, BLOCK, generator, progress, kept)
     # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
     schedule = replace(NETWORK, code_rate=0.0) if found else NETWORK
     work = partial(learn_network, playback, course.teacher, course.lesson, schedule, generator, progress)
@@ -166,7 +171,7 @@ def _by_layers(
     generator = torch.Generator().manual_seed(course.seed)
     playback, kept = Playback(simulated, tape), Kept.of(simulated)
     before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
-    few = replace(lesson, inputs=_first(lesson.inputs, LAYER_SAMPLES), outputs=lesson.outputs[:LAYER_SAMPLES])
+    few = course.block_lesson.first(LAYER_SAMPLES)
     found = learn_layers(
         playback, float_playback(simulated.model, tape, course.teacher.state), course.teacher, few, trace,
         course.recording.blocks, LAYER, generator, parallel, progress, finished,
@@ -207,7 +212,7 @@ def _match(course: Course, simulated: SimulatedModel, trace: Trace, deviations: 
     playback, floats = Playback(simulated, tape), float_playback(simulated.model, tape, course.teacher.state)
     kept = Kept.of(simulated)
     before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
-    some = _first(lesson.inputs, STATISTICS_SAMPLES)
+    some = lesson.first(STATISTICS_SAMPLES).inputs
     match_outputs(playback, floats, trace, course.recording.blocks, some, deviations)
     after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
     if not after < before:
@@ -233,10 +238,6 @@ def _temper(course: Course, simulated: SimulatedModel, trace: Trace) -> Learned:
         return Learned(before, before)
     notice(f"logits times {factor:.2f}: damage on held-back inputs {before:.4g} -> {after:.4g}")
     return Learned(before, after)
-
-
-def _first(values: Values, count: int) -> Values:
-    return {number: x[:count] for number, x in values.items()}
 
 
 def require_course(course: Course | str, **asked: str) -> Course | None:

@@ -40,11 +40,9 @@ class WorkingMemory:
         )
 
 
-def working_memory(
-    ready: Prepared, recording: Recording, samples: int, learned: int, by_blocks: bool
-) -> WorkingMemory:
-    """The working memory of rounding on ``samples`` and learning on ``learned`` ones, held-back ones included (0
-    where nothing is learned), ``by_blocks`` or the network at once.
+def working_memory(ready: Prepared, recording: Recording, samples: int, learned: int, by_blocks: int) -> WorkingMemory:
+    """The working memory of rounding on ``samples`` and learning the network on ``learned`` ones and its blocks on
+    ``by_blocks`` ones, held-back ones included (0 where nothing is learned so).
 
     Rounding holds what enters a block and makes what leaves it. Learning holds what enters it in the quantized and in
     the float network, what leaves it in both, and what is wanted.
@@ -53,7 +51,7 @@ def working_memory(
     edges = [(sum(sizes.get(n, 0) for n in b.entering), sizes.get(b.leaving, 0)) for b in recording.blocks]
     enters, leaves = (max(side) for side in zip(*edges, strict=True))
     inputs = sum(sizes.get(number, 0) for number in recording.tape.inputs)
-    values = max(samples * (enters + leaves), learned * (inputs + by_blocks * (2 * enters + 3 * leaves)))
+    values = max(samples * (enters + leaves), learned * inputs + by_blocks * (2 * enters + 3 * leaves))
     state = _FLOAT * sum(t.numel() for t in ready.model.state_dict().values())
     graph = _GRAPH * recording.tape.size * sum(math.prod(shape[1:]) for shape in ready.trace.shape.values()) * _FLOAT
     return WorkingMemory(values, max(_hessian(ready, recording, n) for n in ready.quantizable), graph, 4 * state)

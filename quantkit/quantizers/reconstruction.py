@@ -9,7 +9,7 @@ half from the float one (QDrop). The whole network is one more block, whose erro
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -43,6 +43,11 @@ class Lesson:
 
     def __len__(self) -> int:
         return len(self.outputs)
+
+    def first(self, count: int) -> Lesson:
+        """The first ``count`` inputs to learn from, and all that are held back."""
+        inputs = {number: x[:count] for number, x in self.inputs.items()}
+        return replace(self, inputs=inputs, outputs=self.outputs[:count])
 
 
 @dataclass(frozen=True)

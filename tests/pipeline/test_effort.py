@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.errors import InvalidRequest
-from quantkit.pipeline.operating_point import EFFORTS
+from quantkit.pipeline.operating_point import EFFORTS, measurements_of
 from quantkit.pipeline.profile import bench_of
 from quantkit.pipeline.request import make_ready
 from quantkit.plan import Plan, Profile
@@ -67,3 +67,20 @@ def test_unknown_effort_is_refused() -> None:
         InvalidRequest, match=r"Unknown effort 'fats'; known: fast, balanced, thorough\. Did you mean 'fast'"
     ):
         quantkit.quantize(network(), "3 bits", [images()], effort="fats")
+
+
+def forgiving() -> nn.Module:
+    """Minds neither left and right nor where things are, as far as edges go."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+
+
+@pytest.mark.parametrize("side, alike", [(16, False), (6, True)])
+def test_plans_are_compared_on_changed_images_where_the_network_hardly_minds(side: int, alike: bool) -> None:
+    shades = torch.randn(40, 3, 1, 1, generator=torch.Generator().manual_seed(2))
+    inputs = shades + 0.1 * torch.randn(40, 3, side, side, generator=torch.Generator().manual_seed(3))
+    bench = bench_of(make_ready(forgiving(), [inputs], schemes=["w4a8", "w8a8"]), progress=False)
+    compared = measurements_of(bench, seed=0, progress=False).subject
+    (before, _), (after, _) = bench.subject.batches[0], compared.batches[0]
+    assert torch.equal(before[0], after[0]) == alike  # below eight pixels it is no image
+    assert compared.model is bench.subject.model

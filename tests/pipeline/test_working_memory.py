@@ -28,10 +28,10 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     recording = recording_of(ready, [batch])
     assert isinstance(recording, Recording) and len(recording.blocks) == 1
     inputs, logits = 4 * 2 * 6 * 6, 4 * 10
-    rounding = working_memory(ready, recording, 40, 0, by_blocks=False)
+    rounding = working_memory(ready, recording, 40, 0, by_blocks=0)
     assert rounding.values == 40 * (inputs + logits)
-    learning = working_memory(ready, recording, 40, 100, by_blocks=True)
-    assert learning.values == 100 * (inputs + 2 * inputs + 3 * logits)
+    learning = working_memory(ready, recording, 40, 100, by_blocks=60)
+    assert learning.values == 100 * inputs + 60 * (2 * inputs + 3 * logits)
     widest = 12 * 9  # inputs of an output of the second convolution
     assert rounding.hessian == 6 * 8 * widest**2 + 3 * 4 * 40 * 128 * widest
     assert rounding.peak_bytes == rounding.values + max(rounding.hessian, rounding.graph) + rounding.copies

@@ -108,7 +108,7 @@ def study_of(name: str, rounding: str, data: Path, samples: int, seed: int, ways
             orders[inputs, estimator] = layer_order(case.changes, scores)
         else:
             profiles[inputs, estimator] = profile_of(case, scores)
-    return Study(case, profiles, orders, Bench(subjects["mixed"], case.changes, {}))
+    return Study(case, profiles, orders, Bench(subjects["mixed"], case.changes, {}, batches))
 
 
 def row(study: Study, bits: float, seed: int) -> str:

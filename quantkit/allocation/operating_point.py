@@ -4,8 +4,9 @@ Below four bits the second order at the float point mispredicts (METHODS b). Rou
 plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
 one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
 selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
-than it is: better is what is better by two standard errors of the difference, input by input. What is measured comes
-through ``Measurements``; nothing here knows a model.
+than it is: better is what is better by two standard errors of the difference, input by input; where one draw of the
+inputs leaves that open, more draws are asked. What is measured comes through ``Measurements``; nothing here knows a
+model.
 """
 
 from __future__ import annotations
@@ -30,11 +31,16 @@ SURE = 2.0  # standard errors by which a plan must be better
 
 
 class Measurements(Protocol):
-    """What may be measured. ``entries`` are positions in the profile's entries: the formats of a plan."""
+    """What may be measured. ``entries`` are positions in the profile's entries: the formats of a plan. ``draws``: how
+    many draws of the inputs there are.
+    """
 
-    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[Floats]:
-        """Damage of each plan, sample by sample for a share of the inputs (the same ones every time); costs ``share``
-        of a measurement each.
+    @property
+    def draws(self) -> int: ...
+
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[Floats]:
+        """Damage of each plan, sample by sample for a share of a draw of the inputs (the same ones every time); costs
+        ``share`` of a measurement each.
         """
 
     def around(self, entries: Sequence[int]) -> tuple[Floats, Floats]:
@@ -55,7 +61,6 @@ class Ledger:
         return self.spent + cost <= self.allowed
 
     def note(self, step: str, cost: float, damage: float, accepted: bool) -> None:
-        self.spent += cost
         self.steps.append({"step": step, "measurements": cost, "damage": damage, "accepted": accepted})
 
 
@@ -91,13 +96,12 @@ class _Walk:
     ledger: Ledger
     generator: np.random.Generator
     local: Problem | None = None
-    rows: Floats | None = None
+    rows: list[Floats] = field(default_factory=list)  # of the plan, draw by draw as far as they were asked for
 
     @property
     def damage(self) -> float:
         """Measured damage of the plan that the walk stands on."""
-        assert self.rows is not None, "measured before anything is compared"
-        return float(self.rows.mean())
+        return float(self.rows[0].mean())
 
     def entries(self, assignment: Assignment) -> list[int]:
         return self.profile.chosen(*self.asked.answer(assignment))
@@ -105,17 +109,18 @@ class _Walk:
     def look_around(self) -> bool:
         """Measure the plan and every single change of it; False when that is no longer affordable."""
         chosen = self.entries(self.assignment)
-        cost = 1 + len(self.profile.entries) - len(chosen) + (self.rows is None)
+        cost = 1 + len(self.profile.entries) - len(chosen) + (not self.rows)
         if not chosen or not self.ledger.affords(cost):
             return False
-        if self.rows is None:
-            (self.rows,) = self.measurements.rows([chosen])
+        if not self.rows:
+            self.rows = self.measurements.rows([chosen])
         damage, pairs = self.measurements.around(chosen)
         terms = pairs.copy()
         np.fill_diagonal(terms, 2 * (damage - damage[chosen[0]]))
         terms[chosen, chosen] = 0.0
         rows = option_entries(self.profile, self.asked.problem.choices, [*self.asked.layers, *self.asked.sites])
         self.local = replace(self.asked.problem, pairs=with_nothing(terms)[np.ix_(rows, rows)])
+        self.ledger.spent += cost
         self.ledger.note("look around", cost, self.damage, True)
         return True
 
@@ -128,20 +133,34 @@ class _Walk:
             if proposed == self.assignment:
                 return False
             (rows,) = self.measurements.rows([self.entries(proposed)])
-            accepted = self._better(rows)
-            self.ledger.note(f"jump within {radius} changes", 1, float(rows.mean()), accepted)
-            if accepted:
-                self.assignment, self.rows = proposed, rows
+            self.ledger.spent += 1
+            if self._moved(f"jump within {radius} changes", proposed, rows, 1):
                 return True
             radius //= 2
         return False
 
-    def _better(self, rows: Floats) -> bool:
-        """Whether a plan with this damage is better than the present one, and not by chance."""
-        assert self.rows is not None
-        gain = self.rows - rows
-        error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-        return bool(gain.mean() > SURE * error)
+    def _moved(self, step: str, proposed: Assignment, rows: Floats, cost: float) -> bool:
+        """Go to a plan with this damage on the first draw, if it is better than the present one and not by chance. Of
+        a plan that might be, both are measured on more draws, sample by sample, as long as that is affordable.
+        """
+        found, gains = [rows], [self.rows[0] - rows]
+        while not (sure := _sure(gains)) and self._worth_another(gains):
+            draw = len(found)
+            asked = [proposed] if draw < len(self.rows) else [proposed, self.assignment]
+            theirs, *ours = self.measurements.rows([self.entries(one) for one in asked], draw=draw)
+            cost += len(asked)
+            self.ledger.spent += len(asked)
+            self.rows += ours
+            found.append(theirs)
+            gains.append(self.rows[draw] - theirs)
+        self.ledger.note(step, cost, float(rows.mean()), sure)
+        if sure:
+            self.assignment, self.rows = proposed, found
+        return sure
+
+    def _worth_another(self, gains: Sequence[Floats]) -> bool:
+        promising = float(np.mean(gains)) > 0
+        return promising and len(gains) < self.measurements.draws and self.ledger.affords(2)
 
     def _solve_within(self, radius: int) -> Assignment:
         """The least predicted damage with at most ``radius`` choices changed, by swaps from where the walk stands."""
@@ -170,14 +189,15 @@ class _Walk:
             part, *rough = self._means([self.assignment, *tried], PART)
             finalists = [k for k in np.argsort(rough, kind="stable")[:FINALISTS] if rough[k] < part]
             measured = self.measurements.rows([self.entries(tried[k]) for k in finalists]) if finalists else []
+            spent = (len(tried) + 1) * PART + len(measured)
+            self.ledger.spent += spent
             exact = dict(zip(map(int, finalists), measured, strict=True))
             best = min(exact, key=lambda k: exact[k].mean(), default=None)
-            better = best is not None and self._better(exact[best])
-            damage = self.damage if best is None else float(exact[best].mean())
-            self.ledger.note("exchange", (len(tried) + 1) * PART + len(exact), damage, better)
-            if not better or best is None:
+            if best is None:
+                self.ledger.note("exchange", spent, self.damage, False)
+            if best is None or not self._moved("exchange", tried[best], exact[best], spent):
                 break
-            self.assignment, self.rows, taken = tried[best], exact[best], True
+            taken = True
         return taken
 
     def _means(self, assignments: Sequence[Assignment], share: float) -> list[float]:
@@ -191,6 +211,13 @@ class _Walk:
         search.place(_positions(reduced, self.assignment))
         for options in search.best_moves(count):
             yield reduced.expand(search.arrays.assignment(search.with_options(options)))
+
+
+def _sure(gains: Sequence[Floats]) -> bool:
+    """Whether gains, a draw each, sample by sample, are above zero and not by chance."""
+    gain = np.mean(gains, axis=0)
+    error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+    return bool(gain.mean() > SURE * error)
 
 
 def _positions(reduced: Reduced, assignment: Assignment) -> Integers:

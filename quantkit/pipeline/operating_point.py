@@ -8,8 +8,10 @@ the less these are the ones that the network was trained on, the more it is good
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +25,12 @@ from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
 from quantkit.quantizers.augmentation import changed, harmless
 from quantkit.sensitivity.around import PlanDamage
+from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import SOFTENED, Subject, damage_for
 
 # Measurements (forwards of the sample set with a whole plan in place) allowed per profiled format.
 EFFORTS = {"fast": 0.0, "balanced": 1.5, "thorough": 3.0}
+DRAWS = 4  # of the inputs, where it takes so many to tell whether a plan is better
 
 
 def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: str, seed: int, progress: bool) -> Plan:
@@ -36,7 +40,7 @@ def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: s
     limits = budget.limits(profile)
     asked = question_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
-    measurements = measurements_of(bench, seed, progress)
+    measurements = draws_of(bench, seed, progress)
     allowed = EFFORTS[effort] * len(profile.entries)
     found, ledger = improve(profile, asked, start, measurements, allowed, seed)
     better = plan_of(profile, asked, found)
@@ -50,9 +54,35 @@ def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: s
     return replace(better, provenance=plan.provenance | {"operating_point": spent})
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Measured on one draw of the inputs after the other, each with other mixes and other changes."""
+
+    bench: Bench
+    seed: int
+    progress: bool
+    first: PlanDamage
+    draws: int
+
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
+        own = self.first if draw == 0 else measurements_of(self.bench, self.seed + draw, self.progress)
+        return own.rows(many, share)
+
+    def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return self.first.around(entries)
+
+
+def draws_of(bench: Bench, seed: int, progress: bool) -> Draws:
+    """The draws of a bench: one where inputs can neither be mixed nor changed, as all draws would be the same."""
+    first = measurements_of(bench, seed, progress)
+    return Draws(bench, seed, progress, first, 1 if first.subject.batches is bench.batches else DRAWS)
+
+
 def measurements_of(bench: Bench, seed: int, progress: bool) -> PlanDamage:
-    """What plans are compared by."""
-    inputs = _with_changed_images(bench.subject, torch.Generator().manual_seed(seed))
+    """What plans are compared by, on one draw of the inputs: pair-mixed and changed as far as they can be."""
+    mixed = mixed_pairs(bench.batches, torch.Generator().manual_seed(seed))
+    subject = replace(bench.subject, batches=bench.batches if mixed is None else mixed)
+    inputs = _with_changed_images(subject, torch.Generator().manual_seed(seed))
     return PlanDamage(inputs, bench.perturbations, progress, SOFTENED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import CorruptFile
-from quantkit.graph.batches import batch_size
+from quantkit.graph.batches import Batch, batch_size
 from quantkit.pipeline.forecast import forecast
 from quantkit.pipeline.request import DEFAULT_TARGET, Request, Schemes, TargetName, make_ready
 from quantkit.plan import Profile, digest_of
@@ -99,11 +100,14 @@ def artefacts_of(request: Request, workdir: str | Path | None) -> Artefacts:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a request is measured on: its model with its inputs, and every format, rounded; ``notes`` say how."""
+    """What a request is measured on: its model with inputs drawn from the calibration ``batches``, and every format,
+    rounded; ``notes`` say how.
+    """
 
     subject: Subject
     perturbations: list[Perturbation]
     notes: dict[str, Any]
+    batches: Sequence[Batch]
 
 
 def bench_of(request: Request, progress: bool, workdir: str | Path | None = None) -> Bench:
@@ -127,7 +131,7 @@ def bench_of(request: Request, progress: bool, workdir: str | Path | None = None
         "samples": samples,
         "rounded": rounded,
     }
-    return Bench(subject, perturbations, notes)
+    return Bench(subject, perturbations, notes, batches)
 
 
 def _measure(request: Request, progress: bool, bench: Bench) -> Profile:

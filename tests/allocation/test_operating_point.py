@@ -20,6 +20,8 @@ BITS = (2, 3, 4, 8)
 class Saturating:
     """Damage that a network might have: a quadratic form of the formats chosen, which bends where it is large."""
 
+    draws = 1
+
     def __init__(self, profile: Profile, seed: int) -> None:
         draw = np.random.default_rng(seed)
         steps = np.array([2.0 ** -int(fmt[1:]) for _, fmt in profile.entries])
@@ -29,7 +31,7 @@ class Saturating:
     def value(self, entries: Sequence[int]) -> float:
         return float(np.tanh(np.square(self.vectors[list(entries)].sum(0)).sum())) + 0.05
 
-    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
         self.cost += share * len(many)
         return [np.array([self.value(entries)]) for entries in many]
 
@@ -122,7 +124,7 @@ class Noisy(Saturating):
         super().__init__(profile, seed)
         self.draw, self.alike = np.random.default_rng(seed), alike
 
-    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
         if self.alike:
             noise = np.random.default_rng(0).normal(size=64)
             return [one + noise for one in super().rows(many, share)]
@@ -140,3 +142,32 @@ def test_what_may_be_chance_is_not_taken_and_what_every_input_says_is() -> None:
         moved += found != start
     assert stayed >= 7
     assert moved >= 7
+
+
+class Drawn(Saturating):
+    """On 64 inputs that differ as much as the noise of a draw, which hides what a plan gains and averages out."""
+
+    def __init__(self, profile: Profile, seed: int, draws: int) -> None:
+        super().__init__(profile, seed)
+        self.draws = draws
+        self.asked: list[int] = []
+
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
+        self.asked.append(draw)
+        noise = [np.random.default_rng([draw, *entries]).normal(size=64) for entries in many]
+        return [6 * own + one for own, one in zip(super().rows(many, share), noise, strict=True)]
+
+
+def test_what_one_draw_leaves_open_more_draws_settle() -> None:
+    gains = {1: [], 4: []}
+    for seed in range(8):
+        profile = profile_of(8, seed)
+        asked, start = asked_and_start(profile, "2.75 bits")
+        for draws, gained in gains.items():
+            measure = Drawn(profile, seed, draws)
+            found, ledger = improve(profile, asked, start, measure, 300, seed)
+            before, after = (measure.value(profile.chosen(*asked.answer(a))) for a in (start, found))
+            gained.append(before - after)
+            assert max(measure.asked) < draws
+            assert measure.cost == pytest.approx(ledger.spent) == sum(step["measurements"] for step in ledger.steps)
+    assert sum(gains[4]) > sum(gains[1])

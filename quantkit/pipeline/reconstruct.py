@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
 from quantkit.graph.batches import Batch, batch_size
@@ -24,7 +24,7 @@ from quantkit.quantizers.augmentation import changed, harmless
 from quantkit.quantizers.corrections import best_factor, head_of, match_outputs, scale_layer
 from quantkit.quantizers.kept import Finished, Kept
 from quantkit.quantizers.learning import Learned, Schedule
-from quantkit.quantizers.playback import Playback, copied_state, float_playback, play
+from quantkit.quantizers.playback import Playback, Values, copied_state, float_playback, play, room_for
 from quantkit.quantizers.reconstruction import Lesson, Teacher, learn_blocks, learn_network, mean_damage
 from quantkit.quantizers.simulate import SimulatedModel
 from quantkit.sensitivity.inputs import mixed_pairs
@@ -106,26 +106,32 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
     if changes:
         notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")
     inputs, held_inputs = (
-        tape.entering(ready.model, _drawn(part, changes, most, generator))
+        _drawn(tape, ready.model, part, changes, most, generator)
         for part, most in ((training, DRAWS), (testing, FEW_DRAWS))
     )
     lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
     return Course(recording, teacher, lesson, lesson.first(FEW_DRAWS * (count - held)), seed, damage.softens)
 
 
-def _drawn(batch: Batch, changes: Sequence[str], most: int, generator: torch.Generator) -> Batch:
+def _drawn(
+    tape: Tape, model: nn.Module, batch: Batch, changes: Sequence[str], most: int, generator: torch.Generator
+) -> Values:
     """Inputs with these changes and pair-mixed, up to ``most`` draws of each where they are small; the inputs
     themselves where neither is possible.
     """
     bytes_each = sum(t.numel() * t.element_size() for t in tree_flatten(batch)[0])
-    drawn = []
-    for _ in range(max(1, min(most, DRAWN_BYTES // max(1, bytes_each)))):
+    draws = max(1, min(most, DRAWN_BYTES // max(1, bytes_each)))
+    every: Values = {}
+    for draw in range(draws):
         other = changed(batch, changes, generator)
         mix = mixed_pairs([other], generator)
         if mix is None and not changes:
-            return batch
-        drawn.append(other if mix is None else mix[0])
-    return tree_map(lambda *tensors: torch.cat(tensors), *drawn)
+            return tape.entering(model, batch)
+        values = tape.entering(model, other if mix is None else mix[0])
+        every = every or {number: room_for(draws * len(x), x) for number, x in values.items()}
+        for number, x in values.items():
+            every[number][draw * len(x) : (draw + 1) * len(x)] = x
+    return every
 
 
 @torch.no_grad()

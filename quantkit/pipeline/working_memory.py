@@ -13,24 +13,26 @@ from quantkit.transforms.prepare import Prepared
 
 _FLOAT = 4  # bytes
 _HESSIANS = 6  # a layer's: summed, sorted, damped, its inverse and factor in float64, the factor in float32
+_DRAWING = 9  # copies of the samples: recorded, divided, and one draw while it is changed, mixed and laid out
 _GRAPH = 3  # what a gradient keeps of a value: itself, quantized, and its own gradient
 
 
 @dataclass(frozen=True)
 class WorkingMemory:
     """Bytes beyond the model and its calibration inputs: ``values`` that enter and leave one block for all samples,
-    ``hessian`` of the largest layer, ``graph`` of one batch while it is differentiated, ``copies`` of the
-    model's state.
+    ``drawing`` what is learned from (freed before learning, but a process seldom gives small pieces back), ``hessian``
+    of the largest layer, ``graph`` of one batch while it is differentiated, ``copies`` of the model's state.
     """
 
     values: int
+    drawing: int
     hessian: int
     graph: int
     copies: int
 
     @property
     def peak_bytes(self) -> int:
-        return self.values + max(self.hessian, self.graph) + self.copies
+        return self.values + self.drawing + max(self.hessian, self.graph) + self.copies
 
     def __str__(self) -> str:
         return (
@@ -54,7 +56,8 @@ def working_memory(ready: Prepared, recording: Recording, samples: int, learned:
     values = max(samples * (enters + leaves), learned * inputs + by_blocks * (2 * enters + 3 * leaves))
     state = _FLOAT * sum(t.numel() for t in ready.model.state_dict().values())
     graph = _GRAPH * recording.tape.size * sum(math.prod(shape[1:]) for shape in ready.trace.shape.values()) * _FLOAT
-    return WorkingMemory(values, max(_hessian(ready, recording, n) for n in ready.quantizable), graph, 4 * state)
+    hessian = max(_hessian(ready, recording, name) for name in ready.quantizable)
+    return WorkingMemory(values, _DRAWING * samples * inputs * (learned > 0), hessian, graph, 4 * state)
 
 
 def _sizes(ready: Prepared, recording: Recording) -> dict[int, int]:

@@ -32,6 +32,8 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     assert rounding.values == 40 * (inputs + logits)
     learning = working_memory(ready, recording, 40, 100, by_blocks=60)
     assert learning.values == 100 * inputs + 60 * (2 * inputs + 3 * logits)
+    assert (rounding.drawing, learning.drawing) == (0, 9 * 40 * inputs)
+    assert learning.peak_bytes == rounding.peak_bytes + learning.values - rounding.values + learning.drawing
     widest = 12 * 9  # inputs of an output of the second convolution
     assert rounding.hessian == 6 * 8 * widest**2 + 3 * 4 * 40 * 128 * widest
     assert rounding.peak_bytes == rounding.values + max(rounding.hessian, rounding.graph) + rounding.copies

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.errors import InvalidRequest
-from quantkit.pipeline.operating_point import EFFORTS, measurements_of
+from quantkit.pipeline.operating_point import DRAWS, EFFORTS, draws_of, measurements_of
 from quantkit.pipeline.profile import bench_of
 from quantkit.pipeline.request import make_ready
 from quantkit.plan import Plan, Profile
@@ -84,3 +84,14 @@ def test_plans_are_compared_on_changed_images_where_the_network_hardly_minds(sid
     (before, _), (after, _) = bench.subject.batches[0], compared.batches[0]
     assert torch.equal(before[0], after[0]) == alike  # below eight pixels it is no image
     assert compared.model is bench.subject.model
+
+
+def test_further_draws_are_other_inputs_and_there_are_none_of_tokens() -> None:
+    bench = bench_of(make_ready(network(), [images()], schemes=SCHEMES), progress=False)
+    first, second = (measurements_of(bench, seed, progress=False).subject.batches[0][0][0] for seed in (0, 1))
+    assert draws_of(bench, 0, progress=False).draws == DRAWS
+    assert first.shape == second.shape and not torch.equal(first, second)
+    reader = nn.Sequential(nn.Embedding(20, 8), nn.Flatten(), nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    tokens = torch.randint(20, (32, 5), generator=torch.Generator().manual_seed(0))
+    bench = bench_of(make_ready(reader, [tokens], schemes=["w4a8", "w8a8"]), progress=False)
+    assert draws_of(bench, 0, progress=False).draws == 1

@@ -60,8 +60,10 @@ class Ledger:
     def affords(self, cost: float) -> bool:
         return self.spent + cost <= self.allowed
 
-    def note(self, step: str, cost: float, damage: float, accepted: bool) -> None:
-        self.steps.append({"step": step, "measurements": cost, "damage": damage, "accepted": accepted})
+    def note(self, step: str, damage: float, accepted: bool) -> None:
+        """A step that took all that was spent since the last one."""
+        taken = self.spent - sum(one["measurements"] for one in self.steps)
+        self.steps.append({"step": step, "measurements": taken, "damage": damage, "accepted": accepted})
 
 
 def improve(
@@ -121,7 +123,7 @@ class _Walk:
         rows = option_entries(self.profile, self.asked.problem.choices, [*self.asked.layers, *self.asked.sites])
         self.local = replace(self.asked.problem, pairs=with_nothing(terms)[np.ix_(rows, rows)])
         self.ledger.spent += cost
-        self.ledger.note("look around", cost, self.damage, True)
+        self.ledger.note("look around", self.damage, True)
         return True
 
     def jump(self) -> bool:
@@ -134,12 +136,12 @@ class _Walk:
                 return False
             (rows,) = self.measurements.rows([self.entries(proposed)])
             self.ledger.spent += 1
-            if self._moved(f"jump within {radius} changes", proposed, rows, 1):
+            if self._moved(f"jump within {radius} changes", proposed, rows):
                 return True
             radius //= 2
         return False
 
-    def _moved(self, step: str, proposed: Assignment, rows: Floats, cost: float) -> bool:
+    def _moved(self, step: str, proposed: Assignment, rows: Floats) -> bool:
         """Go to a plan with this damage on the first draw, if it is better than the present one and not by chance. Of
         a plan that might be, both are measured on more draws, sample by sample, as long as that is affordable.
         """
@@ -148,12 +150,11 @@ class _Walk:
             draw = len(found)
             asked = [proposed] if draw < len(self.rows) else [proposed, self.assignment]
             theirs, *ours = self.measurements.rows([self.entries(one) for one in asked], draw=draw)
-            cost += len(asked)
             self.ledger.spent += len(asked)
             self.rows += ours
             found.append(theirs)
             gains.append(self.rows[draw] - theirs)
-        self.ledger.note(step, cost, float(rows.mean()), sure)
+        self.ledger.note(step, float(rows.mean()), sure)
         if sure:
             self.assignment, self.rows = proposed, found
         return sure
@@ -189,13 +190,12 @@ class _Walk:
             part, *rough = self._means([self.assignment, *tried], PART)
             finalists = [k for k in np.argsort(rough, kind="stable")[:FINALISTS] if rough[k] < part]
             measured = self.measurements.rows([self.entries(tried[k]) for k in finalists]) if finalists else []
-            spent = (len(tried) + 1) * PART + len(measured)
-            self.ledger.spent += spent
+            self.ledger.spent += (len(tried) + 1) * PART + len(measured)
             exact = dict(zip(map(int, finalists), measured, strict=True))
             best = min(exact, key=lambda k: exact[k].mean(), default=None)
             if best is None:
-                self.ledger.note("exchange", spent, self.damage, False)
-            if best is None or not self._moved("exchange", tried[best], exact[best], spent):
+                self.ledger.note("exchange", self.damage, False)
+            if best is None or not self._moved("exchange", tried[best], exact[best]):
                 break
             taken = True
         return taken

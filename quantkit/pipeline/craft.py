@@ -150,10 +150,12 @@ class Workbench:
         """The working memory, said before it is taken; nothing where the model is not on tape."""
         if isinstance(self.recording, str):
             return {}
-        lessons = [] if self.course is None else [self.course.lesson, self.course.block_lesson]
-        learned, by_blocks = [len(one) + len(one.held_outputs) for one in lessons] or (0, 0)
-        if self.ways.reconstruction not in ("block", *ADAQUANT):
-            by_blocks = 0
+        learned = by_blocks = 0
+        if self.course is not None:
+            held = len(self.course.lesson.held_outputs)
+            learned = len(self.course.lesson) + held
+            if self.ways.reconstruction in ("block", *ADAQUANT):
+                by_blocks = len(self.course.block_lesson) + held
         samples = sum(map(batch_size, self.batches))
         memory = working_memory(self.ready, self.recording, samples, learned, by_blocks)
         notice(str(memory))

@@ -2,8 +2,8 @@
 
 Compared by the damage of softened outputs: on the inputs that decide, the damage itself is that of the few on which
 the network hesitates, and says less of other inputs. Measured on the inputs of the profile; images are also mirrored
-and shifted, where the float network hardly minds: searching among plans finds what is good for these very inputs, and
-the less these are the ones that the network was trained on, the more it is good for others.
+and shifted, where the float network hardly minds, as searching finds what is good for these very inputs, which the
+network may have been trained on. What that gains on other inputs, and where it does not, is in tools/README.md.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Draws:
 def draws_of(bench: Bench, seed: int, progress: bool) -> Draws:
     """The draws of a bench: one where inputs can neither be mixed nor changed, as all draws would be the same."""
     first = measurements_of(bench, seed, progress)
+    notice("comparing plans on inputs that are mixed, and images mirrored and shifted, as far as they can be")
     return Draws(bench, seed, progress, first, 1 if first.subject.batches is bench.batches else DRAWS)
 
 
@@ -90,11 +91,10 @@ def _with_changed_images(subject: Subject, generator: torch.Generator) -> Subjec
     """Measured on the same inputs with their images changed in the ways that the first batch says are harmless."""
 
     def outputs(batch: Batch) -> Tensor:
-        return torch.cat(list(replace(subject, batches=[batch], base=()).outputs()))
+        return torch.cat(list(replace(subject, batches=[batch]).float_outputs()))
 
     first = subject.batches[0]
     changes = harmless(first, outputs, damage_for(subject.loss, outputs(first)).rows, generator)
     if not changes:
         return subject
-    notice(f"comparing plans on images that are also {' and '.join(changes)}: the float outputs hardly change")
     return replace(subject, batches=[changed(batch, changes, generator) for batch in subject.batches])

@@ -17,7 +17,8 @@ WARM_UP = 10  # steps until rates are reached: Adam's first steps have full leng
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast: ``code_rate`` in codes per step, ``scale_rate`` relative, ``bias_rate`` in standard
-    deviations of a layer's output. ``checks``: how often on the way it is asked whether it helps.
+    deviations of a layer's output. ``checks``: how often on the way it is asked whether it helps. ``averaging``: the
+    share of a running mean that stays at each step; 0 is no mean, but the steps themselves.
     """
 
     steps: int = 300
@@ -26,6 +27,7 @@ class Schedule:
     scale_rate: float = 2e-3
     bias_rate: float = 1e-3
     checks: int = 4
+    averaging: float = 0.0
 
     def factor(self, step: int) -> float:
         """Share of the rates at a step: a short warm-up, then half a cosine down to zero."""
@@ -66,15 +68,17 @@ def learn(
     title: str = "",
     progress: bool = True,
 ) -> Learned:
-    """Move the tensors of ``rated`` (with their rates) by Adam to lower ``loss(indices)``, and leave them as they were
-    where ``held_back()`` was lowest, which is asked before and ``schedule.checks`` times on the way. ``rated`` may be
-    empty, as biases are where layers have none.
+    """Move the tensors of ``rated`` (with their rates) by Adam to lower ``loss(indices)``, and leave them at their
+    running mean where ``held_back()`` of it was lowest, or as they were: it is asked before and ``schedule.checks``
+    times on the way. Steps on small batches wander about what they are after, and their mean does less (Izmailov et
+    al., arXiv 1803.05407). ``rated`` may be empty, as biases are where layers have none.
     """
     before = lowest = held_back()
     if not rated:
         return Learned(before, before)
+    tensors = [tensor for tensor, _ in rated]
     optimizer = torch.optim.Adam([{"params": [t], "lr": rate} for t, rate in rated], betas=(0.9, 0.99))
-    best = [t.detach().clone() for t, _ in rated]
+    best = means = _copies(tensors)
     draws = shuffled(samples, schedule.batch, schedule.steps, generator)
     for step, indices in enumerate(track(draws, title, enabled=progress)):
         for group, (_, rate) in zip(optimizer.param_groups, rated, strict=True):
@@ -83,9 +87,22 @@ def learn(
         with torch.enable_grad():
             loss(indices).backward()
         optimizer.step()
-        if (step + 1) % max(1, schedule.steps // schedule.checks) == 0 and (found := held_back()) < lowest:
-            lowest, best = found, [t.detach().clone() for t, _ in rated]
-    with torch.no_grad():
-        for (tensor, _), value in zip(rated, best, strict=True):
-            tensor.copy_(value)
+        means = [m.lerp(t.detach(), 1 - schedule.averaging) for m, t in zip(means, tensors, strict=True)]
+        if (step + 1) % max(1, schedule.steps // schedule.checks) == 0:
+            now = _copies(tensors)
+            _set(tensors, means)
+            if (found := held_back()) < lowest:
+                lowest, best = found, means
+            _set(tensors, now)
+    _set(tensors, best)
     return Learned(before, lowest)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def _set(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

@@ -123,8 +123,8 @@ def learn_network(
     progress: bool,
     only_biases: bool = False,
 ) -> Learned:
-    """Learn the whole network, or only its biases, by the softened damage of its output; what is kept lowers the
-    damage itself.
+    """Learn the whole network, or only its biases, by the softened damage of its output, and keep what lowers that on
+    held-back inputs: the damage itself is that of the few among them on which the network hesitates.
     """
 
     def loss(indices: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def learn_network(
         ).mean()
 
     def held_back() -> float:
-        return mean_damage(playback, lesson.held_inputs, lesson.held_outputs, teacher.damage)
+        return mean_damage(playback, lesson.held_inputs, lesson.held_outputs, teacher.softened)
 
     begin(playback, teacher, playback.model.weights, whole(playback.tape, ()))
     moved, title = rated(playback, schedule, only_biases), "biases" if only_biases else "network"

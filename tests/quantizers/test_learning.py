@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from quantkit.quantizers.learning import Schedule, learn, shuffled
@@ -13,14 +14,14 @@ def test_every_sample_once_before_any_comes_again() -> None:
     assert sorted(torch.cat(draws[:2]).tolist() + draws[2][:2].tolist()) == list(range(10))
 
 
-def run(held_back, rate: float = 0.05, steps: int = 80):
+def run(held_back, rate: float = 0.05, steps: int = 80, **options):
     x = torch.tensor([3.0], requires_grad=True)
     learned = learn(
         [(x, rate)],
         lambda indices: (x - 1).square().sum(),
         lambda: held_back(float(x.detach())),
         4,
-        Schedule(steps, batch=2),
+        Schedule(steps, batch=2, **options),
         torch.Generator().manual_seed(0),
         progress=False,
     )
@@ -50,3 +51,16 @@ def test_the_best_of_the_checks_is_kept() -> None:
     x, learned = run(held_back)
     assert len(seen) == 5
     assert learned.after == min(abs(v - 2.5) for v in seen) and x in seen and x not in (seen[0], seen[-1])
+
+
+def test_what_is_checked_and_kept_is_the_running_mean_of_the_steps() -> None:
+    """Against the recursion over the steps of a run without a mean; the steps themselves do not change."""
+    steps: list[float] = []
+    means: list[float] = []
+    run(lambda x: steps.append(x) or 0.0, steps=20, checks=20)
+    x, learned = run(lambda x: means.append(x) or abs(x - 1), steps=20, checks=20, averaging=0.8)
+    wanted = steps[:1]
+    for step in steps[1:]:
+        wanted.append(0.8 * wanted[-1] + 0.2 * step)
+    assert means == pytest.approx(wanted)
+    assert x == pytest.approx(wanted[-1]) and learned.after == pytest.approx(abs(wanted[-1] - 1))

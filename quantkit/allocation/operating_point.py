@@ -73,14 +73,11 @@ def improve(
     measurements: Measurements,
     allowed: float,
     seed: int = 0,
-    other: Assignment | None = None,
 ) -> tuple[Assignment, Ledger]:
     """The best assignment found with at most ``allowed`` measurements; never one that measures worse than
-    ``start``. ``other``: where to begin if that measures better.
+    ``start``.
     """
     walk = _Walk(profile, asked, start, measurements, Ledger(allowed), np.random.default_rng(seed))
-    if other is not None:
-        walk.begin(other)
     while walk.look_around():
         moved = walk.jump()
         if not walk.exchange() and not moved:
@@ -110,17 +107,6 @@ class _Walk:
 
     def entries(self, assignment: Assignment) -> list[int]:
         return self.profile.chosen(*self.asked.answer(assignment))
-
-    def begin(self, other: Assignment) -> None:
-        """Go to ``other`` if that is the better place to begin."""
-        if other == self.assignment or not self.ledger.affords(2):
-            return
-        here, there = self.measurements.rows([self.entries(one) for one in (self.assignment, other)])
-        self.rows = [here]
-        self.ledger.spent += 1
-        self.ledger.note("start", self.damage, True)
-        self.ledger.spent += 1
-        self._moved("start elsewhere", other, there)
 
     def look_around(self) -> bool:
         """Measure the plan and every single change of it; False when that is no longer affordable."""

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.allocation.allocate import gap_for, plan_of, question_around, recount
+from quantkit.allocation.allocate import plan_of, question_around, recount
 from quantkit.allocation.from_profile import assignment_of
 from quantkit.allocation.operating_point import improve
-from quantkit.allocation.registry import Settings
-from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
 from quantkit.graph.batches import Batch
 from quantkit.pipeline.profile import Bench
@@ -44,10 +42,7 @@ def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: s
     start = assignment_of(profile, asked, plan)
     measurements = draws_of(bench, seed, progress)
     allowed = EFFORTS[effort] * len(profile.entries)
-    # where plans are far from the float model, the sum of the damages alone can be the better guide
-    settings = Settings(seed=seed, gap=gap_for(asked.problem))
-    apart = solve(replace(asked.problem, pairs=None), settings=settings).assignment
-    found, ledger = improve(profile, asked, start, measurements, allowed, seed, apart)
+    found, ledger = improve(profile, asked, start, measurements, allowed, seed)
     better = plan_of(profile, asked, found)
     recount(better, profile, limits)
     damages = [step["damage"] for step in ledger.steps if step["accepted"]]

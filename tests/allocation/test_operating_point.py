@@ -117,22 +117,6 @@ def test_same_seed_gives_the_same_plan_and_nothing_allowed_changes_nothing() -> 
     assert untouched.cost == 0
 
 
-def test_it_begins_at_the_better_of_two_plans() -> None:
-    """The allowance is just enough to compare them."""
-    for seed in range(4):
-        profile = profile_of(8, seed)
-        asked, start = asked_and_start(profile, "3 bits")
-        narrow = tuple(0 for _ in start)
-        measure = Saturating(profile, seed)
-        damages = [measure.value(profile.chosen(*asked.answer(a))) for a in (start, narrow)]
-        better, worse = (start, narrow) if damages[0] < damages[1] else (narrow, start)
-        for one, other in ((better, worse), (worse, better)):
-            measure = Saturating(profile, seed)
-            found, ledger = improve(profile, asked, one, measure, 2, seed, other)
-            assert found == better and ledger.spent == measure.cost == 2
-        assert improve(profile, asked, worse, measure, 1, seed, better)[0] == worse
-
-
 class Noisy(Saturating):
     """The same on 64 inputs, which differ much more than plans do: alike for every plan, or anew for each."""
 

@@ -4,9 +4,9 @@ Below four bits the second order at the float point mispredicts (METHODS b). Rou
 plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
 one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
 selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
-than it is: better is what is better by two standard errors of the difference, input by input; where one draw of the
-inputs leaves that open, more draws are asked. What is measured comes through ``Measurements``; nothing here knows a
-model.
+than it is: better is what is better by two standard errors of the difference, input by input, and what no other judge
+of it finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes through
+``Measurements``; nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Measurements(Protocol):
     def draws(self) -> int: ...
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[Floats]:
-        """Damage of each plan, sample by sample for a share of a draw of the inputs (the same ones every time); costs
-        ``share`` of a measurement each.
+        """Damage of each plan as one or more judges see it, the first of whom decides: (judges, samples), for a share
+        of a draw of the inputs (the same ones every time). Costs ``share`` of a measurement each.
         """
 
     def around(self, entries: Sequence[int]) -> tuple[Floats, Floats]:
@@ -103,7 +103,7 @@ class _Walk:
     @property
     def damage(self) -> float:
         """Measured damage of the plan that the walk stands on."""
-        return float(self.rows[0].mean())
+        return _decisive(self.rows[0])
 
     def entries(self, assignment: Assignment) -> list[int]:
         return self.profile.chosen(*self.asked.answer(assignment))
@@ -154,13 +154,13 @@ class _Walk:
             self.rows += ours
             found.append(theirs)
             gains.append(self.rows[draw] - theirs)
-        self.ledger.note(step, float(rows.mean()), sure)
+        self.ledger.note(step, _decisive(rows), sure)
         if sure:
             self.assignment, self.rows = proposed, found
         return sure
 
     def _worth_another(self, gains: Sequence[Floats]) -> bool:
-        promising = float(np.mean(gains)) > 0
+        promising = _decisive(np.mean(gains, axis=0)) > 0
         return promising and len(gains) < self.measurements.draws and self.ledger.affords(2)
 
     def _solve_within(self, radius: int) -> Assignment:
@@ -192,7 +192,7 @@ class _Walk:
             measured = self.measurements.rows([self.entries(tried[k]) for k in finalists]) if finalists else []
             self.ledger.spent += (len(tried) + 1) * PART + len(measured)
             exact = dict(zip(map(int, finalists), measured, strict=True))
-            best = min(exact, key=lambda k: exact[k].mean(), default=None)
+            best = min(exact, key=lambda k: _decisive(exact[k]), default=None)
             if best is None:
                 self.ledger.note("exchange", self.damage, False)
             if best is None or not self._moved("exchange", tried[best], exact[best]):
@@ -201,7 +201,7 @@ class _Walk:
         return taken
 
     def _means(self, assignments: Sequence[Assignment], share: float) -> list[float]:
-        return [float(r.mean()) for r in self.measurements.rows([self.entries(one) for one in assignments], share)]
+        return [_decisive(rows) for rows in self.measurements.rows([self.entries(one) for one in assignments], share)]
 
     def _promising(self, count: int) -> Iterator[Assignment]:
         """The exchanges (one choice, or two) within the limits with the least predicted change."""
@@ -213,11 +213,16 @@ class _Walk:
             yield reduced.expand(search.arrays.assignment(search.with_options(options)))
 
 
+def _decisive(rows: Floats) -> float:
+    """What the first judge says of all samples."""
+    return float(rows[0].mean())
+
+
 def _sure(gains: Sequence[Floats]) -> bool:
-    """Whether gains, a draw each, sample by sample, are above zero and not by chance."""
-    gain = np.mean(gains, axis=0)
+    """Whether gains, a draw each, (judges, samples), are above zero and not by chance, and no judge sees a loss."""
+    gain, *others = np.mean(gains, axis=0)
     error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
-    return bool(gain.mean() > SURE * error)
+    return bool(gain.mean() > SURE * error and all(other.mean() >= 0 for other in others))
 
 
 def _positions(reduced: Reduced, assignment: Assignment) -> Integers:

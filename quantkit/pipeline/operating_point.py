@@ -1,7 +1,8 @@
 """Effort after the profile: a plan improved by measuring around it.
 
 Compared by the damage of softened outputs: on the inputs that decide, the damage itself is that of the few on which
-the network hesitates, and says less of other inputs. Measured on the inputs of the profile; images are also mirrored
+the network hesitates, and says less of other inputs. But it is what counts in the end: a plan with more of it is not
+taken. Measured on the inputs of the profile; images are also mirrored
 and shifted, where the float network hardly minds, as searching finds what is good for these very inputs, which the
 network may have been trained on. What that gains on other inputs, and where it does not, is in tools/README.md.
 """
@@ -30,6 +31,7 @@ from quantkit.sensitivity.measure import SOFTENED, Subject, damage_for
 
 # Measurements (forwards of the sample set with a whole plan in place) allowed per profiled format.
 EFFORTS = {"fast": 0.0, "balanced": 1.5, "thorough": 3.0}
+JUDGES = (SOFTENED, 1.0)  # temperatures: the first decides, and the damage itself must not object
 DRAWS = 4  # of the inputs, where it takes so many to tell whether a plan is better
 
 
@@ -66,7 +68,7 @@ class Draws:
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
         own = self.first if draw == 0 else measurements_of(self.bench, self.seed + draw, self.progress)
-        return own.rows(many, share)
+        return own.rows_at(JUDGES, many, share)
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         return self.first.around(entries)

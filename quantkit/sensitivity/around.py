@@ -45,6 +45,13 @@ class PlanDamage:
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
         """Damage of each plan on the first inputs, ``share`` of them: (samples,), each weighed by its number of output
         rows. The rows of one sample, as its tokens are, say much the same: they are no numbers of their own.
+        """
+        return [one[0] for one in self.rows_at([self.temperature], many, share)]
+
+    def rows_at(
+        self, temperatures: Sequence[float], many: Sequence[Sequence[int]], share: float = 1.0
+    ) -> list[np.ndarray]:
+        """The same at several temperatures, (temperatures, samples), for one run of each plan.
 
         Plans that differ from the first in a few late layers cost little more than it.
         """
@@ -53,11 +60,11 @@ class PlanDamage:
         rows: list[list[Tensor]] = [[] for _ in many]
         steps = len(many) * len(part.batches)
         for batch, plan, output in track(variations(part, chosen), "measuring plans", steps, enabled=self.progress):
-            rows[plan].append(self._rows(batch, output))
-        numbers = sample_numbers([len(one) for one in rows[0]], [batch_size(b) for b in part.batches])
-        samples = int(numbers.max()) + 1
-        sums = [torch.zeros(samples).double().index_add_(0, numbers, torch.cat(one)) for one in rows]
-        return [(one * samples / len(numbers)).numpy() for one in sums]
+            rows[plan].append(torch.stack([self._rows(batch, output, t) for t in temperatures]))
+        numbers = sample_numbers([one.shape[1] for one in rows[0]], [batch_size(b) for b in part.batches])
+        sums = torch.zeros(len(temperatures), int(numbers.max()) + 1).double()
+        scale = sums.shape[1] / len(numbers)
+        return [(scale * sums.index_add(1, numbers, torch.cat(one, 1))).numpy() for one in rows]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(damage (K,) of the plan with each entry in place of its owner's, pair terms (K, K) of the changes)."""
@@ -75,7 +82,7 @@ class PlanDamage:
         measured = variations(self.subject, [[self.perturbations[k] for k in plan] for plan in plans])
         steps = len(plans) * len(self.reference)
         for batch, plan, output in track(measured, "measuring around the plan", steps, enabled=self.progress):
-            rows[plan].append(self._rows(batch, output))
+            rows[plan].append(self._rows(batch, output, self.temperature))
             kept[plan].append(output if sketch is None else sketch(batch, output))
         means = [float(torch.cat(one).mean()) for one in rows]
         damage = np.full(len(self.perturbations), means[0])
@@ -87,12 +94,12 @@ class PlanDamage:
         samples = sample_numbers([len(r) for r in self.reference], [batch_size(b) for b in self.subject.batches])
         return damage, self._pair_terms(here, shifts, samples if sketch is None else sketch.of_kept(samples))
 
-    def _rows(self, batch: int, output: Tensor) -> Tensor:
+    def _rows(self, batch: int, output: Tensor, temperature: float) -> Tensor:
         """Damage of each row of a batch, or of its first rows, float64."""
         reference = self.reference[batch][: len(output)]
-        if self.temperature == 1:
+        if temperature == 1:
             return self.damage.rows(reference, output).double()
-        return self.damage.smooth_rows(reference, output, self.temperature).double()
+        return self.damage.smooth_rows(reference, output, temperature).double()
 
     def _pair_terms(self, here: Tensor, shifts: Tensor, samples: Tensor) -> np.ndarray:
         """Trusted cosines, with the lengths that the metric at the plan gives the shifts."""

@@ -33,7 +33,7 @@ class Saturating:
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
         self.cost += share * len(many)
-        return [np.array([self.value(entries)]) for entries in many]
+        return [np.array([[self.value(entries)]]) for entries in many]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         owners = [owner for owner, _ in self.profile.entries]
@@ -128,7 +128,7 @@ class Noisy(Saturating):
         if self.alike:
             noise = np.random.default_rng(0).normal(size=64)
             return [one + noise for one in super().rows(many, share)]
-        return [self.draw.normal(size=64) for _ in many]
+        return [self.draw.normal(size=(1, 64)) for _ in many]
 
 
 def test_what_may_be_chance_is_not_taken_and_what_every_input_says_is() -> None:
@@ -142,6 +142,22 @@ def test_what_may_be_chance_is_not_taken_and_what_every_input_says_is() -> None:
         moved += found != start
     assert stayed >= 7
     assert moved >= 7
+
+
+class Objecting(Saturating):
+    """A second judge, who finds worse what the first one finds better."""
+
+    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
+        return [np.vstack([one, 5.0 - one]) for one in super().rows(many, share)]
+
+
+def test_what_another_judge_finds_worse_is_not_taken() -> None:
+    for seed in range(4):
+        profile = profile_of(8, seed)
+        asked, start = asked_and_start(profile, "2.75 bits")
+        assert improve(profile, asked, start, Saturating(profile, seed), 300, seed)[0] != start
+        found, ledger = improve(profile, asked, start, Objecting(profile, seed), 300, seed)
+        assert found == start and ledger.spent > 0
 
 
 class Drawn(Saturating):

@@ -56,9 +56,9 @@ def report(title: str, result: Result) -> None:
     print(f"  drop on the half that decides {metrics['float'] - metrics['quantized']:.2f}", end="")
     print(f" (95 % confidence bound {metrics['drop_bound']:.2f}), {metrics['evaluations']:.0f} plans evaluated")
     print(f"  drop on the other half {before - after:.2f}")
-    print(f"  least drop of a smaller evaluated plan {min(cheaper, default=float('nan')):.2f}")
+    print(f"  least drop of a smaller applied plan {min(cheaper, default=float('nan')):.2f}")
     points = ", ".join(f"{drop:.2f} at {cost:,.0f}" for cost, drop in result.curve)
-    print(f"  measured: {points}", flush=True)
+    print(f"  applied: {points}", flush=True)
 
 
 def main() -> None:

@@ -108,12 +108,11 @@ def meet_accuracy(
         raise _not_met(limit, applied.everything())
     found = between(applied.judge, plan_at, APPLIED_TRIES[effort], least=judge.cost(front[0]), apart=APART)
     assert found is not None, "one was found to meet the limit"
-    seen = applied.everything()
     result, metric = applied.results[found.plan.digest()]
     metrics = {"float": float(np.mean(reference)), "quantized": metric}
     metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
-    metrics["evaluations"] = float(len(seen.seen))
-    return replace(result, metrics=result.metrics | metrics, curve=seen.curve)
+    metrics["evaluations"] = float(len(applied.everything().seen))
+    return replace(result, metrics=result.metrics | metrics, curve=applied.judge.curve)
 
 
 class Applied:

@@ -39,7 +39,8 @@ CHANGED_SAMPLES = 256  # on which it is asked how harmless a change is
 DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
-NETWORK = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12, averaging=0.98)
+NETWORK = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12)
+AVERAGING = 0.98  # where codes stay: a mean of codes that move rounds to codes that no step has tried
 BLOCK = Schedule(steps=1200, batch=32, code_rate=3e-3)
 LAYER = Schedule(steps=300, checks=20)
 TUNING = Schedule(steps=100, bias_rate=3e-3)
@@ -161,7 +162,7 @@ def reconstruct(
     if how == "block" and len(blocks) > 1:
         found = learn_blocks(playback, course.teacher, course.block_lesson, blocks, BLOCK, generator, progress, kept)
     # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
-    schedule = replace(NETWORK, code_rate=0.0) if found else NETWORK
+    schedule = replace(NETWORK, code_rate=0.0, averaging=AVERAGING) if found else NETWORK
     work = partial(learn_network, playback, course.teacher, course.lesson, schedule, generator, progress)
     found["network"] = kept.learned("network", simulated, simulated.weights, work)
     learned = found["network"]

@@ -14,6 +14,7 @@ from quantkit.transforms.prepare import Prepared
 _FLOAT = 4  # bytes
 _HESSIANS = 6  # a layer's: summed, sorted, damped, its inverse and factor in float64, the factor in float32
 _DRAWING = 9  # copies of the samples: recorded, divided, and one draw while it is changed, mixed and laid out
+_COPIES = 9  # of parameters: float, learned, computed with, their gradients, two of Adam, mean, present and best
 _GRAPH = 3  # what a gradient keeps of a value: itself, quantized, and its own gradient
 
 
@@ -57,7 +58,7 @@ def working_memory(ready: Prepared, recording: Recording, samples: int, learned:
     state = _FLOAT * sum(t.numel() for t in ready.model.state_dict().values())
     graph = _GRAPH * recording.tape.size * sum(math.prod(shape[1:]) for shape in ready.trace.shape.values()) * _FLOAT
     hessian = max(_hessian(ready, recording, name) for name in ready.quantizable)
-    return WorkingMemory(values, _DRAWING * samples * inputs * (learned > 0), hessian, graph, 4 * state)
+    return WorkingMemory(values, _DRAWING * samples * inputs * (learned > 0), hessian, graph, _COPIES * state)
 
 
 def _sizes(ready: Prepared, recording: Recording) -> dict[int, int]:

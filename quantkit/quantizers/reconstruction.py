@@ -3,7 +3,7 @@ and activation steps together.
 
 Blocks follow BRECQ (Li et al., arXiv 2102.05426): the squared error of a block's output, weighted by the Fisher
 information of each of its elements, on inputs of which half the elements come from the network quantized so far and
-half from the float one (QDrop). The whole network is one more block, whose error is the damage itself.
+half from the float one (QDrop). The whole network is one more block, whose error is the damage of softened outputs.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ NETWORKS = {
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NETWORK", "BLOCK", "LAYER", "TUNING"):
-        monkeypatch.setattr(reconstruct, name, Schedule(steps=30, batch=32))
+        monkeypatch.setattr(reconstruct, name, Schedule(steps=60, batch=32, checks=12))
 
 
 @pytest.mark.parametrize("how", ["block", "network", "adaquant"])

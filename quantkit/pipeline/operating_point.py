@@ -2,9 +2,9 @@
 
 Compared by the damage of softened outputs: on the inputs that decide, the damage itself is that of the few on which
 the network hesitates, and says less of other inputs. But it is what counts in the end: a plan with more of it is not
-taken. Measured on the inputs of the profile; images are also mirrored
-and shifted, where the float network hardly minds, as searching finds what is good for these very inputs, which the
-network may have been trained on. What that gains on other inputs, and where it does not, is in tools/README.md.
+taken. Measured on the inputs of the profile; images are also mirrored and shifted, where the float network hardly
+minds, as searching finds what is good for these very inputs, which the network may have been trained on. What that
+gains on other inputs, and where it does not, is in tools/README.md.
 """
 
 from __future__ import annotations

@@ -11,12 +11,14 @@ keeps. Several plans are applied for each, so ``--reconstruction network`` saves
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from study_sensitivity import REPOSITORY
 
 import quantkit
+from quantkit.allocation.count import counted
 from quantkit.errors import AccuracyNotMet
 from quantkit.pipeline.metric import metric_of
 from quantkit.pipeline.result import Result
@@ -45,18 +47,19 @@ def quantized(budget: str, options: argparse.Namespace) -> Result:
     )
 
 
-def report(title: str, result: Result) -> None:
+def report(title: str, result: Result, minimized: str) -> None:
     """One block of figures: what was asked, what was counted and measured."""
     other = inputs_of(recipe_of(1))
     before, after = (metric_of(other.evaluate, model) for model in (other.model, result.model))
-    metrics = result.metrics
-    cheaper = [drop for cost, drop in result.curve if cost < result.plan.total_bytes]
+    plan, metrics = result.plan, result.metrics
+    own = counted(result.profile, plan.schemes, plan.sites, minimized)
+    cheaper = [drop for cost, drop in result.curve if cost < own]
     print(f"\n{title}")
-    print(f"  size {result.plan.total_bytes:,} bytes, {result.plan.average_bits:.3f} bits on average")
+    print(f"  size {plan.total_bytes:,} bytes, {plan.average_bits:.3f} bits on average")
     print(f"  drop on the half that decides {metrics['float'] - metrics['quantized']:.2f}", end="")
     print(f" (95 % confidence bound {metrics['drop_bound']:.2f}), {metrics['evaluations']:.0f} plans evaluated")
     print(f"  drop on the other half {before - after:.2f}")
-    print(f"  least drop of a smaller applied plan {min(cheaper, default=float('nan')):.2f}")
+    print(f"  least drop of an applied plan of less {minimized} {min(cheaper, default=math.nan):.2f}")
     points = ", ".join(f"{drop:.2f} at {cost:,.0f}" for cost, drop in result.curve)
     print(f"  applied: {points}", flush=True)
 
@@ -69,10 +72,10 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("out/limits"))
     options = parser.parse_args()
     first = quantized(f"accuracy_drop={options.drop}", options)
-    report(f"accuracy drop at most {options.drop}, least size", first)
+    report(f"accuracy drop at most {options.drop}, least size", first, "size")
     size = round(1.1 * first.plan.total_bytes)
     budget = f"{size} B, accuracy_drop={options.drop}, minimize=bops"
-    report(budget, quantized(budget, options))
+    report(budget, quantized(budget, options), "bops")
     try:
         quantized(f"{3 * size // 4} B, accuracy_drop={options.drop}", options)
     except AccuracyNotMet as error:

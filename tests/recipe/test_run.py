@@ -102,8 +102,9 @@ def test_a_second_run_takes_the_profile_up_again(
 
 
 @pytest.mark.slow
-def test_data_and_metric_of_functions(tmp_path: Path) -> None:
+def test_data_and_metric_of_functions(tmp_path: Path, monkeypatch) -> None:
     """Endless data with labels, a variable in the path of the network, and a metric that runs any model."""
+    monkeypatch.delenv("QUANTKIT_DATA", raising=False)
     changes = {
         "calibration": {"python": "network.py:batches"},
         "evaluate": {"python": "network.py:brightness"},

@@ -162,7 +162,7 @@ def _with_candidates(
     ready: Prepared, inputs: Inputs, wanted: Sequence[Scheme], rules: Rules | None, target: Target
 ) -> tuple[Prepared, dict[str, tuple[Scheme, ...]]]:
     """The model with what its candidates leave float left float, and the candidates of every layer."""
-    allowed = candidate_schemes({n: ready.layers[n].shape for n in ready.quantizable}, wanted, rules, target)
+    allowed = candidate_schemes(ready.layers, wanted, rules, target)
     require_kinds(ready.layers, allowed, target)
     offered = [scheme for options in allowed.values() for scheme in options]
     inputs.require_schemes(offered)

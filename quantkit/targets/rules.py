@@ -38,15 +38,15 @@ def weights_only(schemes: Iterable[Scheme]) -> tuple[Scheme, ...]:
 
 
 def candidate_schemes(
-    layers: Mapping[str, tuple[int, ...]], schemes: Iterable[str | Scheme] | None, rules: Rules | None, target: Target
+    layers: Mapping[str, Layer], schemes: Iterable[str | Scheme] | None, rules: Rules | None, target: Target
 ) -> dict[str, tuple[Scheme, ...]]:
-    """The schemes each layer (name -> weight shape) may take; a later rule overrides an earlier one.
+    """The schemes each layer that can be quantized may take; a later rule overrides an earlier one.
 
-    Raises InvalidRequest when a rule's pattern matches no layer, a candidate cannot run on the target, or a group size
-    does not fit a layer.
+    Raises InvalidRequest when a rule's pattern matches no layer, or only layers that stay float whatever is asked and
+    other schemes are, a candidate cannot run on the target, or a group size does not fit a layer.
     """
     default = parse_schemes(schemes, target)
-    allowed = dict.fromkeys(layers, default)
+    allowed = {name: default for name, layer in layers.items() if not layer.reason}
     for pattern, value in rule_pairs(rules):
         matched = [name for name in layers if fnmatchcase(name, pattern)]
         if not matched:
@@ -55,11 +55,18 @@ def candidate_schemes(
                 f"Layers: {', '.join(list(layers)[:8])}{', ...' if len(layers) > 8 else ''}."
             )
         wanted = parse_schemes([value] if isinstance(value, str | Scheme) else value, target)
-        allowed.update(dict.fromkeys(matched, wanted))
+        obeying = [name for name in matched if name in allowed]
+        if not obeying and not any(scheme.is_float for scheme in wanted):
+            first = matched[0]
+            raise InvalidRequest(
+                f"The rule {pattern!r} asks for {', '.join(map(str, wanted))}, and {first!r} stays float: "
+                f"{layers[first].reason}. Leave the rule out or ask for 'float'."
+            )
+        allowed.update(dict.fromkeys(obeying, wanted))
     for name, wanted in allowed.items():
         for scheme in wanted:
             if scheme.weight is not None:
-                check_group(name, scheme.weight, layers[name])
+                check_group(name, scheme.weight, layers[name].shape)
     return allowed
 
 

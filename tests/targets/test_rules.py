@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +12,26 @@ from hypothesis import strategies as st
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
+from quantkit.plan import Layer
 from quantkit.targets import Target
 from quantkit.targets.rules import candidate_schemes, parse_schemes
 
 TARGET = Target.load("onnxruntime-cpu")
 WITH_GROUPS = replace(TARGET, weight_groups=True)
-LAYERS = {
+
+
+def layer(name: str, shape: tuple[int, ...], reason: str = "") -> Layer:
+    return Layer(name, "conv2d" if len(shape) == 4 else "linear", shape, 4 * math.prod(shape), reason=reason)
+
+
+SHAPES = {
     "stem": (8, 3, 3, 3),
     "blocks.0.conv1": (8, 8, 3, 3),
     "blocks.0.conv2": (8, 8, 3, 3),
     "blocks.1.conv1": (16, 8, 3, 3),
     "head": (10, 16),
 }
+LAYERS = {name: layer(name, shape) for name, shape in SHAPES.items()}
 DEFAULT = ("w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w8a8")
 
 
@@ -107,9 +116,26 @@ def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_names(pattern: 
 
 
 def test_of_many_layers_the_error_lists_the_first_eight() -> None:
-    many = {f"layer{k}": (4, 4) for k in range(30)}
+    many = {name: layer(name, (4, 4)) for name in (f"layer{k}" for k in range(30))}
     with pytest.raises(InvalidRequest, match=r"Layers: layer0, .*, layer7, \.\.\.\.$"):
         candidate_schemes(many, None, {"fc": "float"}, TARGET)
+
+
+UNCALLED = LAYERS | {"aux.head": layer("aux.head", (10, 16), "never called")}
+
+
+@pytest.mark.parametrize("rules", [{"aux.*": "float"}, {"aux.head": ["w8a8", "float"]}, {"*head": "w8a8"}])
+def test_a_rule_may_name_a_layer_that_stays_float_anyway(rules: dict[str, Any]) -> None:
+    found = candidate_schemes(UNCALLED, None, rules, TARGET)
+    assert list(found) == list(LAYERS)
+    assert [str(s) for s in found["head"]] == (["w8a8"] if "*head" in rules else list(DEFAULT))
+
+
+def test_a_rule_for_a_layer_that_must_stay_float_is_refused_with_the_reason() -> None:
+    expected = "The rule 'aux.*' asks for w4a8, w8a8, and 'aux.head' stays float: never called. Leave the rule out or"
+    with pytest.raises(InvalidRequest) as caught:
+        candidate_schemes(UNCALLED, None, {"aux.*": ["w4a8", "w8a8"]}, TARGET)
+    assert str(caught.value) == f"{expected} ask for 'float'."
 
 
 def test_a_group_that_does_not_fit_is_refused_with_the_layer_and_the_nearest_that_does() -> None:

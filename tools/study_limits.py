@@ -59,7 +59,7 @@ def report(title: str, result: Result, minimized: str) -> None:
     print(f"  drop on the half that decides {metrics['float'] - metrics['quantized']:.2f}", end="")
     print(f" (95 % confidence bound {metrics['drop_bound']:.2f}), {metrics['evaluations']:.0f} plans evaluated")
     print(f"  drop on the other half {before - after:.2f}")
-    print(f"  least drop of an applied plan of less {minimized} {min(cheaper, default=math.nan):.2f}")
+    print(f"  least drop of an applied plan with less {minimized} {min(cheaper, default=math.nan):.2f}")
     points = ", ".join(f"{drop:.2f} at {cost:,.0f}" for cost, drop in result.curve)
     print(f"  applied: {points}", flush=True)
 

@@ -42,8 +42,8 @@ def candidate_schemes(
 ) -> dict[str, tuple[Scheme, ...]]:
     """The schemes each layer that can be quantized may take; a later rule overrides an earlier one.
 
-    Raises InvalidRequest when a rule's pattern matches no layer, or only layers that stay float whatever is asked and
-    other schemes are, a candidate cannot run on the target, or a group size does not fit a layer.
+    A rule for layers that stay float anyway (``Layer.reason``) has to allow float. Raises InvalidRequest when one does
+    not, a rule's pattern matches no layer, a candidate cannot run on the target, or a group size does not fit a layer.
     """
     default = parse_schemes(schemes, target)
     allowed = {name: default for name, layer in layers.items() if not layer.reason}

@@ -32,6 +32,7 @@ SHAPES = {
     "head": (10, 16),
 }
 LAYERS = {name: layer(name, shape) for name, shape in SHAPES.items()}
+UNCALLED = LAYERS | {"aux.head": layer("aux.head", (10, 16), "never called")}
 DEFAULT = ("w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w8a8")
 
 
@@ -119,9 +120,6 @@ def test_of_many_layers_the_error_lists_the_first_eight() -> None:
     many = {name: layer(name, (4, 4)) for name in (f"layer{k}" for k in range(30))}
     with pytest.raises(InvalidRequest, match=r"Layers: layer0, .*, layer7, \.\.\.\.$"):
         candidate_schemes(many, None, {"fc": "float"}, TARGET)
-
-
-UNCALLED = LAYERS | {"aux.head": layer("aux.head", (10, 16), "never called")}
 
 
 @pytest.mark.parametrize("rules", [{"aux.*": "float"}, {"aux.head": ["w8a8", "float"]}, {"*head": "w8a8"}])

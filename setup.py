@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-FOLDER = "quantkit/kernels/int_linear"
+FOLDER = "quantkit/runtime/int_linear"
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 OPENMP = "-fopenmp"
 
@@ -29,7 +29,7 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
-            "quantkit.kernels.int_linear._compiled",
+            "quantkit.runtime.int_linear._compiled",
             sources=[f"{FOLDER}/{name}.cpp" for name in ("interface", "avx2", "vnni")],
             depends=[f"{FOLDER}/{name}.h" for name in ("job", "driver")],
             extra_compile_args=[*FLAGS, OPENMP],

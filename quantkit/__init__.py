@@ -5,12 +5,12 @@ from quantkit.allocation.front import pareto
 from quantkit.budget import Budget
 from quantkit.errors import QuantkitError
 from quantkit.formats import Scheme
-from quantkit.pipeline.apply import apply
-from quantkit.pipeline.profile import profile
-from quantkit.pipeline.quantize import quantize
-from quantkit.pipeline.result import Result, export_onnx
 from quantkit.plan import Plan, Profile
 from quantkit.recipe.run import load
+from quantkit.stages.apply import apply
+from quantkit.stages.profile import profile
+from quantkit.stages.quantize import quantize
+from quantkit.stages.result import Result, export_onnx
 from quantkit.targets import Target
 from quantkit.version import VERSION as __version__
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
-from quantkit.flow import Operation
 from quantkit.formats import Scheme
 from quantkit.latency import LatencyTable
+from quantkit.operations import Operation
 from quantkit.store import write_atomically
 
 PLAN_VERSION = 1

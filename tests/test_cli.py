@@ -17,11 +17,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from quantkit.backends.onnxruntime import writer as onnx_writer
 from quantkit.cli import main
 from quantkit.errors import InvalidRequest
-from quantkit.export import onnx_writer
-from quantkit.pipeline import profile as stage
 from quantkit.plan import Plan, Profile
+from quantkit.stages import profile as stage
 from quantkit.version import VERSION
 from tests.conftest import REPOSITORY
 from tests.recipe.tiny import rewritten, write_tiny
@@ -285,7 +285,7 @@ def test_an_interrupted_run(recipe: str, tmp_path: Path, monkeypatch, capsys) ->
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantkit.pipeline.craft.round_biases", interrupt)
+    monkeypatch.setattr("quantkit.stages.applying.round_biases", interrupt)
     monkeypatch.setattr(stage, "notice", lambda message: None)
     assert main(["run", recipe, "--set", "workdir=work", "--quiet"]) == 130
     told = capsys.readouterr().err

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from quantkit.errors import InvalidRequest
-from quantkit.flow import Execution
 from quantkit.latency import LatencyTable, OperationTime, SiteTime
+from quantkit.operations import Execution
 
 TABLE = LatencyTable(
     model="0123",

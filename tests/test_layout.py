@@ -23,7 +23,7 @@ def test_this_repository_is_in_order(repo: Path) -> None:
 
 def test_an_orderly_tree_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {
-        "quantkit/__init__.py": "from quantkit.pipeline import quantize",
+        "quantkit/__init__.py": "from quantkit.stages import quantize",
         "quantkit/errors.py": "",
         "quantkit/formats.py": "from quantkit.errors import InvalidRequest",
         "quantkit/plan.py": "from quantkit import formats",
@@ -34,9 +34,9 @@ def test_an_orderly_tree_passes(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "quantkit/sensitivity.py": "",
         "quantkit/report/__init__.py": "",
         "quantkit/report/tables.py": "import quantkit.sensitivity",
-        "quantkit/pipeline.py": "import torch\n\n\ndef late():\n    from quantkit.export import writer",
-        "quantkit/export/__init__.py": "",
-        "quantkit/export/writer.py": "from quantkit.plan import Plan",
+        "quantkit/stages.py": "import torch\n\n\ndef late():\n    from quantkit.backends.onnxruntime import writer",
+        "quantkit/backends/onnxruntime/__init__.py": "",
+        "quantkit/backends/onnxruntime/writer.py": "from quantkit.plan import Plan",
     }
     assert main([str(written(tmp_path, files))]) == 0
     assert "14 modules" in capsys.readouterr().out
@@ -44,35 +44,35 @@ def test_an_orderly_tree_passes(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 UPWARDS = {
     "direct": ("quantkit/formats.py", "import quantkit.plan", "formats stands below plan"),
-    "from": ("quantkit/graph/trace.py", "from quantkit import pipeline", "graph stands below pipeline"),
-    "relative": ("quantkit/kernels/packing.py", "from ..graph import trace", "kernels stands below graph"),
+    "from": ("quantkit/program/trace.py", "from quantkit import stages", "program stands below stages"),
+    "relative": ("quantkit/numbers/packing.py", "from ..program import trace", "numbers stands below program"),
     "in a function": (
         "quantkit/sensitivity/gram.py",
         "def late():\n    from quantkit.recipe import read",
         "sensitivity stands below recipe",
     ),
     "for types only": (
-        "quantkit/export/writer.py",
+        "quantkit/backends/onnxruntime/writer.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from quantkit.cli import main",
-        "export stands below cli",
+        "backends stands below cli",
     ),
-    "the face": ("quantkit/quantizers/gptq.py", "from quantkit import quantize", "quantizers stands below __init__"),
+    "the face": ("quantkit/rounding/gptq.py", "from quantkit import quantize", "rounding stands below __init__"),
     "allocation": (
         "quantkit/allocation/solve.py",
-        "from quantkit.graph import trace",
-        "allocation imports quantkit.graph",
+        "from quantkit.program import trace",
+        "allocation imports quantkit.program",
     ),
     "torch": ("quantkit/allocation/solve.py", "from torch import Tensor", "allocation imports torch"),
     "torch below": ("quantkit/plan.py", "import torch.nn", "plan imports torch"),
-    "report on allocation": ("quantkit/report/plots.py", "import quantkit.allocation", "which only the pipeline may"),
-    "report on export": ("quantkit/report/html.py", "from ..export import writer", "which only the pipeline may"),
+    "report on allocation": ("quantkit/report/plots.py", "import quantkit.allocation", "which only the stages may"),
+    "report on backends": ("quantkit/report/html.py", "from ..backends import writer", "which only the stages may"),
     "no place": ("quantkit/helpers.py", "import quantkit.errors", "quantkit/helpers has no place in the import order"),
 }
 
 
 @pytest.mark.parametrize(("path", "source", "message"), UPWARDS.values(), ids=UPWARDS.keys())
 def test_an_import_against_the_order_fails(tmp_path: Path, path: str, source: str, message: str) -> None:
-    names = "errors formats plan pipeline recipe cli graph/__init__ graph/trace".split()
+    names = "errors formats plan stages recipe cli program/__init__ program/trace".split()
     others = {f"quantkit/{name}.py": "" for name in names}
     (violation,) = check(written(tmp_path, {**others, path: source}))
     assert violation.startswith(f"{path}:")
@@ -81,16 +81,16 @@ def test_an_import_against_the_order_fails(tmp_path: Path, path: str, source: st
 
 def test_a_circle_is_named_once(tmp_path: Path) -> None:
     files = {
-        "quantkit/graph/__init__.py": "",
-        "quantkit/graph/trace.py": "from quantkit.graph.sites import Site",
-        "quantkit/graph/sites.py": "import quantkit.graph.loop",
-        "quantkit/graph/loop.py": "def late():\n    from .trace import Trace",
-        "quantkit/kernels.py": "from quantkit.kernels import itself",
+        "quantkit/program/__init__.py": "",
+        "quantkit/program/trace.py": "from quantkit.program.sites import Site",
+        "quantkit/program/sites.py": "import quantkit.program.loop",
+        "quantkit/program/loop.py": "def late():\n    from .trace import Trace",
+        "quantkit/runtime.py": "from quantkit.runtime import itself",
     }
     circle, itself = check(written(tmp_path, files))
-    way = "quantkit.graph.loop -> quantkit.graph.trace -> quantkit.graph.sites -> quantkit.graph.loop"
-    assert circle == f"quantkit/graph/loop.py:2: import circle {way}, move what they share into a lower module"
-    assert itself.startswith("quantkit/kernels.py:1: import circle quantkit.kernels -> quantkit.kernels, ")
+    way = "quantkit.program.loop -> quantkit.program.trace -> quantkit.program.sites -> quantkit.program.loop"
+    assert circle == f"quantkit/program/loop.py:2: import circle {way}, move what they share into a lower module"
+    assert itself.startswith("quantkit/runtime.py:1: import circle quantkit.runtime -> quantkit.runtime, ")
 
 
 @pytest.mark.parametrize("extra", [0, 1])

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from quantkit.errors import CorruptFile, InvalidRequest, QuantkitError
-from quantkit.flow import Operation
 from quantkit.formats import Scheme
+from quantkit.operations import Operation
 from quantkit.plan import Layer, Plan, Profile, SiteRecord, average_bits
 from tests.test_latency import TABLE
 

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.formats import Scheme
-from quantkit.kernels.int_conv.layer import IntConv
-from quantkit.kernels.int_linear.compiled import NAMES, instruction_set
-from quantkit.kernels.int_linear.layer import IntLinear
-from quantkit.kernels.reference import QuantizedWeight, SiteRange
-from quantkit.kernels.weight_only.layer import WeightOnlyLinear
+from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.runtime.int_conv.layer import IntConv
+from quantkit.runtime.int_linear.compiled import NAMES, instruction_set
+from quantkit.runtime.int_linear.layer import IntLinear
+from quantkit.runtime.weight_only.layer import WeightOnlyLinear
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE_BYTES = 64 << 20  # a chain of 4-bit weights is at least as long as this

@@ -20,15 +20,15 @@ FACE = "__init__"
 
 # Lowest first. A part may import what stands on a lower line, or beside it as long as no circle forms.
 ORDER = (
-    ("errors", "progress", "formats", "flow", "version"),
+    ("errors", "progress", "formats", "operations", "version"),
     ("plan", "budget", "store", "latency", "targets"),
-    ("kernels",),
-    ("graph",),
-    ("quantizers",),
-    ("transforms",),
+    ("numbers",),
+    ("program",),
+    ("simulation", "ranges", "rounding", "reconstruction"),
+    ("runtime", "transforms"),
     ("sensitivity",),
-    ("allocation", "export", "report"),
-    ("pipeline",),
+    ("allocation", "backends", "report"),
+    ("stages",),
     ("recipe",),
     ("cli",),
     (FACE, "__main__"),
@@ -36,11 +36,11 @@ ORDER = (
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # Deciding needs no model: allocation stands on these alone, and torch is not among what they import.
-BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "flow", "plan", "latency", "budget", "store"})
+BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "operations", "plan", "latency", "budget", "store"})
 WITHOUT_TORCH = BELOW_ALLOCATION | {"allocation"}
 
-# What only the pipeline and what stands above it may import.
-CALLED_BY_PIPELINE = frozenset({"allocation", "export", "report"})
+# What only the stages and what stands above it may import.
+CALLED_BY_STAGES = frozenset({"allocation", "backends", "report"})
 
 CHECKED_FOLDERS = (PACKAGE, "recipes", "tools", "tests")
 MAX_FILE_LINES = 400
@@ -58,7 +58,7 @@ class Import:
 
 
 def part_of(module: str) -> str:
-    """The part of the package a dotted module name belongs to: ``quantkit.graph.trace`` -> ``graph``."""
+    """The part of the package a dotted module name belongs to: ``quantkit.program.trace`` -> ``graph``."""
     names = module.split(".")
     return names[1] if len(names) > 1 else FACE
 
@@ -109,8 +109,8 @@ def order_violation(found: Import) -> str | None:
         return None
     if RANK[lower] > RANK[upper]:
         return f"{upper} stands below {lower} and imports {found.module}, move what both need down"
-    if lower in CALLED_BY_PIPELINE and RANK[upper] < RANK["pipeline"]:
-        return f"{upper} imports {found.module}, which only the pipeline may, pass its result in"
+    if lower in CALLED_BY_STAGES and RANK[upper] < RANK["stages"]:
+        return f"{upper} imports {found.module}, which only the stages may, pass its result in"
     if upper == "allocation" and lower not in BELOW_ALLOCATION:
         return f"allocation imports {found.module}, import only {', '.join(sorted(BELOW_ALLOCATION))}"
     return None

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 from quantkit.formats import Scheme
-from quantkit.kernels.kv_attention.attention import kv_attention
-from quantkit.kernels.kv_attention.cache import quantize_kv
-from quantkit.kernels.low_bit_matmul import weights
-from quantkit.kernels.low_bit_matmul.linear import low_bit_linear, use_table
-from quantkit.kernels.low_bit_matmul.tuning import Tile, TuningTable
-from quantkit.kernels.low_bit_matmul.weights import MatmulWeight
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.kernels.token_quant.kernel import quantize_rows_fp8
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.runtime.kv_attention.attention import kv_attention
+from quantkit.runtime.kv_attention.cache import quantize_kv
+from quantkit.runtime.low_bit_matmul import weights
+from quantkit.runtime.low_bit_matmul.linear import low_bit_linear, use_table
+from quantkit.runtime.low_bit_matmul.tuning import Tile, TuningTable
+from quantkit.runtime.low_bit_matmul.weights import MatmulWeight
+from quantkit.runtime.token_quant.kernel import quantize_rows_fp8
 
 GROUP = 128
 CACHE_BYTES = 128 << 20  # a chain of 4-bit weights is at least as long as this

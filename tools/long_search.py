@@ -23,10 +23,10 @@ from quantkit.allocation.allocate import plan_of, recount
 from quantkit.allocation.from_profile import Question, assignment_of, question
 from quantkit.allocation.problem import Assignment
 from quantkit.budget import Budget
-from quantkit.pipeline.operating_point import measurements_of
 from quantkit.plan import Plan
 from quantkit.progress import notice
 from quantkit.sensitivity.around import PlanDamage
+from quantkit.stages.operating_point import measurements_of
 
 VARIATIONS, SECOND, PARTS = 16, 4, (0.125, 0.5)
 STARTS = ("profile", "greedy", "uniform")

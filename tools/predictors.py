@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantkit.graph.batches import Batch, split_batches
+from quantkit.program.inputs import Batch, split_batches
 from quantkit.sensitivity import ESTIMATORS, hessian_trace
 from quantkit.sensitivity.by_place import digest_changes
 from quantkit.sensitivity.inputs import mixed_pairs

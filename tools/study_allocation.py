@@ -27,13 +27,13 @@ from study_sensitivity import REPOSITORY, SOURCES, Case, case_of
 
 from quantkit.allocation.allocate import allocate
 from quantkit.budget import Budget
-from quantkit.pipeline.operating_point import EFFORTS, refine
-from quantkit.pipeline.profile import Bench
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.blocks import layer_order
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Scores, Subject
+from quantkit.stages.operating_point import EFFORTS, refine
+from quantkit.stages.profile import Bench
 
 BITS = (2, 3, 4, 6, 8)
 # way of choosing -> (inputs, estimator, solver)

@@ -28,17 +28,17 @@ from study_sensitivity import REPOSITORY, SOURCES, recipe_model
 from torch import Tensor, nn
 
 from quantkit.allocation.allocate import allocate
+from quantkit.backends.onnxruntime.marks import MarkedGraph, mark_graph
+from quantkit.backends.onnxruntime.node_times import clock
+from quantkit.backends.onnxruntime.sessions import feeds, open_session
+from quantkit.backends.onnxruntime.writer import export_float, export_onnx
 from quantkit.errors import InfeasibleBudget
-from quantkit.export.marks import MarkedGraph, mark_graph
-from quantkit.export.node_times import clock
-from quantkit.export.onnx_writer import export_float, export_onnx
-from quantkit.export.sessions import feeds, open_session
-from quantkit.graph.batches import Batch, first_samples
-from quantkit.pipeline.apply import apply
-from quantkit.pipeline.bench import bench
-from quantkit.pipeline.profile import profile
-from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, Profile
+from quantkit.program.inputs import Batch, first_samples
+from quantkit.stages.apply import apply
+from quantkit.stages.bench import bench
+from quantkit.stages.profile import profile
+from quantkit.stages.result import Result
 from quantkit.targets import Target
 
 BUDGETS = 5

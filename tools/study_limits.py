@@ -20,10 +20,10 @@ from study_sensitivity import REPOSITORY
 import quantkit
 from quantkit.allocation.count import counted
 from quantkit.errors import AccuracyNotMet
-from quantkit.pipeline.metric import metric_of
-from quantkit.pipeline.result import Result
 from quantkit.recipe.read import read_recipe
 from quantkit.recipe.run import inputs_of, items_of
+from quantkit.stages.metric import metric_of
+from quantkit.stages.result import Result
 
 RECIPE = REPOSITORY / "recipes" / "resnet20_cifar10.yaml"
 HALF = 2500

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from study_sensitivity import REPOSITORY, SOURCES, recipe_model
 
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.graph.batches import Batch, batch_size, split_batches
-from quantkit.graph.trace import run_model
+from quantkit.program.inputs import Batch, batch_size, split_batches
+from quantkit.program.trace import run_model
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Subject

@@ -33,8 +33,8 @@ from study_sensitivity import recipe_model
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.export.onnx_model import OnnxModel
-from quantkit.graph.layers import layer_kind
+from quantkit.backends.onnxruntime.onnx_model import OnnxModel
+from quantkit.program.layers import layer_kind
 from quantkit.sensitivity import NO_INPUTS
 from quantkit.sensitivity.measure import kl_rows
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from scipy.stats import kendalltau, spearmanr
 
 from quantkit.formats import Scheme
-from quantkit.graph.batches import Batch, split_batches
+from quantkit.program.inputs import Batch, split_batches
 from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes
 from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject

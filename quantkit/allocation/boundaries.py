@@ -23,9 +23,9 @@ from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.reduce import reduce
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 from quantkit.errors import InvalidRequest
-from quantkit.flow import Operation, live_sites
 from quantkit.formats import Scheme
 from quantkit.latency import LatencyTable, SiteTime
+from quantkit.operations import Operation, live_sites
 from quantkit.plan import Profile
 
 Literal = tuple[str, str]  # a choice and one of its options
@@ -211,7 +211,7 @@ def _add_conditions(
     formats: Mapping[str, Sequence[str]],
     allowed: Mapping[str, tuple[Scheme, ...]],
 ) -> None:
-    """What ``quantkit.flow.execute`` says, as conditions."""
+    """What ``quantkit.operations.execute`` says, as conditions."""
     causes: dict[str, list[str]] = {site: [] for site in formats}
 
     def touch(op: Operation, sites: Iterable[str]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from quantkit.allocation.from_profile import COSTS
 from quantkit.errors import InvalidRequest
-from quantkit.flow import Execution, execute, peak_bytes
 from quantkit.formats import Scheme
 from quantkit.latency import FULL_BITS
+from quantkit.operations import Execution, execute, peak_bytes
 from quantkit.plan import Plan, Profile
 
 # What depends on which layers run on codes, and not only on the sum of the layers' formats.

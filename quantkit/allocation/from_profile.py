@@ -10,9 +10,9 @@ import numpy as np
 
 from quantkit.allocation.problem import Assignment, Choice, Floats, Option, Problem
 from quantkit.errors import InvalidRequest, did_you_mean
-from quantkit.flow import execute
 from quantkit.formats import Scheme
 from quantkit.latency import LatencyTable
+from quantkit.operations import execute
 from quantkit.plan import Layer, Plan, Profile
 
 FLOAT_BITS = 32

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from quantkit.allocation.allocate import allocate
 from quantkit.budget import Budget
-from quantkit.pipeline.forecast import forecast
-from quantkit.pipeline.request import Request, make_ready
 from quantkit.recipe.read import DECIDED_LATER, Recipe
 from quantkit.recipe.run import inputs_of
+from quantkit.stages.forecast import forecast
+from quantkit.stages.request import Request, make_ready
 
 
 def forecast_of(recipe: Recipe) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantkit.allocation.registry import SOLVERS
-from quantkit.pipeline.first_last import FIRST_LAST
-from quantkit.pipeline.operating_point import EFFORTS
-from quantkit.pipeline.reparameterize import REPARAMETERIZATIONS
-from quantkit.quantizers.activation_ranges import RANGES
-from quantkit.quantizers.corrections import CORRECTIONS
-from quantkit.quantizers.reconstruction import RECONSTRUCTIONS
-from quantkit.quantizers.weights import ROUNDINGS
+from quantkit.ranges.activations import RANGES
 from quantkit.recipe.sources import METRICS
+from quantkit.reconstruction.blocks import RECONSTRUCTIONS
+from quantkit.reconstruction.corrections import CORRECTIONS
+from quantkit.rounding.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, RANKINGS
+from quantkit.stages.first_last import FIRST_LAST
+from quantkit.stages.operating_point import EFFORTS
+from quantkit.stages.reparameterize import REPARAMETERIZATIONS
 from quantkit.targets import Target, target_names
 
 

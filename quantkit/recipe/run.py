@@ -17,20 +17,20 @@ from torch import nn
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
-from quantkit.graph.batches import split_batches
-from quantkit.pipeline.bench import LATENCY_BATCH, bench
-from quantkit.pipeline.inputs import calibration_batches
-from quantkit.pipeline.measure_plans import measured_damages
-from quantkit.pipeline.metric import metric_of
-from quantkit.pipeline.operating_point import EFFORTS
-from quantkit.pipeline.profile import profile
-from quantkit.pipeline.quantize import quantize
-from quantkit.pipeline.request import CHOICES, DEFAULT_TARGET, choose
-from quantkit.pipeline.result import Result, load_result
 from quantkit.plan import Plan, Profile
+from quantkit.program.inputs import split_batches
 from quantkit.recipe.read import DECIDED_LATER, SECTIONS, Recipe, read_recipe
 from quantkit.recipe.sources import Evaluate, Samples, evaluate_of, model_of, outputs_of, samples_of
 from quantkit.report.summary import Measured
+from quantkit.stages.bench import LATENCY_BATCH, bench
+from quantkit.stages.inputs import calibration_batches
+from quantkit.stages.measure_plans import measured_damages
+from quantkit.stages.metric import metric_of
+from quantkit.stages.operating_point import EFFORTS
+from quantkit.stages.profile import profile
+from quantkit.stages.quantize import quantize
+from quantkit.stages.request import CHOICES, DEFAULT_TARGET, choose
+from quantkit.stages.result import Result, load_result
 from quantkit.store import require_writable, write_atomically
 from quantkit.targets import Target
 from quantkit.targets.rules import parse_schemes
@@ -169,10 +169,10 @@ def bench_recipe(
 
 def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     """Write the ONNX file, and measure size, speed and accuracy of it and of the float network in onnxruntime."""
-    from quantkit.export.latency import measure_latency_ratio
-    from quantkit.export.marks import mark_graph
-    from quantkit.export.onnx_model import OnnxModel
-    from quantkit.export.onnx_writer import export_float, export_onnx
+    from quantkit.backends.onnxruntime.latency import measure_latency_ratio
+    from quantkit.backends.onnxruntime.marks import mark_graph
+    from quantkit.backends.onnxruntime.onnx_model import OnnxModel
+    from quantkit.backends.onnxruntime.writer import export_float, export_onnx
 
     example = result.example()
     simulated = result.simulated()

@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from quantkit.errors import CorruptFile, InvalidRequest, QuantkitError, did_you_mean
-from quantkit.graph.batches import Batch, as_batch, batch_size, split_batches
-from quantkit.pipeline.metric import Evaluate
 from quantkit.plan import digest_of
+from quantkit.program.inputs import Batch, as_batch, batch_size, split_batches
 from quantkit.recipe.read import Recipe
 from quantkit.sensitivity.measure import main_output
+from quantkit.stages.metric import Evaluate
 
 BATCH = 128
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.graph.batches import Batch, batch_size, first_samples
+from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.progress import track
 from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject, damage_for
 from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms, sample_numbers

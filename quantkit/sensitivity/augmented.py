@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.sensitivity.measure import Perturbation, Scores
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.errors import InvalidRequest
-from quantkit.graph.intercept import tensors_of
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.intercept import tensors_of
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 
 Watch = Callable[[str, Tensor, Tensor], "Tensor | None"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.progress import track
 from quantkit.sensitivity.measure import Perturbation, Place, Subject
 

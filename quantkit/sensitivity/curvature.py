@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantkit.errors import InvalidRequest
-from quantkit.graph.batches import split_batches
-from quantkit.graph.intercept import OpKey
-from quantkit.graph.layers import weight_of
-from quantkit.graph.sites import Site
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.quantizers.simulate import at_sites, run_with
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.inputs import split_batches
+from quantkit.program.intercept import OpKey
+from quantkit.program.layers import weight_of
+from quantkit.program.sites import Site
 from quantkit.sensitivity.measure import (
     Perturbation,
     Place,
@@ -35,6 +34,7 @@ from quantkit.sensitivity.measure import (
     swapped_weights,
     without_autocast,
 )
+from quantkit.simulation.model import at_sites, run_with
 
 GRAPH_SAMPLES = 64  # a graph of second derivatives holds every activation of its samples several times
 

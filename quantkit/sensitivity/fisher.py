@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantkit.graph.batches import batch_size
-from quantkit.graph.intercept import OpKey
-from quantkit.graph.layers import layer_kind
+from quantkit.program.inputs import batch_size
+from quantkit.program.intercept import OpKey
+from quantkit.program.layers import layer_kind
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point
 from quantkit.sensitivity.first_order import slopes

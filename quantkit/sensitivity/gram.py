@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.graph.batches import batch_size
+from quantkit.program.inputs import batch_size
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Damage,

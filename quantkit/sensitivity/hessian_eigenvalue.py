@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.graph.batches import batch_size
+from quantkit.program.inputs import batch_size
 from quantkit.progress import track, warn
 from quantkit.sensitivity.curvature import Landscape, Point, gradients, hessian_product, inner
 from quantkit.sensitivity.first_order import slopes

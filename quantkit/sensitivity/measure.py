@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
-from quantkit.graph.layers import weight_of
-from quantkit.graph.sites import Site
-from quantkit.graph.trace import run_model
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.kernels.token_codes import AnyRange
+from quantkit.numbers.per_token import AnyRange
+from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import saturated
-from quantkit.quantizers.simulate import at_sites, run_with
+from quantkit.program.layers import weight_of
+from quantkit.program.sites import Site
+from quantkit.program.trace import run_model
+from quantkit.simulation.model import at_sites, run_with
 from quantkit.store import Artefacts
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]

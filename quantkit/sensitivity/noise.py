@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.graph.layers import weight_of
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.kernels.token_codes import AnyRange, TokenRange
+from quantkit.numbers.per_token import AnyRange, TokenRange
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.layers import weight_of
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Perturbation,

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
-from quantkit.graph.batches import Batch
-from quantkit.graph.layers import groups_of, weight_of
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.kernels.token_codes import TokenRange
+from quantkit.numbers.per_token import TokenRange
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.inputs import Batch
+from quantkit.program.layers import groups_of, weight_of
 from quantkit.progress import track
-from quantkit.quantizers.activation_ranges import RANGES, Extremes, Histogram
-from quantkit.quantizers.kept import arrays_of, weight_of_arrays
-from quantkit.quantizers.simulate import as_float
-from quantkit.quantizers.statistics import in_memory_bound, layer_hessians, site_histograms
-from quantkit.quantizers.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
+from quantkit.ranges.activations import RANGES, Extremes, Histogram
+from quantkit.ranges.statistics import in_memory_bound, layer_hessians, site_histograms
+from quantkit.reconstruction.snapshot import arrays_of, weight_of_arrays
+from quantkit.rounding.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
 from quantkit.sensitivity.measure import Perturbation
+from quantkit.simulation.model import as_float
 from quantkit.store import Artefacts
 from quantkit.transforms.prepare import Prepared
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from quantkit.graph.layers import weight_of
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.layers import weight_of
 from quantkit.progress import warn
 from quantkit.sensitivity.measure import Perturbation, Scores
 

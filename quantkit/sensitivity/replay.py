@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.graph.layers import layer_kind, weight_of
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.kernels.token_codes import AnyRange
+from quantkit.numbers.per_token import AnyRange
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.layers import layer_kind, weight_of
 from quantkit.sensitivity.measure import AtSites, Perturbation, Place, Subject, applied, swapped_weights
 
 Changes = Mapping[Place, QuantizedWeight | AnyRange]

@@ -24,7 +24,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import saturated
 from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes, members_of

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InvalidRequest
-from quantkit.graph.layers import weight_of
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.kernels.token_codes import TokenRange
+from quantkit.numbers.per_token import TokenRange
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.layers import weight_of
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quantkit.graph.layers import weight_of
+from quantkit.program.layers import weight_of
 from quantkit.sensitivity.blocks import find_blocks, layers_of, ranking
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from quantkit.graph.layers import bias_of, weight_of
-from quantkit.graph.trace import Op, Trace
+from quantkit.program.layers import bias_of, weight_of
+from quantkit.program.trace import Op, Trace
 
 _FOLDABLE: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantkit.graph.layers import bias_of, weight_of
-from quantkit.graph.sites import moves_values
-from quantkit.graph.trace import Op, Trace
-from quantkit.kernels.reference import SiteRange
-from quantkit.quantizers.channel_ranges import ChannelRanges
+from quantkit.numbers.uniform import SiteRange
+from quantkit.program.layers import bias_of, weight_of
+from quantkit.program.sites import moves_values
+from quantkit.program.trace import Op, Trace
+from quantkit.ranges.channels import ChannelRanges
 from quantkit.transforms.prepare import Prepared
 
 

@@ -13,11 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.graph.batches import Batch, first_samples
-from quantkit.graph.layers import layer_kind, weight_of
-from quantkit.graph.sites import Site, can_hold_site, place_sites, token_sites
-from quantkit.graph.trace import Trace, trace, untraced
 from quantkit.plan import Layer
+from quantkit.program.inputs import Batch, first_samples
+from quantkit.program.layers import layer_kind, weight_of
+from quantkit.program.sites import Site, can_hold_site, place_sites, token_sites
+from quantkit.program.trace import Trace, trace, untraced
 from quantkit.progress import notice
 from quantkit.targets import Target
 from quantkit.transforms.fold_bn import fold, foldable_pairs

@@ -13,9 +13,9 @@ import pytest
 from quantkit.allocation.allocate import allocate
 from quantkit.allocation.front import pareto
 from quantkit.errors import InfeasibleBudget, InvalidRequest
-from quantkit.flow import Operation
 from quantkit.formats import Scheme
 from quantkit.latency import LatencyTable, OperationTime, SiteTime
+from quantkit.operations import Operation
 from quantkit.plan import Layer, Plan, Profile, SiteRecord
 
 OPERATIONS = (

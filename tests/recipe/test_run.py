@@ -13,18 +13,18 @@ import torch
 import yaml
 
 import quantkit
+from quantkit.backends.onnxruntime import writer as onnx_writer
+from quantkit.backends.onnxruntime.onnx_model import OnnxModel
 from quantkit.errors import InfeasibleBudget, InvalidRequest, ParityError, QuantkitError
-from quantkit.export import onnx_writer
-from quantkit.export.onnx_model import OnnxModel
-from quantkit.pipeline import profile as stage
-from quantkit.pipeline.result import Result
 from quantkit.plan import Plan, Profile
 from quantkit.recipe.forecast import forecast_of
 from quantkit.recipe.read import Recipe, read_recipe
 from quantkit.recipe.run import profile_recipe, record, run_recipe
 from quantkit.report.summary import Measured
-from tests.pipeline.networks import images, small
+from quantkit.stages import profile as stage
+from quantkit.stages.result import Result
 from tests.recipe.tiny import rewritten, write_tiny
+from tests.stages.networks import images, small
 
 LEFT = {"model.onnx", "plan.json", "weights.safetensors", "recipe.yaml", "work"}
 

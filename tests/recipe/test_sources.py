@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from quantkit.errors import CorruptFile, InvalidRequest
-from quantkit.pipeline.metric import metric_of
 from quantkit.recipe.read import Recipe, read_recipe
 from quantkit.recipe.run import inputs_of
 from quantkit.recipe.sources import evaluate_of, function_of, model_of, samples_of
-from tests.pipeline.networks import Small, images, small
+from quantkit.stages.metric import metric_of
 from tests.recipe.tiny import rewritten, write_tiny
+from tests.stages.networks import Small, images, small
 
 
 @pytest.fixture

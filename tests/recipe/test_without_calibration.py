@@ -12,8 +12,8 @@ import quantkit
 from quantkit.cli import main
 from quantkit.recipe.read import read_recipe
 from quantkit.recipe.run import load, run_recipe
-from tests.pipeline.networks import images, small
 from tests.recipe.tiny import rewritten, write_tiny
+from tests.stages.networks import images, small
 
 EXAMPLE = {"npz": "data/images.npz", "inputs": "images", "select": [0, 2], "preprocess": "network.py:preprocess"}
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.pipeline.networks import images, small
+from tests.stages.networks import images, small
 
 NETWORK = '''
 import time
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tests.pipeline.networks import small
+from tests.stages.networks import small
 
 
 @dataclass

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.graph.batches import Batch
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.pipeline.request import Request
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.inputs import Batch
 from quantkit.sensitivity.measure import Perturbation, Place
+from quantkit.stages.request import Request
 
 WEIGHTS = ("0", "2", "4")
 SITES = ("input", "1", "3")  # what the layers of the same position read

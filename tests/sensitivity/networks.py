@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantkit.graph.batches import Batch
-from quantkit.kernels.reference import SiteRange
-from quantkit.pipeline.request import Request, make_ready
+from quantkit.numbers.uniform import SiteRange
+from quantkit.program.inputs import Batch
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
+from quantkit.stages.request import Request, make_ready
 
 SCHEMES = ("w2a8", "w4a8", "w8a8")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.sensitivity.gram import gram
 from quantkit.sensitivity.measure import KLDamage, Perturbation, Scores, Subject
 from quantkit.sensitivity.pair_terms import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkit.graph.batches import Batch
+from quantkit.program.inputs import Batch
 from quantkit.sensitivity.inputs import LEAST, MOST, mixed_pairs
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.graph.layers import weight_of
-from quantkit.kernels.reference import QuantizedWeight
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.layers import weight_of
 from quantkit.sensitivity.kl import kl
 from quantkit.sensitivity.rarely_reached import FEW, reached_by_few, with_fallback
 from tests.sensitivity.networks import classifier, inputs, perturbed, request_of, subject_of

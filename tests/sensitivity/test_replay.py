@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkit.pipeline.profile import bench_of
-from quantkit.pipeline.request import make_ready
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.replay import variations
+from quantkit.stages.profile import bench_of
+from quantkit.stages.request import make_ready
 
 
 class Awkward(nn.Module):

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import WeightFormat
-from quantkit.graph.batches import Batch
-from quantkit.kernels.reference import QuantizedWeight
-from quantkit.pipeline.request import Request
-from quantkit.quantizers.weights import quantize_weight
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.inputs import Batch
+from quantkit.rounding.weights import quantize_weight
 from quantkit.sensitivity import noise as noise_module
 from quantkit.sensitivity.first_order import first_order
 from quantkit.sensitivity.fisher import fisher, per_sample
@@ -20,6 +19,7 @@ from quantkit.sensitivity.hvp_pairs import hvp_pairs
 from quantkit.sensitivity.kl import kl
 from quantkit.sensitivity.measure import KLDamage, Perturbation, SquaredError, Subject
 from quantkit.sensitivity.noise import noise, noisy_weight
+from quantkit.stages.request import Request
 from tests.sensitivity.explicit import SITES, WEIGHTS, Explicit
 from tests.sensitivity.networks import (
     by_hand,

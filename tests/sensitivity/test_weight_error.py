@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.kernels.reference import SiteRange
-from quantkit.quantizers.weights import quantize_weight
+from quantkit.numbers.uniform import SiteRange
+from quantkit.rounding.weights import quantize_weight
 from quantkit.sensitivity import ESTIMATORS, NO_INPUTS
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.weight_error import NORMAL_ZD, channel_error, channel_zd

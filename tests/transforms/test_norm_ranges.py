@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantkit.kernels.reference import quantize
-from quantkit.quantizers.channel_ranges import ChannelRanges, clipped_ranges, mse_ranges, output_error
+from quantkit.numbers.uniform import quantize
+from quantkit.ranges.channels import ChannelRanges, clipped_ranges, mse_ranges, output_error
 from quantkit.targets import Target
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
 from quantkit.transforms.prepare import Prepared, prepare

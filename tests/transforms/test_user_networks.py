@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
-from quantkit.graph.batches import Batch
-from quantkit.graph.intercept import OpKey, own_inputs
-from quantkit.graph.trace import _results_of
-from quantkit.quantizers.activation_ranges import minmax_range
-from quantkit.quantizers.simulate import SimulatedModel
-from quantkit.quantizers.statistics import site_histograms
+from quantkit.program.inputs import Batch
+from quantkit.program.intercept import OpKey, own_inputs
+from quantkit.program.trace import _results_of
+from quantkit.ranges.activations import minmax_range
+from quantkit.ranges.statistics import site_histograms
+from quantkit.simulation.model import SimulatedModel
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
-from tests.graph.models import settled
-from tests.graph.oddities import ZOO
+from tests.program.models import settled
+from tests.program.oddities import ZOO
 
 TARGET = Target.load("onnxruntime-cpu")
 

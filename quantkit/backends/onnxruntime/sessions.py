@@ -1,0 +1,53 @@
+"""onnxruntime sessions as quantkit opens them: on the CPU, a given number of threads, without busy waiting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantkit.backends.onnxruntime.marks import leaf_names
+from quantkit.program.inputs import Batch
+from quantkit.program.intercept import tensors_of
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+
+def open_session(
+    path: str | Path,
+    threads: int = 0,
+    optimized: bool = True,
+    save_optimized: str | Path | None = None,
+    profile: str | Path | None = None,
+) -> InferenceSession:
+    """A session on an ONNX file. ``threads`` 0 leaves their number to onnxruntime.
+
+    Without optimization every operation runs in float as the file spells it: the file's exact meaning.
+    ``save_optimized`` writes the graph that really runs. ``profile``: how the name of the file begins into which
+    ``end_profiling`` writes the time of every node.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    if save_optimized is not None:
+        options.optimized_model_filepath = str(save_optimized)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(session: InferenceSession, batch: Batch) -> dict[str, np.ndarray]:
+    """A batch as the session's inputs: keyword tensors by name, the others in order."""
+    args, kwargs = batch
+    named = dict(zip(leaf_names(kwargs, "input"), tensors_of(kwargs), strict=True))
+    others = iter(tensors_of(args))
+    names = [i.name for i in session.get_inputs()]
+    return {n: (named[n] if n in named else next(others)).detach().cpu().contiguous().numpy() for n in names}

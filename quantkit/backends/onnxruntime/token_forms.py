@@ -1,0 +1,69 @@
+"""Tokens in an ONNX graph: a scale for each row, found as the model runs, and products of their codes on integers.
+
+Operators that every runtime has; onnxruntime's own dynamic quantization has one scale for a whole tensor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from quantkit.backends.onnxruntime.editing import Editor
+from quantkit.backends.onnxruntime.weight_forms import midpoint, stored_codes
+from quantkit.numbers.per_token import SMALLEST_STEP, TokenRange
+from quantkit.numbers.uniform import QuantizedWeight
+
+CENTRE = 128  # on x86 integer kernels read unsigned bytes
+_BIAS = 2
+
+
+def _codes_and_scale(editor: Editor, before: ir.Node, name: str, x: ir.Value, site: TokenRange) -> list[ir.Value]:
+    """The codes of ``x``, still as floats, and the scale of each row."""
+    last = editor.initializer("last", np.array([-1], np.int64))
+    top = editor.initializer(f"{name}.highest", np.array(site.high, np.float32))
+    least = editor.initializer("smallest_step", np.array(SMALLEST_STEP, np.float32))
+    largest = editor.node(before, "Abs", [x], name)
+    largest = editor.node(before, "ReduceMax", [largest, last], name, keepdims=1)
+    scale = editor.node(before, "Div", [largest, top], name)
+    scale = editor.node(before, "Max", [scale, least], name)
+    codes = editor.node(before, "Div", [x, scale], name)
+    return [editor.node(before, "Round", [codes], name), scale]
+
+
+def token_values(editor: Editor, before: ir.Node, name: str, x: ir.Value, site: TokenRange) -> ir.Value:
+    """``x`` on the grids of its rows, in float."""
+    return editor.node(before, "Mul", _codes_and_scale(editor, before, name, x, site), name)
+
+
+def reads_rows(call: ir.Node, transposed: bool) -> bool:
+    """Whether a call multiplies rows by a weight (outputs, inputs), which it reads ``transposed`` or as it is, and
+    does nothing else but add a bias.
+    """
+    if call.op_type == "MatMul":
+        return transposed
+    given = {name: attribute.value for name, attribute in call.attributes.items()}
+    plain = given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA")
+    return call.op_type == "Gemm" and plain and bool(given.get("transB")) != transposed
+
+
+def token_product(
+    editor: Editor, call: ir.Node, layer: str, name: str, x: ir.Value, site: TokenRange, weight: QuantizedWeight
+) -> ir.Value:
+    """What a call of ``layer`` that ``reads_rows`` makes of ``x``, in the order of the package's own kernels: an
+    integer sum, times the scale of the weight, times that of the row, plus the bias.
+    """
+    codes, scale = _codes_and_scale(editor, call, name, x, site)
+    centre = editor.initializer("token_centre", np.array(CENTRE, np.float32))
+    codes = editor.node(call, "Add", [codes, centre], name)
+    codes = editor.node(call, "Cast", [codes], name, to=ir.DataType.UINT8)
+    stored, middle = f"{layer}.weight", midpoint(weight.format.bits)
+    factors = stored_codes(editor, call, stored, weight.codes.t().contiguous(), weight.format.bits, integer=True)
+    zeros = [editor.initializer("token_zero", np.array(CENTRE, np.uint8))]
+    zeros += [editor.initializer("midpoint", np.array(middle))] if middle else []
+    steps = editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
+    made = editor.node(call, "MatMulInteger", [codes, factors, *zeros], layer)
+    made = editor.node(call, "Cast", [made], layer, to=ir.DataType.FLOAT)
+    made = editor.node(call, "Mul", [made, steps], layer)
+    made = editor.node(call, "Mul", [made, scale], layer)
+    bias = call.inputs[_BIAS] if len(call.inputs) > _BIAS else None
+    return made if bias is None else editor.node(call, "Add", [made, bias], layer)

@@ -1,0 +1,137 @@
+"""How a layer's codes lie in the file: true size for every width, expanded to INT8 once, when onnxruntime loads it.
+
+=======  ==================================================  ==========================================
+bits     initializers                                        expanded by
+=======  ==================================================  ==========================================
+8        INT8; on some CPUs UINT8 around 128, see below      nothing
+4        INT4                                                Cast
+2,3,5-7  one plane for each power of two in the width, as    ``quantkit::Unpack<bits>``, a function of
+         bytes: those of ``kernels.packing``                 standard operators that the file carries
+=======  ==================================================  ==========================================
+
+onnxruntime folds all of them to the same INT8 tensor, so speed does not depend on the width. Planes are bytes and not
+ONNX's INT2 and UINT4 because these need opset 25 and a newer runtime for the same size and the same speed; the
+function keeps the graph readable and the file small where a dozen nodes for each layer would not.
+
+On x86 CPUs without VNNI onnxruntime multiplies unsigned by signed bytes in pairs that it adds in 16 bits, which
+saturates: 2 x 255 x 127 does not fit, what 7-bit codes give does. For two unsigned operands it widens first, which is
+exact. So a file written on such a CPU has full 8-bit weights unsigned for integer kernels. With VNNI signed bytes are
+exact, and much faster than unsigned ones. A file written there computes the same on a CPU without VNNI if
+its session is opened with ``session.x64quantprecision`` set to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx import parser
+from torch import Tensor
+
+from quantkit.backends.onnxruntime.editing import Editor
+from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
+from quantkit.formats import bit_planes
+from quantkit.numbers.packing import pack_plane, split_planes
+from quantkit.runtime.int_linear.through_torch import has_vnni
+
+IR_VERSION = 10
+# Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 came with 1.23.
+_MINIMUM_RUNTIME = "1.19"
+_MINIMUM_RUNTIME_INT4 = "1.23"
+# onnxruntime folds results of up to 1 GiB, and unpacking passes through INT32.
+LARGEST_UNPACKED = 1 << 28
+
+
+def is_in_planes(bits: int) -> bool:
+    """True for the widths stored as planes."""
+    return bits not in (4, 8)
+
+
+def minimum_runtime(widths: Iterable[int]) -> str:
+    """The oldest onnxruntime that runs a file with weights of these widths."""
+    return _MINIMUM_RUNTIME_INT4 if 4 in widths else _MINIMUM_RUNTIME
+
+
+def is_unsigned(bits: int) -> bool:
+    """True where integer kernels are exact only on codes moved up by 128."""
+    return bits == 8 and not has_vnni()
+
+
+def midpoint(bits: int) -> np.generic:
+    """What stands for zero in the codes that integer kernels read."""
+    return np.uint8(128) if is_unsigned(bits) else np.int8(0)
+
+
+def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int, integer: bool) -> ir.Value:
+    """The value of ``codes`` (INT8, any shape): stored in initializers named after ``name``, expanded ahead of
+    ``before``; for ``integer`` kernels around ``midpoint``."""
+    shape = tuple(codes.shape)
+    if bits == 8:
+        moved = integer and is_unsigned(bits)
+        return editor.initializer(name, (codes ^ -128).view(torch.uint8).numpy() if moved else codes.numpy())
+    if bits == 4:
+        packed = pack_plane(codes.reshape(-1).view(torch.uint8) & 0xF, 4)
+        stored = editor.initializer(name, ir.PackedTensor(packed.numpy(), ir.DataType.INT4, shape=shape))
+        return editor.node(before, "Cast", [stored], name, to=ir.DataType.INT8)
+    planes = [
+        editor.initializer(f"{name}.plane{width}", pack_plane(values, width).reshape(-1, 1).numpy())
+        for width, values in split_planes(codes, bits)
+    ]
+    call = {"shape": shape, "count": [math.prod(shape)]}
+    return editor.node(before, f"Unpack{bits}", planes, name, domain=DOMAIN, **call)
+
+
+def add_functions(model: ir.Model) -> None:
+    """Give a model the functions that its nodes call."""
+    names = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for bits in range(2, 9):
+        if f"Unpack{bits}" in names:
+            function = ir.serde.deserialize_function(parser.parse_function(unpack_function(bits)))
+            model.functions[function.identifier()] = function
+
+
+def unpack_function(bits: int) -> str:
+    """The text of the ONNX function that turns byte planes (n, 1) of codes of ``bits`` bits into INT8 codes of a
+    shape.
+
+    Every byte is shifted by each position and masked; what pads a plane to whole bytes is cut off; planes are joined
+    high bits first and the offset that made the codes unsigned is taken away.
+    """
+    widths = bit_planes(bits)
+    lines = []
+    for width in widths:
+        shifts = ", ".join(str(s) for s in range(0, 8, width))
+        lines += [
+            f"shifts{width} = Constant <value = uint8[{8 // width}] {{{shifts}}}> ()",
+            f"mask{width} = Constant <value = uint8 {{{(1 << width) - 1}}}> ()",
+            f'shifted{width} = BitShift <direction = "RIGHT"> (plane{width}, shifts{width})',
+            f"masked{width} = BitwiseAnd (shifted{width}, mask{width})",
+            f"flat{width} = Reshape (masked{width}, minus_one)",
+            f"field{width} = Slice (flat{width}, zero, count)",
+        ]
+    joined = f"field{widths[0]}"
+    for width in widths[1:]:
+        lines += [
+            f"by{width} = Constant <value = uint8 {{{width}}}> ()",
+            f'high{width} = BitShift <direction = "LEFT"> ({joined}, by{width})',
+            f"joined{width} = BitwiseOr (high{width}, field{width})",
+        ]
+        joined = f"joined{width}"
+    body = "\n".join(lines)
+    return f"""
+        <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
+        Unpack{bits} <shape, count> ({", ".join(f"plane{width}" for width in widths)}) => (codes) {{
+            shape = Constant <value_ints: ints = @shape> ()
+            count = Constant <value_ints: ints = @count> ()
+            zero = Constant <value_ints = [0]> ()
+            minus_one = Constant <value_ints = [-1]> ()
+            {body}
+            wide = Cast <to = {ir.DataType.INT32.value}> ({joined})
+            offset = Constant <value = int32 {{{1 << bits - 1}}}> ()
+            signed = Sub (wide, offset)
+            narrow = Cast <to = {ir.DataType.INT8.value}> (signed)
+            codes = Reshape (narrow, shape)
+        }}"""

@@ -1,0 +1,140 @@
+"""Write a simulated model as an ONNX file for onnxruntime, and prove it there before the file appears.
+
+The file computes on UINT8 activations and INT8 weights stored at their true width; its graph is named after the
+model's modules and carries nothing of the exporter. See ``weights`` for the storage forms and ``parity`` for the
+proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from quantkit.backends.onnxruntime.editing import copy_tidy, remove_leftovers
+from quantkit.backends.onnxruntime.marks import OPSET, MarkedGraph, mark_graph
+from quantkit.backends.onnxruntime.parity import (
+    DEFAULT_TOLERANCE,
+    OutputParity,
+    Tolerance,
+    measure_parity,
+    require_parity,
+)
+from quantkit.backends.onnxruntime.rewrite import bypass_marks, quantize_marks
+from quantkit.backends.onnxruntime.weight_forms import IR_VERSION, minimum_runtime
+from quantkit.errors import InvalidRequest
+from quantkit.plan import Plan
+from quantkit.program.inputs import Batch
+from quantkit.program.layers import layer_kind
+from quantkit.simulation.model import SimulatedModel
+from quantkit.store import write_atomically
+
+_LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it compares.
+
+    ``file_bytes`` is the file's size, ``weight_bytes`` the bytes in it of all layers' weights, scales included,
+    counted from its initializers. ``dynamic_batch`` is False where the model runs at one batch size only.
+    """
+
+    path: Path
+    file_bytes: int
+    weight_bytes: int
+    minimum_runtime: str
+    dynamic_batch: bool
+    parity: tuple[OutputParity, ...]
+    opset: int = OPSET
+
+
+def export_onnx(
+    simulated: SimulatedModel,
+    example: Batch,
+    path: str | Path,
+    *,
+    check: Sequence[Batch] = (),
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
+    plan: Plan | None = None,
+    graph: MarkedGraph | None = None,
+) -> ExportReport:
+    """Write ``simulated`` to ``path`` and compare the file with it in onnxruntime.
+
+    ``example`` is a batch (args, kwargs) of at least one sample; the file takes any number of samples where the model
+    does. ``check`` are the batches to compare on (default: the example). ``plan`` puts its digest into the file's
+    metadata. ``graph`` is what ``mark_graph`` made earlier of the same model, to export it once for several files.
+    Raises ParityError when the file computes something else, and InvalidRequest when the model cannot be exported;
+    then no file is left.
+    """
+    marked = graph or mark_graph(simulated, example)
+    model = quantized_graph(simulated, marked)
+    runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
+    model.metadata_props["quantkit.minimum_onnxruntime"] = runtime
+    if plan is not None:
+        model.metadata_props["quantkit.plan"] = plan.digest()
+    parity: list[OutputParity] = []
+
+    def write_and_compare(temporary: str) -> None:
+        _write(model, temporary)
+        parity.extend(measure_parity(temporary, simulated, check or [example]))
+        require_parity(parity, tolerance)
+
+    written = write_atomically(path, write_and_compare)
+    return ExportReport(
+        path=written,
+        file_bytes=written.stat().st_size,
+        weight_bytes=_weight_bytes(model, simulated),
+        minimum_runtime=runtime,
+        dynamic_batch=bool(marked.dynamic),
+        parity=tuple(parity),
+    )
+
+
+def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph) -> ir.Model:
+    """The graph of ``simulated`` in integers, from the marked graph of its model."""
+    model = copy_tidy(marked)
+    quantize_marks(model, simulated)
+    remove_leftovers(model)
+    return model
+
+
+def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, path: str | Path) -> Path:
+    """Write ``simulated`` to be timed: nothing compares what it computes."""
+    _write(quantized_graph(simulated, marked), str(path))
+    return Path(path)
+
+
+def export_float(
+    simulated: SimulatedModel, example: Batch, path: str | Path, *, graph: MarkedGraph | None = None
+) -> Path:
+    """Write the same graph in float32, to compare size and speed with. Its weights are the simulated model's."""
+    model = copy_tidy(graph or mark_graph(simulated, example))
+    bypass_marks(model.graph)
+    remove_leftovers(model)
+    return write_atomically(path, lambda temporary: _write(model, temporary))
+
+
+def _write(model: ir.Model, path: str) -> None:
+    model.ir_version = IR_VERSION
+    model.producer_name = "quantkit"
+    proto = ir.to_proto(model)
+    if proto.ByteSize() > _LARGEST_FILE:
+        raise InvalidRequest(
+            f"The ONNX file would have {proto.ByteSize():,} bytes, more than one file can hold ({_LARGEST_FILE:,}). "
+            "Give the large layers fewer bits."
+        )
+    onnx.checker.check_model(proto, full_check=True)
+    Path(path).write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _weight_bytes(model: ir.Model, simulated: SimulatedModel) -> int:
+    """Bytes of the initializers that hold the layers' weights: codes in whatever form, scales, float weights."""
+    layers = [name for name, module in simulated.model.named_modules() if layer_kind(module) is not None]
+    names = {f"{name}.weight" for name in layers}
+    parts = tuple(f"{name}." for name in names)
+    tensors = [(str(v.name), v.const_value) for v in model.graph.initializers.values()]
+    return sum(int(t.nbytes) for name, t in tensors if t is not None and (name in names or name.startswith(parts)))

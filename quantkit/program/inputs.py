@@ -1,0 +1,161 @@
+"""Calibration data as the model takes it: read once, checked, kept on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from quantkit.errors import InvalidRequest
+from quantkit.program.intercept import forward_parameters, tensors_of
+from quantkit.progress import notice
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_batch(item: Any) -> Batch:
+    """(args, kwargs) of one calibration item: a tensor is one argument, a tuple or list several, a dict keywords."""
+    if isinstance(item, Tensor):
+        return (item,), {}
+    if isinstance(item, Mapping):
+        return (), dict(sorted(item.items()))  # batches are told apart by their leaves: always in one order
+    if isinstance(item, tuple | list):
+        return tuple(item), {}
+    raise InvalidRequest(
+        f"A calibration item must be a tensor, a tuple of arguments or a dict of keywords, not {type(item).__name__}."
+    )
+
+
+def read_batches(model: nn.Module, calibration: Any, samples: int | None = None) -> list[Batch]:
+    """Read ``calibration`` (an iterable of items, or one tensor or dict of many samples) once, up to ``samples``
+    samples.
+
+    Surplus trailing tuple items, as the labels of (x, y) loaders, are dropped with a notice. Floating-point inputs
+    come out as float32 on the CPU. Raises InvalidRequest for empty data and for NaN or infinite inputs, with the
+    batch's number.
+    """
+    _require_arguments(model, calibration, samples)
+    items: Iterable[Any] = [calibration] if isinstance(calibration, Tensor | Mapping) else calibration
+    lazy = not isinstance(items, list | tuple)
+    most = _positional_parameters(model)
+    batches: list[Batch] = []
+    taken = dropped = 0
+    for number, item in enumerate(items):
+        args, kwargs = as_batch(item)
+        dropped = max(dropped, len(args) - most)
+        batch = tree_map(lambda v: _on_cpu(v, copy=lazy), (args[:most], kwargs))
+        if samples is not None:
+            batch = first_samples(batch, samples - taken)
+        _require_usable(batch, number)
+        if batch_size(batch):
+            taken += batch_size(batch)
+            batches.append(batch)
+        if samples is not None and taken >= samples:
+            break
+    if taken == 0:
+        raise InvalidRequest(
+            "The calibration data is empty. Pass a few hundred typical inputs; labels are not needed."
+        )
+    if dropped > 0:
+        notice(f"calibration items carry {dropped} more value(s) than the model takes (labels?): not used")
+    return batches
+
+
+def _require_arguments(model: Any, calibration: Any, samples: int | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidRequest(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
+    if not isinstance(calibration, Iterable):
+        raise InvalidRequest(f"calibration must be an iterable of model inputs, not {type(calibration).__name__}.")
+    if samples is not None and samples < 1:
+        raise InvalidRequest(f"samples={samples} leaves no calibration data: pass at least 1, or None for all.")
+
+
+def _positional_parameters(model: nn.Module) -> int:
+    parameters = forward_parameters(model)
+    if not parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 1 << 30
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _on_cpu(value: Any, copy: bool) -> Any:
+    """A tensor as float32 or integers on the CPU; ``copy`` where the iterable may fill the same memory again."""
+    if not isinstance(value, Tensor):
+        return value
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    return value.detach().to("cpu", dtype, copy=copy)
+
+
+def batch_size(batch: Batch) -> int:
+    """Samples of a batch: the length of its first tensor with a dimension."""
+    return next((len(t) for t in tensors_of(batch) if t.dim()), 0)
+
+
+def first_samples(batch: Batch, count: int) -> Batch:
+    """The first ``count`` samples of a batch; what does not have one entry per sample stays whole."""
+    size = batch_size(batch)
+    return tree_map(lambda v: v[:count] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
+
+
+def _require_usable(batch: Batch, number: int) -> None:
+    for tensor in tensors_of(batch):
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise InvalidRequest(f"Calibration batch {number} contains a sparse or nested tensor: pass it dense.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InvalidRequest(
+                f"Calibration batch {number} contains NaN or infinite values. Remove or repair these inputs: "
+                "ranges and sensitivities measured on them would mean nothing."
+            )
+
+
+def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """The same samples in batches of at most ``size``, where every tensor of a batch has its number of samples."""
+    result: list[Batch] = []
+    for batch in batches:
+        leaves, count = tree_flatten(batch)[0], batch_size(batch)
+        uniform = all(isinstance(v, Tensor) and v.dim() and len(v) == count for v in leaves)
+        starts = range(0, count, size) if uniform and count > size else (0,)
+        for start in starts:
+            stop = start + size if len(starts) > 1 else count
+            result.append(tree_map(lambda v, a=start, b=stop: v[a:b], batch) if len(starts) > 1 else batch)
+    return result
+
+
+def digest_batches(batches: Sequence[Batch]) -> str:
+    """Identifies calibration data by its bytes."""
+    hasher = hashlib.sha256()
+    for batch in batches:
+        leaves, structure = tree_flatten(batch)
+        hasher.update(str(structure).encode())
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                hasher.update(str((leaf.dtype, tuple(leaf.shape))).encode())
+                hasher.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                hasher.update(repr(leaf).encode())
+    return hasher.hexdigest()[:16]
+
+
+def digest_model(model: nn.Module) -> str:
+    """Identifies a model by its class and the names, shapes and values of all tensors it holds: its state, buffers
+    that are not part of it, and plain attributes of its modules.
+    """
+    hasher = hashlib.sha256(type(model).__qualname__.encode())
+    held = {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in sorted((held | buffers | dict(model.state_dict())).items()):
+        if not isinstance(tensor, Tensor):
+            hasher.update(f"{name}{tensor!r}".encode())
+            continue
+        hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:16]

@@ -1,0 +1,162 @@
+"""Ranges of activations, streamed: minimum and maximum, and the clipping with the least squared error.
+
+Two passes over the calibration data, each of fixed size and exactly mergeable: first the extremes, then a histogram
+between them. The same data gives the same range however it is split into batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.numbers.uniform import SiteRange, dequantize, quantize
+
+BINS = 2048
+TAIL = 1e-4  # share of the values a percentile range leaves out on either side
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The least and the greatest value seen; starts empty."""
+
+    low: float = float("inf")
+    high: float = float("-inf")
+
+    def seen(self, x: Tensor) -> Extremes:
+        return self if x.numel() == 0 else self.merged(Extremes(*(float(v) for v in torch.aminmax(x))))
+
+    def merged(self, other: Extremes) -> Extremes:
+        return Extremes(min(self.low, other.low), max(self.high, other.high))
+
+    def with_zero(self) -> Extremes:
+        """Zero must be exactly representable: padding and ReLU make it."""
+        return self.merged(Extremes(0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts (int64) of values in ``BINS`` equal bins over fixed extremes."""
+
+    extremes: Extremes
+    counts: Tensor
+
+    @classmethod
+    def empty(cls, extremes: Extremes) -> Histogram:
+        return cls(extremes, torch.zeros(BINS, dtype=torch.int64))
+
+    def seen(self, x: Tensor) -> Histogram:
+        low, high = self.extremes.low, self.extremes.high
+        width = (high - low) / BINS
+        if width <= 0 or x.numel() == 0:
+            return self
+        bins = ((x.reshape(-1) - low) / width).long().clamp_(0, BINS - 1)
+        return Histogram(self.extremes, self.counts + torch.bincount(bins, minlength=BINS))
+
+    def merged(self, other: Histogram) -> Histogram:
+        return Histogram(self.extremes, self.counts + other.counts)
+
+    def centres(self) -> Tensor:
+        width = (self.extremes.high - self.extremes.low) / BINS
+        return self.extremes.low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+
+
+def range_between(low: float, high: float, bits: int) -> SiteRange:
+    """Unsigned codes covering [low, high] with zero representable; the zero point is rounded and clamped.
+
+    A range below the smallest normal float gets scale 1: the tensor is constant zero.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    steps = (1 << bits) - 1
+    scale = float(torch.tensor((high - low) / steps, dtype=torch.float32))
+    if scale < torch.finfo(torch.float32).tiny:
+        return SiteRange(1.0, 0, bits)
+    return SiteRange(scale, max(0, min(steps, round(-low / scale))), bits)
+
+
+def minmax_range(histogram: Histogram, bits: int) -> SiteRange:
+    """The range that clips nothing."""
+    return range_between(histogram.extremes.low, histogram.extremes.high, bits)
+
+
+def mse_range(histogram: Histogram, bits: int) -> SiteRange:
+    """The range with the least squared quantization error over the histogram.
+
+    Upper and lower bound are each shrunk towards zero over a grid, in turns until neither improves.
+    """
+    values, counts = histogram.centres(), histogram.counts.double()
+
+    def error(found: SiteRange) -> float:
+        scale, zero = torch.tensor(found.scale).double(), torch.tensor(float(found.zero_point)).double()
+        rounded = dequantize(quantize(values, scale, zero, 0, found.high), scale, zero)
+        return float((counts * (rounded - values).square()).sum())
+
+    edges = histogram.extremes.with_zero()
+    grid = torch.linspace(1.0, 0.02, 99).tolist()
+    low = high = 1.0
+    best = error(range_between(edges.low, edges.high, bits))
+    improved = bool(counts.sum() > 0)
+    while improved:
+        improved = False
+        for side in ("high", "low"):
+            for shrink in grid:
+                trial = (low, shrink) if side == "high" else (shrink, high)
+                found = error(range_between(edges.low * trial[0], edges.high * trial[1], bits))
+                if found < best * (1 - 1e-9):
+                    best, (low, high), improved = found, trial, True
+    return range_between(edges.low * low, edges.high * high, bits)
+
+
+def percentile_range(histogram: Histogram, bits: int) -> SiteRange:
+    """The range that leaves out the outermost ``TAIL`` of the values on either side, whole bins at a time."""
+    counts = histogram.counts.double()
+    total = float(counts.sum())
+    if total == 0:
+        return minmax_range(histogram, bits)
+    edges = torch.linspace(histogram.extremes.low, histogram.extremes.high, BINS + 1, dtype=torch.float64)
+    below = counts.cumsum(0)
+    first = int((below > TAIL * total).nonzero()[0])
+    last = int((below >= (1 - TAIL) * total).nonzero()[0])
+    return range_between(float(edges[first]), float(edges[last + 1]), bits)
+
+
+def entropy_range(histogram: Histogram, bits: int) -> SiteRange:
+    """The range whose codes keep most information: the least KL divergence between the values, clipped, and what is
+    left of them after rounding (Migacz, "8-bit inference with TensorRT", 2017). Both bounds are shrunk alike.
+    """
+    edges, best, lowest = histogram.extremes.with_zero(), minmax_range(histogram, bits), float("inf")
+    if histogram.counts.sum() == 0:
+        return best
+    for shrink in torch.linspace(1.0, 0.1, 91).tolist():
+        trial = range_between(edges.low * shrink, edges.high * shrink, bits)
+        if (found := _lost_information(histogram, trial)) < lowest * (1 - 1e-9):
+            best, lowest = trial, found
+    return best
+
+
+def _lost_information(histogram: Histogram, trial: SiteRange) -> float:
+    """KL(P || Q): P the counts with what is clipped moved to the outermost bins inside, Q the same counts with the
+    bins of one code levelled, without what was clipped.
+    """
+    values, counts = histogram.centres(), histogram.counts.double()
+    codes = torch.round(values / trial.scale) + trial.zero_point
+    inside = (codes >= 0) & (codes <= trial.high)
+    if not inside.any():
+        return float("inf")
+    kept, codes = counts[inside].clone(), codes[inside].long()
+    filled = (kept > 0).double()
+    each = torch.zeros(trial.high + 1, dtype=torch.float64)
+    level = each.index_add(0, codes, kept) / each.index_add(0, codes, filled).clamp(min=1)
+    q = level[codes] * filled
+    first, last = inside.nonzero()[[0, -1], 0].tolist()
+    kept[0] += counts[:first].sum()
+    kept[-1] += counts[last + 1 :].sum()
+    if q.sum() == 0:
+        return float("inf")
+    p, q = kept / kept.sum(), q / q.sum()
+    least = float(p[p > 0].min()) * 1e-3  # a bin that only holds what was clipped has no room in Q
+    return float((p[p > 0] * (p[p > 0] / q[p > 0].clamp(min=least)).log()).sum())
+
+
+RANGES = {"minmax": minmax_range, "mse": mse_range, "percentile": percentile_range, "entropy": entropy_range}

@@ -1,0 +1,258 @@
+"""AdaQuant: a layer's weight, its scales and zero points, its bias and the range of its input learned together, by the
+squared error of the layer's output.
+
+Hubara et al., "Improving Post Training Neural Quantization" (arXiv 2006.10518), section 3: minimize, over V, s_w, z_w,
+s_x, z_x and b', || f(W X + b) - f(Q_w(W + V) Q_x(X) + b') ||^2, f the activation behind the layer, gradients passed
+through rounding. *Parallel*: X are the float network's inputs, layers do not depend on each other. *Sequential*: each
+layer gets what the network quantized so far makes of them, and is to give what the float network gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.program.intercept import OpKey, read_place
+from quantkit.program.layers import bias_of
+from quantkit.program.segments import Segment
+from quantkit.program.sites import root_of
+from quantkit.program.tape import Tape
+from quantkit.program.trace import Trace
+from quantkit.progress import track
+from quantkit.reconstruction.blocks import Lesson, Teacher
+from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through
+from quantkit.reconstruction.learning import Learned, Schedule, learn
+from quantkit.reconstruction.snapshot import Finished
+from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.playback import Playback, Values, in_chunks, play
+
+ACTIVATIONS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clip")
+LEAST_SPREAD = 1e-12
+
+
+class JointWeight(LearnedWeight):
+    """A layer's weight and bias with zero points that are learned too, where its format has them."""
+
+    def __init__(self, weight: Tensor, start: QuantizedWeight, bias: Tensor | None, unit: Tensor) -> None:
+        super().__init__(weight, start, bias, unit)
+        self.zero_shift = torch.zeros_like(self.zero, requires_grad=start.zero_point is not None)
+
+    def zeros(self) -> Tensor:
+        return round_through(self.zero + self.zero_shift).clamp(*self.start.format.code_range)
+
+    @torch.no_grad()
+    def found(self) -> QuantizedWeight:
+        kept = super().found()
+        return kept if kept.zero_point is None else replace(kept, zero_point=self.zeros().squeeze(-1).to(torch.int8))
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Steps ``start`` to ``stop`` of a tape, a layer and the activation behind it: the numbers of the value it reads
+    and of the one it makes, and the site that quantizes the former with its place, if any.
+    """
+
+    start: int
+    stop: int
+    reads: int
+    makes: int
+    site: str | None
+    place: OpKey | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a layer's call reads before its site quantizes it, and what it is to make: to learn from, and held back."""
+
+    call: LayerCall
+    inputs: Tensor
+    wanted: Tensor
+    held_inputs: Tensor
+    held_wanted: Tensor
+
+    @property
+    def unit(self) -> Tensor:
+        """The mean square of what is wanted around its mean: errors are measured in it."""
+        return self.wanted.var().clamp(min=LEAST_SPREAD)
+
+
+def calls_of(playback: Playback, trace: Trace, block: Segment, name: str) -> Iterator[LayerCall]:
+    """The calls of a layer inside its block."""
+    tape, calls = playback.tape, {call.key: call for call in trace.calls[name]}
+    for i in range(block.start, block.stop):
+        step = tape.steps[i]
+        if step.key not in calls:
+            continue
+        fused = i + 1 < block.stop and _is_activation_of(tape, i)
+        last = tape.steps[i + 1] if fused else step
+        place = trace.producer.get(root_of(trace, calls[step.key].input))
+        place = own if (own := read_place(step.key)) in playback.sites else place
+        site = None if place is None else playback.sites.get(place)
+        yield LayerCall(i, i + 2 if fused else i + 1, step.reads[0], last.makes[0], site, place)
+
+
+def _is_activation_of(tape: Tape, i: int) -> bool:
+    """Whether the step after number ``i`` is an activation that alone reads what it makes, or overwrites it."""
+    made, after = tape.steps[i].makes[0], tape.steps[i + 1]
+    if after.key.op not in ACTIVATIONS or after.reads[:1] != (made,):
+        return False
+    others = [other for other in tape.steps if other is not after and made in other.reads]
+    return made in after.makes or (not others and made != tape.output)
+
+
+@torch.no_grad()
+def _entering(playback: Playback, block: Segment, call: LayerCall, values: Values) -> Tensor:
+    """What a call reads, without the quantizer of its own site."""
+    before = Segment(block.start, call.start, block.entering, call.reads, ())
+    parts = [
+        playback.inside(part, before, [call.reads], call.place)[0][:count]
+        for part, count in in_chunks(playback.tape, values)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _leaving(floats: Playback, block: Segment, call: LayerCall, values: Values) -> Tensor:
+    """What a call makes in the float network."""
+    return play(floats, values, Segment(block.start, call.stop, block.entering, call.makes, ()))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The values that enter a block in the quantized and in the float network, to learn from and held back."""
+
+    ours: Values
+    theirs: Values
+    held_ours: Values
+    held_theirs: Values
+
+    def after(self, playback: Playback, floats: Playback, block: Segment, parallel: bool) -> Streams:
+        """Those that leave it."""
+        leaving = block.leaving
+        theirs, held_theirs = ({leaving: play(floats, v, block)} for v in (self.theirs, self.held_theirs))
+        if parallel:
+            return Streams(theirs, theirs, held_theirs, held_theirs)
+        ours, held_ours = ({leaving: play(playback, v, block)} for v in (self.ours, self.held_ours))
+        return Streams(ours, theirs, held_ours, held_theirs)
+
+
+def _tasks(
+    source: Playback, floats: Playback, block: Segment, calls: Sequence[LayerCall], streams: Streams
+) -> list[Task]:
+    """The tasks of a layer's calls, on what ``source`` makes of what enters its block."""
+    return [
+        Task(
+            call,
+            _entering(source, block, call, streams.ours),
+            _leaving(floats, block, call, streams.theirs),
+            _entering(source, block, call, streams.held_ours),
+            _leaving(floats, block, call, streams.held_theirs),
+        )
+        for call in calls
+    ]
+
+
+def learn_layers(
+    playback: Playback,
+    floats: Playback,
+    teacher: Teacher,
+    lesson: Lesson,
+    trace: Trace,
+    blocks: Sequence[Segment],
+    schedule: Schedule,
+    generator: torch.Generator,
+    parallel: bool,
+    progress: bool,
+    finished: Finished | None = None,
+) -> dict[str, Learned]:
+    """Learn the quantized layers in order; returns the error on held-back inputs of each before and after, relative to
+    the variance of its output. A site that several layers read is learned with the first of them. Held in memory: what
+    enters one block, and what one layer reads and makes. Layers that are ``finished`` are not learned again, and
+    those that do not read and make a row per sample not at all.
+    """
+    kept = finished or Finished()
+    streams = Streams(lesson.inputs, lesson.inputs, lesson.held_inputs, lesson.held_inputs)
+    names = [(block, name) for block in blocks for name in block.layers if name in playback.model.weights]
+    found: dict[str, Learned] = {}
+    taken: set[str] = set()
+    at = blocks[0]
+    for block, name in track(names, "AdaQuant", enabled=progress):
+        while at is not block:
+            streams = streams.after(playback, floats, at, parallel)
+            at = blocks[blocks.index(at) + 1]
+        calls = [c for c in calls_of(playback, trace, block, name) if {c.reads, c.makes} <= playback.tape.rows]
+        if not calls:
+            continue
+        sites = {call.site for call in calls if call.site is not None} - taken
+        tasks = partial(_tasks, floats if parallel else playback, floats, block, calls, streams)
+        work = partial(learn_layer, playback, teacher, name, tasks, sites, schedule, generator)
+        found[name] = kept.learned(f"layer {name}", playback.model, [name], work, generator)
+        taken |= sites
+    return found
+
+
+def learn_layer(
+    playback: Playback,
+    teacher: Teacher,
+    name: str,
+    make_tasks: Callable[[], Sequence[Task]],
+    sites: set[str],
+    schedule: Schedule,
+    generator: torch.Generator,
+) -> Learned:
+    """Learn a layer and the ranges of ``sites``, which it reads; what was learned stays where it helps on inputs that
+    were held back.
+    """
+    tasks = make_tasks()
+    model, tape, bias = playback.model, playback.tape, bias_of(playback.model.model, name)
+    weight = JointWeight(teacher.state[f"{name}.weight"], model.weights[name], bias, teacher.spread[name])
+    ranges = _ranges(model, sites)
+    state = tape.state_of(model.model)
+
+    def error(task: Task, x: Tensor, wanted: Tensor) -> Tensor:
+        quantizer = ranges.get(task.call.site or "", model.ranges.get(task.call.site or ""))
+        x = x if quantizer is None else quantizer.fake_quantize(x)
+        own = {f"{name}.weight": tape.laid_out(weight.value()), f"{name}.bias": weight.bias()}
+        now = state | {key: tensor for key, tensor in own.items() if tensor is not None}
+        span = task.call.start, task.call.stop
+        (made,) = tape.replay({task.call.reads: x}, now, [task.call.makes], span=span)
+        return (made - wanted).square().mean() / task.unit
+
+    def loss(indices: Tensor) -> Tensor:
+        errors = [error(task, tape.laid_out(task.inputs[indices]), task.wanted[indices]) for task in tasks]
+        return torch.stack(errors).sum()
+
+    @torch.no_grad()
+    def held_back() -> float:
+        return sum(float(error(task, tape.laid_out(task.held_inputs), task.held_wanted)) for task in tasks)
+
+    moved = _rated(weight, ranges, schedule)
+    learned = learn(moved, loss, held_back, len(tasks[0].inputs), schedule, generator, name, progress=False)
+    with torch.no_grad():
+        model.set_weight(name, weight.found())
+        if bias is not None and (own := weight.bias()) is not None:
+            bias.copy_(own)
+    model.ranges.update({site: learning.found() for site, learning in ranges.items()})
+    return learned
+
+
+def _ranges(model: SimulatedModel, sites: set[str]) -> dict[str, LearnedRange]:
+    starts = [(site, model.ranges.get(site)) for site in sorted(sites)]
+    return {site: LearnedRange(start, joint=True) for site, start in starts if isinstance(start, SiteRange)}
+
+
+def _rated(weight: JointWeight, ranges: Mapping[str, LearnedRange], schedule: Schedule) -> list[tuple[Tensor, float]]:
+    """Everything that is learned of a layer, with its rate; zero points move as fast, in codes, as codes do."""
+    found = [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
+    if weight.zero_shift.requires_grad:
+        found.append((weight.zero_shift, schedule.code_rate))
+    if weight.bias_start is not None:
+        found.append((weight.bias_shift, schedule.bias_rate))
+    for learned in ranges.values():
+        found += [(learned.log_factor, schedule.scale_rate), (learned.zero_shift, schedule.code_rate)]
+    return found

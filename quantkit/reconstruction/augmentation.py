@@ -1,0 +1,82 @@
+"""Images as the network could also have seen them: mirrored and shifted, where it hardly minds.
+
+Learning after rounding has a few hundred samples for some hundred thousand codes, and learns them by heart. Networks
+for images are mostly trained on mirrored and shifted copies of their images; whether this one was, it says itself: a
+change is taken where it moves the float outputs far less than another sample would. What is learned are the float
+outputs for the changed inputs, so they need not stay the same, but inputs that mean nothing to the network would
+teach little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils._pytree import tree_flatten, tree_map
+
+from quantkit.program.inputs import Batch
+
+LEAST_SIDE = 8  # pixels: what is smaller is no image
+SHIFT = 8  # images move by up to one part in so many of their height and width
+HARMLESS = 0.1  # of the damage of another sample's output
+
+
+def mirrored(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Images (samples, channels, height, width), about half of them with left and right exchanged."""
+    chosen = torch.rand(len(images), generator=draw) < 0.5
+    found = images.clone()
+    found[chosen] = images[chosen].flip(-1)
+    return found
+
+
+def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Images (samples, channels, height, width), each moved up or down and left or right; edges are reflected."""
+    height, width = images.shape[-2:]
+    up, left = height // SHIFT, width // SHIFT
+    moves = [torch.randint(2 * most + 1, (len(images),), generator=draw).tolist() for most in (up, left)]
+    found = torch.empty_like(images)
+    for i, (y, x) in enumerate(zip(*moves, strict=True)):  # one by one: images of all samples are large
+        found[i] = pad(images[i : i + 1], (left, left, up, up), mode="reflect")[0, :, y : y + height, x : x + width]
+    return found
+
+
+CHANGES = {"mirrored": mirrored, "shifted": shifted}
+
+
+def changed(batch: Batch, names: Sequence[str], generator: torch.Generator) -> Batch:
+    """A batch whose images are changed in these ways, all images of one sample alike."""
+    if not names:
+        return batch
+    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+
+    def one(tensor: Tensor) -> Tensor:
+        draw = torch.Generator().manual_seed(seed)
+        for name in names if _is_image(tensor) else ():
+            tensor = CHANGES[name](tensor, draw)
+        return tensor
+
+    return tree_map(one, batch)
+
+
+def harmless(
+    batch: Batch,
+    outputs: Callable[[Batch], Tensor],
+    damage: Callable[[Tensor, Tensor], Tensor],
+    generator: torch.Generator,
+) -> tuple[str, ...]:
+    """The changes that do at most ``HARMLESS`` of the ``damage`` to the ``outputs`` (samples, ...) of a batch that
+    giving each sample the output of another one does.
+    """
+    if not any(_is_image(tensor) for tensor in tree_flatten(batch)[0]):
+        return ()
+    reference = outputs(batch)
+    most = HARMLESS * float(damage(reference, reference.roll(1, 0)).mean())
+    return tuple(
+        name for name in CHANGES if float(damage(reference, outputs(changed(batch, [name], generator))).mean()) <= most
+    )
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_floating_point() and min(tensor.shape[-2:]) >= LEAST_SIDE

@@ -1,0 +1,243 @@
+"""The network, or its blocks one after the other, learned to compute what the float ones do: codes, scales, biases
+and activation steps together.
+
+Blocks follow BRECQ (Li et al., arXiv 2102.05426): the squared error of a block's output, weighted by the Fisher
+information of each of its elements, on inputs of which half the elements come from the network quantized so far and
+half from the float one (QDrop). The whole network is one more block, whose error is the damage of softened outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantkit.numbers.uniform import SiteRange
+from quantkit.program.layers import bias_of
+from quantkit.program.segments import Segment, whole
+from quantkit.program.tape import Tape
+from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
+from quantkit.reconstruction.learning import Learned, Schedule, learn
+from quantkit.reconstruction.snapshot import Finished
+from quantkit.simulation.playback import EIGHT_BITS, Playback, Values, float_playback, in_chunks, mixed, play, take
+
+Damage = Callable[[Tensor, Tensor], Tensor]
+Pull = Callable[[Tensor, torch.Generator], Tensor]
+FISHER_SAMPLES = 256
+RECONSTRUCTIONS = ("auto", "none", "adaquant", "adaquant-parallel", "block", "network")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Model inputs to learn from and others held back, as values of the tape, with the float model's outputs for
+    both.
+    """
+
+    inputs: Values
+    outputs: Tensor
+    held_inputs: Values
+    held_outputs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def first(self, count: int) -> Lesson:
+        """The first ``count`` inputs to learn from, and all that are held back."""
+        inputs = {number: x[:count] for number, x in self.inputs.items()}
+        return replace(self, inputs=inputs, outputs=self.outputs[:count])
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The float network: its parameters and buffers by name, the standard deviation of every layer's outputs by
+    channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to learn by, and
+    ``pull(output, generator)``, a number whose gradient has the Fisher information of the output as its second moment.
+    """
+
+    state: Mapping[str, Tensor]
+    spread: Mapping[str, Tensor]
+    damage: Damage
+    softened: Damage
+    pull: Pull
+
+
+def begin(playback: Playback, teacher: Teacher, layers: Collection[str], segment: Segment) -> None:
+    """Let the weights of ``layers`` be learned, and the steps of the sites below 8 bits that a segment quantizes."""
+    model, tape = playback.model, playback.tape
+    for name in layers:
+        weight = teacher.state[f"{name}.weight"]
+        bias = bias_of(model.model, name)
+        playback.weights[name] = LearnedWeight(weight, model.weights[name], bias, teacher.spread[name])
+    made = {step.key for step in tape.steps[segment.start : segment.stop]}
+    entering = {playback.places[number] for number in segment.entering}
+    inside = (made | entering) - {playback.places[segment.leaving]}
+    for site in model.sites:
+        found = model.ranges.get(site.name)
+        if isinstance(found, SiteRange) and found.bits < EIGHT_BITS and site.place in inside:
+            playback.ranges[site.name] = LearnedRange(found)
+
+
+def rated(playback: Playback, schedule: Schedule, only_biases: bool = False) -> list[tuple[Tensor, float]]:
+    """Everything of a playback that is being learned, or only the biases, with its rate."""
+    if only_biases:
+        shifts = [w.bias_shift for w in playback.weights.values() if w.bias_start is not None]
+        return [(shift, schedule.bias_rate) for shift in shifts]
+    found = []
+    for weight in playback.weights.values():
+        found += [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
+        if weight.bias_start is not None:
+            found.append((weight.bias_shift, schedule.bias_rate))
+    return found + [(r.log_factor, schedule.scale_rate) for r in playback.ranges.values()]
+
+
+@torch.no_grad()
+def settle(playback: Playback) -> None:
+    """Give the simulated model what was learned; the playback learns nothing any more."""
+    model = playback.model
+    for name, weight in playback.weights.items():
+        model.set_weight(name, weight.found())
+        bias, own = weight.bias(), bias_of(model.model, name)
+        if bias is not None and own is not None:
+            own.copy_(bias)
+    model.ranges.update({name: learned.found() for name, learned in playback.ranges.items()})
+    playback.weights.clear()
+    playback.ranges.clear()
+
+
+@torch.no_grad()
+def mean_damage(playback: Playback, values: Values, outputs: Tensor, damage: Damage) -> float:
+    """The damage of the whole model over samples, as it would ship now."""
+    found = torch.cat([playback.output(part)[:count] for part, count in in_chunks(playback.tape, values)])
+    return float(damage(outputs, found).double().mean())
+
+
+def learn_network(
+    playback: Playback,
+    teacher: Teacher,
+    lesson: Lesson,
+    schedule: Schedule,
+    generator: torch.Generator,
+    progress: bool,
+    only_biases: bool = False,
+) -> Learned:
+    """Learn the whole network, or only its biases, by the softened damage of its output, and keep what lowers that on
+    held-back inputs: the damage itself is that of the few among them on which the network hesitates.
+    """
+
+    def loss(indices: Tensor) -> Tensor:
+        return teacher.softened(
+            lesson.outputs[indices], playback.output(take(playback.tape, lesson.inputs, indices))
+        ).mean()
+
+    def held_back() -> float:
+        return mean_damage(playback, lesson.held_inputs, lesson.held_outputs, teacher.softened)
+
+    begin(playback, teacher, playback.model.weights, whole(playback.tape, ()))
+    moved, title = rated(playback, schedule, only_biases), "biases" if only_biases else "network"
+    learned = learn(moved, loss, held_back, len(lesson), schedule, generator, title, progress)
+    settle(playback)
+    return learned
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What a block learns from: the value entering it in the quantized and in the float network and the float block's
+    output, first to learn from, then held back; ``importance`` weighs the squared errors.
+    """
+
+    segment: Segment
+    quantized: Values
+    floating: Values
+    wanted: Tensor
+    held_quantized: Values
+    held_wanted: Tensor
+    importance: Tensor
+
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        return 0.5 * ((found - wanted).square() * self.importance).flatten(1).sum(1).mean()
+
+
+def learn_block(
+    playback: Playback,
+    teacher: Teacher,
+    exercise: Exercise,
+    schedule: Schedule,
+    generator: torch.Generator,
+    progress: bool,
+) -> Learned:
+    """Learn one block by the weighted squared error of its output."""
+    segment = exercise.segment
+
+    def loss(indices: Tensor) -> Tensor:
+        ours, theirs = (take(playback.tape, values, indices) for values in (exercise.quantized, exercise.floating))
+        entering = {number: mixed(x, theirs[number], generator) for number, x in ours.items()}
+        return exercise.error(playback.run(entering, segment), exercise.wanted[indices])
+
+    def held_back() -> float:
+        return float(exercise.error(play(playback, exercise.held_quantized, segment), exercise.held_wanted))
+
+    begin(playback, teacher, segment.layers, segment)
+    playback.dropping = generator
+    title = f"block of {segment.layers[0]}"
+    count = len(exercise.wanted)
+    learned = learn(rated(playback, schedule), loss, held_back, count, schedule, generator, title, progress)
+    playback.dropping = None
+    settle(playback)
+    return learned
+
+
+def learn_blocks(
+    playback: Playback,
+    teacher: Teacher,
+    lesson: Lesson,
+    blocks: Sequence[Segment],
+    schedule: Schedule,
+    generator: torch.Generator,
+    progress: bool,
+    finished: Finished | None = None,
+) -> dict[str, Learned]:
+    """Learn the blocks in order, each on the inputs it gets from those before it; the last one, from which the output
+    leaves, is left to ``learn_network``. Held in memory: the inputs and outputs of one block. Blocks that are
+    ``finished`` are not learned again.
+    """
+    kept = finished or Finished()
+    weighing = fisher(playback.tape, teacher, lesson, blocks[:-1], generator)
+    floats = float_playback(playback.model.model, playback.tape, teacher.state)
+    ours, held_ours = lesson.inputs, lesson.held_inputs
+    theirs, held_theirs = lesson.inputs, lesson.held_inputs
+    found = {}
+    for segment, importance in zip(blocks, weighing, strict=False):
+        wanted, held_wanted = play(floats, theirs, segment), play(floats, held_theirs, segment)
+        exercise = Exercise(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
+        work = partial(learn_block, playback, teacher, exercise, schedule, generator, progress)
+        title = " ".join(segment.layers)
+        found[title] = kept.learned(f"block {title}", playback.model, segment.layers, work, generator)
+        ours = {segment.leaving: play(playback, ours, segment)}
+        held_ours = {segment.leaving: play(playback, held_ours, segment)}
+        theirs, held_theirs = {segment.leaving: wanted}, {segment.leaving: held_wanted}
+    return found
+
+
+@torch.enable_grad()
+def fisher(
+    tape: Tape, teacher: Teacher, lesson: Lesson, blocks: Sequence[Segment], generator: torch.Generator
+) -> list[Tensor]:
+    """For the value leaving each block, the mean over samples of the squared gradient of the pulled output: the
+    diagonal of the Fisher information, one weight per element of a sample.
+    """
+    numbers = [segment.leaving for segment in blocks]
+    sums: list[Tensor | float] = [0.0] * len(numbers)
+    count = 0
+    order = torch.randperm(len(lesson), generator=generator)[:FISHER_SAMPLES]
+    some = {number: x[order] for number, x in lesson.inputs.items()}
+    # gradients begin at the parameters: inputs may be token ids
+    state = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in teacher.state.items()}
+    for part, _ in in_chunks(tape, some):
+        values = tape.replay(part, state, [*numbers, tape.output])
+        gradients = torch.autograd.grad(teacher.pull(values[-1], generator), values[:-1])
+        sums = [total + g.square().sum(0) for total, g in zip(sums, gradients, strict=True)]
+        count += tape.size
+    return [torch.as_tensor(total) / count for total in sums]

@@ -1,0 +1,108 @@
+"""Corrections after rounding that change no code: biases and scales moved until statistics match the float network's.
+
+Bias correction (Nagel et al., arXiv 1906.04721) gives every channel of a layer's output its float mean back;
+para-normalization (Hubara et al., arXiv 2006.10518, "BN tuning") its mean and standard deviation, by a factor on the
+weight's scale and on the bias. A factor on the last layer's does to logits what temperature scaling does (Guo et al.,
+arXiv 1706.04599): a network that computes with errors should be less sure of its answers than the float one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.program.layers import bias_of
+from quantkit.program.segments import Segment
+from quantkit.program.trace import Trace
+from quantkit.rounding.layer_inputs import first_share
+from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.playback import Playback, Values, in_chunks, play
+
+CORRECTIONS = ("auto", "none", "bias", "norm", "tuning", "confidence")
+FACTORS = tuple((np.arange(30, 71) / 50).tolist())  # on logits
+LEAST_RATIO, MOST_RATIO = 0.5, 2.0  # of standard deviations: beyond, a channel carries next to nothing
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of a layer's output by channel, float64."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+@torch.no_grad()
+def output_spread(playback: Playback, trace: Trace, block: Segment, name: str, values: Values) -> Spread:
+    """The spread of a layer's outputs over all its calls and positions, given the values that enter its block."""
+    keys = {call.key for call in trace.calls[name]}
+    count, total, squares = 0.0, torch.zeros(()).double(), torch.zeros(()).double()
+    for i in range(block.start, block.stop):
+        step = playback.tape.steps[i]
+        if step.key not in keys:
+            continue
+        until = Segment(block.start, i + 1, block.entering, step.makes[0], ())
+        for part, meant in in_chunks(playback.tape, values):
+            output = first_share(playback.run(part, until), meant / playback.tape.size).double()
+            rows = output if trace.kinds[name] == "linear" else output.movedim(1, -1)
+            rows = rows.reshape(-1, rows.shape[-1])
+            count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+    mean = total / count
+    return Spread(mean, (squares / count - mean.square()).clamp(min=0).sqrt())
+
+
+def match_outputs(
+    playback: Playback, floats: Playback, trace: Trace, blocks: Sequence[Segment], inputs: Values, deviations: bool
+) -> None:
+    """Correct the layers of the simulated model in order, each on what those before it make of ``inputs``: the mean of
+    every output channel, with ``deviations`` its standard deviation too. Layers without a bias stay.
+    """
+    ours = theirs = inputs
+    for block in blocks:
+        for name in block.layers:
+            if name in playback.model.weights and bias_of(playback.model.model, name) is not None:
+                wanted = output_spread(floats, trace, block, name, theirs)
+                found = output_spread(playback, trace, block, name, ours)
+                _correct(playback.model, name, found, wanted, deviations)
+        if block is not blocks[-1]:
+            ours = {block.leaving: play(playback, ours, block)}
+            theirs = {block.leaving: play(floats, theirs, block)}
+
+
+@torch.no_grad()
+def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, deviations: bool) -> None:
+    ratio = torch.ones_like(found.mean)
+    if deviations:
+        tiny = 1e-6 * wanted.deviation.max()
+        usable = (found.deviation > tiny) & (wanted.deviation > tiny)
+        ratio = torch.where(usable, wanted.deviation / found.deviation, ratio).clamp(LEAST_RATIO, MOST_RATIO)
+        weight = model.weights[name]
+        model.set_weight(name, replace(weight, scale=weight.scale * ratio.float().unsqueeze(1)))
+    bias = bias_of(model.model, name)
+    assert bias is not None
+    bias.copy_((bias.double() - found.mean) * ratio + wanted.mean)
+
+
+def head_of(playback: Playback, trace: Trace) -> str | None:
+    """The layer with quantized weights whose output is the network's, if that is so."""
+    last = playback.places[playback.tape.output]
+    heads = (name for name in playback.model.weights if [call.key for call in trace.calls[name]] == [last])
+    return next(heads, None)
+
+
+def best_factor(outputs: Tensor, damage: Callable[[Tensor], Tensor]) -> float:
+    """The factor on outputs with which their mean damage is least."""
+    means = {factor: float(damage(factor * outputs).double().mean()) for factor in (1.0, *FACTORS)}
+    return min(means, key=means.__getitem__)
+
+
+@torch.no_grad()
+def scale_layer(model: SimulatedModel, name: str, factor: float) -> None:
+    """Multiply what a layer computes by a factor, through its scales and its bias."""
+    weight, bias = model.weights[name], bias_of(model.model, name)
+    model.set_weight(name, replace(weight, scale=weight.scale * factor))
+    if bias is not None:
+        bias.mul_(factor)

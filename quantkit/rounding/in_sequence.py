@@ -1,0 +1,76 @@
+"""Rounding a network layer by layer, each on the inputs it really gets from the network quantized so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.formats import WeightFormat
+from quantkit.numbers.uniform import QuantizedWeight, SiteRange, quantize
+from quantkit.program.layers import bias_of
+from quantkit.program.trace import Trace
+from quantkit.progress import track
+from quantkit.ranges.statistics import layer_hessians
+from quantkit.reconstruction.snapshot import Finished
+from quantkit.rounding.weights import WITHOUT_INPUTS, rounded_layer
+from quantkit.simulation.model import SimulatedModel
+
+LARGEST_BIAS = 1 << 30  # leaves half of an INT32 accumulator to the products
+
+
+def round_in_sequence(
+    simulated: SimulatedModel,
+    trace: Trace,
+    formats: Mapping[str, WeightFormat],
+    batches: Sequence[Any],
+    rounding: str = "auto",
+    progress: bool = True,
+    finished: Finished | None = None,
+) -> dict[str, str]:
+    """Give every layer of ``formats`` (in execution order) its codes; returns how each was rounded. Layers that are
+    ``finished`` are not rounded again.
+    """
+    kept, how = finished or Finished(), {}
+    for name, format in track(formats.items(), "quantizing layers", enabled=progress):
+        found = kept.rounded(name, format)
+        if found is None:
+            hessian = None if rounding in WITHOUT_INPUTS else layer_hessians(simulated, trace, [name], batches)[name]
+            found = rounded_layer(simulated.model, name, format, hessian, None, rounding)
+            kept.keep_rounded(name, *found)
+        simulated.set_weight(name, found[0])
+        how[name] = found[1]
+    return how
+
+
+def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]]) -> None:
+    """Put biases on the grid an integer kernel adds them on: multiples of input scale x weight scale, in 32 bits.
+
+    ``inputs`` are the sites each layer reads; a layer reading several, or one with a scale for each token, has no
+    single grid and keeps its bias, whose rounding is then left to the runtime. Channels whose weights are so small
+    that the bias does not fit, as a vanished BatchNorm gain leaves them, get a coarser weight scale.
+    """
+    for name, weight in list(simulated.weights.items()):
+        bias = bias_of(simulated.model, name)
+        site = simulated.ranges.get(inputs[name][0]) if len(inputs[name]) == 1 else None
+        if bias is None or not isinstance(site, SiteRange) or weight.scale.shape[1] != 1:
+            continue
+        input_scale = site.scale
+        with torch.no_grad():
+            least = bias.abs().unsqueeze(1) / LARGEST_BIAS / input_scale
+            if (weight.scale.abs() < least).any():
+                weight = _coarser(weight, least)
+                simulated.set_weight(name, weight)
+            step = input_scale * weight.scale.squeeze(1)
+            bias.copy_(torch.round(bias / step) * step)
+
+
+def _coarser(weight: QuantizedWeight, least: Tensor) -> QuantizedWeight:
+    """``weight`` with scales (O, 1) of at least ``least``, its codes rounded again where that changes them."""
+    scale = torch.where(weight.scale < 0, -1.0, 1.0) * torch.maximum(weight.scale.abs(), least)
+    zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
+    codes = quantize(weight.dequantize().flatten(1), scale, zero, *weight.format.code_range)
+    return replace(weight, codes=codes.reshape(weight.codes.shape).to(torch.int8), scale=scale)

@@ -1,0 +1,90 @@
+"""Rounding learned from a layer's Hessian: AdaRound and sign-gradient rounding, without running the layer.
+
+The squared error of a layer's outputs is e H e^T for the rounding error e of a row, H = X^T X over its inputs. So the
+gradient of the whole calibration set costs one product with H, whatever the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quantkit.formats import WeightFormat
+from quantkit.numbers.uniform import dequantize, quantize
+
+STEPS = 300
+_STRETCH, _OFFSET = 1.2, 0.1  # of AdaRound's sigmoid, so that it reaches 0 and 1
+
+
+def output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """e H e^T of every row of ``error`` (groups, O, K) under ``hessian`` (groups, K, K): (groups, O, 1)."""
+    return ((error @ hessian) * error).sum(-1, keepdim=True)
+
+
+def _relative(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, hessian: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """A function of a rounded weight: its output error, row by row in units of that of ``codes``, summed."""
+    start = output_error(weight - dequantize(codes, scale, zero), hessian)
+    unit = torch.where(start > 0, start, torch.ones_like(start))
+    return lambda rounded: (output_error(weight - rounded, hessian) / unit).sum()
+
+
+@torch.enable_grad()
+def adaround_codes(weight: Tensor, format: WeightFormat, scale: Tensor, zero: Tensor, hessian: Tensor) -> Tensor:
+    """Codes of ``weight`` (groups, O, K) rounded up or down as AdaRound learns (Nagel et al., arXiv 2004.10568).
+
+    ``scale`` and ``zero`` have one entry per weight. Every weight is a soft choice between its two neighbours first;
+    a penalty that sharpens with time makes it a hard one.
+    """
+    low, high = format.code_range
+    exact = weight / scale + zero
+    base = exact.floor().clamp(low, high - 1)
+    error_of = _relative(weight, quantize(weight, scale, zero, low, high), scale, zero, hessian)
+    share = (exact - base).clamp(0.01, 0.99)
+    choice = torch.logit((share + _OFFSET) / _STRETCH).detach().requires_grad_()
+    optimizer = torch.optim.Adam([choice], lr=0.05)
+    for step in range(STEPS):
+        done = step / STEPS
+        gate = (_STRETCH * torch.sigmoid(choice) - _OFFSET).clamp(0, 1)
+        loss = error_of(dequantize(base + gate, scale, zero))
+        undecided = 1 - (2 * gate - 1).abs().pow(20 - 18 * done)
+        loss = loss + (10 * done / weight.shape[-1]) * undecided.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return base + (choice.detach() > 0)
+
+
+@torch.enable_grad()
+def signround(
+    weight: Tensor, format: WeightFormat, scale: Tensor, zero: Tensor, hessian: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes of ``weight`` (groups, O, K) and a factor (groups, O, 1) on its scales, moved by the sign of their
+    gradients with a rate that falls to zero (SignRound, Cheng et al., arXiv 2309.05516); the best of all steps.
+    """
+    low, high = format.code_range
+    error_of = _relative(weight, quantize(weight, scale, zero, low, high), scale, zero, hessian)
+    shift = torch.zeros_like(weight).requires_grad_()
+    factor = torch.ones_like(weight[..., :1]).requires_grad_()
+    best_codes, best_factor = quantize(weight, scale, zero, low, high), factor.detach().clone()
+    lowest = output_error(weight - dequantize(best_codes, scale, zero), hessian)
+    for step in range(STEPS):
+        exact = weight / (scale * factor) + zero + shift
+        codes = exact.detach().round().clamp(low, high)
+        inside = (exact.detach() > low - 0.5) & (exact.detach() < high + 0.5)
+        through = torch.where(inside, exact - exact.detach(), torch.zeros_like(exact)) + codes
+        rounded = dequantize(through, scale * factor, zero)
+        found = output_error(weight - rounded.detach(), hessian)
+        better = found < lowest
+        lowest = torch.where(better, found, lowest)
+        best_codes = torch.where(better, codes, best_codes)
+        best_factor = torch.where(better, factor.detach(), best_factor)
+        gradients = torch.autograd.grad(error_of(rounded), [shift, factor])
+        rate = (1 - step / STEPS) / STEPS * 2
+        with torch.no_grad():
+            shift.sub_(rate * gradients[0].sign()).clamp_(-0.5, 0.5)
+            factor.sub_(rate * gradients[1].sign() / 2).clamp_(0.5, 1.5)
+    return best_codes, best_factor

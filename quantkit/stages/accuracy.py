@@ -1,0 +1,230 @@
+"""A limit on the accuracy drop: the cheapest plan of the profile's front whose evaluated metric is good enough.
+
+Plans are first evaluated with the codes the profile was measured with, which takes seconds. The best of them is
+applied, and since learning makes up for damage, so are a few cheaper ones: what is returned was itself evaluated after
+that. ``evaluate`` is asked often: it must not use the calibration data, and the metric of the returned plan on the
+data it was chosen by is optimistic.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from quantkit.allocation.allocate import allocate, plan_of
+from quantkit.allocation.bisection import (
+    Judge,
+    Metric,
+    along_front,
+    between,
+    by_levels,
+    drop_of,
+    first_that_meets,
+    rising,
+)
+from quantkit.allocation.count import COUNTED, counted
+from quantkit.allocation.from_profile import FLOAT_BITS, assignment_of, candidates, question
+from quantkit.allocation.front import pareto
+from quantkit.allocation.problem import Problem
+from quantkit.allocation.reduce import reduce
+from quantkit.budget import Budget
+from quantkit.errors import AccuracyNotMet, InvalidRequest
+from quantkit.formats import Scheme
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.plan import Plan, Profile
+from quantkit.progress import notice
+from quantkit.sensitivity.augmented import augmented_scores
+from quantkit.sensitivity.measure import Scores
+from quantkit.simulation.model import SimulatedModel, as_float
+from quantkit.stages.metric import Evaluate, outcome_of
+from quantkit.stages.profile import Bench
+from quantkit.stages.request import Request
+from quantkit.stages.result import Result
+
+TRIES = 6  # plans evaluated between two points of the front
+APPLIED_TRIES = {"fast": 2, "balanced": 4, "thorough": 6}  # plans applied below the first that met the limit
+APART = 0.01  # of their cost, between plans that are applied: less is not worth minutes
+
+
+def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: bool) -> None:
+    """Raise InvalidRequest for a limit on accuracy that cannot be met: nothing to evaluate, nothing to make small, or
+    no copies of the model to try plans on.
+    """
+    if limit.accuracy_drop is None and limit.minimize is None:
+        return
+    if limit.accuracy_drop is None:
+        raise InvalidRequest(f"minimize={limit.minimize} goes with a limit on accuracy: add accuracy_drop.")
+    if evaluate is None:
+        raise InvalidRequest(
+            f"accuracy_drop={limit.accuracy_drop} needs evaluate, a function model -> number, higher is better."
+        )
+    if inplace:
+        raise InvalidRequest(
+            "accuracy_drop tries several plans, and inplace=True leaves one model. Leave inplace out."
+        )
+    if limit.minimize not in (None, *COUNTED):
+        raise InvalidRequest(f"minimize={limit.minimize} is not supported yet; supported: {', '.join(COUNTED)}.")
+
+
+def meet_accuracy(
+    request: Request,
+    profile: Profile,
+    bench: Bench,
+    limit: Budget,
+    evaluate: Evaluate,
+    finish: Callable[[Plan], Result],
+    effort: str,
+) -> Result:
+    """The applied result of the cheapest plan found that meets the limit, all other limits included.
+
+    Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
+    also level by level, about log2(layers) evaluations for each width. ``finish`` applies a plan. What is learned
+    then buys accuracy, so cheaper plans are applied too, ``APPLIED_TRIES`` of them by bisection on the cost. Raises
+    AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
+    InfeasibleBudget when the other limits alone cannot be met.
+    """
+    reference = outcome_of(evaluate, as_float(request.ready.model))
+    front = _front(profile, limit)
+    plan_at = partial(_plan_at, profile, limit)
+    judge = Judge(
+        lambda plan: outcome_of(evaluate, _simulated(request, bench, profile, plan)),
+        reference,
+        limit.allowed_drop(float(np.mean(reference))),
+        lambda plan: _cost(profile, plan, limit.minimize or "size"),
+        bool(limit.confident),
+        lambda plan: _within(profile, plan, limit),
+    )
+    if along_front(front, judge) is not None:
+        between(judge, plan_at, TRIES)
+        if effort != "fast":
+            _by_levels(profile, bench, judge)
+    applied = Applied(judge, finish, evaluate)
+    if not any(first_that_meets(plans, applied.judge) for plans in rising(judge, front, APART)):
+        raise _not_met(limit, applied.everything())
+    found = between(applied.judge, plan_at, APPLIED_TRIES[effort], least=judge.cost(front[0]), apart=APART)
+    assert found is not None, "one was found to meet the limit"
+    result, metric = applied.results[found.plan.digest()]
+    metrics = {"float": float(np.mean(reference)), "quantized": metric}
+    metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
+    metrics["evaluations"] = float(len(applied.everything().seen))
+    return replace(result, metrics=result.metrics | metrics, curve=applied.judge.curve)
+
+
+class Applied:
+    """Plans evaluated once they are applied: minutes each, so few of them; of the models only the best and the last
+    are kept.
+    """
+
+    def __init__(self, cursory: Judge, finish: Callable[[Plan], Result], evaluate: Evaluate) -> None:
+        self.cursory, self.finish, self.evaluate = cursory, finish, evaluate
+        self.judge = replace(cursory, evaluate=self._outcome, seen={})
+        self.results: dict[str, tuple[Result, float]] = {}  # with the metric
+
+    def _outcome(self, plan: Plan) -> Metric:
+        best = self.judge.cheapest()
+        self.results = {} if best is None else {best.plan.digest(): self.results[best.plan.digest()]}
+        result = self.finish(plan)
+        outcome = outcome_of(self.evaluate, result.model)
+        self.results[plan.digest()] = result, float(np.mean(outcome))
+        drop, _ = drop_of(self.judge.reference, outcome)
+        notice(f"plan of {self.judge.cost(plan):,.6g}: drop {drop:.4g} of {self.judge.allowed:.4g} allowed")
+        return outcome
+
+    def everything(self) -> Judge:
+        """All that was evaluated, with the profile's codes where a plan was not applied."""
+        return replace(self.judge, seen=self.cursory.seen | self.judge.seen)
+
+
+def _plan_at(profile: Profile, limit: Budget, cost: float) -> Plan:
+    """The plan that is predicted to be best at a cost, the other limits included."""
+    name = limit.minimize or "size"
+    tightest = int(min(cost, _other_limits(profile, limit, name)[name]))
+    return allocate(profile, limit.at_most(name, tightest, profile))
+
+
+def _other_limits(profile: Profile, limit: Budget, *names: str) -> dict[str, float]:
+    """The limits beside that on accuracy; infinite for those of ``names`` that the budget does not set."""
+    others, free = limit.without_accuracy(), dict.fromkeys(names, math.inf)
+    return free if others is None else free | others.limits(profile)
+
+
+def _within(profile: Profile, plan: Plan, limit: Budget) -> bool:
+    return all(_cost(profile, plan, name) <= most for name, most in _other_limits(profile, limit).items())
+
+
+def _by_levels(profile: Profile, bench: Bench, judge: Judge) -> None:
+    """Bisection per width, in ascending order of the augmented scores."""
+    scores = augmented_scores(bench.perturbations, Scores(profile.damage, np.zeros(len(profile.damage)), profile.gram))
+    asked = question(profile, {"size": 0})
+    kept = _agreeing(asked.problem)
+    possible = {n: [s for s in found if (n, str(s)) in kept] for n, found in candidates(profile).items()}
+    wide = {name: _widest_first(schemes) for name, schemes in possible.items()}
+    widths = sorted({s.weight.bits for found in wide.values() for s in found if s.weight}, reverse=True)
+    levels = [{name: _at_width(found, width) for name, found in wide.items()} for width in widths]
+
+    def plan_of_schemes(schemes: Mapping[str, Scheme]) -> Plan:
+        plan = Plan(schemes=dict(schemes), sites=profile.site_formats(schemes))
+        return plan_of(profile, asked, assignment_of(profile, asked, plan))
+
+    by_levels(sorted(scores, key=scores.__getitem__), levels, plan_of_schemes, judge)
+
+
+def _agreeing(problem: Problem) -> set[tuple[str, str]]:
+    """(choice, option) by name of what can be taken together: readers of one tensor agree on its format."""
+    origins = (origin for options in reduce(problem).back for option in options for origin in option)
+    return {(problem.choices[i].name, problem.choices[i].options[k].name) for i, k in origins}
+
+
+def _widest_first(schemes: Sequence[Scheme]) -> list[Scheme]:
+    """A layer's quantized schemes with the widest activations among them, most weight bits first."""
+    quantized = [s for s in schemes if s.weight is not None]
+    widest = max((s.activation.bits if s.activation else FLOAT_BITS for s in quantized), default=FLOAT_BITS)
+    kept = [s for s in quantized if (s.activation.bits if s.activation else FLOAT_BITS) == widest]
+    return sorted(kept, key=lambda s: s.weight.bits if s.weight else FLOAT_BITS, reverse=True) or list(schemes)
+
+
+def _at_width(schemes: Sequence[Scheme], width: int) -> Scheme:
+    """The widest of a layer's schemes (widest first) that is no wider, else its narrowest."""
+    return next((s for s in schemes if s.weight is not None and s.weight.bits <= width), schemes[-1])
+
+
+def _not_met(limit: Budget, judge: Judge) -> AccuracyNotMet:
+    best = min(judge.seen.values(), key=lambda one: one.drop)
+    points = ", ".join(f"{drop:.4g} at {cost:,.0f}" for cost, drop in judge.curve)
+    bound = f" (95 % confidence bound {best.bound:.4g})" if limit.confident else ""
+    return AccuracyNotMet(
+        f"No plan keeps the drop within {limit.accuracy_drop}: the least found is {best.drop:.4g}{bound}, with "
+        f"{best.plan.average_bits:.3f} bits on average. Allow that drop, profile wider schemes, or keep layers float. "
+        f"Measured drop at {limit.minimize or 'size'}: {points}.",
+        best.plan,
+        judge.curve,
+    )
+
+
+def _front(profile: Profile, limit: Budget) -> list[Plan]:
+    """The plans to choose from, cheapest first: the front, as far as the other limits allow, and their best plan."""
+    plans = list(pareto(profile, limit=limit.minimize or "size"))
+    others = limit.without_accuracy()
+    if others is not None:
+        plans = [plan for plan in plans if _within(profile, plan, limit)]
+        plans.append(allocate(profile, others))
+    distinct = {plan.digest(): plan for plan in plans}
+    return sorted(distinct.values(), key=lambda plan: _cost(profile, plan, limit.minimize or "size"))
+
+
+def _cost(profile: Profile, plan: Plan, name: str) -> int:
+    """What ``name`` counts of a plan, as ``Budget.limits`` does."""
+    return counted(profile, plan.schemes, plan.sites, name)
+
+
+def _simulated(request: Request, bench: Bench, profile: Profile, plan: Plan) -> SimulatedModel:
+    """A copy of the model with the plan's formats, in the codes and ranges the profile was measured with."""
+    chosen = [bench.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
+    weights = {p.owner: p.change for p in chosen if isinstance(p.change, QuantizedWeight)}
+    ranges = {p.owner: p.change for p in chosen if not isinstance(p.change, QuantizedWeight)}
+    return SimulatedModel(copy.deepcopy(request.ready.model), request.ready.sites, weights, ranges)

@@ -1,0 +1,166 @@
+"""What a request may go by: calibration data, one example of the model's inputs, or the model alone.
+
+Without calibration data nothing is known of activations: only weights are quantized, by what is known of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from quantkit.errors import InvalidRequest
+from quantkit.formats import Scheme
+from quantkit.program.inputs import Batch, read_batches, split_batches
+from quantkit.program.trace import run_model
+from quantkit.progress import notice
+from quantkit.rounding.weights import WITHOUT_INPUTS
+from quantkit.sensitivity import NO_INPUTS
+from quantkit.targets import Target
+from quantkit.transforms.prepare import Prepared, prepare, prepare_untraced
+
+BATCH = 128
+_PASS = "Pass calibration=, a few hundred typical inputs; labels are not needed"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The calibration ``batches``, none without data, and an ``example`` to trace the model on, None without one."""
+
+    batches: list[Batch]
+    example: Batch | None
+
+    @classmethod
+    def of(cls, model: nn.Module, calibration: Any, example_inputs: Any, samples: int | None) -> Inputs:
+        """Reads the data once, in batches of at most ``BATCH`` samples; ``example_inputs`` is one batch, only for
+        requests without data.
+        """
+        if calibration is not None:
+            if example_inputs is not None:
+                raise InvalidRequest("example_inputs is for quantizing without data: leave it or calibration out.")
+            batches = calibration_batches(model, calibration, samples)
+            return cls(batches, batches[0])
+        if not isinstance(model, nn.Module):
+            raise InvalidRequest(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
+        if example_inputs is None:
+            return cls([], None)
+        return cls([], read_batches(model, [example_inputs])[0])
+
+    def items(self) -> list[Any] | None:
+        """The data as a ``calibration`` argument."""
+        return [kwargs or args for args, kwargs in self.batches] or None
+
+    @property
+    def shown(self) -> list[Batch]:
+        """What there is to show the model's inputs by: the batches, or the example."""
+        return self.batches or ([] if self.example is None else [self.example])
+
+    def prepared(
+        self, model: nn.Module, target: Target, keep_float: Collection[str] = (), inplace: bool = False
+    ) -> Prepared:
+        """The model made ready, and tried on every form of batch."""
+        if self.example is None:
+            return prepare_untraced(model, target, keep_float, inplace)
+        return prepare(model, self.shown, target, keep_float, inplace)
+
+    def require_schemes(self, schemes: Iterable[Scheme]) -> None:
+        """Raise InvalidRequest for schemes whose activations need data that is not there, and where only some layers
+        would quantize theirs.
+        """
+        quantized = [scheme for scheme in schemes if not scheme.is_float]
+        coded = [scheme for scheme in quantized if scheme.activation is not None]
+        dynamic = [scheme for scheme in coded if scheme.activation is not None and scheme.activation.dynamic]
+        if 0 < len(dynamic) < len(coded):
+            static = next(scheme for scheme in coded if scheme not in dynamic)
+            raise InvalidRequest(
+                f"{static} beside {dynamic[0]}: ranges known before in some layers and found token by token in others "
+                f"are not supported yet. Use {static.weight}{dynamic[0].activation}, or static activations everywhere."
+            )
+        if coded and not self.batches:
+            self._require_no_ranges(coded)
+        if coded and len(coded) < len(quantized):
+            alone = next(scheme for scheme in quantized if scheme.activation is None)
+            raise InvalidRequest(
+                f"{alone} beside {coded[0]}: weights alone in some layers and activations too in others is not "
+                f"supported yet. Use {alone}{coded[0].activation}, or leave activations out everywhere."
+            )
+
+    def _require_no_ranges(self, coded: Sequence[Scheme]) -> None:
+        """Raise InvalidRequest for activations that cannot be quantized, or chosen, without data."""
+        formats = list(dict.fromkeys(scheme.activation for scheme in coded if scheme.activation is not None))
+        if not formats[0].dynamic:
+            raise InvalidRequest(
+                f"{coded[0]} quantizes activations, and without data nothing is known of their ranges. {_PASS}; or "
+                f"ask for weights only, as in schemes=['{coded[0].weight}']."
+            )
+        if self.example is None:
+            raise InvalidRequest(
+                f"{coded[0]} quantizes what layers read, and without any input nobody knows where they read it: pass "
+                "example_inputs=, one batch of model inputs."
+            )
+        if len(formats) > 1:
+            raise InvalidRequest(
+                f"{formats[0]} and {formats[1]}: without data nothing tells what activations of fewer bits would do. "
+                f"{_PASS}; or use one activation format in all schemes."
+            )
+
+    def rounding(self, asked: str) -> str:
+        """The rounding to use; raises InvalidRequest for one that looks at inputs that are not there."""
+        if self.batches or asked in WITHOUT_INPUTS:
+            return asked
+        return "hqq" if asked == "auto" else self._refuse("rounding", asked, WITHOUT_INPUTS)
+
+    def sensitivity(self, asked: str) -> str:
+        """The estimator to use; raises InvalidRequest for one that measures on inputs that are not there."""
+        if asked == "auto":
+            return "gram" if self.batches else "weight-error"
+        return asked if self.batches or asked in NO_INPUTS else self._refuse("sensitivity", asked, sorted(NO_INPUTS))
+
+    def require_none(self, **asked: str) -> None:
+        """Raise InvalidRequest, without data, for what would be learned or measured on it."""
+        for name, value in asked.items():
+            if not self.batches and value not in ("auto", "none", "fast"):
+                self._refuse(name, value, ["fast" if name == "effort" else "none"])
+
+    def _refuse(self, name: str, asked: str, others: Sequence[str]) -> str:
+        known = " or ".join(f"{name}={other!r}" for other in others)
+        raise InvalidRequest(f"{name}={asked!r} needs data. {_PASS}; or {known}.")
+
+
+def calibration_batches(model: nn.Module, calibration: Any, samples: int | None) -> list[Batch]:
+    """The calibration data, read once, in batches of at most ``BATCH`` samples."""
+    if samples is not None and samples < 1:
+        raise InvalidRequest(f"samples={samples}: at least one calibration sample is needed.")
+    return split_batches(read_batches(model, calibration, samples), BATCH)
+
+
+def require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Run the model on one batch of every form beyond the first batch's, which it was traced on: raises InvalidRequest
+    for what it rejects.
+    """
+    seen = {_form_of(batch) for batch in batches[:1]}
+    for batch in batches[1:]:
+        if (form := _form_of(batch)) not in seen:
+            seen.add(form)
+            with torch.no_grad():
+                run_model(model, batch)
+
+
+def _form_of(batch: Batch) -> str:
+    """The structure of a batch, with the types of its tensors and their shapes but for the number of samples."""
+    leaves, structure = tree_flatten(batch)
+    forms = [(leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return f"{structure} {forms}"
+
+
+def tell_what_is_missing(inputs: Inputs, offered: Iterable[Scheme]) -> None:
+    """A notice on what a request without data, or without an example, does not know."""
+    if inputs.batches:
+        return
+    only = "widths of weights" if any(scheme.activation is not None for scheme in offered) else "weights only"
+    traced = "" if inputs.example is not None else "; without example_inputs no BatchNorm is folded either"
+    notice(f"no calibration data: {only}, by the error of the weights{traced}")

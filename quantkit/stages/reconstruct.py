@@ -1,0 +1,260 @@
+"""Learning after rounding: what to learn from, whether it is worth it, and how the result compares on inputs that were
+held back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from quantkit.errors import InvalidRequest
+from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.segments import whole
+from quantkit.program.tape import Tape
+from quantkit.program.trace import Trace
+from quantkit.progress import notice
+from quantkit.reconstruction.adaquant import learn_layers
+from quantkit.reconstruction.augmentation import changed, harmless
+from quantkit.reconstruction.blocks import Lesson, Teacher, learn_blocks, learn_network, mean_damage
+from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, scale_layer
+from quantkit.reconstruction.learning import Learned, Schedule
+from quantkit.reconstruction.snapshot import Finished, Kept
+from quantkit.sensitivity.inputs import mixed_pairs
+from quantkit.sensitivity.measure import SOFTENED, Damage, rows_of
+from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.playback import Playback, Values, copied_state, float_playback, play, room_for
+from quantkit.stages.recording import Recording, some_samples
+from quantkit.transforms.prepare import Prepared
+
+LEAST_SAMPLES = 64  # with fewer, what is learned is the samples
+HELD_BACK = 8  # one in so many
+DRAWS = 16  # mixes of each sample for learning the network
+FEW_DRAWS = 4  # for learning blocks, whose values all draws take room for, and of samples that are held back
+CHANGED_SAMPLES = 256  # on which it is asked how harmless a change is
+DRAWN_BYTES = 1 << 28
+WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
+WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
+NETWORK = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12)
+AVERAGING = 0.98  # where codes stay: a mean of codes that move rounds to codes that no step has tried
+BLOCK = Schedule(steps=1200, batch=32, code_rate=3e-3)
+LAYER = Schedule(steps=300, checks=20)
+TUNING = Schedule(steps=100, bias_rate=3e-3)
+STATISTICS_SAMPLES = 512
+LAYER_SAMPLES = 1024
+AUTO = ("norm", "bias", "tuning")  # corrections: how sure to be of unseen inputs, held-back ones say too vaguely
+ADAQUANT = ("adaquant", "adaquant-parallel")
+
+
+@dataclass(frozen=True)
+class Course:
+    """Everything learning needs from the float model, kept before its weights are rounded. ``block_lesson``: the part
+    of the lesson that blocks and layers learn from.
+    """
+
+    recording: Recording
+    teacher: Teacher
+    lesson: Lesson
+    block_lesson: Lesson
+    seed: int
+    logits: bool  # whether outputs are logits, as far as the damage is concerned
+
+
+def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], batches: Sequence[Batch]) -> bool:
+    """What "auto" decides by: codes of few bits, and samples enough not to learn them by heart."""
+    narrow = min(weight_bits, default=8) <= WORTH_LEARNING or min(site_bits, default=8) < 8
+    return narrow and sum(map(batch_size, batches)) >= LEAST_SAMPLES
+
+
+def way_to_learn(how: str, weight_bits: Collection[int], site_bits: Collection[int]) -> str:
+    """What is learned when asked for ``how``: for "auto" blocks first, then the network, where codes are narrowest,
+    and the network alone elsewhere.
+    """
+    narrowest = min(weight_bits, default=8) <= WORTH_BLOCKS or min(site_bits, default=8) < 8
+    return how if how != "auto" else "block" if narrowest else "network"
+
+
+def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed: int) -> Course | str:
+    """The course of a model that is still float, or why there is none."""
+    if isinstance(recording, str):
+        return recording
+    generator, tape = torch.Generator().manual_seed(seed), recording.tape
+    count = batch_size(recording.samples)
+    held = max(2, count // HELD_BACK)
+    if count - held < 2:
+        return f"{count} samples are too few"
+    order = torch.randperm(count, generator=generator)
+    training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
+    state = copied_state(tape, ready.model)
+    teacher = Teacher(
+        state,
+        _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
+        lambda wanted, found: damage.rows(rows_of(wanted), rows_of(found)),
+        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), SOFTENED),
+        lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
+    )
+    floats, every = float_playback(ready.model, tape, state), whole(tape, ())
+
+    def outputs(batch: Batch) -> Tensor:
+        return play(floats, tape.entering(ready.model, batch), every)
+
+    few = some_samples(training, torch.arange(min(CHANGED_SAMPLES, count - held)))
+    changes = harmless(few, outputs, teacher.damage, generator)
+    if changes:
+        notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")
+    inputs, held_inputs = (
+        _drawn(tape, ready.model, part, changes, most, generator)
+        for part, most in ((training, DRAWS), (testing, FEW_DRAWS))
+    )
+    lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
+    return Course(recording, teacher, lesson, lesson.first(FEW_DRAWS * (count - held)), seed, damage.softens)
+
+
+def _drawn(
+    tape: Tape, model: nn.Module, batch: Batch, changes: Sequence[str], most: int, generator: torch.Generator
+) -> Values:
+    """Inputs with these changes and pair-mixed, up to ``most`` draws of each where they are small; the inputs
+    themselves where neither is possible.
+    """
+    bytes_each = sum(t.numel() * t.element_size() for t in tree_flatten(batch)[0])
+    draws = max(1, min(most, DRAWN_BYTES // max(1, bytes_each)))
+    every: Values = {}
+    for draw in range(draws):
+        other = changed(batch, changes, generator)
+        mix = mixed_pairs([other], generator)
+        if mix is None and not changes:
+            return tape.entering(model, batch)
+        values = tape.entering(model, other if mix is None else mix[0])
+        every = every or {number: room_for(draws * len(x), x) for number, x in values.items()}
+        for number, x in values.items():
+            every[number][draw * len(x) : (draw + 1) * len(x)] = x
+    return every
+
+
+@torch.no_grad()
+def _spreads(ready: Prepared, tape: Tape, state: dict[str, Tensor], values: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The standard deviation of every layer's output, by channel."""
+    at = {ready.trace.calls[name][0].key: name for name in ready.quantizable}
+    made = {at[step.key]: step.makes[0] for step in tape.steps if step.key in at}
+    outputs = tape.replay(values, state, list(made.values()))
+    spreads = {}
+    for name, output in zip(made, outputs, strict=True):
+        channels_last = output if ready.trace.kinds[name] == "linear" else output.movedim(1, -1)
+        spreads[name] = channels_last.reshape(-1, channels_last.shape[-1]).std(0)
+    return spreads
+
+
+def reconstruct(
+    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Finished
+) -> dict[str, Learned]:
+    """Learn as asked ("block" learns the blocks first, then the network); returns the loss on held-back inputs before
+    and after each step of it. What is ``kept`` is not learned again.
+    """
+    if how in ADAQUANT:
+        return _by_layers(course, simulated, trace, how == "adaquant-parallel", progress, kept)
+    generator = torch.Generator().manual_seed(course.seed)
+    playback, blocks = Playback(simulated, course.recording.tape), course.recording.blocks
+    found = {}
+    if how == "block" and len(blocks) > 1:
+        found = learn_blocks(playback, course.teacher, course.block_lesson, blocks, BLOCK, generator, progress, kept)
+    # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
+    schedule = replace(NETWORK, code_rate=0.0, averaging=AVERAGING) if found else NETWORK
+    work = partial(learn_network, playback, course.teacher, course.lesson, schedule, generator, progress)
+    found["network"] = kept.learned("network", simulated, simulated.weights, work)
+    learned = found["network"]
+    notice(f"learned: softened damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
+    return found
+
+
+def _by_layers(
+    course: Course, simulated: SimulatedModel, trace: Trace, parallel: bool, progress: bool, finished: Finished
+) -> dict[str, Learned]:
+    """AdaQuant, kept where the network as a whole gains: layers learn to be like the float ones, not the output."""
+    tape, lesson = course.recording.tape, course.lesson
+    generator = torch.Generator().manual_seed(course.seed)
+    playback, kept = Playback(simulated, tape), Kept.of(simulated)
+    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
+    few = course.block_lesson.first(LAYER_SAMPLES)
+    found = learn_layers(
+        playback, float_playback(simulated.model, tape, course.teacher.state), course.teacher, few, trace,
+        course.recording.blocks, LAYER, generator, parallel, progress, finished,
+    )  # fmt: skip
+    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
+    if not after < before:
+        kept.put_back(simulated)
+    notice(f"learned layer by layer: damage on held-back inputs {before:.4g} -> {min(before, after):.4g}")
+    return found | {"network": Learned(before, min(before, after))}
+
+
+def correct(
+    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Finished
+) -> dict[str, Learned]:
+    """Apply a correction ("auto": all but "confidence" in turn), each kept only where the damage on held-back inputs
+    falls; returns that damage before and after each.
+    """
+    tuning = partial(
+        learn_network, Playback(simulated, course.recording.tape), course.teacher, course.lesson, TUNING,
+        torch.Generator().manual_seed(course.seed), progress, only_biases=True,
+    )  # fmt: skip
+    every: dict[str, Callable[[], Learned]] = {
+        "norm": partial(_match, course, simulated, trace, deviations=True),
+        "bias": partial(_match, course, simulated, trace, deviations=False),
+        "tuning": tuning,
+        "confidence": partial(_temper, course, simulated, trace),
+    }
+    return {
+        name: kept.learned(f"correction {name}", simulated, simulated.weights, work)
+        for name, work in every.items()
+        if how == name or (how == "auto" and name in AUTO)
+    }
+
+
+def _match(course: Course, simulated: SimulatedModel, trace: Trace, deviations: bool) -> Learned:
+    """Match statistics of the outputs where that lowers the damage on held-back inputs."""
+    tape, lesson, damage = course.recording.tape, course.lesson, course.teacher.damage
+    playback, floats = Playback(simulated, tape), float_playback(simulated.model, tape, course.teacher.state)
+    kept = Kept.of(simulated)
+    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    some = lesson.first(STATISTICS_SAMPLES).inputs
+    match_outputs(playback, floats, trace, course.recording.blocks, some, deviations)
+    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    if not after < before:
+        kept.put_back(simulated)
+    return Learned(before, min(before, after))
+
+
+def _temper(course: Course, simulated: SimulatedModel, trace: Trace) -> Learned:
+    """Make the logits as large as is best for the damage on held-back inputs."""
+    tape, lesson, damage = course.recording.tape, course.lesson, course.teacher.damage
+    playback = Playback(simulated, tape)
+    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    head = head_of(playback, trace)
+    if head is None or not course.logits:
+        return Learned(before, before)
+    kept = Kept.of(simulated)
+    found = play(playback, lesson.held_inputs, whole(tape, ()))
+    factor = best_factor(found, lambda outputs: damage(lesson.held_outputs, outputs))
+    scale_layer(simulated, head, factor)
+    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    if not after < before:
+        kept.put_back(simulated)
+        return Learned(before, before)
+    notice(f"logits times {factor:.2f}: damage on held-back inputs {before:.4g} -> {after:.4g}")
+    return Learned(before, after)
+
+
+def require_course(course: Course | str, **asked: str) -> Course | None:
+    """The course; without one, None where all that was ``asked`` is "auto" or "none", with a notice, otherwise
+    InvalidRequest.
+    """
+    if isinstance(course, Course):
+        return course
+    for key, value in asked.items():
+        if value not in ("auto", "none"):
+            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {course}. Use 'none'.")
+    notice(f"nothing is learned after rounding: {course}")
+    return None

@@ -1,0 +1,99 @@
+"""What quantizing gives back: a model that runs, the decision behind it, and the ways out to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from quantkit.errors import InvalidRequest
+from quantkit.plan import Plan, Profile
+from quantkit.program.inputs import Batch, as_batch
+from quantkit.runtime.real import RealModel
+from quantkit.simulation.model import SimulatedModel
+from quantkit.store import require_writable
+
+if TYPE_CHECKING:
+    from quantkit.backends.onnxruntime.parity import Tolerance
+    from quantkit.backends.onnxruntime.writer import ExportReport
+
+
+@dataclass
+class Result:
+    """A quantized model, the plan it obeys and what was measured on it.
+
+    ``model`` runs like the original: simulated in float, or, after ``to_real``, on integer kernels. ``metrics``
+    compares it with the float model: on the calibration inputs, and on the user's own metric where ``evaluate`` was
+    given. ``folds`` are the (layer, BatchNorm) pairs that were folded, ``calibration`` the inputs it was made with
+    (empty when it was loaded). ``curve`` has the (cost, metric drop) of every plan that was applied for a limit on
+    accuracy, cheapest first. ``notes`` say how each layer was rounded and what was learned afterwards.
+    """
+
+    model: SimulatedModel | RealModel
+    plan: Plan
+    folds: tuple[tuple[str, str], ...] = ()
+    calibration: Sequence[Batch] = ()
+    profile: Profile | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write plan.json and weights.safetensors into ``folder``; ``quantkit.load`` reads them back."""
+        from quantkit.stages.save_load import save_result
+
+        return save_result(self.simulated(), self.plan, self.folds, folder)
+
+    def to_real(self, expand: bool = False) -> Result:
+        """This result with a model that computes on integers from packed weights, which take the plan's bytes.
+
+        ``expand`` also keeps 8-bit expansions of the weights that kernels cannot read as they are packed: faster, and
+        counted apart in ``model.expanded_bytes``.
+        """
+        return replace(self, model=RealModel(self.simulated(), expand))
+
+    def simulated(self) -> SimulatedModel:
+        """The model in simulation: differentiable, and what files are written from."""
+        return self.model.simulated() if isinstance(self.model, RealModel) else self.model
+
+    def export_onnx(
+        self, path: str | Path, *, example: Any = None, check: Sequence[Any] = (), tolerance: Tolerance | None = None
+    ) -> ExportReport:
+        """Write an ONNX file for onnxruntime and compare it there with ``model`` before the call returns.
+
+        ``example`` is one batch of model inputs (default: the first calibration batch), ``check`` the batches to
+        compare on (default: the example). Raises ParityError, and leaves no file, when they differ by more than
+        ``tolerance``; InvalidRequest when the model cannot be exported.
+        """
+        from quantkit.backends.onnxruntime.writer import export_onnx
+
+        require_writable(Path(path).parent)
+        batch = self.example() if example is None else as_batch(example)
+        options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
+        checked = [as_batch(item) for item in check]
+        return export_onnx(self.simulated(), batch, path, check=checked, plan=self.plan, **options)
+
+    def example(self) -> Batch:
+        """The first calibration batch; raises InvalidRequest where the result was loaded without data."""
+        if not self.calibration:
+            raise InvalidRequest(
+                "A loaded result carries no calibration data: pass example=, one batch of model inputs, to export it."
+            )
+        return self.calibration[0]
+
+
+def export_onnx(result: Result, path: str | Path, **options: Any) -> ExportReport:
+    """``result.export_onnx(path, ...)``."""
+    return result.export_onnx(path, **options)
+
+
+def load_result(folder: str | Path, model: nn.Module) -> Result:
+    """The result saved in ``folder``, on a copy of ``model``, a float model of the same architecture."""
+    from quantkit.stages.save_load import load_result
+
+    simulated, plan, folds = load_result(folder, model)
+    simulated.eval()
+    return Result(simulated, plan, folds)

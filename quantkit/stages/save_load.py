@@ -1,0 +1,175 @@
+"""A quantized model on disk: ``plan.json`` beside ``weights.safetensors``.
+
+``weights.safetensors`` holds, for every quantized layer, the tensors of ``kernels.packed_weight`` under
+``<layer>.weight``: codes packed at true width, scales and, where the format has them, zero points; and every other
+tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON with:
+
+- ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
+- ``layers``: layer name -> weight format and shape;
+- ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
+- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
+- ``ranges``: site name -> scale, zero point, bits; without a zero point for logarithmic codes, bits alone for scales
+  that are found token by token.
+
+Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
+from quantkit.formats import Scheme
+from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
+from quantkit.numbers.per_token import range_of
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.plan import Plan, canonical_json
+from quantkit.program.intercept import OpKey
+from quantkit.program.sites import Site
+from quantkit.simulation.model import SimulatedModel
+from quantkit.store import write_atomically
+from quantkit.transforms.fold_bn import shape_like_folded
+
+MODEL_VERSION = 1
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "weights.safetensors"
+_HEADER = "quantkit_model"
+
+
+def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str, str]], folder: str | Path) -> Path:
+    """Write ``plan.json`` and ``weights.safetensors`` into ``folder``, each whole or not at all."""
+    folder = Path(folder)
+    tensors = _other_state(simulated)
+    for name, weight in simulated.weights.items():
+        tensors |= pack_weight(weight).tensors(f"{name}.weight")
+    header = {
+        "version": MODEL_VERSION,
+        "plan": plan.digest(),
+        "layers": {n: {"format": str(w.format), "shape": list(w.codes.shape)} for n, w in simulated.weights.items()},
+        "folds": [list(pair) for pair in folds],
+        "sites": [asdict(site) for site in simulated.sites],
+        "ranges": {name: asdict(found) for name, found in simulated.ranges.items()},
+    }
+    header["digest"] = _digest(header, tensors)
+    metadata = {_HEADER: canonical_json(header)}
+    write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    plan.save(folder / PLAN_FILE)
+    return folder
+
+
+def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, Plan, tuple[tuple[str, str], ...]]:
+    """(model, plan, folds) as ``save_result`` got them, on a copy of ``model``, the float model of the same
+    architecture (its weights do not matter).
+
+    Raises CorruptFile for damaged files, InvalidRequest for missing ones, an edited plan and a model that does not
+    fit.
+    """
+    folder = Path(folder)
+    plan = Plan.load(folder / PLAN_FILE)
+    header, tensors = _read(folder / WEIGHTS_FILE)
+    if header["plan"] != plan.digest():
+        raise InvalidRequest(
+            f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. "
+            "Apply the plan to the model again."
+        )
+    own = copy.deepcopy(model).cpu().float().eval()
+    folds = tuple((layer, norm) for layer, norm in header["folds"])
+    try:
+        shape_like_folded(own, folds)
+        weights = {name: _weight(name, record, own, tensors) for name, record in header["layers"].items()}
+    except AttributeError as error:
+        raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
+    _load_state(own, weights, tensors)
+    sites = [_site(record) for record in header["sites"]]
+    ranges = {name: range_of(record) for name, record in header["ranges"].items()}
+    return SimulatedModel(own, sites, weights, ranges), plan, folds
+
+
+def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:
+    """The model's state without the weights that are stored as codes."""
+    coded = {f"{name}.weight" for name in simulated.weights}
+    state = simulated.model.state_dict()
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items() if name not in coded}
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.sha256(canonical_json(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if header["version"] != MODEL_VERSION:
+            raise ValueError(f"version {header['version']}, expected {MODEL_VERSION}")
+        if header.pop("digest") != _digest(header, tensors):
+            raise ValueError("its contents are not those that were written")
+        return header, tensors
+    except OSError as error:
+        raise InvalidRequest(f"Cannot read the weights {str(path)!r}: {error.strerror or error}.") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(
+            f"{str(path)!r} is damaged, cut off or not written by quantkit ({error}). Save the result again."
+        ) from error
+
+
+def _weight(name: str, record: Mapping[str, Any], model: nn.Module, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """A layer's codes, taken out of ``tensors``; the layer gets a weight of its own even where the model ties it."""
+    layer, shape = model.get_submodule(name), tuple(record["shape"])
+    if tuple(layer.get_parameter("weight").shape) != shape:
+        raise InvalidRequest(
+            f"Layer {name!r} has a weight of shape {tuple(layer.get_parameter('weight').shape)} in the model and of "
+            f"{shape} in the saved file: this is not the model that was saved."
+        )
+    layer.weight = nn.Parameter(torch.empty(shape))
+    format = Scheme.parse(record["format"]).weight
+    assert format is not None
+    packed = PackedWeight.of_tensors(tensors, f"{name}.weight", shape, format)
+    for stored in packed.tensors(f"{name}.weight"):
+        del tensors[stored]
+    return unpack_weight(packed)
+
+
+def _load_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]) -> None:
+    """Load everything but the coded weights; raises InvalidRequest naming what does not fit."""
+    wanted = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in weights}
+    for name in wanted.keys() ^ tensors.keys():
+        where = "the saved weights" if name in tensors else "the model"
+        other = list(wanted if name in tensors else tensors)
+        raise InvalidRequest(
+            f"Only {where} has {name!r}: this is not the model that was saved.{did_you_mean(name, other)}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise InvalidRequest(
+                f"{name!r} has shape {tuple(wanted[name].shape)} in the model and {tuple(tensor.shape)} in the saved "
+                "weights: this is not the model that was saved."
+            )
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def _site(record: Mapping[str, Any]) -> Site:
+    return Site(
+        name=record["name"],
+        place=OpKey(**record["place"]),
+        echoes=tuple(OpKey(**key) for key in record["echoes"]),
+        consumers=tuple(record["consumers"]),
+        shape=tuple(record["shape"]),
+    )

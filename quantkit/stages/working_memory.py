@@ -1,0 +1,74 @@
+"""What rounding and learning will hold, known before either begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from quantkit.program.layers import groups_of, weight_of
+from quantkit.rounding.layer_inputs import positions_wanted
+from quantkit.simulation.playback import SPILL_BYTES
+from quantkit.stages.recording import Recording
+from quantkit.transforms.prepare import Prepared
+
+_FLOAT = 4  # bytes
+_HESSIANS = 6  # a layer's: summed, sorted, damped, its inverse and factor in float64, the factor in float32
+_DRAWING = 9  # copies of the samples: recorded, divided, and one draw while it is changed, mixed and laid out
+_COPIES = 9  # of parameters: float, learned, computed with, their gradients, two of Adam, mean, present and best
+_GRAPH = 3  # what a gradient keeps of a value: itself, quantized, and its own gradient
+
+
+@dataclass(frozen=True)
+class WorkingMemory:
+    """Bytes beyond the model and its calibration inputs: ``values`` that enter and leave one block for all samples,
+    ``drawing`` what is learned from (freed before learning, but a process seldom gives small pieces back), ``hessian``
+    of the largest layer, ``graph`` of one batch while it is differentiated, ``copies`` of the model's state.
+    """
+
+    values: int
+    drawing: int
+    hessian: int
+    graph: int
+    copies: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.values + self.drawing + max(self.hessian, self.graph) + self.copies
+
+    def __str__(self) -> str:
+        return (
+            f"rounding and learning: memory at most about {self.peak_bytes / 1e6:,.0f} MB beyond the model and its "
+            f"inputs, {self.values / 1e6:,.0f} MB of them what enters and leaves a block; a single value beyond "
+            f"{SPILL_BYTES / 1e6:,.0f} MB goes to disk"
+        )
+
+
+def working_memory(ready: Prepared, recording: Recording, samples: int, learned: int, by_blocks: int) -> WorkingMemory:
+    """The working memory of rounding on ``samples`` and learning the network on ``learned`` ones and its blocks on
+    ``by_blocks`` ones, held-back ones included (0 where nothing is learned so).
+
+    Rounding holds what enters a block and makes what leaves it. Learning holds what enters it in the quantized and in
+    the float network, what leaves it in both, and what is wanted.
+    """
+    sizes = _sizes(ready, recording)
+    edges = [(sum(sizes.get(n, 0) for n in b.entering), sizes.get(b.leaving, 0)) for b in recording.blocks]
+    enters, leaves = (max(side) for side in zip(*edges, strict=True))
+    inputs = sum(sizes.get(number, 0) for number in recording.tape.inputs)
+    values = max(samples * (enters + leaves), learned * inputs + by_blocks * (2 * enters + 3 * leaves))
+    state = _FLOAT * sum(t.numel() for t in ready.model.state_dict().values())
+    graph = _GRAPH * recording.tape.size * sum(math.prod(shape[1:]) for shape in ready.trace.shape.values()) * _FLOAT
+    hessian = max(_hessian(ready, recording, name) for name in ready.quantizable)
+    return WorkingMemory(values, _DRAWING * samples * inputs * (learned > 0), hessian, graph, _COPIES * state)
+
+
+def _sizes(ready: Prepared, recording: Recording) -> dict[int, int]:
+    """Bytes of a sample of every value on the tape that the trace has seen."""
+    at = {place: _FLOAT * math.prod(ready.trace.shape[value][1:]) for value, place in ready.trace.producer.items()}
+    return {number: at[place] for number, place in recording.tape.places().items() if place in at}
+
+
+def _hessian(ready: Prepared, recording: Recording, layer: str) -> int:
+    """Bytes that rounding a layer takes: its Hessian several times, and the inputs of one chunk as a matrix."""
+    width, groups = weight_of(ready.model, layer)[0].numel(), groups_of(ready.model, layer)
+    rows = recording.tape.size * positions_wanted(width)
+    return groups * (_HESSIANS * 8 * width**2 + 3 * _FLOAT * rows * width)

@@ -1,0 +1,88 @@
+"""Rounding block by block gives the codes of rounding in sequence: the same layers on the same inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantkit.formats import Scheme
+from quantkit.numbers.uniform import SiteRange
+from quantkit.program.segments import Segment, blocks_of
+from quantkit.program.tape import Tape, record
+from quantkit.ranges.statistics import layer_hessians
+from quantkit.rounding.by_blocks import moments, round_by_blocks
+from quantkit.rounding.in_sequence import round_in_sequence
+from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
+from quantkit.sensitivity.measure import main_output
+from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.playback import Playback, play
+from quantkit.targets import Target
+from quantkit.transforms.prepare import Prepared, prepare
+from tests.program.models import randn
+from tests.program.test_segments import Chain
+from tests.stages.networks import ConvReused, MobileNet
+
+
+def recorded(model: nn.Module, x: Tensor) -> tuple[Prepared, Tape, list[Segment]]:
+    ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
+    tape = record(ready.model, ((x[:8],), {}), ((x[8:16],), {}), main_output)
+    assert tape is not None
+    return ready, tape, blocks_of(tape, ready.trace, ready.quantizable, {s.place for s in ready.sites})
+
+
+@pytest.mark.parametrize("build", [Chain, MobileNet, ConvReused], ids=lambda build: build.__name__)
+def test_hessians_are_those_of_whole_forwards(build: type[nn.Module]) -> None:
+    x = randn(21, 3, 8, 8, seed=1)
+    ready, tape, blocks = recorded(build().eval(), x)
+    ranges = {site.name: SiteRange(0.0037, 60) for site in ready.sites}
+    simulated = SimulatedModel(ready.model, ready.sites, {}, ranges)
+    wanted = layer_hessians(simulated, ready.trace, ready.quantizable, [((x[:12],), {}), ((x[12:],), {})])
+    values = tape.entering(ready.model, ((x,), {}))
+    for block in blocks:
+        for name in block.layers:
+            found = moments(Playback(simulated, tape), ready.trace, block, name, values).hessian
+            assert float((found - wanted[name]).norm() / wanted[name].norm()) < 5e-3, name  # sums on a tie tip a code
+        values = {block.leaving: play(Playback(simulated, tape), values, block)}
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
+    x, formats = randn(75, 3, 8, 8, seed=1), {}
+    found = []
+    for by_blocks in (False, True):
+        torch.manual_seed(0)
+        ready, tape, blocks = recorded(Chain().eval(), x)
+        simulated = SimulatedModel(ready.model, ready.sites, {}, {s.name: SiteRange(0.05, 60) for s in ready.sites})
+        formats = {name: Scheme.parse("w3").weight for name in ready.quantizable[1:-1]}
+        if by_blocks:
+            inputs = tape.entering(ready.model, ((x,), {}))
+            playback = Playback(simulated, tape)
+            how = round_by_blocks(playback, ready.trace, blocks, formats, inputs, rounding, progress=False)
+        else:
+            how = round_in_sequence(simulated, ready.trace, formats, [((x,), {})], rounding, progress=False)
+        found.append((simulated.weights, how))
+    (one, said), (other, said_too) = found
+    assert said == said_too and set(said) == set(formats)
+    for name in one:
+        same = (one[name].codes == other[name].codes).float().mean()
+        assert same > 0.97, name  # a sum in another order may tip a code on a tie, and that those after it
+        torch.testing.assert_close(one[name].scale, other[name].scale)
+
+
+def test_of_many_positions_some_are_drawn_and_their_inputs_are_right() -> None:
+    x, weight = randn(3, 4, 20, 20), randn(6, 4, 3, 3)
+    every = input_columns("conv2d", (x, weight), {"padding": 1}).reshape(400, 3, 36)
+    some = input_columns("conv2d", (x, weight), {"padding": 1}, 2 / 3, torch.Generator().manual_seed(0))
+    assert positions_wanted(36) == LEAST_POSITIONS == 128
+    some = some.reshape(128, 2, 36)
+    for sample in range(2):
+        rows = {tuple(row.tolist()) for row in every[:, sample]}
+        assert all(tuple(row.tolist()) in rows for row in some[:, sample])
+        assert len({tuple(row.tolist()) for row in some[:, sample]}) == 128
+
+
+def test_all_positions_count_where_they_are_few() -> None:
+    x, weight = randn(3, 4, 8, 8), randn(6, 4, 3, 3)
+    every = input_columns("conv2d", (x, weight), {})
+    assert torch.equal(every, input_columns("conv2d", (x, weight), {}, generator=torch.Generator().manual_seed(0)))

@@ -1,0 +1,187 @@
+"""A layer's codes per format: shapes, the best stretch of the range under GPTQ, and what happens without a usable
+Hessian."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.formats import Scheme, WeightFormat
+from quantkit.numbers.uniform import quantize
+from quantkit.ranges.weights import mse_range
+from quantkit.rounding import weights
+from quantkit.rounding.gptq import DAMPING, gptq_codes, inverse_factor
+from quantkit.rounding.weights import STRETCH, Rounded, quantize_weight, rounding_note
+
+FORMATS = [Scheme.parse(text).weight for text in ("w2", "w4", "w8", "w3z", "w4g6", "w4g3z", "w5g18")]
+SHAPES = {"linear": ((6, 18), 1), "conv": ((6, 2, 3, 3), 1), "grouped": ((6, 2, 3, 3), 3)}
+every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
+every_shape = pytest.mark.parametrize(("shape", "groups"), SHAPES.values(), ids=SHAPES)
+
+
+def random_weight(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_hessian(groups: int, size: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, 4 * size, size, generator=draw, dtype=torch.float64)
+    x = x @ torch.randn(groups, size, size, generator=draw, dtype=torch.float64)
+    return x.mT @ x
+
+
+def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """Squared error of the layer's outputs on the inputs behind the Hessian."""
+    error = (weight - rounded.double()).reshape(len(hessian), -1, hessian.shape[-1])
+    return float(torch.einsum("goi,gij,goj->", error, hessian, error))
+
+
+@every_format
+@every_shape
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_codes_scales_and_zero_points_as_they_ship(
+    format: WeightFormat, shape: tuple[int, ...], groups: int, rounding: str
+) -> None:
+    hessian = random_hessian(groups, 18) if rounding == "gptq" else None
+    rounded = quantize_weight(random_weight(shape), [format], hessian, groups)
+    found, (low, high) = rounded.weights[format], format.code_range
+    assert rounded.rounding == rounding
+    assert rounded.damping == (DAMPING if rounding == "gptq" else 0.0)
+    assert found.format == format
+    assert found.codes.dtype == torch.int8 and found.codes.shape == shape
+    assert low <= int(found.codes.min()) and int(found.codes.max()) <= high
+    assert found.scale.dtype == torch.float32 and found.scale.shape == (6, 18 // (format.group or 18))
+    if not format.zero_point:
+        assert found.zero_point is None
+        return
+    assert found.zero_point is not None
+    assert found.zero_point.dtype == torch.int8 and found.zero_point.shape == found.scale.shape
+    assert low <= int(found.zero_point.min()) and int(found.zero_point.max()) <= high
+
+
+@every_format
+@every_shape
+def test_nearest_is_nearest_in_every_group(format: WeightFormat, shape: tuple[int, ...], groups: int) -> None:
+    weight = random_weight(shape)
+    found = quantize_weight(weight, [format], groups=groups).weights[format]
+    size = format.group or 18
+    for row in range(6):
+        for start in range(0, 18, size):
+            part = weight.reshape(6, 18)[row, start : start + size]
+            scale, zero = mse_range(part, format)
+            codes = quantize(part, scale, zero, *format.code_range)
+            assert torch.equal(found.codes.reshape(6, 18)[row, start : start + size], codes.to(torch.int8))
+            assert found.scale[row, start // size] == scale.float()
+
+
+@every_format
+@every_shape
+def test_gptq_keeps_the_best_stretch_of_each_row(format: WeightFormat, shape: tuple[int, ...], groups: int) -> None:
+    weight, hessian = random_weight(shape), random_hessian(groups, 18)
+    rows, size = weight.reshape(groups, -1, 18), format.group or 18
+    importance = hessian.diagonal(dim1=-2, dim2=-1)
+    parts = rows.reshape(*rows.shape[:2], -1, size)
+    scale, zero = mse_range(parts, format, importance.reshape(groups, 1, -1, size))
+    best_loss = torch.full(rows.shape[:2], torch.inf, dtype=torch.float64)
+    best_codes, best_scale = torch.zeros_like(rows), torch.zeros_like(scale[..., 0])
+    activity = [torch.floor(16 * torch.log2(matrix.diagonal())) for matrix in hessian]
+    order = [torch.sort(row, descending=True, stable=True).indices for row in activity]
+    factor = inverse_factor(torch.stack([matrix[o][:, o] for matrix, o in zip(hessian, order, strict=True)]))
+
+    def in_order(x: Tensor) -> Tensor:
+        return torch.stack([part[:, o] for part, o in zip(x, order, strict=True)])
+
+    zeros = in_order(zero[..., 0].repeat_interleave(size, -1))
+    for stretch in STRETCH.double():
+        trial = scale[..., 0] * stretch
+        scales = in_order(trial.repeat_interleave(size, -1))
+        found_codes, loss = gptq_codes(in_order(rows), factor, scales, zeros, *format.code_range)
+        codes = torch.stack([part[:, o.argsort()] for part, o in zip(found_codes, order, strict=True)])
+        for g, o in np.ndindex(*loss.shape):
+            if loss[g, o] < best_loss[g, o]:
+                best_loss[g, o], best_codes[g, o], best_scale[g, o] = loss[g, o], codes[g, o], trial[g, o]
+    found = quantize_weight(weight, [format], hessian, groups).weights[format]
+    assert torch.equal(found.codes, best_codes.reshape(shape).to(torch.int8))
+    assert torch.equal(found.scale, best_scale.reshape(6, -1).float())
+
+
+def test_float32_finds_the_codes_of_float64() -> None:
+    weight, hessian = random_weight((6, 2, 3, 3)), random_hessian(3, 18)
+    double = quantize_weight(weight, FORMATS, hessian, 3)
+    single = quantize_weight(weight.float(), FORMATS, hessian, 3)
+    for format in FORMATS:
+        same = double.weights[format].codes == single.weights[format].codes
+        assert same.double().mean() > 0.97, str(format)  # a value on a tie tips now and then
+
+
+@every_shape
+def test_all_formats_at_once_are_those_found_alone(shape: tuple[int, ...], groups: int) -> None:
+    weight, hessian = random_weight(shape), random_hessian(groups, 18)
+    together = quantize_weight(weight, FORMATS, hessian, groups)
+    for format in FORMATS:
+        alone = quantize_weight(weight, [format], hessian, groups).weights[format]
+        assert torch.equal(together.weights[format].codes, alone.codes)
+        assert torch.equal(together.weights[format].scale, alone.scale)
+
+
+@every_format
+def test_slices_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, format: WeightFormat) -> None:
+    weight, hessian = random_weight((7, 18)), random_hessian(1, 18)
+    whole = quantize_weight(weight, [format], hessian).weights[format]
+    monkeypatch.setattr(weights, "_ELEMENTS_AT_ONCE", 3 * 17 * 18)
+    sliced = quantize_weight(weight, [format], hessian).weights[format]
+    assert torch.equal(whole.codes, sliced.codes) and torch.equal(whole.scale, sliced.scale)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("suffix", ["", "z", "g6"])
+def test_gptq_gives_smaller_output_errors_than_nearest(bits: int, suffix: str) -> None:
+    """In each of 5 random layers of 16 x 18 weights."""
+    format = Scheme.parse(f"w{bits}{suffix}").weight
+    for seed in range(5):
+        weight, hessian = random_weight((16, 18), seed), random_hessian(1, 18, seed)
+        by_gptq = quantize_weight(weight, [format], hessian).weights[format].dequantize()
+        by_nearest = quantize_weight(weight, [format]).weights[format].dequantize()
+        assert output_error(weight, by_gptq, hessian) < output_error(weight, by_nearest, hessian), seed
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_parameter_of_any_float_type_is_left_alone(dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(random_weight((4, 18)).to(dtype))
+    before = weight.detach().clone()
+    found = quantize_weight(weight, [FORMATS[2]], random_hessian(1, 18)).weights[FORMATS[2]]
+    assert torch.equal(weight, before)
+    assert not found.scale.requires_grad
+    assert (found.dequantize() - before.float()).abs().max() < 0.2
+
+
+def test_damping_that_was_needed_is_recorded() -> None:
+    hessian = torch.tensor([[[1.0, 1.05], [1.05, 1.0]]], dtype=torch.float64)
+    rounded = quantize_weight(random_weight((4, 2)), [FORMATS[1]], hessian)
+    assert (rounded.rounding, rounded.damping) == ("gptq", pytest.approx(0.1))
+    assert rounding_note("fc", rounded, "auto") == "gptq, damping 0.1"
+
+
+def test_hessian_with_nan_falls_back_to_nearest_and_names_the_layer(caplog: pytest.LogCaptureFixture) -> None:
+    weight, hessian = random_weight((6, 18)), random_hessian(1, 18)
+    hessian[0, 3, 4] = torch.nan
+    rounded = quantize_weight(weight, FORMATS, hessian)
+    plain = quantize_weight(weight, FORMATS)
+    assert (rounded.rounding, rounded.damping) == ("nearest", 0.0)
+    assert all(torch.equal(rounded.weights[f].codes, plain.weights[f].codes) for f in FORMATS)
+    with caplog.at_level(logging.WARNING, logger="quantkit"):
+        assert rounding_note("blocks.3.fc", rounded, "auto") == "nearest"
+    assert [r.getMessage() for r in caplog.records] == [
+        "blocks.3.fc: the Hessian of its inputs cannot be factored; rounded to nearest"
+    ]
+
+
+@pytest.mark.parametrize(("rounding", "asked"), [("nearest", "nearest"), ("gptq", "auto"), ("gptq", "gptq")])
+def test_no_warning_where_the_request_was_met(caplog: pytest.LogCaptureFixture, rounding: str, asked: str) -> None:
+    with caplog.at_level(logging.WARNING, logger="quantkit"):
+        note = rounding_note("fc", Rounded({}, rounding, DAMPING), asked)
+    assert note.startswith(rounding) and not caplog.records

@@ -1,0 +1,136 @@
+"""Corrections move no code, match the statistics they say they match, and stay only where they help."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+import quantkit
+from quantkit import Result
+from quantkit.errors import InvalidRequest
+from quantkit.program.segments import whole
+from quantkit.program.tape import record
+from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, output_spread
+from quantkit.reconstruction.learning import Schedule
+from quantkit.reconstruction.snapshot import Kept
+from quantkit.rounding.in_sequence import round_in_sequence
+from quantkit.sensitivity.measure import KLDamage, main_output
+from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.playback import Playback
+from quantkit.stages import reconstruct
+from quantkit.targets import Target
+from quantkit.transforms.prepare import prepare
+from tests.stages.networks import images, small
+from tests.stages.test_reconstruct import SMALL, damage, digits, layers
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "TUNING", Schedule(steps=40, batch=32, bias_rate=1e-2))
+
+
+@cache
+def applied(correction: str | None, scheme: str = "w2a8") -> Result:
+    model, seen, _ = digits()
+    plan = dict.fromkeys(layers(), scheme)
+    return quantkit.apply(model, plan, seen, reconstruction="none", correction=correction, progress=False)
+
+
+@pytest.mark.parametrize("correction", ["norm", "bias", "tuning", "auto"])
+def test_codes_stay_and_the_damage_on_unseen_inputs_falls(correction: str) -> None:
+    plain, corrected = applied(None), applied(correction)
+    assert all(torch.equal(w.codes, corrected.model.weights[n].codes) for n, w in plain.model.weights.items())
+    assert corrected.plan.size_bytes == plain.plan.size_bytes
+    notes = corrected.notes["correction"]
+    assert list(notes) == (["norm", "bias", "tuning"] if correction == "auto" else [correction])
+    assert all(step.after <= step.before for step in notes.values())
+    if any(step.helped for step in notes.values()):
+        assert damage(corrected) < damage(plain)
+    assert any(step.helped for step in applied("auto").notes["correction"].values())
+
+
+@pytest.mark.parametrize("deviations", [False, True], ids=["bias", "norm"])
+def test_every_channel_gets_its_statistics_back(deviations: bool) -> None:
+    x = images(40)
+    ready = prepare(small(), [((x,), {})], Target.load("onnxruntime-cpu"))
+    tape = record(ready.model, ((x[:16],), {}), ((x[16:32],), {}), main_output)
+    assert tape is not None
+    float_state = {name: tensor.clone() for name, tensor in tape.state_of(ready.model).items()}
+    simulated = SimulatedModel(ready.model, (), {}, {})
+    formats = {name: quantkit.Scheme.parse("w2").weight for name in ready.quantizable}
+    round_in_sequence(simulated, ready.trace, formats, [((x,), {})], "nearest", progress=False)
+    codes = {name: weight.codes.clone() for name, weight in simulated.weights.items()}
+    playback, floats = (
+        Playback(simulated, tape),
+        Playback(SimulatedModel(ready.model, (), {}, {}), tape, fixed=float_state),
+    )
+    blocks, inputs = [whole(tape, ready.quantizable)], tape.entering(ready.model, ((x,), {}))
+    match_outputs(playback, floats, ready.trace, blocks, inputs, deviations)
+    for name in ready.quantizable:
+        wanted = output_spread(floats, ready.trace, blocks[0], name, inputs)
+        found = output_spread(playback, ready.trace, blocks[0], name, inputs)
+        torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-4, atol=1e-5)
+        ratio = found.deviation / wanted.deviation
+        if deviations:  # but for channels that rounding made too flat or too steep to trust
+            assert float((ratio - 1).abs().median()) < 1e-4
+        assert torch.equal(simulated.weights[name].codes, codes[name])
+
+
+def test_what_was_kept_is_put_back() -> None:
+    model = applied.__wrapped__(None).model
+    kept, before = Kept.of(model), {name: t.clone() for name, t in model.model.state_dict().items()}
+    for name, weight in list(model.weights.items()):
+        model.set_weight(name, type(weight)(weight.codes, 2 * weight.scale, weight.zero_point, weight.format))
+        model.model.get_submodule(name).bias.data.add_(1)
+    kept.put_back(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+
+
+def test_nothing_is_corrected_after_learning_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=8, batch=32))
+    found = [
+        quantkit.apply(small(), dict.fromkeys(SMALL, "w2a8"), images(64), correction=how, progress=False).notes
+        for how in ("auto", "bias")
+    ]
+    assert ["correction" in notes for notes in found] == [False, True]
+
+
+def test_an_unknown_correction_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"^Unknown correction 'all'; known: auto, none, bias, norm, tuning"):
+        quantkit.apply(small(), {"head": "w2a8"}, images(), correction="all", progress=False)
+
+
+def test_confidence_scales_the_logits_and_nothing_else() -> None:
+    plain, corrected = applied(None), applied("confidence")
+    x = digits()[2][:64]
+    with torch.no_grad():
+        before, after = plain.model(x), corrected.model(x)
+    factor = float(after.norm() / before.norm())
+    torch.testing.assert_close(after, factor * before, rtol=1e-3, atol=1e-3)
+    step = corrected.notes["correction"]["confidence"]
+    assert step.helped == (abs(factor - 1) > 0.01)
+
+
+@pytest.mark.parametrize("truth", [0.7, 1.0, 1.3])
+def test_best_factor_undoes_logits_that_are_too_large_or_too_small(truth: float) -> None:
+    wanted = 3 * torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
+
+    def damage(outputs: torch.Tensor) -> torch.Tensor:
+        return KLDamage().rows(wanted, outputs)
+
+    assert best_factor(wanted / truth, damage) == pytest.approx(truth, abs=0.011)
+
+
+def test_head_is_the_layer_that_makes_the_output() -> None:
+    x = images(40)
+    behind = (torch.nn.ReLU(), torch.nn.ReLU(inplace=True))  # the latter's output is the tensor the head made
+    for model, name in ((small(), "head"), *((torch.nn.Sequential(small(), act), None) for act in behind)):
+        ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
+        tape = record(ready.model, ((x[:16],), {}), ((x[16:32],), {}), main_output)
+        assert tape is not None
+        simulated = SimulatedModel(ready.model, (), {}, {})
+        formats = {n: quantkit.Scheme.parse("w4").weight for n in ready.quantizable}
+        round_in_sequence(simulated, ready.trace, formats, [((x,), {})], "nearest", progress=False)
+        assert head_of(Playback(simulated, tape), ready.trace) == name

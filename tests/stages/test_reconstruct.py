@@ -1,0 +1,193 @@
+"""Learning after rounding lowers the damage on inputs nobody learned from, repeats itself, and says what it did."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import QuantkitError, Result
+from quantkit.reconstruction.learning import Schedule
+from quantkit.sensitivity.measure import kl_rows
+from quantkit.stages import reconstruct
+from tests.stages.networks import images, small
+
+DIGITS = import_module("recipes.models.digits_cnn")
+FOLDER = Path(__file__).resolve().parents[2] / "calibration"
+SMALL = ("stem.0", "conv", "mix", "head")
+
+
+@cache
+def digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """The trained network for digits, a few calibration inputs, and unseen ones."""
+    model = DIGITS.build()
+    model.load_state_dict(load_file(FOLDER / "digits_cnn.safetensors"))
+    data = np.load(FOLDER / "digits.npz")
+    seen, unseen = (DIGITS.preprocess(data["images"][data[part]]) for part in ("calibration", "evaluation"))
+    return model, seen[:192], unseen[:300]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=150, batch=32, code_rate=3e-4))
+    monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=24, batch=32))
+    monkeypatch.setattr(reconstruct, "LAYER", Schedule(steps=80, batch=32, checks=10))
+
+
+def layers() -> list[str]:
+    return [name for name, module in digits()[0].named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+@cache
+def applied(how: str, scheme: str, seed: int = 0) -> Result:
+    model, seen, _ = digits()
+    plan = dict.fromkeys(layers(), scheme)
+    return quantkit.apply(model, plan, seen, reconstruction=how, correction=None, seed=seed, progress=False)
+
+
+def damage(result: Result) -> float:
+    """KL to the float network on unseen inputs."""
+    model, _, unseen = digits()
+    with torch.no_grad():
+        return float(kl_rows(model(unseen).log_softmax(-1), result.model(unseen).log_softmax(-1)).mean())
+
+
+@pytest.mark.parametrize("how", ["network", "block"])
+@pytest.mark.parametrize("scheme", ["w2a8", "w2a4"])
+def test_learning_lowers_the_damage_on_unseen_inputs(how: str, scheme: str) -> None:
+    result = applied(how, scheme)
+    assert damage(result) < 0.8 * damage(applied("none", scheme))
+    learned = result.notes["reconstruction"]
+    assert learned["network"].helped
+    assert len(learned) == (3 if how == "block" else 1)
+
+
+@pytest.mark.parametrize("how", ["adaquant", "adaquant-parallel"])
+@pytest.mark.parametrize("scheme", ["w2a8", "w3a4"])
+def test_learning_layer_by_layer_lowers_the_damage_of_rounding_to_nearest(how: str, scheme: str) -> None:
+    model, seen, _ = digits()
+    plan = dict.fromkeys(layers(), scheme)
+    options: dict[str, Any] = {"rounding": "nearest", "progress": False}
+    nearest = quantkit.apply(model, plan, seen, reconstruction="none", correction=None, **options)
+    learned = quantkit.apply(model, plan, seen, reconstruction=how, correction=None, **options)
+    assert damage(learned) < 0.8 * damage(nearest)
+    assert set(learned.notes["reconstruction"]) == {*layers(), "network"}
+    corrected = quantkit.apply(model, plan, seen, reconstruction=how, **options)
+    assert set(corrected.notes["correction"]) == {"norm", "bias", "tuning"}
+
+
+def test_each_block_is_no_worse_on_held_back_inputs() -> None:
+    learned = applied("block", "w2a8").notes["reconstruction"]
+    assert all(step.after <= step.before for step in learned.values())
+    assert any(step.helped for name, step in learned.items() if name != "network")
+
+
+def test_the_network_moves_scales_and_biases_but_no_code_behind_learned_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = []
+    learn = reconstruct.learn_network
+
+    def watched(playback, *rest, **options):
+        before = dict(playback.model.weights)
+        found = learn(playback, *rest, **options)
+        steps.append((before, dict(playback.model.weights)))
+        return found
+
+    monkeypatch.setattr(reconstruct, "learn_network", watched)
+    result = applied.__wrapped__("block", "w2a8")
+    ((before, after),) = steps
+    assert result.notes["reconstruction"]["network"].helped
+    assert all(torch.equal(w.codes, after[n].codes) for n, w in before.items())
+    assert any(not torch.equal(w.scale, after[n].scale) for n, w in before.items())
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_images_are_learned_from_as_the_network_could_have_seen_them(
+    moving: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Digits may be moved by a pixel, but not mirrored; a network that looks at single pixels allows neither."""
+    model, seen, _ = digits()
+    still = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        still[1].weight.mul_(20)
+    caplog.set_level("INFO", logger="quantkit")
+    plan = dict.fromkeys(layers(), "w4a8") if moving else {"1": "w4a8"}
+    quantkit.apply(model if moving else still, plan, seen, reconstruction="network", progress=False)
+    said = [r.message for r in caplog.records if "learning from images" in r.message]
+    assert (["shifted" in text and "mirrored" not in text for text in said] == [True]) is moving
+
+
+def test_it_repeats_itself_and_other_seeds_differ() -> None:
+    one, other = applied("network", "w2a8").model, applied("network", "w2a8", seed=1).model
+    again = applied.__wrapped__("network", "w2a8").model
+    assert all(torch.equal(w.codes, again.weights[n].codes) for n, w in one.weights.items())
+    assert all(torch.equal(w.scale, again.weights[n].scale) for n, w in one.weights.items())
+    assert any(not torch.equal(w.codes, other.weights[n].codes) for n, w in one.weights.items())
+
+
+def test_bytes_and_formats_stay_those_of_the_plan() -> None:
+    plan = dict(zip(SMALL, ("w8a8", "w3a4", "w2a6", "w5a8"), strict=True))
+    rounded, learned = (
+        quantkit.apply(small(), plan, images(96), reconstruction=how, correction=None, progress=False)
+        for how in ("none", "network")
+    )
+    assert learned.plan.size_bytes == rounded.plan.size_bytes
+    for name, weight in learned.model.weights.items():
+        low, high = weight.format.code_range
+        assert str(weight.format) == plan[name].split("a")[0]
+        assert low <= int(weight.codes.min()) and int(weight.codes.max()) <= high
+        assert torch.equal(learned.model.model.get_submodule(name).weight, weight.dequantize())
+    kinds = [{s: (r.bits, r.zero_point) for s, r in result.model.ranges.items()} for result in (rounded, learned)]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize(("scheme", "count", "learns"), [("w6a8", 96, 0), ("w2a8", 63, 0), ("w2a8", 64, 1)])
+def test_auto_learns_only_where_it_is_worth_it(scheme: str, count: int, learns: bool) -> None:
+    result = quantkit.apply(small(), dict.fromkeys(SMALL, scheme), images(count), progress=False)
+    assert ("reconstruction" in result.notes) == learns
+
+
+UNEVEN: dict[str, Any] = {
+    "inputs cannot be put into batches of one size": [images(40), torch.randn(40, 2, 8, 8)],
+    "3 samples are too few": images(3),
+}
+
+
+@pytest.mark.parametrize(("reason", "calibration"), UNEVEN.items(), ids=list(UNEVEN))
+def test_what_cannot_be_learned_from_is_refused_when_asked_for(reason: str, calibration: Any) -> None:
+    with pytest.raises(QuantkitError, match=rf"reconstruction='network' cannot learn this model: .*{reason}.*'none'"):
+        quantkit.apply(small(), {"head": "w2a8"}, calibration, reconstruction="network", progress=False)
+
+
+def test_auto_goes_on_without_learning(caplog: pytest.LogCaptureFixture) -> None:
+    calibration = UNEVEN["inputs cannot be put into batches of one size"]
+    with caplog.at_level("INFO", logger="quantkit"):
+        result = quantkit.apply(small(), {"head": "w2a8"}, calibration, progress=False)
+    assert "reconstruction" not in result.notes
+    assert any("nothing is learned after rounding" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "how, weight_bits, site_bits, way",
+    [
+        ("auto", [3, 8], [8], "block"),
+        ("auto", [4, 8], [8], "network"),
+        ("auto", [8], [8, 4], "block"),
+        ("auto", [4], [], "network"),
+        ("network", [2], [4], "network"),
+        ("block", [8], [8], "block"),
+    ],
+)
+def test_auto_learns_blocks_first_where_codes_are_narrowest(
+    how: str, weight_bits: list[int], site_bits: list[int], way: str
+) -> None:
+    assert reconstruct.way_to_learn(how, weight_bits, site_bits) == way

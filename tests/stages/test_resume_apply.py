@@ -1,0 +1,271 @@
+"""Rounding and learning stopped at any moment and started again: the same bits, and hardly anything done twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import Result
+from quantkit.reconstruction.learning import Schedule
+from quantkit.stages import reconstruct
+from quantkit.store import Artefacts
+from quantkit.targets import Target
+from tests.conftest import REPOSITORY
+from tests.program.models import randn
+from tests.stages.networks import images, small
+from tests.stages.test_reconstruct import SMALL, digits, layers
+from tests.stages.test_workdir import edited, nudged
+
+LAYERS, BLOCKS = 9, 2  # of the network of the quickstart; its last block is learned with the network as a whole
+
+# Writes a line before every layer is rounded and every piece is learned, and kills itself at line number FATAL.
+CHILD = """
+import os, signal, sys
+
+import torch
+
+from quantkit.cli import main
+from quantkit.stages import reconstruct
+from quantkit.reconstruction import blocks as reconstruction
+from quantkit.rounding import weights
+from quantkit.reconstruction.learning import Schedule
+from quantkit.recipe import run
+
+torch.set_num_threads(1)
+log, fatal, arguments = open(sys.argv[1], "a"), int(sys.argv[2]), sys.argv[3:]
+reconstruct.NETWORK = reconstruct.BLOCK = Schedule(steps=12, batch=8)
+note, learn = weights.rounding_note, reconstruction.learn
+count = 0
+
+
+def event(work):
+    global count
+    count += 1
+    print(work, file=log, flush=True)
+    if count == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def logged_note(layer, *rest):
+    event(f"rounding {layer}")
+    return note(layer, *rest)
+
+
+def logged_learning(moved, loss, held_back, *rest):
+    def first_loss(indices, seen=[]):
+        if not seen:
+            event(f"learning {rest[3]}")
+        seen.append(1)
+        return loss(indices)
+
+    return learn(moved, first_loss, held_back, *rest)
+
+
+weights.rounding_note, reconstruction.learn = logged_note, logged_learning
+run.export_and_measure = lambda *arguments: sys.exit(0)  # all that is slow about a run and has nothing to resume
+sys.exit(main(["run", "recipes/quickstart.yaml", "--quiet", *arguments]))
+"""
+
+
+def run(log: Path, output: Path, fatal: int = 0) -> tuple[int, list[str]]:
+    """Exit status of a child, and the lines it wrote."""
+    before = log.read_text().splitlines() if log.exists() else []
+    settings = {"schemes": "[w2a8,w4a8]", "samples": 40, "reconstruction": "block", "output": output}
+    changes = [f"--set={key}={value}" for key, value in settings.items()]
+    arguments = [sys.executable, "-c", CHILD, str(log), str(fatal), *changes]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(arguments, env=environment, cwd=REPOSITORY, check=False, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode, log.read_text().splitlines()[len(before) :]
+
+
+def test_a_recipe_killed_while_rounding_and_while_learning_leaves_the_same_files(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, every = run(tmp_path / "whole.log", whole)
+    assert status == 0 and len(every) == len(set(every)) == LAYERS + BLOCKS + 1
+    (killed / "work").mkdir(parents=True)
+    for profile in (whole / "work").glob("profile-*"):
+        profile.rename(killed / "work" / profile.name)
+    done: list[str] = []
+    for fatal in (4, 7, 2):
+        status, lines = run(tmp_path / "killed.log", killed, fatal)
+        assert status == -signal.SIGKILL
+        assert len(set(lines) & set(done)) <= 1
+        done += lines
+    assert done[-1].startswith("learning block of") and not (killed / "plan.json").exists()
+    status, lines = run(tmp_path / "killed.log", killed)
+    assert status == 0 and len(set(lines) & set(done)) <= 1
+    assert set(done + lines) == set(every)
+    for name in ("weights.safetensors", "plan.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+class Killed(Exception):
+    """Stands for the signal, inside one process."""
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The pieces that were done, as they come; learning is short."""
+    original, found = Artefacts.keep, []
+    for name in ("NETWORK", "BLOCK", "LAYER", "TUNING"):
+        monkeypatch.setattr(reconstruct, name, Schedule(steps=10, batch=8))
+
+    def keep(self: Artefacts, name: str, *rest: Any) -> None:
+        original(self, name, *rest)
+        if self.folder is not None:
+            found.append(name)
+
+    monkeypatch.setattr(Artefacts, "keep", keep)
+    yield found
+
+
+def bits(result: Result) -> dict[str, Tensor]:
+    """Everything that makes a quantized model."""
+    found = dict(result.model.model.state_dict())
+    for name, weight in result.model.weights.items():
+        found |= {f"{name} codes": weight.codes, f"{name} scales": weight.scale}
+    return found
+
+
+def same(one: Result, other: Result) -> bool:
+    ours, theirs = bits(one), bits(other)
+    tensors = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return tensors and one.model.ranges == other.model.ranges and one.notes == other.notes
+
+
+PLAN = dict(zip(SMALL, ("w4a8", "w2a4", "w3a8", "w8a8"), strict=True))
+DEEP = dict.fromkeys(layers(), "w3a8") | {"block1.conv1": "w2a4", "linear": "w8a8"}
+
+
+def with_norms() -> nn.Module:
+    """Two norms, each read by one layer."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)]
+    with torch.no_grad():
+        parts[1].weight.mul_(torch.linspace(0.1, 4, 6))
+    return nn.Sequential(*parts).eval()
+
+
+NORMS: dict[str, Any] = {
+    "model": with_norms(),
+    "plan": dict.fromkeys(("0", "2", "5"), "w4a4"),
+    "calibration": randn(64, 4, 6),
+    "correction": None,
+}
+WAYS: dict[str, tuple[dict[str, Any], int]] = {
+    "network": ({"reconstruction": "network"}, 5),
+    "block by block": (
+        {"reconstruction": "block", "rounding": "gptaq", "model": digits()[0], "plan": DEEP},
+        LAYERS + BLOCKS + 1,
+    ),
+    "AdaQuant": ({"reconstruction": "adaquant", "correction": None}, 8),
+    "AdaQuant in parallel": ({"reconstruction": "adaquant-parallel", "rounding": "nearest"}, 11),
+    "corrections": ({"reconstruction": "none"}, 7),
+    "norms rewritten": ({"reconstruction": "none", "reparameterization": "clip", **NORMS}, 5),
+}
+
+
+@pytest.mark.parametrize(("how", "pieces"), WAYS.values(), ids=list(WAYS))
+def test_stopped_after_every_piece_it_ends_with_the_same_bits(
+    how: dict[str, Any], pieces: int, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = digits()[1][:64] if "block" in how.values() else images(64)
+    usual: dict[str, Any] = {"model": small(), "plan": PLAN, "calibration": seen, "progress": False} | how
+    whole = quantkit.apply(**usual)
+    assert not kept
+    recording = Artefacts.keep
+
+    def keep(self: Artefacts, *rest: Any) -> None:
+        recording(self, *rest)
+        raise Killed
+
+    monkeypatch.setattr(Artefacts, "keep", keep)
+    for count in range(1, pieces + 1):
+        with pytest.raises(Killed):
+            quantkit.apply(**usual, workdir=tmp_path)
+        assert len(kept) == len(set(kept)) == count
+    again = quantkit.apply(**usual, workdir=tmp_path)
+    assert len(kept) == pieces
+    assert same(again, whole)
+
+
+def test_a_model_that_cannot_be_put_on_tape_resumes_too(kept: list[str], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": [images(16), torch.randn(16, 2, 8, 8)], "progress": False}
+    whole = quantkit.apply(small(), PLAN, workdir=tmp_path, **options)
+    (folder,) = tmp_path.iterdir()
+    done = sorted(kept)
+    kept.clear()
+    for file in sorted(folder.iterdir())[:2]:
+        file.unlink()
+    again = quantkit.apply(small(), PLAN, workdir=tmp_path, **options)
+    assert same(again, whole) and again.notes["rounding"]
+    assert len(done) == 4 and len(kept) == 2
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "weights": {"model": nudged()},
+    "forward": {"model": edited()},
+    "data": {"calibration": images(seed=2)},
+    "samples": {"samples": 20},
+    "seed": {"seed": 1},
+    "plan": {"plan": PLAN | {"mix": "w4a8"}},
+    "loss": {"loss": "mse"},
+    "rounding": {"rounding": "nearest"},
+    "ranges": {"ranges": "minmax"},
+    "reconstruction": {"reconstruction": "network", "correction": None},
+    "correction": {"correction": "bias"},
+    "target": {"target": replace(Target.load("onnxruntime-cpu"), integer_ops=())},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_pieces_of_another_request_are_not_used(change: dict, kept: list[str], tmp_path: Path) -> None:
+    usual = {"model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False}
+    quantkit.apply(**usual, workdir=tmp_path)
+    before = len(kept)
+    quantkit.apply(**usual, workdir=tmp_path)
+    assert len(kept) == before, "the same request finds all its pieces"
+    changed = quantkit.apply(**(usual | change), workdir=tmp_path)
+    assert len(kept) > before and len(list(tmp_path.iterdir())) == 2
+    assert same(changed, quantkit.apply(**(usual | change)))
+
+
+def test_another_version_does_not_use_them(kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = {"model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False}
+    quantkit.apply(**usual, workdir=tmp_path)
+    before = len(kept)
+    monkeypatch.setattr("quantkit.stages.request.VERSION", "99")
+    quantkit.apply(**usual, workdir=tmp_path)
+    assert len(kept) == 2 * before
+
+
+def test_a_damaged_piece_is_done_again(kept: list[str], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": images(), "reconstruction": "block", "progress": False}
+    whole = quantkit.apply(small(), PLAN, workdir=tmp_path, **options)
+    (folder,) = tmp_path.iterdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        content = file.read_bytes()
+        file.write_bytes([b"", content[: len(content) // 2], content[:-1], content][number % 4])
+    assert same(quantkit.apply(small(), PLAN, workdir=tmp_path, **options), whole)
+
+
+def test_in_place_and_with_quantize(kept: list[str], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"schemes": ["w3a8", "w5a8"], "reconstruction": "block", "progress": False}
+    whole = quantkit.quantize(small(), "4 bits", images(), workdir=tmp_path, **options)
+    kept.clear()
+    model = small()
+    again = quantkit.quantize(model, "4 bits", images(), workdir=tmp_path, inplace=True, **options)
+    assert again.model.model is model and same(again, whole)
+    assert not kept

@@ -1,0 +1,87 @@
+"""What rounding and learning hold is announced, and bounded: values past a size go to disk."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import quantkit
+from quantkit.program.segments import whole
+from quantkit.simulation import playback
+from quantkit.simulation.playback import copied_state, float_playback, play, room_for
+from quantkit.stages.recording import Recording, recording_of
+from quantkit.stages.working_memory import working_memory
+from quantkit.targets import Target
+from quantkit.transforms.prepare import prepare
+from tests.stages.networks import images, small
+from tests.stages.test_reconstruct import SMALL, short  # noqa: F401  # a fixture
+
+
+def test_the_figures_of_a_small_network_by_hand() -> None:
+    batch = ((images(40),), {})
+    ready = prepare(small(), [batch], Target.load("onnxruntime-cpu"))
+    recording = recording_of(ready, [batch])
+    assert isinstance(recording, Recording) and len(recording.blocks) == 1
+    inputs, logits = 4 * 2 * 6 * 6, 4 * 10
+    rounding = working_memory(ready, recording, 40, 0, by_blocks=0)
+    assert rounding.values == 40 * (inputs + logits)
+    learning = working_memory(ready, recording, 40, 100, by_blocks=60)
+    assert learning.values == 100 * inputs + 60 * (2 * inputs + 3 * logits)
+    assert (rounding.drawing, learning.drawing) == (0, 9 * 40 * inputs)
+    assert learning.peak_bytes == rounding.peak_bytes + learning.values - rounding.values + learning.drawing
+    widest = 12 * 9  # inputs of an output of the second convolution
+    assert rounding.hessian == 6 * 8 * widest**2 + 3 * 4 * 40 * 128 * widest
+    assert rounding.peak_bytes == rounding.values + max(rounding.hessian, rounding.graph) + rounding.copies
+    made = sum(torch.Size(shape[1:]).numel() for shape in ready.trace.shape.values())
+    assert rounding.graph == 3 * 4 * 40 * made
+
+
+@pytest.mark.parametrize("how", ["none", "network", "block", "adaquant"])
+def test_it_is_announced_before_and_noted_after(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="quantkit"):
+        result = quantkit.apply(
+            small(), dict.fromkeys(SMALL, "w3a8"), images(96), reconstruction=how, correction=None, progress=False
+        )
+    said = [record.getMessage() for record in caplog.records if "memory at most about" in record.getMessage()]
+    assert len(said) == 1 and f"{result.notes['working_bytes'] / 1e6:,.0f} MB" in said[0]
+
+
+def leaving(count: int) -> Tensor:
+    """What the small network makes of so many images, played from its tape."""
+    batch = ((images(count),), {})
+    ready = prepare(small(), [batch], Target.load("onnxruntime-cpu"))
+    recording = recording_of(ready, [batch])
+    assert isinstance(recording, Recording)
+    floats = float_playback(ready.model, recording.tape, copied_state(recording.tape, ready.model))
+    return play(floats, recording.tape.entering(ready.model, recording.samples), whole(recording.tape, ()))
+
+
+def test_values_on_disk_are_those_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held, asked = leaving(150), []
+    monkeypatch.setattr(playback, "room_for", lambda count, like: asked.append(count) or room_for(count, like, 0))
+    spilled = leaving(150)
+    assert asked == [150]
+    assert torch.equal(spilled, held)
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_is_in_a_file_only_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    like = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    size = 7 * 60 * 4
+    inside, beyond = room_for(7, like, size), room_for(7, like, size - 1)
+    assert inside.is_contiguous(memory_format=torch.channels_last) and inside.shape == beyond.shape == (7, 3, 4, 5)
+    beyond[:] = torch.arange(7 * 60.0).reshape(7, 3, 4, 5)
+    assert "deleted" in Path("/proc/self/maps").read_text().split("quantkit-", 1)[1].splitlines()[0]
+    assert float(beyond.sum()) == sum(range(7 * 60))
+    del beyond
+    gc.collect()
+    assert not any(
+        "quantkit-" in line and str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines()
+    )

@@ -20,7 +20,7 @@ import numpy as np
 from study_allocation import BITS, Study, add_arguments, studies
 
 from quantkit.allocation.allocate import plan_of, recount
-from quantkit.allocation.from_profile import Question, assignment_of, question
+from quantkit.allocation.from_profile import AllocationProblem, assignment_of, question
 from quantkit.allocation.problem import Assignment
 from quantkit.budget import Budget
 from quantkit.plan import Plan
@@ -37,7 +37,7 @@ class LongSearch:
     """Where the search stands. Levels are positions in a layer's options, which go from few bits to many."""
 
     study: Study
-    asked: Question
+    asked: AllocationProblem
     measurements: PlanDamage
     draw: np.random.Generator
     evaluations: int = 0

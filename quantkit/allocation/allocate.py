@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.allocation.boundaries import choose_execution, needs_execution, separable
 from quantkit.allocation.count import costs_of_execution, counted
 from quantkit.allocation.feasibility import OutOfReach
-from quantkit.allocation.from_profile import Fixed, Question, candidates, fixed_cost, question, with_float
+from quantkit.allocation.from_profile import AllocationProblem, Fixed, candidates, fixed_cost, question, with_float
 from quantkit.allocation.problem import Assignment, Problem
 from quantkit.allocation.reasons import explain_latency, reasons
 from quantkit.allocation.registry import Settings
@@ -76,7 +76,7 @@ def allocate(
 
 def _asked(
     profile: Profile, limits: Mapping[str, int], schemes: Sequence[Scheme] | None, settings: Settings
-) -> Question:
+) -> AllocationProblem:
     """The problem to solve. Where a limit depends on which layers run on codes, that is decided first, by the sum of
     the damages; what is left are the widths of the weights.
     """
@@ -106,12 +106,12 @@ def timed(allowed: Mapping[str, Sequence[Scheme]]) -> dict[str, tuple[Scheme, ..
     return found
 
 
-def question_around(profile: Profile, limits: Mapping[str, int], plan: Plan) -> Question:
+def question_around(profile: Profile, limits: Mapping[str, int], plan: Plan) -> AllocationProblem:
     """The problem in which a plan may be improved: what runs on codes stays where a limit depends on it."""
     return question(profile, separable(limits), None, Fixed.of(plan) if needs_execution(limits) else None)
 
 
-def plan_of(profile: Profile, asked: Question, assignment: Assignment) -> Plan:
+def plan_of(profile: Profile, asked: AllocationProblem, assignment: Assignment) -> Plan:
     """The plan of an assignment, its sizes counted from the formats."""
     chosen, sites = asked.answer(assignment)
     schemes = {name: chosen.get(name, Scheme()) for name in profile.layers}

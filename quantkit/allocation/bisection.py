@@ -36,7 +36,7 @@ class Evaluation:
 
 
 @dataclass
-class Judge:
+class AccuracyGate:
     """Evaluates plans against a largest drop of the metric, each plan once.
 
     ``evaluate`` gives a plan's metric, or one number per sample, higher is better; ``reference`` is the same of the
@@ -104,31 +104,31 @@ def drop_of(reference: Metric, metric: Metric) -> tuple[float, float]:
     return float(difference.mean()), float(difference.mean() + ONE_SIDED_95 * error)
 
 
-def along_front(front: Sequence[Plan], judge: Judge) -> Evaluation | None:
+def along_front(front: Sequence[Plan], gate: AccuracyGate) -> Evaluation | None:
     """The cheapest plan of a front (cheapest first) that meets the limit, by bisection; then its cheaper neighbours
     are evaluated too, since accuracy need not be monotone. None where even the dearest does not.
     """
-    if not front or not judge.meets(front[-1]):
+    if not front or not gate.meets(front[-1]):
         return None
     low, high = -1, len(front) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if judge.meets(front[middle]) else (middle, high)
+        low, high = (low, middle) if gate.meets(front[middle]) else (middle, high)
     for plan in front[max(0, high - NEIGHBOURS) : high]:
-        judge.look(plan)
-    return judge.cheapest()
+        gate.look(plan)
+    return gate.cheapest()
 
 
 def between(
-    judge: Judge, plan_at: Callable[[float], Plan], tries: int, least: float | None = None, apart: float = 1e-3
+    gate: AccuracyGate, plan_at: Callable[[float], Plan], tries: int, least: float | None = None, apart: float = 1e-3
 ) -> Evaluation | None:
     """Plans between the points of a front: bisection on the cost, from the cheapest evaluated plan that meets the
     limit down to the dearest cheaper one that does not (to a cost of ``least``, if given, where there is none),
     ``plan_at(cost)`` the best plan of at most that cost. Costs that differ by no more than a share of ``apart``
     (above 0) are near enough.
     """
-    found = judge.cheapest()
-    cheaper = [one.cost for one in judge.seen.values() if found is not None and one.cost < found.cost]
+    found = gate.cheapest()
+    cheaper = [one.cost for one in gate.seen.values() if found is not None and one.cost < found.cost]
     low = max(cheaper, default=least)
     if found is None or low is None:
         return found
@@ -136,43 +136,43 @@ def between(
     while tries and high - low > apart * high:
         middle = (low + high) / 2
         plan = plan_at(middle)
-        cost = judge.cost(plan)
+        cost = gate.cost(plan)
         if cost <= low:  # nothing lies between them: costs have gaps where one layer dominates
             low = middle
             continue
-        if plan.digest() in judge.seen or cost >= high:
+        if plan.digest() in gate.seen or cost >= high:
             break
-        low, high = (low, cost) if judge.meets(plan) else (cost, high)
+        low, high = (low, cost) if gate.meets(plan) else (cost, high)
         tries -= 1
-    return judge.cheapest()
+    return gate.cheapest()
 
 
-def rising(judge: Judge, front: Sequence[Plan], apart: float) -> Iterator[Sequence[Plan]]:
-    """What another judge, to whom each plan is dear, should look at until one meets the limit, cheapest first: one by
+def rising(gate: AccuracyGate, front: Sequence[Plan], apart: float) -> Iterator[Sequence[Plan]]:
+    """The plans to apply one after the other until one meets the limit, cheapest first: one by
     one those that meet it here, where their costs differ by more than a share of ``apart``, and the dearest of them;
     then for ``first_that_meets`` what is dearer on the front.
     """
-    good = [one.plan for one in judge.seen.values() if judge.accepts(one) and judge.admits(one.plan)]
+    good = [one.plan for one in gate.seen.values() if gate.accepts(one) and gate.admits(one.plan)]
     if not good:
         yield front[-1:]
         return
-    good.sort(key=judge.cost)
+    good.sort(key=gate.cost)
     last = 0.0
     for plan in good:
-        if judge.cost(plan) > (1 + apart) * last or plan is good[-1]:
-            last = judge.cost(plan)
+        if gate.cost(plan) > (1 + apart) * last or plan is good[-1]:
+            last = gate.cost(plan)
             yield [plan]
-    yield [plan for plan in front if judge.cost(plan) > judge.cost(good[-1])]
+    yield [plan for plan in front if gate.cost(plan) > gate.cost(good[-1])]
 
 
-def first_that_meets(plans: Sequence[Plan], judge: Judge) -> Evaluation | None:
+def first_that_meets(plans: Sequence[Plan], gate: AccuracyGate) -> Evaluation | None:
     """The first of some plans (cheapest first) that meets the limit, in steps that double: what is skipped is left to
     ``between``. The last one is always tried before giving up.
     """
     step = 1
     while plans:
-        found = judge.look(plans[0])
-        if judge.accepts(found):
+        found = gate.look(plans[0])
+        if gate.accepts(found):
             return found
         plans, step = (plans[step:] or plans[-1:]) if len(plans) > 1 else (), 2 * step
     return None
@@ -182,7 +182,7 @@ def by_levels(
     order: Sequence[str],
     levels: Sequence[Mapping[str, Scheme]],
     plan_of: Callable[[Mapping[str, Scheme]], Plan],
-    judge: Judge,
+    gate: AccuracyGate,
 ) -> Evaluation | None:
     """Layer by layer: at each level (high to low bits) the longest prefix of ``order`` (least sensitive first) that
     can take it; only those layers go on to the next level.
@@ -191,7 +191,7 @@ def by_levels(
     scheme per layer. About log2(layers) evaluations a level. None where the first level does not meet the limit.
     """
     schemes = dict(levels[0])
-    if not judge.meets(plan_of(schemes)):
+    if not gate.meets(plan_of(schemes)):
         return None
     allowed = list(order)
     for level in levels[1:]:
@@ -199,8 +199,8 @@ def by_levels(
         low, high = 0, len(plans)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if judge.meets(plans[middle]) else (low, middle)
-        beyond = [n for n in range(low + 1, min(low + NEIGHBOURS + 1, len(plans))) if judge.meets(plans[n])]
+            low, high = (middle, high) if gate.meets(plans[middle]) else (low, middle)
+        beyond = [n for n in range(low + 1, min(low + NEIGHBOURS + 1, len(plans))) if gate.meets(plans[n])]
         allowed = allowed[: max([low, *beyond])]
         schemes |= {name: level[name] for name in allowed}
-    return judge.cheapest()
+    return gate.cheapest()

@@ -35,7 +35,7 @@ COSTS = {"size": layer_size, "average_bits": layer_size, "bops": layer_bops}
 
 
 @dataclass(frozen=True)
-class Question:
+class AllocationProblem:
     """A problem and what its choices stand for: layers first, then sites."""
 
     problem: Problem
@@ -50,7 +50,7 @@ class Question:
         return schemes, dict(zip(self.sites, names[split:], strict=True))
 
 
-def assignment_of(profile: Profile, asked: Question, plan: Plan) -> Assignment:
+def assignment_of(profile: Profile, asked: AllocationProblem, plan: Plan) -> Assignment:
     """The assignment that gives this plan; raises InvalidRequest where a choice offers no such option."""
     found = []
     for owner, choice in zip([*asked.layers, *asked.sites], asked.problem.choices, strict=True):
@@ -102,7 +102,7 @@ def question(
     limits: Mapping[str, int],
     schemes: Iterable[str | Scheme] | None = None,
     fixed: Fixed | None = None,
-) -> Question:
+) -> AllocationProblem:
     """The problem of choosing schemes for all layers and formats for all sites within ``limits`` (of
     ``Budget.limits``).
 
@@ -119,7 +119,7 @@ def question(
     choices += [Choice(f"site {s}", _site_options(profile, index, s, formats[s], len(limits))) for s in sites]
     agree = [tuple(([f"site {s}"] if formats[s] else []) + readers[s]) for s in profile.sites if readers[s]]
     rest = {name: limit - fixed_cost(profile, allowed, name, fixed) for name, limit in limits.items()}
-    return Question(
+    return AllocationProblem(
         Problem(
             choices=tuple(choices),
             limits=tuple(rest.items()),

@@ -4,7 +4,7 @@ Below four bits the second order at the float point mispredicts (METHODS b). Rou
 plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
 one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
 selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
-than it is: better is what is better by two standard errors of the difference, input by input, and what no other judge
+than it is: better is what is better by two standard errors of the difference, input by input, and what no other measure
 of it finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes through
 ``Measurements``; nothing here knows a model.
 """
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from quantkit.allocation.from_profile import Question, option_entries, with_nothing
+from quantkit.allocation.from_profile import AllocationProblem, option_entries, with_nothing
 from quantkit.allocation.problem import Assignment, Choice, Floats, Integers, Problem
 from quantkit.allocation.reduce import Reduced, reduce
 from quantkit.allocation.search import Search
@@ -68,7 +68,7 @@ class Ledger:
 
 def improve(
     profile: Profile,
-    asked: Question,
+    asked: AllocationProblem,
     start: Assignment,
     measurements: Measurements,
     allowed: float,
@@ -92,7 +92,7 @@ class _Walk:
     """
 
     profile: Profile
-    asked: Question
+    asked: AllocationProblem
     assignment: Assignment
     measurements: Measurements
     ledger: Ledger
@@ -214,12 +214,12 @@ class _Walk:
 
 
 def _decisive(rows: Floats) -> float:
-    """What the first judge says of all samples."""
+    """Damage of all samples as the first measure sees it."""
     return float(rows[0].mean())
 
 
 def _sure(gains: Sequence[Floats]) -> bool:
-    """Whether gains, a draw each, (judges, samples), are above zero and not by chance, and no judge sees a loss."""
+    """Whether gains, a draw each, (measures, samples), are above zero and not by chance, and no measure sees a loss."""
     gain, *others = np.mean(gains, axis=0)
     error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     return bool(gain.mean() > SURE * error and all(other.mean() >= 0 for other in others))

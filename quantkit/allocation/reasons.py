@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from quantkit.allocation.count import latency_of
-from quantkit.allocation.from_profile import Question, candidates, with_float
+from quantkit.allocation.from_profile import AllocationProblem, candidates, with_float
 from quantkit.allocation.problem import Assignment, Option, Problem
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 
 
-def reasons(profile: Profile, asked: Question, assignment: Assignment) -> dict[str, str]:
+def reasons(profile: Profile, asked: AllocationProblem, assignment: Assignment) -> dict[str, str]:
     """A sentence per layer. Changes of the damage are those of the plan as it stands, pair terms included."""
     group_of = {name: group for group in asked.problem.same for name in group}
     why = {name: f"float: {layer.reason}" for name, layer in profile.layers.items() if layer.reason}
@@ -36,7 +36,7 @@ def _position(profile: Profile, name: str) -> str:
     return f"; {position} layer: {said}"
 
 
-def _sentence(profile: Profile, asked: Question, assignment: Assignment, group: tuple[str, ...]) -> str:
+def _sentence(profile: Profile, asked: AllocationProblem, assignment: Assignment, group: tuple[str, ...]) -> str:
     problem = asked.problem
     members = [asked.layers.index(name) for name in group]
     now = problem.choices[members[0]].options[assignment[members[0]]]

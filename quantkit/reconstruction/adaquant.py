@@ -24,12 +24,12 @@ from quantkit.program.sites import root_of
 from quantkit.program.tape import Tape
 from quantkit.program.trace import Trace
 from quantkit.progress import track
-from quantkit.reconstruction.blocks import Lesson, Teacher
+from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through
 from quantkit.reconstruction.learning import Learned, Schedule, learn
-from quantkit.reconstruction.snapshot import Finished
+from quantkit.reconstruction.snapshot import Cache
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback, Values, in_chunks, play
+from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, play
 
 ACTIVATIONS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clip")
 LEAST_SPREAD = 1e-12
@@ -81,9 +81,9 @@ class Task:
         return self.wanted.var().clamp(min=LEAST_SPREAD)
 
 
-def calls_of(playback: Playback, trace: Trace, block: Segment, name: str) -> Iterator[LayerCall]:
+def calls_of(runner: SimulatedProgram, trace: Trace, block: Segment, name: str) -> Iterator[LayerCall]:
     """The calls of a layer inside its block."""
-    tape, calls = playback.tape, {call.key: call for call in trace.calls[name]}
+    tape, calls = runner.tape, {call.key: call for call in trace.calls[name]}
     for i in range(block.start, block.stop):
         step = tape.steps[i]
         if step.key not in calls:
@@ -91,8 +91,8 @@ def calls_of(playback: Playback, trace: Trace, block: Segment, name: str) -> Ite
         fused = i + 1 < block.stop and _is_activation_of(tape, i)
         last = tape.steps[i + 1] if fused else step
         place = trace.producer.get(root_of(trace, calls[step.key].input))
-        place = own if (own := read_place(step.key)) in playback.sites else place
-        site = None if place is None else playback.sites.get(place)
+        place = own if (own := read_place(step.key)) in runner.sites else place
+        site = None if place is None else runner.sites.get(place)
         yield LayerCall(i, i + 2 if fused else i + 1, step.reads[0], last.makes[0], site, place)
 
 
@@ -106,18 +106,18 @@ def _is_activation_of(tape: Tape, i: int) -> bool:
 
 
 @torch.no_grad()
-def _entering(playback: Playback, block: Segment, call: LayerCall, values: Values) -> Tensor:
+def _entering(runner: SimulatedProgram, block: Segment, call: LayerCall, values: Values) -> Tensor:
     """What a call reads, without the quantizer of its own site."""
     before = Segment(block.start, call.start, block.entering, call.reads, ())
     parts = [
-        playback.inside(part, before, [call.reads], call.place)[0][:count]
-        for part, count in in_chunks(playback.tape, values)
+        runner.inside(part, before, [call.reads], call.place)[0][:count]
+        for part, count in in_chunks(runner.tape, values)
     ]
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def _leaving(floats: Playback, block: Segment, call: LayerCall, values: Values) -> Tensor:
+def _leaving(floats: SimulatedProgram, block: Segment, call: LayerCall, values: Values) -> Tensor:
     """What a call makes in the float network."""
     return play(floats, values, Segment(block.start, call.stop, block.entering, call.makes, ()))
 
@@ -131,18 +131,18 @@ class Streams:
     held_ours: Values
     held_theirs: Values
 
-    def after(self, playback: Playback, floats: Playback, block: Segment, parallel: bool) -> Streams:
+    def after(self, runner: SimulatedProgram, floats: SimulatedProgram, block: Segment, parallel: bool) -> Streams:
         """Those that leave it."""
         leaving = block.leaving
         theirs, held_theirs = ({leaving: play(floats, v, block)} for v in (self.theirs, self.held_theirs))
         if parallel:
             return Streams(theirs, theirs, held_theirs, held_theirs)
-        ours, held_ours = ({leaving: play(playback, v, block)} for v in (self.ours, self.held_ours))
+        ours, held_ours = ({leaving: play(runner, v, block)} for v in (self.ours, self.held_ours))
         return Streams(ours, theirs, held_ours, held_theirs)
 
 
 def _tasks(
-    source: Playback, floats: Playback, block: Segment, calls: Sequence[LayerCall], streams: Streams
+    source: SimulatedProgram, floats: SimulatedProgram, block: Segment, calls: Sequence[LayerCall], streams: Streams
 ) -> list[Task]:
     """The tasks of a layer's calls, on what ``source`` makes of what enters its block."""
     return [
@@ -158,47 +158,47 @@ def _tasks(
 
 
 def learn_layers(
-    playback: Playback,
-    floats: Playback,
-    teacher: Teacher,
-    lesson: Lesson,
+    runner: SimulatedProgram,
+    floats: SimulatedProgram,
+    reference: FloatReference,
+    data: ReconstructionData,
     trace: Trace,
     blocks: Sequence[Segment],
     schedule: Schedule,
     generator: torch.Generator,
     parallel: bool,
     progress: bool,
-    finished: Finished | None = None,
+    finished: Cache | None = None,
 ) -> dict[str, Learned]:
     """Learn the quantized layers in order; returns the error on held-back inputs of each before and after, relative to
     the variance of its output. A site that several layers read is learned with the first of them. Held in memory: what
     enters one block, and what one layer reads and makes. Layers that are ``finished`` are not learned again, and
     those that do not read and make a row per sample not at all.
     """
-    kept = finished or Finished()
-    streams = Streams(lesson.inputs, lesson.inputs, lesson.held_inputs, lesson.held_inputs)
-    names = [(block, name) for block in blocks for name in block.layers if name in playback.model.weights]
+    kept = finished or Cache()
+    streams = Streams(data.inputs, data.inputs, data.held_inputs, data.held_inputs)
+    names = [(block, name) for block in blocks for name in block.layers if name in runner.model.weights]
     found: dict[str, Learned] = {}
     taken: set[str] = set()
     at = blocks[0]
     for block, name in track(names, "AdaQuant", enabled=progress):
         while at is not block:
-            streams = streams.after(playback, floats, at, parallel)
+            streams = streams.after(runner, floats, at, parallel)
             at = blocks[blocks.index(at) + 1]
-        calls = [c for c in calls_of(playback, trace, block, name) if {c.reads, c.makes} <= playback.tape.rows]
+        calls = [c for c in calls_of(runner, trace, block, name) if {c.reads, c.makes} <= runner.tape.rows]
         if not calls:
             continue
         sites = {call.site for call in calls if call.site is not None} - taken
-        tasks = partial(_tasks, floats if parallel else playback, floats, block, calls, streams)
-        work = partial(learn_layer, playback, teacher, name, tasks, sites, schedule, generator)
-        found[name] = kept.learned(f"layer {name}", playback.model, [name], work, generator)
+        tasks = partial(_tasks, floats if parallel else runner, floats, block, calls, streams)
+        work = partial(learn_layer, runner, reference, name, tasks, sites, schedule, generator)
+        found[name] = kept.learned(f"layer {name}", runner.model, [name], work, generator)
         taken |= sites
     return found
 
 
 def learn_layer(
-    playback: Playback,
-    teacher: Teacher,
+    runner: SimulatedProgram,
+    reference: FloatReference,
     name: str,
     make_tasks: Callable[[], Sequence[Task]],
     sites: set[str],
@@ -209,8 +209,8 @@ def learn_layer(
     were held back.
     """
     tasks = make_tasks()
-    model, tape, bias = playback.model, playback.tape, bias_of(playback.model.model, name)
-    weight = JointWeight(teacher.state[f"{name}.weight"], model.weights[name], bias, teacher.spread[name])
+    model, tape, bias = runner.model, runner.tape, bias_of(runner.model.model, name)
+    weight = JointWeight(reference.state[f"{name}.weight"], model.weights[name], bias, reference.spread[name])
     ranges = _ranges(model, sites)
     state = tape.state_of(model.model)
 

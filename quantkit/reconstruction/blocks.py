@@ -21,8 +21,17 @@ from quantkit.program.segments import Segment, whole
 from quantkit.program.tape import Tape
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.reconstruction.learning import Learned, Schedule, learn
-from quantkit.reconstruction.snapshot import Finished
-from quantkit.simulation.playback import EIGHT_BITS, Playback, Values, float_playback, in_chunks, mixed, play, take
+from quantkit.reconstruction.snapshot import Cache
+from quantkit.simulation.playback import (
+    EIGHT_BITS,
+    SimulatedProgram,
+    Values,
+    float_program,
+    in_chunks,
+    mixed,
+    play,
+    take,
+)
 
 Damage = Callable[[Tensor, Tensor], Tensor]
 Pull = Callable[[Tensor, torch.Generator], Tensor]
@@ -31,7 +40,7 @@ RECONSTRUCTIONS = ("auto", "none", "adaquant", "adaquant-parallel", "block", "ne
 
 
 @dataclass(frozen=True)
-class Lesson:
+class ReconstructionData:
     """Model inputs to learn from and others held back, as values of the tape, with the float model's outputs for
     both.
     """
@@ -44,14 +53,14 @@ class Lesson:
     def __len__(self) -> int:
         return len(self.outputs)
 
-    def first(self, count: int) -> Lesson:
+    def first(self, count: int) -> ReconstructionData:
         """The first ``count`` inputs to learn from, and all that are held back."""
         inputs = {number: x[:count] for number, x in self.inputs.items()}
         return replace(self, inputs=inputs, outputs=self.outputs[:count])
 
 
 @dataclass(frozen=True)
-class Teacher:
+class FloatReference:
     """The float network: its parameters and buffers by name, the standard deviation of every layer's outputs by
     channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to learn by, and
     ``pull(output, generator)``, a number whose gradient has the Fisher information of the output as its second moment.
@@ -64,60 +73,60 @@ class Teacher:
     pull: Pull
 
 
-def begin(playback: Playback, teacher: Teacher, layers: Collection[str], segment: Segment) -> None:
+def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collection[str], segment: Segment) -> None:
     """Let the weights of ``layers`` be learned, and the steps of the sites below 8 bits that a segment quantizes."""
-    model, tape = playback.model, playback.tape
+    model, tape = runner.model, runner.tape
     for name in layers:
-        weight = teacher.state[f"{name}.weight"]
+        weight = reference.state[f"{name}.weight"]
         bias = bias_of(model.model, name)
-        playback.weights[name] = LearnedWeight(weight, model.weights[name], bias, teacher.spread[name])
+        runner.weights[name] = LearnedWeight(weight, model.weights[name], bias, reference.spread[name])
     made = {step.key for step in tape.steps[segment.start : segment.stop]}
-    entering = {playback.places[number] for number in segment.entering}
-    inside = (made | entering) - {playback.places[segment.leaving]}
+    entering = {runner.places[number] for number in segment.entering}
+    inside = (made | entering) - {runner.places[segment.leaving]}
     for site in model.sites:
         found = model.ranges.get(site.name)
         if isinstance(found, SiteRange) and found.bits < EIGHT_BITS and site.place in inside:
-            playback.ranges[site.name] = LearnedRange(found)
+            runner.ranges[site.name] = LearnedRange(found)
 
 
-def rated(playback: Playback, schedule: Schedule, only_biases: bool = False) -> list[tuple[Tensor, float]]:
-    """Everything of a playback that is being learned, or only the biases, with its rate."""
+def rated(runner: SimulatedProgram, schedule: Schedule, only_biases: bool = False) -> list[tuple[Tensor, float]]:
+    """Everything that is being learned, or only the biases, with its rate."""
     if only_biases:
-        shifts = [w.bias_shift for w in playback.weights.values() if w.bias_start is not None]
+        shifts = [w.bias_shift for w in runner.weights.values() if w.bias_start is not None]
         return [(shift, schedule.bias_rate) for shift in shifts]
     found = []
-    for weight in playback.weights.values():
+    for weight in runner.weights.values():
         found += [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
         if weight.bias_start is not None:
             found.append((weight.bias_shift, schedule.bias_rate))
-    return found + [(r.log_factor, schedule.scale_rate) for r in playback.ranges.values()]
+    return found + [(r.log_factor, schedule.scale_rate) for r in runner.ranges.values()]
 
 
 @torch.no_grad()
-def settle(playback: Playback) -> None:
-    """Give the simulated model what was learned; the playback learns nothing any more."""
-    model = playback.model
-    for name, weight in playback.weights.items():
+def settle(runner: SimulatedProgram) -> None:
+    """Give the simulated model what was learned, and stop learning."""
+    model = runner.model
+    for name, weight in runner.weights.items():
         model.set_weight(name, weight.found())
         bias, own = weight.bias(), bias_of(model.model, name)
         if bias is not None and own is not None:
             own.copy_(bias)
-    model.ranges.update({name: learned.found() for name, learned in playback.ranges.items()})
-    playback.weights.clear()
-    playback.ranges.clear()
+    model.ranges.update({name: learned.found() for name, learned in runner.ranges.items()})
+    runner.weights.clear()
+    runner.ranges.clear()
 
 
 @torch.no_grad()
-def mean_damage(playback: Playback, values: Values, outputs: Tensor, damage: Damage) -> float:
+def mean_damage(runner: SimulatedProgram, values: Values, outputs: Tensor, damage: Damage) -> float:
     """The damage of the whole model over samples, as it would ship now."""
-    found = torch.cat([playback.output(part)[:count] for part, count in in_chunks(playback.tape, values)])
+    found = torch.cat([runner.output(part)[:count] for part, count in in_chunks(runner.tape, values)])
     return float(damage(outputs, found).double().mean())
 
 
 def learn_network(
-    playback: Playback,
-    teacher: Teacher,
-    lesson: Lesson,
+    runner: SimulatedProgram,
+    reference: FloatReference,
+    data: ReconstructionData,
     schedule: Schedule,
     generator: torch.Generator,
     progress: bool,
@@ -128,22 +137,20 @@ def learn_network(
     """
 
     def loss(indices: Tensor) -> Tensor:
-        return teacher.softened(
-            lesson.outputs[indices], playback.output(take(playback.tape, lesson.inputs, indices))
-        ).mean()
+        return reference.softened(data.outputs[indices], runner.output(take(runner.tape, data.inputs, indices))).mean()
 
     def held_back() -> float:
-        return mean_damage(playback, lesson.held_inputs, lesson.held_outputs, teacher.softened)
+        return mean_damage(runner, data.held_inputs, data.held_outputs, reference.softened)
 
-    begin(playback, teacher, playback.model.weights, whole(playback.tape, ()))
-    moved, title = rated(playback, schedule, only_biases), "biases" if only_biases else "network"
-    learned = learn(moved, loss, held_back, len(lesson), schedule, generator, title, progress)
-    settle(playback)
+    begin(runner, reference, runner.model.weights, whole(runner.tape, ()))
+    moved, title = rated(runner, schedule, only_biases), "biases" if only_biases else "network"
+    learned = learn(moved, loss, held_back, len(data), schedule, generator, title, progress)
+    settle(runner)
     return learned
 
 
 @dataclass(frozen=True)
-class Exercise:
+class BlockData:
     """What a block learns from: the value entering it in the quantized and in the float network and the float block's
     output, first to learn from, then held back; ``importance`` weighs the squared errors.
     """
@@ -161,69 +168,73 @@ class Exercise:
 
 
 def learn_block(
-    playback: Playback,
-    teacher: Teacher,
-    exercise: Exercise,
+    runner: SimulatedProgram,
+    reference: FloatReference,
+    block_data: BlockData,
     schedule: Schedule,
     generator: torch.Generator,
     progress: bool,
 ) -> Learned:
     """Learn one block by the weighted squared error of its output."""
-    segment = exercise.segment
+    segment = block_data.segment
 
     def loss(indices: Tensor) -> Tensor:
-        ours, theirs = (take(playback.tape, values, indices) for values in (exercise.quantized, exercise.floating))
+        ours, theirs = (take(runner.tape, values, indices) for values in (block_data.quantized, block_data.floating))
         entering = {number: mixed(x, theirs[number], generator) for number, x in ours.items()}
-        return exercise.error(playback.run(entering, segment), exercise.wanted[indices])
+        return block_data.error(runner.run(entering, segment), block_data.wanted[indices])
 
     def held_back() -> float:
-        return float(exercise.error(play(playback, exercise.held_quantized, segment), exercise.held_wanted))
+        return float(block_data.error(play(runner, block_data.held_quantized, segment), block_data.held_wanted))
 
-    begin(playback, teacher, segment.layers, segment)
-    playback.dropping = generator
+    begin(runner, reference, segment.layers, segment)
+    runner.dropping = generator
     title = f"block of {segment.layers[0]}"
-    count = len(exercise.wanted)
-    learned = learn(rated(playback, schedule), loss, held_back, count, schedule, generator, title, progress)
-    playback.dropping = None
-    settle(playback)
+    count = len(block_data.wanted)
+    learned = learn(rated(runner, schedule), loss, held_back, count, schedule, generator, title, progress)
+    runner.dropping = None
+    settle(runner)
     return learned
 
 
 def learn_blocks(
-    playback: Playback,
-    teacher: Teacher,
-    lesson: Lesson,
+    runner: SimulatedProgram,
+    reference: FloatReference,
+    data: ReconstructionData,
     blocks: Sequence[Segment],
     schedule: Schedule,
     generator: torch.Generator,
     progress: bool,
-    finished: Finished | None = None,
+    finished: Cache | None = None,
 ) -> dict[str, Learned]:
     """Learn the blocks in order, each on the inputs it gets from those before it; the last one, from which the output
     leaves, is left to ``learn_network``. Held in memory: the inputs and outputs of one block. Blocks that are
     ``finished`` are not learned again.
     """
-    kept = finished or Finished()
-    weighing = fisher(playback.tape, teacher, lesson, blocks[:-1], generator)
-    floats = float_playback(playback.model.model, playback.tape, teacher.state)
-    ours, held_ours = lesson.inputs, lesson.held_inputs
-    theirs, held_theirs = lesson.inputs, lesson.held_inputs
+    kept = finished or Cache()
+    weighing = fisher(runner.tape, reference, data, blocks[:-1], generator)
+    floats = float_program(runner.model.model, runner.tape, reference.state)
+    ours, held_ours = data.inputs, data.held_inputs
+    theirs, held_theirs = data.inputs, data.held_inputs
     found = {}
     for segment, importance in zip(blocks, weighing, strict=False):
         wanted, held_wanted = play(floats, theirs, segment), play(floats, held_theirs, segment)
-        exercise = Exercise(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
-        work = partial(learn_block, playback, teacher, exercise, schedule, generator, progress)
+        block_data = BlockData(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
+        work = partial(learn_block, runner, reference, block_data, schedule, generator, progress)
         title = " ".join(segment.layers)
-        found[title] = kept.learned(f"block {title}", playback.model, segment.layers, work, generator)
-        ours = {segment.leaving: play(playback, ours, segment)}
-        held_ours = {segment.leaving: play(playback, held_ours, segment)}
+        found[title] = kept.learned(f"block {title}", runner.model, segment.layers, work, generator)
+        ours = {segment.leaving: play(runner, ours, segment)}
+        held_ours = {segment.leaving: play(runner, held_ours, segment)}
         theirs, held_theirs = {segment.leaving: wanted}, {segment.leaving: held_wanted}
     return found
 
 
 @torch.enable_grad()
 def fisher(
-    tape: Tape, teacher: Teacher, lesson: Lesson, blocks: Sequence[Segment], generator: torch.Generator
+    tape: Tape,
+    reference: FloatReference,
+    data: ReconstructionData,
+    blocks: Sequence[Segment],
+    generator: torch.Generator,
 ) -> list[Tensor]:
     """For the value leaving each block, the mean over samples of the squared gradient of the pulled output: the
     diagonal of the Fisher information, one weight per element of a sample.
@@ -231,13 +242,13 @@ def fisher(
     numbers = [segment.leaving for segment in blocks]
     sums: list[Tensor | float] = [0.0] * len(numbers)
     count = 0
-    order = torch.randperm(len(lesson), generator=generator)[:FISHER_SAMPLES]
-    some = {number: x[order] for number, x in lesson.inputs.items()}
+    order = torch.randperm(len(data), generator=generator)[:FISHER_SAMPLES]
+    some = {number: x[order] for number, x in data.inputs.items()}
     # gradients begin at the parameters: inputs may be token ids
-    state = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in teacher.state.items()}
+    state = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in reference.state.items()}
     for part, _ in in_chunks(tape, some):
         values = tape.replay(part, state, [*numbers, tape.output])
-        gradients = torch.autograd.grad(teacher.pull(values[-1], generator), values[:-1])
+        gradients = torch.autograd.grad(reference.pull(values[-1], generator), values[:-1])
         sums = [total + g.square().sum(0) for total, g in zip(sums, gradients, strict=True)]
         count += tape.size
     return [torch.as_tensor(total) / count for total in sums]

@@ -20,7 +20,7 @@ from quantkit.program.segments import Segment
 from quantkit.program.trace import Trace
 from quantkit.rounding.layer_inputs import first_share
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback, Values, in_chunks, play
+from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, play
 
 CORRECTIONS = ("auto", "none", "bias", "norm", "tuning", "confidence")
 FACTORS = tuple((np.arange(30, 71) / 50).tolist())  # on logits
@@ -36,17 +36,17 @@ class Spread:
 
 
 @torch.no_grad()
-def output_spread(playback: Playback, trace: Trace, block: Segment, name: str, values: Values) -> Spread:
+def output_spread(runner: SimulatedProgram, trace: Trace, block: Segment, name: str, values: Values) -> Spread:
     """The spread of a layer's outputs over all its calls and positions, given the values that enter its block."""
     keys = {call.key for call in trace.calls[name]}
     count, total, squares = 0.0, torch.zeros(()).double(), torch.zeros(()).double()
     for i in range(block.start, block.stop):
-        step = playback.tape.steps[i]
+        step = runner.tape.steps[i]
         if step.key not in keys:
             continue
         until = Segment(block.start, i + 1, block.entering, step.makes[0], ())
-        for part, meant in in_chunks(playback.tape, values):
-            output = first_share(playback.run(part, until), meant / playback.tape.size).double()
+        for part, meant in in_chunks(runner.tape, values):
+            output = first_share(runner.run(part, until), meant / runner.tape.size).double()
             rows = output if trace.kinds[name] == "linear" else output.movedim(1, -1)
             rows = rows.reshape(-1, rows.shape[-1])
             count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
@@ -55,7 +55,12 @@ def output_spread(playback: Playback, trace: Trace, block: Segment, name: str, v
 
 
 def match_outputs(
-    playback: Playback, floats: Playback, trace: Trace, blocks: Sequence[Segment], inputs: Values, deviations: bool
+    runner: SimulatedProgram,
+    floats: SimulatedProgram,
+    trace: Trace,
+    blocks: Sequence[Segment],
+    inputs: Values,
+    deviations: bool,
 ) -> None:
     """Correct the layers of the simulated model in order, each on what those before it make of ``inputs``: the mean of
     every output channel, with ``deviations`` its standard deviation too. Layers without a bias stay.
@@ -63,12 +68,12 @@ def match_outputs(
     ours = theirs = inputs
     for block in blocks:
         for name in block.layers:
-            if name in playback.model.weights and bias_of(playback.model.model, name) is not None:
+            if name in runner.model.weights and bias_of(runner.model.model, name) is not None:
                 wanted = output_spread(floats, trace, block, name, theirs)
-                found = output_spread(playback, trace, block, name, ours)
-                _correct(playback.model, name, found, wanted, deviations)
+                found = output_spread(runner, trace, block, name, ours)
+                _correct(runner.model, name, found, wanted, deviations)
         if block is not blocks[-1]:
-            ours = {block.leaving: play(playback, ours, block)}
+            ours = {block.leaving: play(runner, ours, block)}
             theirs = {block.leaving: play(floats, theirs, block)}
 
 
@@ -86,10 +91,10 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
     bias.copy_((bias.double() - found.mean) * ratio + wanted.mean)
 
 
-def head_of(playback: Playback, trace: Trace) -> str | None:
+def head_of(runner: SimulatedProgram, trace: Trace) -> str | None:
     """The layer with quantized weights whose output is the network's, if that is so."""
-    last = playback.places[playback.tape.output]
-    heads = (name for name in playback.model.weights if [call.key for call in trace.calls[name]] == [last])
+    last = runner.places[runner.tape.output]
+    heads = (name for name in runner.model.weights if [call.key for call in trace.calls[name]] == [last])
     return next(heads, None)
 
 

@@ -39,7 +39,7 @@ def weight_of_arrays(arrays: Arrays, name: str, format: WeightFormat) -> Quantiz
 
 
 @dataclass(frozen=True)
-class Kept:
+class Snapshot:
     """Codes, scales, biases and ranges of a model."""
 
     weights: Mapping[str, QuantizedWeight]
@@ -47,7 +47,7 @@ class Kept:
     ranges: Mapping[str, AnyRange]
 
     @classmethod
-    def of(cls, model: SimulatedModel, layers: Iterable[str] | None = None) -> Kept:
+    def of(cls, model: SimulatedModel, layers: Iterable[str] | None = None) -> Snapshot:
         """Those of ``layers`` (default: all that have codes), and every range."""
         weights = {name: model.weights[name] for name in (model.weights if layers is None else layers)}
         biases = {name: bias_of(model.model, name) for name in weights}
@@ -65,7 +65,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Cache:
     """The pieces of work on one model that are finished, by this run or by one that was killed."""
 
     artefacts: Artefacts = field(default_factory=Artefacts)
@@ -93,18 +93,18 @@ class Finished:
         kept = self.artefacts.find(f"learned: {piece}", names)
         if kept is None:
             found = work()
-            self._keep(piece, Kept.of(model, names), found, generator)
+            self._keep(piece, Snapshot.of(model, names), found, generator)
             return found
         arrays, note = kept[0], json.loads(kept[1])
         weights = {name: weight_of_arrays(arrays, name, model.weights[name].format) for name in names}
         biases = {name: torch.from_numpy(arrays[f"{name} bias"]) for name in names if f"{name} bias" in arrays}
         ranges = {site: range_of(record) for site, record in note["ranges"].items()}
-        Kept(weights, biases, ranges).put_back(model)
+        Snapshot(weights, biases, ranges).put_back(model)
         if generator is not None:
             generator.set_state(torch.from_numpy(arrays[_GENERATOR]))
         return Learned(**note["learned"])
 
-    def _keep(self, piece: str, kept: Kept, learned: Learned, generator: torch.Generator | None) -> None:
+    def _keep(self, piece: str, kept: Snapshot, learned: Learned, generator: torch.Generator | None) -> None:
         arrays: dict[str, np.ndarray] = {}
         for name, weight in kept.weights.items():
             arrays |= arrays_of(weight, name)

@@ -17,10 +17,10 @@ from quantkit.program.tape import Step
 from quantkit.program.trace import Trace
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
-from quantkit.reconstruction.snapshot import Finished
+from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.layer_inputs import input_columns
 from quantkit.rounding.weights import WITHOUT_INPUTS, rounded_layer
-from quantkit.simulation.playback import Playback, Values, copied_state, float_playback, in_chunks, play
+from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, play
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,23 @@ class Moments:
 
 
 def round_by_blocks(
-    playback: Playback,
+    runner: SimulatedProgram,
     trace: Trace,
     blocks: Sequence[Segment],
     formats: Mapping[str, WeightFormat],
     inputs: Values,
     rounding: str = "auto",
     progress: bool = True,
-    finished: Finished | None = None,
+    finished: Cache | None = None,
 ) -> dict[str, str]:
     """``round_in_sequence`` for a model with a tape; returns how each layer was rounded. The model's weights are still
     float when it starts.
     """
-    kept = finished or Finished()
-    simulated, tape, how = playback.model, playback.tape, {}
+    kept = finished or Cache()
+    simulated, tape, how = runner.model, runner.tape, {}
     floats = None
     if rounding == "gptaq":
-        floats = float_playback(simulated.model, tape, copied_state(tape, simulated.model))
+        floats = float_program(simulated.model, tape, copied_state(tape, simulated.model))
     ours = theirs = dict(inputs)
     at = 0  # the block that they enter
     place = {name: i for i, block in enumerate(blocks) for name in block.layers}
@@ -60,10 +60,10 @@ def round_by_blocks(
             seen = None
             if rounding not in WITHOUT_INPUTS:
                 for passed in blocks[at : place[name]]:
-                    ours = {passed.leaving: play(playback, ours, passed)}
+                    ours = {passed.leaving: play(runner, ours, passed)}
                     theirs = theirs if floats is None else {passed.leaving: play(floats, theirs, passed)}
                 at = place[name]
-                seen = moments(playback, trace, blocks[at], name, ours, None if floats is None else (floats, theirs))
+                seen = moments(runner, trace, blocks[at], name, ours, None if floats is None else (floats, theirs))
             hessian, cross = (None, None) if seen is None else (seen.hessian, seen.cross)
             found = rounded_layer(simulated.model, name, formats[name], hessian, cross, rounding)
             kept.keep_rounded(name, *found)
@@ -74,17 +74,17 @@ def round_by_blocks(
 
 @torch.no_grad()
 def moments(
-    playback: Playback,
+    runner: SimulatedProgram,
     trace: Trace,
     block: Segment,
     name: str,
     values: Values,
-    floats: tuple[Playback, Values] | None = None,
+    floats: tuple[SimulatedProgram, Values] | None = None,
 ) -> Moments:
     """The moments of a layer's inputs, given the values that enter its block, in ``floats`` those of the float
     network.
     """
-    tape = playback.tape
+    tape = runner.tape
     sums: dict[str, Tensor] = {}
     draws, same_draws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     keys = {call.key for call in trace.calls[name]}
@@ -95,7 +95,7 @@ def moments(
         before = Segment(block.start, i, block.entering, step.reads[0], ())
         theirs = values if floats is None else floats[1]
         for (part, count), (other, _) in zip(in_chunks(tape, values), in_chunks(tape, theirs), strict=True):
-            columns = _columns(playback, before, step, part, trace.kinds[name], count, draws)
+            columns = _columns(runner, before, step, part, trace.kinds[name], count, draws)
             accumulate(sums, "hessian", columns)
             if floats is not None:
                 wanted = _columns(floats[0], before, step, other, trace.kinds[name], count, same_draws)
@@ -104,8 +104,8 @@ def moments(
 
 
 def _columns(
-    playback: Playback, before: Segment, step: Step, part: Values, kind: str, count: int, draws: torch.Generator
+    runner: SimulatedProgram, before: Segment, step: Step, part: Values, kind: str, count: int, draws: torch.Generator
 ) -> Tensor:
-    found = dict(zip(step.reads, playback.inside(part, before, step.reads), strict=True))
-    found[step.reads[0]] = playback.quantize(read_place(step.key), found[step.reads[0]])
-    return input_columns(kind, *step.arguments(found), count / playback.tape.size, draws)
+    found = dict(zip(step.reads, runner.inside(part, before, step.reads), strict=True))
+    found[step.reads[0]] = runner.quantize(read_place(step.key), found[step.reads[0]])
+    return input_columns(kind, *step.arguments(found), count / runner.tape.size, draws)

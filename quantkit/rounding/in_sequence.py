@@ -15,7 +15,7 @@ from quantkit.program.layers import bias_of
 from quantkit.program.trace import Trace
 from quantkit.progress import track
 from quantkit.ranges.statistics import layer_hessians
-from quantkit.reconstruction.snapshot import Finished
+from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.weights import WITHOUT_INPUTS, rounded_layer
 from quantkit.simulation.model import SimulatedModel
 
@@ -29,12 +29,12 @@ def round_in_sequence(
     batches: Sequence[Any],
     rounding: str = "auto",
     progress: bool = True,
-    finished: Finished | None = None,
+    finished: Cache | None = None,
 ) -> dict[str, str]:
     """Give every layer of ``formats`` (in execution order) its codes; returns how each was rounded. Layers that are
     ``finished`` are not rounded again.
     """
-    kept, how = finished or Finished(), {}
+    kept, how = finished or Cache(), {}
     for name, format in track(formats.items(), "quantizing layers", enabled=progress):
         found = kept.rounded(name, format)
         if found is None:

@@ -22,7 +22,7 @@ Values = Mapping[int, Tensor]
 
 
 @dataclass
-class Playback:
+class SimulatedProgram:
     """``model`` on its ``tape``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits, whose
     noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half of
     the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
@@ -99,9 +99,9 @@ def copied_state(tape: Tape, model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tape.state_of(model).items()}
 
 
-def float_playback(model: nn.Module, tape: Tape, state: Mapping[str, Tensor]) -> Playback:
+def float_program(model: nn.Module, tape: Tape, state: Mapping[str, Tensor]) -> SimulatedProgram:
     """A model on its tape with these parameters and buffers, and nothing quantized."""
-    return Playback(as_float(model), tape, fixed=state)
+    return SimulatedProgram(as_float(model), tape, fixed=state)
 
 
 def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,11 +125,11 @@ def take(tape: Tape, values: Values, indices: Tensor) -> dict[int, Tensor]:
 
 
 @torch.no_grad()
-def play(playback: Playback, values: Values, segment: Segment) -> Tensor:
+def play(runner: SimulatedProgram, values: Values, segment: Segment) -> Tensor:
     """The value that leaves a segment, of all samples."""
     total, start, found = len(next(iter(values.values()))), 0, None
-    for part, count in in_chunks(playback.tape, values):
-        made = playback.run(part, segment)
+    for part, count in in_chunks(runner.tape, values):
+        made = runner.run(part, segment)
         if found is None:
             found = room_for(total, made)
         found[start : start + count] = made[:count]

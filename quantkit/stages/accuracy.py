@@ -18,7 +18,7 @@ import numpy as np
 
 from quantkit.allocation.allocate import allocate, plan_of
 from quantkit.allocation.bisection import (
-    Judge,
+    AccuracyGate,
     Metric,
     along_front,
     between,
@@ -42,7 +42,7 @@ from quantkit.sensitivity.augmented import augmented_scores
 from quantkit.sensitivity.measure import Scores
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.stages.metric import Evaluate, outcome_of
-from quantkit.stages.profile import Bench
+from quantkit.stages.profile import Evaluator
 from quantkit.stages.request import Request
 from quantkit.stages.result import Result
 
@@ -74,7 +74,7 @@ def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: 
 def meet_accuracy(
     request: Request,
     profile: Profile,
-    bench: Bench,
+    evaluator: Evaluator,
     limit: Budget,
     evaluate: Evaluate,
     finish: Callable[[Plan], Result],
@@ -91,28 +91,28 @@ def meet_accuracy(
     reference = outcome_of(evaluate, as_float(request.ready.model))
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)
-    judge = Judge(
-        lambda plan: outcome_of(evaluate, _simulated(request, bench, profile, plan)),
+    gate = AccuracyGate(
+        lambda plan: outcome_of(evaluate, _simulated(request, evaluator, profile, plan)),
         reference,
         limit.allowed_drop(float(np.mean(reference))),
         lambda plan: _cost(profile, plan, limit.minimize or "size"),
         bool(limit.confident),
         lambda plan: _within(profile, plan, limit),
     )
-    if along_front(front, judge) is not None:
-        between(judge, plan_at, TRIES)
+    if along_front(front, gate) is not None:
+        between(gate, plan_at, TRIES)
         if effort != "fast":
-            _by_levels(profile, bench, judge)
-    applied = Applied(judge, finish, evaluate)
-    if not any(first_that_meets(plans, applied.judge) for plans in rising(judge, front, APART)):
+            _by_levels(profile, evaluator, gate)
+    applied = Applied(gate, finish, evaluate)
+    if not any(first_that_meets(plans, applied.gate) for plans in rising(gate, front, APART)):
         raise _not_met(limit, applied.everything())
-    found = between(applied.judge, plan_at, APPLIED_TRIES[effort], least=judge.cost(front[0]), apart=APART)
+    found = between(applied.gate, plan_at, APPLIED_TRIES[effort], least=gate.cost(front[0]), apart=APART)
     assert found is not None, "one was found to meet the limit"
     result, metric = applied.results[found.plan.digest()]
     metrics = {"float": float(np.mean(reference)), "quantized": metric}
     metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
     metrics["evaluations"] = float(len(applied.everything().seen))
-    return replace(result, metrics=result.metrics | metrics, curve=applied.judge.curve)
+    return replace(result, metrics=result.metrics | metrics, curve=applied.gate.curve)
 
 
 class Applied:
@@ -120,24 +120,24 @@ class Applied:
     are kept.
     """
 
-    def __init__(self, cursory: Judge, finish: Callable[[Plan], Result], evaluate: Evaluate) -> None:
+    def __init__(self, cursory: AccuracyGate, finish: Callable[[Plan], Result], evaluate: Evaluate) -> None:
         self.cursory, self.finish, self.evaluate = cursory, finish, evaluate
-        self.judge = replace(cursory, evaluate=self._outcome, seen={})
+        self.gate = replace(cursory, evaluate=self._outcome, seen={})
         self.results: dict[str, tuple[Result, float]] = {}  # with the metric
 
     def _outcome(self, plan: Plan) -> Metric:
-        best = self.judge.cheapest()
+        best = self.gate.cheapest()
         self.results = {} if best is None else {best.plan.digest(): self.results[best.plan.digest()]}
         result = self.finish(plan)
         outcome = outcome_of(self.evaluate, result.model)
         self.results[plan.digest()] = result, float(np.mean(outcome))
-        drop, _ = drop_of(self.judge.reference, outcome)
-        notice(f"plan of {self.judge.cost(plan):,.6g}: drop {drop:.4g} of {self.judge.allowed:.4g} allowed")
+        drop, _ = drop_of(self.gate.reference, outcome)
+        notice(f"plan of {self.gate.cost(plan):,.6g}: drop {drop:.4g} of {self.gate.allowed:.4g} allowed")
         return outcome
 
-    def everything(self) -> Judge:
+    def everything(self) -> AccuracyGate:
         """All that was evaluated, with the profile's codes where a plan was not applied."""
-        return replace(self.judge, seen=self.cursory.seen | self.judge.seen)
+        return replace(self.gate, seen=self.cursory.seen | self.gate.seen)
 
 
 def _plan_at(profile: Profile, limit: Budget, cost: float) -> Plan:
@@ -157,9 +157,11 @@ def _within(profile: Profile, plan: Plan, limit: Budget) -> bool:
     return all(_cost(profile, plan, name) <= most for name, most in _other_limits(profile, limit).items())
 
 
-def _by_levels(profile: Profile, bench: Bench, judge: Judge) -> None:
+def _by_levels(profile: Profile, evaluator: Evaluator, gate: AccuracyGate) -> None:
     """Bisection per width, in ascending order of the augmented scores."""
-    scores = augmented_scores(bench.perturbations, Scores(profile.damage, np.zeros(len(profile.damage)), profile.gram))
+    scores = augmented_scores(
+        evaluator.perturbations, Scores(profile.damage, np.zeros(len(profile.damage)), profile.gram)
+    )
     asked = question(profile, {"size": 0})
     kept = _agreeing(asked.problem)
     possible = {n: [s for s in found if (n, str(s)) in kept] for n, found in candidates(profile).items()}
@@ -171,7 +173,7 @@ def _by_levels(profile: Profile, bench: Bench, judge: Judge) -> None:
         plan = Plan(schemes=dict(schemes), sites=profile.site_formats(schemes))
         return plan_of(profile, asked, assignment_of(profile, asked, plan))
 
-    by_levels(sorted(scores, key=scores.__getitem__), levels, plan_of_schemes, judge)
+    by_levels(sorted(scores, key=scores.__getitem__), levels, plan_of_schemes, gate)
 
 
 def _agreeing(problem: Problem) -> set[tuple[str, str]]:
@@ -193,16 +195,16 @@ def _at_width(schemes: Sequence[Scheme], width: int) -> Scheme:
     return next((s for s in schemes if s.weight is not None and s.weight.bits <= width), schemes[-1])
 
 
-def _not_met(limit: Budget, judge: Judge) -> AccuracyNotMet:
-    best = min(judge.seen.values(), key=lambda one: one.drop)
-    points = ", ".join(f"{drop:.4g} at {cost:,.0f}" for cost, drop in judge.curve)
+def _not_met(limit: Budget, gate: AccuracyGate) -> AccuracyNotMet:
+    best = min(gate.seen.values(), key=lambda one: one.drop)
+    points = ", ".join(f"{drop:.4g} at {cost:,.0f}" for cost, drop in gate.curve)
     bound = f" (95 % confidence bound {best.bound:.4g})" if limit.confident else ""
     return AccuracyNotMet(
         f"No plan keeps the drop within {limit.accuracy_drop}: the least found is {best.drop:.4g}{bound}, with "
         f"{best.plan.average_bits:.3f} bits on average. Allow that drop, profile wider schemes, or keep layers float. "
         f"Measured drop at {limit.minimize or 'size'}: {points}.",
         best.plan,
-        judge.curve,
+        gate.curve,
     )
 
 
@@ -222,9 +224,9 @@ def _cost(profile: Profile, plan: Plan, name: str) -> int:
     return counted(profile, plan.schemes, plan.sites, name)
 
 
-def _simulated(request: Request, bench: Bench, profile: Profile, plan: Plan) -> SimulatedModel:
+def _simulated(request: Request, evaluator: Evaluator, profile: Profile, plan: Plan) -> SimulatedModel:
     """A copy of the model with the plan's formats, in the codes and ranges the profile was measured with."""
-    chosen = [bench.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
+    chosen = [evaluator.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
     weights = {p.owner: p.change for p in chosen if isinstance(p.change, QuantizedWeight)}
     ranges = {p.owner: p.change for p in chosen if not isinstance(p.change, QuantizedWeight)}
     return SimulatedModel(copy.deepcopy(request.ready.model), request.ready.sites, weights, ranges)

@@ -19,10 +19,10 @@ from quantkit.numbers.per_token import AnyRange
 from quantkit.plan import Plan, average_bits, digest_of
 from quantkit.program.inputs import Batch
 from quantkit.progress import notice
-from quantkit.reconstruction.snapshot import Finished
+from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.measure import Subject, damage_for
 from quantkit.simulation.model import SimulatedModel, as_float
-from quantkit.stages.applying import Ways, Workbench, holds_probabilities
+from quantkit.stages.applying import ApplyOptions, PlanApplication, holds_probabilities
 from quantkit.stages.first_last import ends_of
 from quantkit.stages.inputs import Inputs, require_accepted
 from quantkit.stages.metric import Evaluate, metric_of, require_metric
@@ -82,17 +82,17 @@ def apply(
     that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
-    ways = Ways(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
+    options = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
     _check_request(model, decided, goal, evaluate, workdir)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
-    ways, batches = ways.with_inputs(inputs, decided.schemes.values()), inputs.batches
+    options, batches = options.with_inputs(inputs, decided.schemes.values()), inputs.batches
     every = inputs.prepared(model, goal)
     kept_float = _kept_float(every, decided, batches, goal)
     ready = _coded(leave_float(every, goal, kept_float), decided)
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
-    finished = _finished(workdir, partial(identity_of, model, inputs, every.trace), ways, decided, goal)
-    bench = Workbench.of(ready, _weight_formats(decided, ready), formats, batches, reference, ways, finished)
+    finished = _finished(workdir, partial(identity_of, model, inputs, every.trace), options, decided, goal)
+    bench = PlanApplication.of(ready, _weight_formats(decided, ready), formats, batches, reference, options, finished)
     if inplace:  # only now that nothing can be refused any more
         bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided))
     metrics = _metric("float", evaluate, as_float(bench.ready.model))
@@ -103,17 +103,21 @@ def apply(
 
 
 def _finished(
-    workdir: str | Path | None, identity: Callable[[], dict[str, str]], ways: Ways, plan: Plan, target: Target
-) -> Finished:
+    workdir: str | Path | None,
+    identity: Callable[[], dict[str, str]],
+    options: ApplyOptions,
+    plan: Plan,
+    target: Target,
+) -> Cache:
     """Where every finished piece of work is kept, keyed by all that decides it."""
     if workdir is None:
-        return Finished()
+        return Cache()
     timeless = digest_of(asdict(replace(target, latency=None)))
-    settings = identity() | asdict(ways) | {"plan": plan.digest(), "target": timeless, "torch": torch.__version__}
+    settings = identity() | asdict(options) | {"plan": plan.digest(), "target": timeless, "torch": torch.__version__}
     folder = Path(workdir) / f"applied-{digest_of(settings)}"
     if folder.exists():
         notice(f"going on from what is finished in {folder}")
-    return Finished(Artefacts(folder))
+    return Cache(Artefacts(folder))
 
 
 def _metric(name: str, evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:

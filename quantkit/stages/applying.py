@@ -19,21 +19,21 @@ from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
 from quantkit.ranges.logarithmic import log_range, squared_error
 from quantkit.ranges.statistics import site_histograms
-from quantkit.reconstruction.snapshot import Finished
+from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.by_blocks import round_by_blocks
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
 from quantkit.sensitivity.measure import damage_for
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback
+from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages.inputs import Inputs
 from quantkit.stages.reconstruct import (
     ADAQUANT,
-    Course,
+    ReconstructionPlan,
     correct,
-    course_of,
+    method_to_learn,
+    plan_reconstruction,
     reconstruct,
-    require_course,
-    way_to_learn,
+    require_reconstruction,
     worth_learning,
 )
 from quantkit.stages.recording import Recording, recording_of
@@ -51,7 +51,7 @@ def holds_probabilities(site: Site) -> bool:
 
 
 @dataclass(frozen=True)
-class Ways:
+class ApplyOptions:
     """How a plan is met, by the names in ``CHOICES``."""
 
     rounding: str
@@ -66,9 +66,9 @@ class Ways:
         names = ("rounding", "ranges", "reconstruction", "correction", "loss", "reparameterization")
         require_choices(**{name: getattr(self, name) for name in names})
 
-    def with_inputs(self, inputs: Inputs, schemes: Iterable[Scheme]) -> Ways:
-        """The ways to meet ``schemes`` with what there is to go by; raises InvalidRequest for what needs data that is
-        not there.
+    def with_inputs(self, inputs: Inputs, schemes: Iterable[Scheme]) -> ApplyOptions:
+        """The options for ``schemes``, given the data at hand; raises InvalidRequest for what needs data that is not
+        there.
         """
         inputs.require_schemes(schemes)
         inputs.require_none(
@@ -80,7 +80,7 @@ class Ways:
 
 
 @dataclass(frozen=True)
-class Workbench:
+class PlanApplication:
     """A float model with the formats of its layers and sites, and what was kept of it to work from."""
 
     ready: Prepared
@@ -88,8 +88,8 @@ class Workbench:
     sites: Mapping[str, ActivationFormat]
     batches: Sequence[Batch]
     recording: Recording | str
-    course: Course | None
-    ways: Ways
+    reconstruction: ReconstructionPlan | None
+    options: ApplyOptions
     rewritten: Reparameterization
 
     @classmethod
@@ -100,34 +100,47 @@ class Workbench:
         sites: Mapping[str, ActivationFormat],
         batches: Sequence[Batch],
         reference: Sequence[Tensor],
-        ways: Ways,
-        finished: Finished,
-    ) -> Workbench:
+        options: ApplyOptions,
+        finished: Cache,
+    ) -> PlanApplication:
         """Rewrites the model of ``ready`` where that is asked for; it computes what it computed. ``reference`` are its
         outputs. What is ``finished`` is not found again. Raises InvalidRequest where learning is asked for and cannot
         be.
         """
         rewritten = reparameterization_of(
-            ready, weights, sites, batches, ways.reparameterization, ways.ranges, ways.seed, finished.artefacts
+            ready,
+            weights,
+            sites,
+            batches,
+            options.reparameterization,
+            options.ranges,
+            options.seed,
+            finished.artefacts,
         )
         rewritten.rewrite(ready.model)
-        recording, course = recording_of(ready, batches), None
+        recording, reconstruction = recording_of(ready, batches), None
         bits = [w.bits for w in weights.values()], [a.bits for a in sites.values()]
         worth = worth_learning(*bits, batches)
-        asked = {"reconstruction": ways.reconstruction, "correction": ways.correction}
+        asked = {"reconstruction": options.reconstruction, "correction": options.correction}
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
-            damage = damage_for(ways.loss, torch.cat(list(reference)))
-            course = require_course(course_of(ready, recording, damage, ways.seed), **asked)
-        how = "none" if ways.reconstruction == "auto" and not worth else way_to_learn(ways.reconstruction, *bits)
-        decided = replace(ways, reconstruction=how)
-        return cls(ready, weights, sites, batches, recording, course, decided, rewritten)
+            damage = damage_for(options.loss, torch.cat(list(reference)))
+            reconstruction = require_reconstruction(
+                plan_reconstruction(ready, recording, damage, options.seed), **asked
+            )
+        how = (
+            "none"
+            if options.reconstruction == "auto" and not worth
+            else method_to_learn(options.reconstruction, *bits)
+        )
+        decided = replace(options, reconstruction=how)
+        return cls(ready, weights, sites, batches, recording, reconstruction, decided, rewritten)
 
-    def moved_to(self, ready: Prepared) -> Workbench:
+    def moved_to(self, ready: Prepared) -> PlanApplication:
         """The same for another copy of the float model, which is rewritten too."""
         self.rewritten.rewrite(ready.model)
         return replace(self, ready=ready)
 
-    def quantized(self, progress: bool, finished: Finished) -> tuple[SimulatedModel, dict[str, Any]]:
+    def quantized(self, progress: bool, finished: Cache) -> tuple[SimulatedModel, dict[str, Any]]:
         """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again."""
         ready, weights = self.ready, self.weights
         simulated = SimulatedModel(ready.model, ready.sites, {}, self._site_ranges(progress))
@@ -136,13 +149,15 @@ class Workbench:
         notes["rounding"] = self._round(simulated, progress, finished)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
-        learning, correcting = self.ways.reconstruction, self.ways.correction
-        if self.course is not None and learning != "none":
-            notes["reconstruction"] = reconstruct(self.course, simulated, ready.trace, learning, progress, finished)
+        learning, correcting = self.options.reconstruction, self.options.correction
+        if self.reconstruction is not None and learning != "none":
+            notes["reconstruction"] = reconstruct(
+                self.reconstruction, simulated, ready.trace, learning, progress, finished
+            )
         # learned by the damage, biases and scales among it, there is nothing to correct
         learned = "reconstruction" in notes and learning not in ADAQUANT and correcting == "auto"
-        if self.course is not None and correcting != "none" and not learned:
-            notes["correction"] = correct(self.course, simulated, ready.trace, correcting, progress, finished)
+        if self.reconstruction is not None and correcting != "none" and not learned:
+            notes["correction"] = correct(self.reconstruction, simulated, ready.trace, correcting, progress, finished)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 
@@ -151,11 +166,11 @@ class Workbench:
         if isinstance(self.recording, str):
             return {}
         learned = by_blocks = 0
-        if self.course is not None:
-            held = len(self.course.lesson.held_outputs)
-            learned = len(self.course.lesson) + held
-            if self.ways.reconstruction in ("block", *ADAQUANT):
-                by_blocks = len(self.course.block_lesson) + held
+        if self.reconstruction is not None:
+            held = len(self.reconstruction.data.held_outputs)
+            learned = len(self.reconstruction.data) + held
+            if self.options.reconstruction in ("block", *ADAQUANT):
+                by_blocks = len(self.reconstruction.block_data) + held
         samples = sum(map(batch_size, self.batches))
         memory = working_memory(self.ready, self.recording, samples, learned, by_blocks)
         notice(str(memory))
@@ -171,7 +186,7 @@ class Workbench:
     def _range_of(self, site: Site, histogram: Histogram) -> SiteRange | LogRange:
         """A site's range; of probabilities the logarithmic one where the plan says so, or may and that errs less."""
         asked = self.sites[site.name]
-        uniform = RANGES[self.ways.ranges](histogram, asked.bits)
+        uniform = RANGES[self.options.ranges](histogram, asked.bits)
         if not holds_probabilities(site) or asked.bits != LOG_BITS:
             return uniform
         logarithmic = log_range(histogram, asked.bits)
@@ -180,11 +195,11 @@ class Workbench:
         less = squared_error(histogram, logarithmic) < squared_error(histogram, uniform)
         return logarithmic if less or not asked.is_integer else uniform
 
-    def _round(self, simulated: SimulatedModel, progress: bool, finished: Finished) -> dict[str, str]:
+    def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
         """Give every layer its codes; returns how."""
-        trace, how, recording = self.ready.trace, self.ways.rounding, self.recording
+        trace, how, recording = self.ready.trace, self.options.rounding, self.recording
         if isinstance(recording, str):
             return round_in_sequence(simulated, trace, self.weights, self.batches, how, progress, finished)
         inputs = recording.tape.entering(self.ready.model, recording.samples)
-        playback = Playback(simulated, recording.tape)
-        return round_by_blocks(playback, trace, recording.blocks, self.weights, inputs, how, progress, finished)
+        runner = SimulatedProgram(simulated, recording.tape)
+        return round_by_blocks(runner, trace, recording.blocks, self.weights, inputs, how, progress, finished)

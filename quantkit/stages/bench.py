@@ -64,17 +64,17 @@ def bench(
             raise InvalidRequest(f"{name}={value}: at least 1.")
     goal = Target.load(target)
     example = calibration_batches(model, calibration, max(batch, 2))[0]
-    stand = _stand(prepare(model, [example], goal), goal, example, progress)
-    mixtures = mixtures_of(stand.ready.quantizable, stand.widths, seed)
+    rig = _timing_rig(prepare(model, [example], goal), goal, example, progress)
+    mixtures = mixtures_of(rig.ready.quantizable, rig.widths, seed)
     inputs = first_samples(example, batch)
     with TemporaryDirectory() as folder:
-        table = _table(stand, mixtures, inputs, threads, seconds, Path(folder))
+        table = _table(rig, mixtures, inputs, threads, seconds, Path(folder))
     notice(f"measured {len(mixtures)} mixtures of float and quantized layers on {threads} thread(s)")
     return replace(goal, latency=table)
 
 
 @dataclass(frozen=True)
-class _Stand:
+class _TimingRig:
     """A prepared model with codes for everything that can have them, by the bits of layers' weights."""
 
     ready: Prepared
@@ -93,7 +93,7 @@ class _Stand:
         return SimulatedModel(ready.model, sites, weights, {site.name: self.ranges[site.name] for site in sites})
 
 
-def _stand(ready: Prepared, target: Target, example: Batch, progress: bool) -> _Stand:
+def _timing_rig(ready: Prepared, target: Target, example: Batch, progress: bool) -> _TimingRig:
     schemes = [Scheme.parse(scheme) for scheme in target.default_schemes]
     formats = {s.weight.bits: s.weight for s in schemes if s.weight is not None}
     narrow = [bits for bits in formats if bits < FULL_BITS]
@@ -106,7 +106,7 @@ def _stand(ready: Prepared, target: Target, example: Batch, progress: bool) -> _
     histograms = site_histograms(ready.model, ready.sites, [example], progress)
     act = max(s.activation.bits for s in schemes if s.activation is not None)
     ranges = {name: minmax_range(histogram, act) for name, histogram in histograms.items()}
-    return _Stand(ready, target, example, operations_of(ready.trace, ready.sites, target), widths, weights, ranges)
+    return _TimingRig(ready, target, example, operations_of(ready.trace, ready.sites, target), widths, weights, ranges)
 
 
 def _rounded(ready: Prepared, name: str, formats: Sequence[WeightFormat]) -> list[tuple[QuantizedWeight, int]]:
@@ -143,7 +143,7 @@ def _runs(layers: Sequence[str], ways: Sequence[int | None], draw: random.Random
 
 
 def _table(
-    stand: _Stand, mixtures: Sequence[Mixture], inputs: Batch, threads: int, seconds: float, folder: Path
+    rig: _TimingRig, mixtures: Sequence[Mixture], inputs: Batch, threads: int, seconds: float, folder: Path
 ) -> LatencyTable:
     from quantkit.backends.onnxruntime.bench import times_of
     from quantkit.backends.onnxruntime.marks import mark_graph
@@ -151,14 +151,14 @@ def _table(
     from quantkit.backends.onnxruntime.owners import owners_of
     from quantkit.backends.onnxruntime.writer import write_unchecked
 
-    ready, operations = stand.ready, stand.operations
-    marked = mark_graph(stand.simulated(dict.fromkeys(ready.quantizable, stand.widths[0])), stand.example)
+    ready, operations = rig.ready, rig.operations
+    marked = mark_graph(rig.simulated(dict.fromkeys(ready.quantizable, rig.widths[0])), rig.example)
     owners = owners_of(marked, operations, {str(site.place): site.name for site in ready.sites})
     executions = [
         execute(operations, mixture, [name for name, bits in mixture.items() if bits >= FULL_BITS])
         for mixture in mixtures
     ]
-    paths = [write_unchecked(stand.simulated(m), marked, folder / f"{k}.onnx") for k, m in enumerate(mixtures)]
+    paths = [write_unchecked(rig.simulated(m), marked, folder / f"{k}.onnx") for k, m in enumerate(mixtures)]
     measured = measure_files(paths, inputs, threads, seconds)
     names = [op.name for op in operations if op.kind != "float"]
     elements = {site.name: Size(site.shape).numel() for site in ready.sites}

@@ -27,7 +27,7 @@ from quantkit.reconstruction.augmentation import changed, harmless
 from quantkit.sensitivity.around import PlanDamage
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import SOFTENED, Subject, damage_for
-from quantkit.stages.profile import Bench
+from quantkit.stages.profile import Evaluator
 
 # Measurements (forwards of the sample set with a whole plan in place) allowed per profiled format.
 EFFORTS = {"fast": 0.0, "balanced": 1.5, "thorough": 3.0}
@@ -35,14 +35,16 @@ JUDGES = (SOFTENED, 1.0)  # temperatures: the first decides, and the damage itse
 DRAWS = 4  # of the inputs, where it takes so many to tell whether a plan is better
 
 
-def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: str, seed: int, progress: bool) -> Plan:
+def refine(
+    plan: Plan, profile: Profile, budget: Budget, evaluator: Evaluator, effort: str, seed: int, progress: bool
+) -> Plan:
     """The plan that ``effort`` finds from ``plan``, never one that measures worse; what it took is in its
     provenance.
     """
     limits = budget.limits(profile)
     asked = question_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
-    measurements = draws_of(bench, seed, progress)
+    measurements = draws_of(evaluator, seed, progress)
     allowed = EFFORTS[effort] * len(profile.entries)
     found, ledger = improve(profile, asked, start, measurements, allowed, seed)
     better = plan_of(profile, asked, found)
@@ -60,33 +62,33 @@ def refine(plan: Plan, profile: Profile, budget: Budget, bench: Bench, effort: s
 class Draws:
     """Measured on one draw of the inputs after the other, each with other mixes and other changes."""
 
-    bench: Bench
+    evaluator: Evaluator
     seed: int
     progress: bool
     first: PlanDamage
     draws: int
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
-        own = self.first if draw == 0 else measurements_of(self.bench, self.seed + draw, self.progress)
+        own = self.first if draw == 0 else measurements_of(self.evaluator, self.seed + draw, self.progress)
         return own.rows_at(JUDGES, many, share)
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         return self.first.around(entries)
 
 
-def draws_of(bench: Bench, seed: int, progress: bool) -> Draws:
-    """The draws of a bench: one where inputs can neither be mixed nor changed, as all draws would be the same."""
-    first = measurements_of(bench, seed, progress)
+def draws_of(evaluator: Evaluator, seed: int, progress: bool) -> Draws:
+    """The draws of an evaluator: one where inputs can neither be mixed nor changed, as all draws would be the same."""
+    first = measurements_of(evaluator, seed, progress)
     notice("comparing plans on inputs that are mixed, and images mirrored and shifted, as far as they can be")
-    return Draws(bench, seed, progress, first, 1 if first.subject.batches is bench.batches else DRAWS)
+    return Draws(evaluator, seed, progress, first, 1 if first.subject.batches is evaluator.batches else DRAWS)
 
 
-def measurements_of(bench: Bench, seed: int, progress: bool) -> PlanDamage:
+def measurements_of(evaluator: Evaluator, seed: int, progress: bool) -> PlanDamage:
     """What plans are compared by, on one draw of the inputs: pair-mixed and changed as far as they can be."""
-    mixed = mixed_pairs(bench.batches, torch.Generator().manual_seed(seed))
-    subject = replace(bench.subject, batches=bench.batches if mixed is None else mixed)
+    mixed = mixed_pairs(evaluator.batches, torch.Generator().manual_seed(seed))
+    subject = replace(evaluator.subject, batches=evaluator.batches if mixed is None else mixed)
     inputs = _with_changed_images(subject, torch.Generator().manual_seed(seed))
-    return PlanDamage(inputs, bench.perturbations, progress, SOFTENED)
+    return PlanDamage(inputs, evaluator.perturbations, progress, SOFTENED)
 
 
 def _with_changed_images(subject: Subject, generator: torch.Generator) -> Subject:

@@ -67,9 +67,11 @@ def profile(
     return measure(request, progress, workdir)
 
 
-def measure(request: Request, progress: bool, workdir: str | Path | None, bench: Bench | None = None) -> Profile:
-    """The profile of a request: the one kept in ``workdir``, or a new one, which is kept there. ``bench``: where it
-    is at hand already.
+def measure(
+    request: Request, progress: bool, workdir: str | Path | None, evaluator: Evaluator | None = None
+) -> Profile:
+    """The profile of a request: the one kept in ``workdir``, or a new one, which is kept there. ``evaluator`` is
+    passed where there is one already.
     """
     kept = None if workdir is None else Path(workdir) / f"profile-{digest_of(request.settings)}.safetensors"
     artefacts = artefacts_of(request, workdir)
@@ -84,7 +86,7 @@ def measure(request: Request, progress: bool, workdir: str | Path | None, bench:
             return request.with_latency(found)
     if request.batches:
         notice(str(forecast(request)))
-    measured = _measure(request, progress, bench or bench_of(request, progress, workdir))
+    measured = _measure(request, progress, evaluator or evaluator_of(request, progress, workdir))
     if kept is not None:
         measured.save(kept)
         artefacts.remove()
@@ -99,7 +101,7 @@ def artefacts_of(request: Request, workdir: str | Path | None) -> Artefacts:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Evaluator:
     """What a request is measured on: its model with inputs drawn from the calibration ``batches``, and every format,
     rounded; ``notes`` say how.
     """
@@ -110,7 +112,7 @@ class Bench:
     batches: Sequence[Batch]
 
 
-def bench_of(request: Request, progress: bool, workdir: str | Path | None = None) -> Bench:
+def evaluator_of(request: Request, progress: bool, workdir: str | Path | None = None) -> Evaluator:
     """Round every candidate format, find every range, and draw the inputs to measure on; what an earlier run left in
     ``workdir`` is not done again.
     """
@@ -131,15 +133,15 @@ def bench_of(request: Request, progress: bool, workdir: str | Path | None = None
         "samples": samples,
         "rounded": rounded,
     }
-    return Bench(subject, perturbations, notes, batches)
+    return Evaluator(subject, perturbations, notes, batches)
 
 
-def _measure(request: Request, progress: bool, bench: Bench) -> Profile:
-    subject, changes = bench.subject, bench.perturbations
+def _measure(request: Request, progress: bool, evaluator: Evaluator) -> Profile:
+    subject, changes = evaluator.subject, evaluator.perturbations
     generator = torch.Generator().manual_seed(request.settings["seed"])
     scores = ESTIMATORS[request.settings["sensitivity"]](subject, changes, progress, generator)
     ready = request.ready
     if request.batches:
         rows = rows_seen(as_float(ready.model), ready.trace, ready.quantizable, subject.batches)
-        scores = with_fallback(scores, changes, ready.model, reached_by_few(rows, bench.notes["samples"]))
-    return request.profile([(p.owner, p.format) for p in changes], scores, bench.notes | dict(scores.notes))
+        scores = with_fallback(scores, changes, ready.model, reached_by_few(rows, evaluator.notes["samples"]))
+    return request.profile([(p.owner, p.format) for p in changes], scores, evaluator.notes | dict(scores.notes))

@@ -23,7 +23,7 @@ from quantkit.stages.accuracy import meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import apply
 from quantkit.stages.metric import Evaluate, require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
-from quantkit.stages.profile import bench_of, measure
+from quantkit.stages.profile import evaluator_of, measure
 from quantkit.stages.request import DEFAULT_TARGET, Request, Schemes, TargetName, choose, make_ready, require_choices
 from quantkit.stages.result import Result
 from quantkit.store import require_writable
@@ -134,10 +134,10 @@ def _decide(
     _require_work(blank, limit)
     allocate(blank, limit)  # refuses what cannot be met before anything is measured
     seed = request.settings["seed"]
-    bench = None if effort == "fast" else bench_of(request, progress, workdir)
-    measured = measure(request, progress, workdir, bench)
+    evaluator = None if effort == "fast" else evaluator_of(request, progress, workdir)
+    measured = measure(request, progress, workdir, evaluator)
     plan = allocate(measured, limit, solver=solver, seed=seed)
-    return measured, plan if bench is None else refine(plan, measured, limit, bench, effort, seed, progress)
+    return measured, plan if evaluator is None else refine(plan, measured, limit, evaluator, effort, seed, progress)
 
 
 def _require_work(profile: Profile, limit: Budget) -> None:
@@ -165,7 +165,7 @@ def _within_accuracy(
     others = limit.without_accuracy()
     if others is not None:
         allocate(request.unmeasured(), others)
-    bench = bench_of(request, progress, workdir)
-    measured = measure(request, progress, workdir, bench)
-    result = meet_accuracy(request, measured, bench, limit, evaluate, finish, effort)
+    evaluator = evaluator_of(request, progress, workdir)
+    measured = measure(request, progress, workdir, evaluator)
+    result = meet_accuracy(request, measured, evaluator, limit, evaluate, finish, effort)
     return replace(result, profile=measured)

@@ -20,14 +20,14 @@ from quantkit.program.trace import Trace
 from quantkit.progress import notice
 from quantkit.reconstruction.adaquant import learn_layers
 from quantkit.reconstruction.augmentation import changed, harmless
-from quantkit.reconstruction.blocks import Lesson, Teacher, learn_blocks, learn_network, mean_damage
+from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, learn_blocks, learn_network, mean_damage
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, scale_layer
 from quantkit.reconstruction.learning import Learned, Schedule
-from quantkit.reconstruction.snapshot import Finished, Kept
+from quantkit.reconstruction.snapshot import Cache, Snapshot
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import SOFTENED, Damage, rows_of
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback, Values, copied_state, float_playback, play, room_for
+from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, play, room_for
 from quantkit.stages.recording import Recording, some_samples
 from quantkit.transforms.prepare import Prepared
 
@@ -51,15 +51,15 @@ ADAQUANT = ("adaquant", "adaquant-parallel")
 
 
 @dataclass(frozen=True)
-class Course:
-    """Everything learning needs from the float model, kept before its weights are rounded. ``block_lesson``: the part
-    of the lesson that blocks and layers learn from.
+class ReconstructionPlan:
+    """Everything learning needs from the float model, kept before its weights are rounded. ``block_data``: the part
+    of the data that blocks and layers learn from.
     """
 
     recording: Recording
-    teacher: Teacher
-    lesson: Lesson
-    block_lesson: Lesson
+    reference: FloatReference
+    data: ReconstructionData
+    block_data: ReconstructionData
     seed: int
     logits: bool  # whether outputs are logits, as far as the damage is concerned
 
@@ -70,7 +70,7 @@ def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], bat
     return narrow and sum(map(batch_size, batches)) >= LEAST_SAMPLES
 
 
-def way_to_learn(how: str, weight_bits: Collection[int], site_bits: Collection[int]) -> str:
+def method_to_learn(how: str, weight_bits: Collection[int], site_bits: Collection[int]) -> str:
     """What is learned when asked for ``how``: for "auto" blocks first, then the network, where codes are narrowest,
     and the network alone elsewhere.
     """
@@ -78,8 +78,10 @@ def way_to_learn(how: str, weight_bits: Collection[int], site_bits: Collection[i
     return how if how != "auto" else "block" if narrowest else "network"
 
 
-def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed: int) -> Course | str:
-    """The course of a model that is still float, or why there is none."""
+def plan_reconstruction(
+    ready: Prepared, recording: Recording | str, damage: Damage, seed: int
+) -> ReconstructionPlan | str:
+    """The reconstruction of a model that is still float, or why there is none."""
     if isinstance(recording, str):
         return recording
     generator, tape = torch.Generator().manual_seed(seed), recording.tape
@@ -90,28 +92,28 @@ def course_of(ready: Prepared, recording: Recording | str, damage: Damage, seed:
     order = torch.randperm(count, generator=generator)
     training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
     state = copied_state(tape, ready.model)
-    teacher = Teacher(
+    reference = FloatReference(
         state,
         _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
         lambda wanted, found: damage.rows(rows_of(wanted), rows_of(found)),
         lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), SOFTENED),
         lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
     )
-    floats, every = float_playback(ready.model, tape, state), whole(tape, ())
+    floats, every = float_program(ready.model, tape, state), whole(tape, ())
 
     def outputs(batch: Batch) -> Tensor:
         return play(floats, tape.entering(ready.model, batch), every)
 
     few = some_samples(training, torch.arange(min(CHANGED_SAMPLES, count - held)))
-    changes = harmless(few, outputs, teacher.damage, generator)
+    changes = harmless(few, outputs, reference.damage, generator)
     if changes:
         notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")
     inputs, held_inputs = (
         _drawn(tape, ready.model, part, changes, most, generator)
         for part, most in ((training, DRAWS), (testing, FEW_DRAWS))
     )
-    lesson = Lesson(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
-    return Course(recording, teacher, lesson, lesson.first(FEW_DRAWS * (count - held)), seed, damage.softens)
+    data = ReconstructionData(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
+    return ReconstructionPlan(recording, reference, data, data.first(FEW_DRAWS * (count - held)), seed, damage.softens)
 
 
 def _drawn(
@@ -149,21 +151,23 @@ def _spreads(ready: Prepared, tape: Tape, state: dict[str, Tensor], values: dict
 
 
 def reconstruct(
-    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Finished
+    reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Cache
 ) -> dict[str, Learned]:
     """Learn as asked ("block" learns the blocks first, then the network); returns the loss on held-back inputs before
     and after each step of it. What is ``kept`` is not learned again.
     """
     if how in ADAQUANT:
-        return _by_layers(course, simulated, trace, how == "adaquant-parallel", progress, kept)
-    generator = torch.Generator().manual_seed(course.seed)
-    playback, blocks = Playback(simulated, course.recording.tape), course.recording.blocks
+        return _by_layers(reconstruction, simulated, trace, how == "adaquant-parallel", progress, kept)
+    generator = torch.Generator().manual_seed(reconstruction.seed)
+    runner, blocks = SimulatedProgram(simulated, reconstruction.recording.tape), reconstruction.recording.blocks
     found = {}
     if how == "block" and len(blocks) > 1:
-        found = learn_blocks(playback, course.teacher, course.block_lesson, blocks, BLOCK, generator, progress, kept)
+        found = learn_blocks(
+            runner, reconstruction.reference, reconstruction.block_data, blocks, BLOCK, generator, progress, kept
+        )
     # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
     schedule = replace(NETWORK, code_rate=0.0, averaging=AVERAGING) if found else NETWORK
-    work = partial(learn_network, playback, course.teacher, course.lesson, schedule, generator, progress)
+    work = partial(learn_network, runner, reconstruction.reference, reconstruction.data, schedule, generator, progress)
     found["network"] = kept.learned("network", simulated, simulated.weights, work)
     learned = found["network"]
     notice(f"learned: softened damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
@@ -171,19 +175,24 @@ def reconstruct(
 
 
 def _by_layers(
-    course: Course, simulated: SimulatedModel, trace: Trace, parallel: bool, progress: bool, finished: Finished
+    reconstruction: ReconstructionPlan,
+    simulated: SimulatedModel,
+    trace: Trace,
+    parallel: bool,
+    progress: bool,
+    finished: Cache,
 ) -> dict[str, Learned]:
     """AdaQuant, kept where the network as a whole gains: layers learn to be like the float ones, not the output."""
-    tape, lesson = course.recording.tape, course.lesson
-    generator = torch.Generator().manual_seed(course.seed)
-    playback, kept = Playback(simulated, tape), Kept.of(simulated)
-    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
-    few = course.block_lesson.first(LAYER_SAMPLES)
+    tape, data = reconstruction.recording.tape, reconstruction.data
+    generator = torch.Generator().manual_seed(reconstruction.seed)
+    runner, kept = SimulatedProgram(simulated, tape), Snapshot.of(simulated)
+    before = mean_damage(runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
+    few = reconstruction.block_data.first(LAYER_SAMPLES)
     found = learn_layers(
-        playback, float_playback(simulated.model, tape, course.teacher.state), course.teacher, few, trace,
-        course.recording.blocks, LAYER, generator, parallel, progress, finished,
+        runner, float_program(simulated.model, tape, reconstruction.reference.state), reconstruction.reference, few,
+        trace, reconstruction.recording.blocks, LAYER, generator, parallel, progress, finished,
     )  # fmt: skip
-    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, course.teacher.damage)
+    after = mean_damage(runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
     if not after < before:
         kept.put_back(simulated)
     notice(f"learned layer by layer: damage on held-back inputs {before:.4g} -> {min(before, after):.4g}")
@@ -191,20 +200,20 @@ def _by_layers(
 
 
 def correct(
-    course: Course, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Finished
+    reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Cache
 ) -> dict[str, Learned]:
     """Apply a correction ("auto": all but "confidence" in turn), each kept only where the damage on held-back inputs
     falls; returns that damage before and after each.
     """
     tuning = partial(
-        learn_network, Playback(simulated, course.recording.tape), course.teacher, course.lesson, TUNING,
-        torch.Generator().manual_seed(course.seed), progress, only_biases=True,
+        learn_network, SimulatedProgram(simulated, reconstruction.recording.tape), reconstruction.reference,
+        reconstruction.data, TUNING, torch.Generator().manual_seed(reconstruction.seed), progress, only_biases=True,
     )  # fmt: skip
     every: dict[str, Callable[[], Learned]] = {
-        "norm": partial(_match, course, simulated, trace, deviations=True),
-        "bias": partial(_match, course, simulated, trace, deviations=False),
+        "norm": partial(_match, reconstruction, simulated, trace, deviations=True),
+        "bias": partial(_match, reconstruction, simulated, trace, deviations=False),
         "tuning": tuning,
-        "confidence": partial(_temper, course, simulated, trace),
+        "confidence": partial(_temper, reconstruction, simulated, trace),
     }
     return {
         name: kept.learned(f"correction {name}", simulated, simulated.weights, work)
@@ -213,33 +222,36 @@ def correct(
     }
 
 
-def _match(course: Course, simulated: SimulatedModel, trace: Trace, deviations: bool) -> Learned:
+def _match(reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace, deviations: bool) -> Learned:
     """Match statistics of the outputs where that lowers the damage on held-back inputs."""
-    tape, lesson, damage = course.recording.tape, course.lesson, course.teacher.damage
-    playback, floats = Playback(simulated, tape), float_playback(simulated.model, tape, course.teacher.state)
-    kept = Kept.of(simulated)
-    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
-    some = lesson.first(STATISTICS_SAMPLES).inputs
-    match_outputs(playback, floats, trace, course.recording.blocks, some, deviations)
-    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    tape, data, damage = reconstruction.recording.tape, reconstruction.data, reconstruction.reference.damage
+    runner, floats = (
+        SimulatedProgram(simulated, tape),
+        float_program(simulated.model, tape, reconstruction.reference.state),
+    )
+    kept = Snapshot.of(simulated)
+    before = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
+    some = data.first(STATISTICS_SAMPLES).inputs
+    match_outputs(runner, floats, trace, reconstruction.recording.blocks, some, deviations)
+    after = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
     if not after < before:
         kept.put_back(simulated)
     return Learned(before, min(before, after))
 
 
-def _temper(course: Course, simulated: SimulatedModel, trace: Trace) -> Learned:
+def _temper(reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace) -> Learned:
     """Make the logits as large as is best for the damage on held-back inputs."""
-    tape, lesson, damage = course.recording.tape, course.lesson, course.teacher.damage
-    playback = Playback(simulated, tape)
-    before = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
-    head = head_of(playback, trace)
-    if head is None or not course.logits:
+    tape, data, damage = reconstruction.recording.tape, reconstruction.data, reconstruction.reference.damage
+    runner = SimulatedProgram(simulated, tape)
+    before = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
+    head = head_of(runner, trace)
+    if head is None or not reconstruction.logits:
         return Learned(before, before)
-    kept = Kept.of(simulated)
-    found = play(playback, lesson.held_inputs, whole(tape, ()))
-    factor = best_factor(found, lambda outputs: damage(lesson.held_outputs, outputs))
+    kept = Snapshot.of(simulated)
+    found = play(runner, data.held_inputs, whole(tape, ()))
+    factor = best_factor(found, lambda outputs: damage(data.held_outputs, outputs))
     scale_layer(simulated, head, factor)
-    after = mean_damage(playback, lesson.held_inputs, lesson.held_outputs, damage)
+    after = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
     if not after < before:
         kept.put_back(simulated)
         return Learned(before, before)
@@ -247,14 +259,14 @@ def _temper(course: Course, simulated: SimulatedModel, trace: Trace) -> Learned:
     return Learned(before, after)
 
 
-def require_course(course: Course | str, **asked: str) -> Course | None:
-    """The course; without one, None where all that was ``asked`` is "auto" or "none", with a notice, otherwise
+def require_reconstruction(reconstruction: ReconstructionPlan | str, **asked: str) -> ReconstructionPlan | None:
+    """The reconstruction; without one, None where all that was ``asked`` is "auto" or "none", with a notice, otherwise
     InvalidRequest.
     """
-    if isinstance(course, Course):
-        return course
+    if isinstance(reconstruction, ReconstructionPlan):
+        return reconstruction
     for key, value in asked.items():
         if value not in ("auto", "none"):
-            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {course}. Use 'none'.")
-    notice(f"nothing is learned after rounding: {course}")
+            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {reconstruction}. Use 'none'.")
+    notice(f"nothing is learned after rounding: {reconstruction}")
     return None

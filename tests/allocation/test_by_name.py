@@ -82,7 +82,7 @@ def test_uniform_is_the_widest_name_that_fits(problem: Problem) -> None:
 def test_greedy_takes_the_least_damage_per_overuse_removed(pairs: bool) -> None:
     @repeatable(80)
     @given(networks(**PLAIN, pairs=pairs, dimensions=64))
-    def judge(problem: Problem) -> None:
+    def gate(problem: Problem) -> None:
         if optimum(problem) is None:
             return
         plan, limit = [least_damaging(choice) for choice in problem.choices], problem.limits[0][1]
@@ -98,7 +98,7 @@ def test_greedy_takes_the_least_damage_per_overuse_removed(pairs: bool) -> None:
             plan = min(moves)[1]
         assert list(solve(problem, "greedy").assignment) == plan
 
-    judge()
+    gate()
 
 
 @repeatable(100)

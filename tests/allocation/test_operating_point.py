@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.from_profile import Question, assignment_of, question
+from quantkit.allocation.from_profile import AllocationProblem, assignment_of, question
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
 from quantkit.plan import Layer, Profile, SiteRecord
@@ -67,7 +67,7 @@ def profile_of(layers: int, seed: int) -> Profile:
     )
 
 
-def asked_and_start(profile: Profile, budget: str) -> tuple[Question, tuple[int, ...]]:
+def asked_and_start(profile: Profile, budget: str) -> tuple[AllocationProblem, tuple[int, ...]]:
     asked = question(profile, Budget.parse(budget).limits(profile))
     plan = allocate(profile, budget)
     start = assignment_of(profile, asked, plan)
@@ -145,7 +145,7 @@ def test_what_may_be_chance_is_not_taken_and_what_every_input_says_is() -> None:
 
 
 class Objecting(Saturating):
-    """A second judge, who finds worse what the first one finds better."""
+    """A second gate, who finds worse what the first one finds better."""
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[np.ndarray]:
         return [np.vstack([one, 5.0 - one]) for one in super().rows(many, share)]

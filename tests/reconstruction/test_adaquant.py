@@ -18,12 +18,12 @@ from quantkit.program.layers import bias_of, groups_of, weight_of
 from quantkit.ranges.activations import mse_range
 from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.adaquant import LayerCall, Task, calls_of, learn_layer, learn_layers
-from quantkit.reconstruction.blocks import Lesson, Teacher
+from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import HALF
 from quantkit.reconstruction.learning import Learned, Schedule, shuffled
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback, copied_state, float_playback, play
+from quantkit.simulation.playback import SimulatedProgram, copied_state, float_program, play
 from quantkit.stages.recording import Recording, recording_of
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
@@ -37,14 +37,14 @@ class Case:
 
     ready: Prepared
     recording: Recording
-    playback: Playback
-    floats: Playback
-    teacher: Teacher
-    lesson: Lesson
+    runner: SimulatedProgram
+    floats: SimulatedProgram
+    reference: FloatReference
+    data: ReconstructionData
 
     def learn(self, parallel: bool, schedule: Schedule) -> dict[str, Learned]:
         return learn_layers(
-            self.playback, self.floats, self.teacher, self.lesson, self.ready.trace, self.recording.blocks, schedule,
+            self.runner, self.floats, self.reference, self.data, self.ready.trace, self.recording.blocks, schedule,
             torch.Generator().manual_seed(0), parallel, progress=False,
         )  # fmt: skip
 
@@ -54,19 +54,19 @@ def case_of(model: nn.Module, batch: Batch, format: WeightFormat, bits: int) -> 
     recording = recording_of(ready, [batch])
     assert isinstance(recording, Recording)
     state = copied_state(recording.tape, ready.model)
-    floats = float_playback(ready.model, recording.tape, state)
+    floats = float_program(ready.model, recording.tape, state)
     inputs = recording.tape.entering(ready.model, recording.samples)
     unused = torch.zeros(len(next(iter(inputs.values()))))
-    lesson = Lesson(inputs, unused, inputs, unused)
+    data = ReconstructionData(inputs, unused, inputs, unused)
     spread = {name: torch.ones(len(weight_of(ready.model, name))) for name in ready.quantizable}
-    teacher = Teacher(state, spread, lambda a, b: a - b, lambda a, b: a - b, lambda a, b: a)
+    reference = FloatReference(state, spread, lambda a, b: a - b, lambda a, b: a - b, lambda a, b: a)
     histograms = site_histograms(ready.model, ready.sites, [batch], progress=False)
     simulated = SimulatedModel(ready.model, ready.sites, {}, {n: mse_range(h, bits) for n, h in histograms.items()})
     for name in ready.quantizable:
         weight, groups = weight_of(ready.model, name), groups_of(ready.model, name)
         rounded = quantize_weight(weight, [format], groups=groups, rounding="nearest")
         simulated.set_weight(name, rounded.weights[format])
-    return Case(ready, recording, Playback(simulated, recording.tape), floats, teacher, lesson)
+    return Case(ready, recording, SimulatedProgram(simulated, recording.tape), floats, reference, data)
 
 
 @dataclass
@@ -142,22 +142,22 @@ def test_it_learns_what_gradients_written_out_by_hand_do(text: str) -> None:
         Schedule(steps=12, batch=64, code_rate=5e-3, checks=1),
     )
     case = case_of(model, ((x,), {}), format, 3)
-    (call,) = calls_of(case.playback, case.ready.trace, case.recording.blocks[0], "0")
+    (call,) = calls_of(case.runner, case.ready.trace, case.recording.blocks[0], "0")
     assert call == LayerCall(0, 2, call.reads, call.makes, "input", call.place)
     wanted = torch.relu(model[0](x)).detach()
     task = Task(call, x, wanted, x, wanted)
-    simulated = case.playback.model
-    weight, bias = case.teacher.state["0.weight"].numpy(), case.teacher.state["0.bias"].numpy()
+    simulated = case.runner.model
+    weight, bias = case.reference.state["0.weight"].numpy(), case.reference.state["0.bias"].numpy()
     twin = Twin(weight.astype(float), simulated.weights["0"], bias.astype(float), simulated.ranges["input"], schedule)
     twin.unit = float(wanted.double().var())
     for step, drawn in enumerate(shuffled(64, 64, 12, torch.Generator().manual_seed(5))):
         twin.learn(x[drawn].double().numpy(), wanted[drawn].double().numpy(), step)
     generator = torch.Generator().manual_seed(5)
-    assert learn_layer(case.playback, case.teacher, "0", lambda: [task], {"input"}, schedule, generator).helped
+    assert learn_layer(case.runner, case.reference, "0", lambda: [task], {"input"}, schedule, generator).helped
     found, now, site = simulated.weights["0"], twin.numbers(), simulated.ranges["input"]
     assert np.array_equal(found.codes.numpy(), now["codes"])
     assert (
-        now["codes"] != quantize_weight(case.teacher.state["0.weight"], [format]).weights[format].codes.numpy()
+        now["codes"] != quantize_weight(case.reference.state["0.weight"], [format]).weights[format].codes.numpy()
     ).any()
     np.testing.assert_allclose(found.scale.numpy(), now["scale"], rtol=1e-4)
     np.testing.assert_allclose(bias_of(simulated.model, "0").detach().numpy(), now["bias"], atol=1e-4)
@@ -181,9 +181,9 @@ def network(name: str, text: str, bits: int) -> tuple[nn.Module, Batch, WeightFo
 def layer_errors(case: Case, batch: Batch) -> dict[str, float]:
     """The squared error of every layer's output behind its activation, on the float network's own inputs."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    own = case.playback.model.model
+    own = case.runner.model.model
     rounded = {name: t.detach().clone() for name, t in own.state_dict().items()}
-    for key, tensor in case.teacher.state.items():
+    for key, tensor in case.reference.state.items():
         own.get_parameter(key).data.copy_(tensor) if key in dict(own.named_parameters()) else None
     modules = {name: own.get_submodule(name) for name in case.ready.quantizable}
     hooks = [
@@ -199,12 +199,10 @@ def layer_errors(case: Case, batch: Batch) -> dict[str, float]:
     own.load_state_dict(rounded)
     errors = {}
     for name, (x, wanted) in seen.items():
-        ranges = [case.playback.model.ranges[site] for site in case.ready.layers[name].inputs]
+        ranges = [case.runner.model.ranges[site] for site in case.ready.layers[name].inputs]
         with torch.no_grad():
             made = modules[name](ranges[0].fake_quantize(x))
-        (call,) = (
-            c for block in case.recording.blocks for c in calls_of(case.playback, case.ready.trace, block, name)
-        )
+        (call,) = (c for block in case.recording.blocks for c in calls_of(case.runner, case.ready.trace, block, name))
         both = (made, wanted) if call.stop == call.start + 1 else (made.relu(), wanted.relu())
         errors[name] = float((both[0] - both[1]).double().square().sum())
     return errors
@@ -231,19 +229,19 @@ def test_sequential_makes_up_for_the_layers_before(parallel: bool) -> None:
     learned = case.learn(parallel, Schedule(steps=100, batch=64, checks=20))
     assert all(one.after < one.before for one in learned.values())
     block = case.recording.blocks[-1]
-    held = case.lesson.held_inputs
+    held = case.data.held_inputs
     for passed in case.recording.blocks[:-1]:
-        held = {passed.leaving: play(case.playback, held, passed)}
-    assert torch.isfinite(play(case.playback, held, block)).all()
+        held = {passed.leaving: play(case.runner, held, passed)}
+    assert torch.isfinite(play(case.runner, held, block)).all()
 
 
 def test_a_layer_that_runs_twice_is_learned_from_both_calls() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     case = case_of(ConvReused().eval(), ((x,), {}), Scheme.parse("w3").weight, 4)
-    calls = [c for b in case.recording.blocks for c in calls_of(case.playback, case.ready.trace, b, "step")]
+    calls = [c for b in case.recording.blocks for c in calls_of(case.runner, case.ready.trace, b, "step")]
     assert len(calls) == 2 and len({call.site for call in calls}) == 2
-    before = dict(case.playback.model.ranges)
+    before = dict(case.runner.model.ranges)
     learned = case.learn(False, Schedule(steps=100, batch=64, checks=20))
     assert learned["step"].helped
-    assert all(case.playback.model.ranges[call.site] != before[call.site] for call in calls)
+    assert all(case.runner.model.ranges[call.site] != before[call.site] for call in calls)

@@ -10,7 +10,7 @@ import torch
 from quantkit.formats import Scheme
 from quantkit.numbers.uniform import SiteRange
 from quantkit.reconstruction.learning import Learned
-from quantkit.reconstruction.snapshot import Finished, Kept
+from quantkit.reconstruction.snapshot import Cache, Snapshot
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import Artefacts
@@ -31,7 +31,7 @@ def model_of(format: str, seed: int = 0, bias: bool = True) -> SimulatedModel:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_learned_piece_is_put_back_with_its_figures_and_draws(format: str, bias: bool, tmp_path: Path) -> None:
-    finished, draws = Finished(Artefacts(tmp_path)), torch.Generator().manual_seed(5)
+    finished, draws = Cache(Artefacts(tmp_path)), torch.Generator().manual_seed(5)
     learned, other = model_of(format, 1, bias), model_of(format, 2, bias)
     found = finished.learned(
         "piece", learned, ["0"], lambda: Learned(0.1, float(torch.rand(1, generator=draws))), draws
@@ -47,7 +47,7 @@ def test_a_learned_piece_is_put_back_with_its_figures_and_draws(format: str, bia
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_rounded_layer_is_found_under_its_format_alone(format: str, tmp_path: Path) -> None:
-    finished, weight = Finished(Artefacts(tmp_path)), model_of(format).weights["0"]
+    finished, weight = Cache(Artefacts(tmp_path)), model_of(format).weights["0"]
     assert finished.rounded("0", weight.format) is None
     finished.keep_rounded("0", weight, "gptq, damping 0.01")
     found = finished.rounded("0", weight.format)
@@ -58,7 +58,7 @@ def test_a_rounded_layer_is_found_under_its_format_alone(format: str, tmp_path: 
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
-    finished, model = Finished(), model_of("w3")
+    finished, model = Cache(), model_of("w3")
     finished.keep_rounded("0", model.weights["0"], "nearest")
     assert finished.rounded("0", model.weights["0"].format) is None
     count = []
@@ -69,4 +69,4 @@ def test_without_a_folder_nothing_is_kept() -> None:
 
 def test_a_part_of_a_model_is_kept_alone() -> None:
     model = model_of("w3")
-    assert Kept.of(model, []).weights == {} and Kept.of(model).weights.keys() == {"0"}
+    assert Snapshot.of(model, []).weights == {} and Snapshot.of(model).weights.keys() == {"0"}

@@ -16,7 +16,7 @@ from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
 from quantkit.sensitivity.measure import main_output
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback, play
+from quantkit.simulation.playback import SimulatedProgram, play
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.program.models import randn
@@ -41,9 +41,9 @@ def test_hessians_are_those_of_whole_forwards(build: type[nn.Module]) -> None:
     values = tape.entering(ready.model, ((x,), {}))
     for block in blocks:
         for name in block.layers:
-            found = moments(Playback(simulated, tape), ready.trace, block, name, values).hessian
+            found = moments(SimulatedProgram(simulated, tape), ready.trace, block, name, values).hessian
             assert float((found - wanted[name]).norm() / wanted[name].norm()) < 5e-3, name  # sums on a tie tip a code
-        values = {block.leaving: play(Playback(simulated, tape), values, block)}
+        values = {block.leaving: play(SimulatedProgram(simulated, tape), values, block)}
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
@@ -57,8 +57,8 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
         formats = {name: Scheme.parse("w3").weight for name in ready.quantizable[1:-1]}
         if by_blocks:
             inputs = tape.entering(ready.model, ((x,), {}))
-            playback = Playback(simulated, tape)
-            how = round_by_blocks(playback, ready.trace, blocks, formats, inputs, rounding, progress=False)
+            runner = SimulatedProgram(simulated, tape)
+            how = round_by_blocks(runner, ready.trace, blocks, formats, inputs, rounding, progress=False)
         else:
             how = round_in_sequence(simulated, ready.trace, formats, [((x,), {})], rounding, progress=False)
         found.append((simulated.weights, how))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.replay import variations
-from quantkit.stages.profile import bench_of
+from quantkit.stages.profile import evaluator_of
 from quantkit.stages.request import make_ready
 
 
@@ -42,11 +42,11 @@ class Awkward(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def bench() -> tuple[Subject, list[Perturbation]]:
+def evaluator() -> tuple[Subject, list[Perturbation]]:
     torch.manual_seed(0)
     images = [torch.randn(8, 3, 6, 6) for _ in range(3)]
     request = make_ready(Awkward().eval(), images, schemes=["w2a8", "w4a8"], rounding="nearest")
-    found = bench_of(request, progress=False)
+    found = evaluator_of(request, progress=False)
     return found.subject, found.perturbations
 
 
@@ -54,8 +54,8 @@ def one_by_one(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> lis
     return [list(subject.outputs(plan)) for plan in plans]
 
 
-def test_outputs_are_those_of_computing_everything(bench: tuple[Subject, list[Perturbation]]) -> None:
-    subject, changes = bench
+def test_outputs_are_those_of_computing_everything(evaluator: tuple[Subject, list[Perturbation]]) -> None:
+    subject, changes = evaluator
     four = [p for p in changes if p.format == "w4"]
     plans = [four, *([*four, p] for p in changes), [], changes[:3], four]
     expected = one_by_one(subject, plans)
@@ -66,8 +66,8 @@ def test_outputs_are_those_of_computing_everything(bench: tuple[Subject, list[Pe
     assert seen == len(plans) * len(subject.batches)
 
 
-def test_around_a_base_plan_what_a_plan_leaves_out_is_the_bases(bench: tuple[Subject, list[Perturbation]]) -> None:
-    subject, changes = bench
+def test_around_a_base_plan_what_a_plan_leaves_out_is_the_bases(evaluator: tuple[Subject, list[Perturbation]]) -> None:
+    subject, changes = evaluator
     based = Subject(subject.model, subject.batches, subject.sites, base=[p for p in changes if p.format == "w2"])
     plans: list[list[Perturbation]] = [[], *([p] for p in changes)]
     expected = one_by_one(based, plans)
@@ -75,8 +75,8 @@ def test_around_a_base_plan_what_a_plan_leaves_out_is_the_bases(bench: tuple[Sub
         assert torch.equal(output, expected[plan][batch])
 
 
-def test_model_is_as_before_also_when_the_caller_stops(bench: tuple[Subject, list[Perturbation]]) -> None:
-    subject, changes = bench
+def test_model_is_as_before_also_when_the_caller_stops(evaluator: tuple[Subject, list[Perturbation]]) -> None:
+    subject, changes = evaluator
     before = [output.clone() for output in subject.outputs()]
     for _, plan, _ in variations(subject, [[changes[0]], [changes[-1]], []]):
         if plan == 1:
@@ -89,7 +89,7 @@ def test_layers_before_the_change_are_not_computed_again() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))).eval()
     request = make_ready(model, [torch.randn(8, 4)], schemes=["w4a8"], rounding="nearest")
-    found = bench_of(request, progress=False)
+    found = evaluator_of(request, progress=False)
     computed: list[str] = []
     for name, module in found.subject.model.named_children():
         plain = type(module).forward

@@ -32,7 +32,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         pytest.fail("the plan was carried out")
 
-    for name in ("Workbench", "Subject"):
+    for name in ("PlanApplication", "Subject"):
         monkeypatch.setattr(stage, name, fail)
 
 

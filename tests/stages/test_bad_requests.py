@@ -26,7 +26,7 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(first_stage, "_measure", fail)
     monkeypatch.setattr(whole, "bench_of", fail)
-    for name in ("Workbench", "Subject"):
+    for name in ("PlanApplication", "Subject"):
         monkeypatch.setattr(last_stage, name, fail)
 
 

@@ -14,11 +14,11 @@ from quantkit.program.segments import whole
 from quantkit.program.tape import record
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, output_spread
 from quantkit.reconstruction.learning import Schedule
-from quantkit.reconstruction.snapshot import Kept
+from quantkit.reconstruction.snapshot import Snapshot
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.sensitivity.measure import KLDamage, main_output
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback
+from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages import reconstruct
 from quantkit.targets import Target
 from quantkit.transforms.prepare import prepare
@@ -62,15 +62,15 @@ def test_every_channel_gets_its_statistics_back(deviations: bool) -> None:
     formats = {name: quantkit.Scheme.parse("w2").weight for name in ready.quantizable}
     round_in_sequence(simulated, ready.trace, formats, [((x,), {})], "nearest", progress=False)
     codes = {name: weight.codes.clone() for name, weight in simulated.weights.items()}
-    playback, floats = (
-        Playback(simulated, tape),
-        Playback(SimulatedModel(ready.model, (), {}, {}), tape, fixed=float_state),
+    runner, floats = (
+        SimulatedProgram(simulated, tape),
+        SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), tape, fixed=float_state),
     )
     blocks, inputs = [whole(tape, ready.quantizable)], tape.entering(ready.model, ((x,), {}))
-    match_outputs(playback, floats, ready.trace, blocks, inputs, deviations)
+    match_outputs(runner, floats, ready.trace, blocks, inputs, deviations)
     for name in ready.quantizable:
         wanted = output_spread(floats, ready.trace, blocks[0], name, inputs)
-        found = output_spread(playback, ready.trace, blocks[0], name, inputs)
+        found = output_spread(runner, ready.trace, blocks[0], name, inputs)
         torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-4, atol=1e-5)
         ratio = found.deviation / wanted.deviation
         if deviations:  # but for channels that rounding made too flat or too steep to trust
@@ -80,7 +80,7 @@ def test_every_channel_gets_its_statistics_back(deviations: bool) -> None:
 
 def test_what_was_kept_is_put_back() -> None:
     model = applied.__wrapped__(None).model
-    kept, before = Kept.of(model), {name: t.clone() for name, t in model.model.state_dict().items()}
+    kept, before = Snapshot.of(model), {name: t.clone() for name, t in model.model.state_dict().items()}
     for name, weight in list(model.weights.items()):
         model.set_weight(name, type(weight)(weight.codes, 2 * weight.scale, weight.zero_point, weight.format))
         model.model.get_submodule(name).bias.data.add_(1)
@@ -133,4 +133,4 @@ def test_head_is_the_layer_that_makes_the_output() -> None:
         simulated = SimulatedModel(ready.model, (), {}, {})
         formats = {n: quantkit.Scheme.parse("w4").weight for n in ready.quantizable}
         round_in_sequence(simulated, ready.trace, formats, [((x,), {})], "nearest", progress=False)
-        assert head_of(Playback(simulated, tape), ready.trace) == name
+        assert head_of(SimulatedProgram(simulated, tape), ready.trace) == name

@@ -96,10 +96,10 @@ def test_the_network_moves_scales_and_biases_but_no_code_behind_learned_blocks(
     steps = []
     learn = reconstruct.learn_network
 
-    def watched(playback, *rest, **options):
-        before = dict(playback.model.weights)
-        found = learn(playback, *rest, **options)
-        steps.append((before, dict(playback.model.weights)))
+    def watched(runner, *rest, **options):
+        before = dict(runner.model.weights)
+        found = learn(runner, *rest, **options)
+        steps.append((before, dict(runner.model.weights)))
         return found
 
     monkeypatch.setattr(reconstruct, "learn_network", watched)
@@ -190,4 +190,4 @@ def test_auto_goes_on_without_learning(caplog: pytest.LogCaptureFixture) -> None
 def test_auto_learns_blocks_first_where_codes_are_narrowest(
     how: str, weight_bits: list[int], site_bits: list[int], way: str
 ) -> None:
-    assert reconstruct.way_to_learn(how, weight_bits, site_bits) == way
+    assert reconstruct.method_to_learn(how, weight_bits, site_bits) == way

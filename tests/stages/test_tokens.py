@@ -23,7 +23,7 @@ from quantkit.numbers.per_token import TokenRange
 from quantkit.ranges.statistics import layer_hessians
 from quantkit.rounding.by_blocks import moments
 from quantkit.runtime.real import PackedLayer
-from quantkit.simulation.playback import Playback
+from quantkit.simulation.playback import SimulatedProgram
 from tests.numbers.test_token_codes import on_its_grid
 from tests.program.models import randn
 from tests.rounding.test_rounding_by_blocks import recorded
@@ -165,7 +165,7 @@ def test_weights_are_rounded_for_the_inputs_on_their_grids() -> None:
     ready.model.load_state_dict(mixer().state_dict())
     simulated = type(result.model)(ready.model, result.model.sites, {}, result.model.ranges)
     name, values = "up", tape.entering(ready.model, ((x,), {}))
-    found = moments(Playback(simulated, tape), ready.trace, block, name, values).hessian
+    found = moments(SimulatedProgram(simulated, tape), ready.trace, block, name, values).hessian
     rows = outputs(ready.model.norm, x).reshape(-1, WIDTH).numpy()
     read = np.stack([on_its_grid(row, 4) for row in rows]).astype(float)
     np.testing.assert_allclose(found[0].numpy(), read.T @ read, rtol=1e-5, atol=1e-4)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.program.segments import whole
-from quantkit.simulation import playback
-from quantkit.simulation.playback import copied_state, float_playback, play, room_for
+from quantkit.simulation.playback import copied_state, float_program, play, room_for
 from quantkit.stages.recording import Recording, recording_of
 from quantkit.stages.working_memory import working_memory
 from quantkit.targets import Target
@@ -57,7 +56,7 @@ def leaving(count: int) -> Tensor:
     ready = prepare(small(), [batch], Target.load("onnxruntime-cpu"))
     recording = recording_of(ready, [batch])
     assert isinstance(recording, Recording)
-    floats = float_playback(ready.model, recording.tape, copied_state(recording.tape, ready.model))
+    floats = float_program(ready.model, recording.tape, copied_state(recording.tape, ready.model))
     return play(floats, recording.tape.entering(ready.model, recording.samples), whole(recording.tape, ()))
 
 

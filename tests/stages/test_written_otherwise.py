@@ -14,7 +14,7 @@ from quantkit.reconstruction.learning import Schedule
 from quantkit.rounding.by_blocks import moments
 from quantkit.sensitivity.measure import main_output
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import Playback
+from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages import reconstruct
 from tests.program.models import randn
 from tests.rounding.test_rounding_by_blocks import recorded
@@ -130,8 +130,8 @@ def test_a_tape_knows_which_values_have_a_row_per_sample() -> None:
 def test_all_frames_of_all_samples_are_rounded_on() -> None:
     x = randn(21, 4, 3, 8, 8)
     ready, tape, (block,) = recorded(Frames().eval(), x)
-    playback = Playback(SimulatedModel(ready.model, (), {}, {}), tape)
-    found = moments(playback, ready.trace, block, "one", tape.entering(ready.model, ((x,), {})))
+    runner = SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), tape)
+    found = moments(runner, ready.trace, block, "one", tape.entering(ready.model, ((x,), {})))
     windows = x.flatten(0, 1).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27).double()
     torch.testing.assert_close(found.hessian[0], windows.T @ windows, rtol=1e-4, atol=1e-2)
 

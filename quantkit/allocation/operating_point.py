@@ -4,8 +4,8 @@ Below four bits the second order at the float point mispredicts (METHODS b). Rou
 plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
 one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
 selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
-than it is: better is what is better by two standard errors of the difference, input by input, and what no other measure
-of it finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes through
+than it is: better is what is better by two standard errors of the difference, input by input, and what no other
+measure finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes through
 ``Measurements``; nothing here knows a model.
 """
 
@@ -219,7 +219,7 @@ def _decisive(rows: Floats) -> float:
 
 
 def _sure(gains: Sequence[Floats]) -> bool:
-    """Whether gains, a draw each, (measures, samples), are above zero and not by chance, and no measure sees a loss."""
+    """Whether gains, a draw each, (measures, samples), are above zero and not by chance, and none sees a loss."""
     gain, *others = np.mean(gains, axis=0)
     error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     return bool(gain.mean() > SURE * error and all(other.mean() >= 0 for other in others))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.program.segments import whole
+from quantkit.simulation import playback
 from quantkit.simulation.playback import copied_state, float_program, play, room_for
 from quantkit.stages.recording import Recording, recording_of
 from quantkit.stages.working_memory import working_memory

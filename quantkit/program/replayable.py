@@ -1,0 +1,157 @@
+"""Whether a program stands for its model: recorded at other sizes, and replayed there.
+
+A second recording, on another number of samples and where inputs are tokens at another length, tells which values have
+a row per sample, and the numbers that the first one took for constants although they follow a size: those that lost
+their expression in the model's code, as ``len(x)`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from quantkit.errors import InvalidRequest
+from quantkit.program.arguments import Ref, SizeRef, leaves_of, replaced
+from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.intercept import own_inputs, tensors_of
+from quantkit.program.program import Program, Step
+from quantkit.program.record import recorded, results_of
+from quantkit.program.sizes import Extent
+from quantkit.program.updates import plain_mode, restored
+
+CLOSE = 1e-3  # of the largest output: replaying repeats the same sums, but kernels may order them differently
+
+
+def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequence[Batch]) -> Program | None:
+    """The program of ``model``, recorded on ``batch``, with what recording it at other sizes tells; None where a
+    replay does not compute what the model computes: on the batch, on ``others``, at those sizes.
+    """
+    second = _at_other_sizes(program, model, batch)
+    if second is None:
+        return None
+    learned, other, result = second
+    expected = [(other, results_of(result)), *((one, _results(model, one)) for one in (batch, *others))]
+    for candidate in (learned, replace(learned, channels_last=False)):
+        if all(_agrees(candidate, model, one, wanted) for one, wanted in expected):
+            return candidate
+    return None
+
+
+def _at_other_sizes(program: Program, model: nn.Module, batch: Batch) -> tuple[Program, Batch, Any] | None:
+    """The program with what a second recording tells, the batch that was recorded, and the model's result on it; None
+    where the model's calls are others there.
+    """
+    for other in _other_batches(batch):
+        try:
+            second, result = recorded(model, other)
+        except InvalidRequest:  # a model that takes these sizes only
+            continue
+        if [step.key for step in second.steps] == [step.key for step in program.steps]:
+            return _compared(program, second), other, result
+    return None
+
+
+def _other_batches(batch: Batch) -> Iterator[Batch]:
+    """The batch with another number of samples; first with other lengths of tokens too."""
+    size = batch_size(batch)
+    few = 3 if size == 2 else 2
+    indices = torch.arange(few) % size
+
+    def samples(value: Any) -> Any:
+        return value[indices] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    resized = tree_map(samples, batch)
+    tokens = [t for t in tensors_of(batch) if not t.is_floating_point() and t.dim() > 1]
+    lengths = {length for t in tokens for length in t.shape[1:] if length > 2}
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            for axis in range(1, value.dim()):
+                if value.shape[axis] in lengths:
+                    value = value.narrow(axis, 0, value.shape[axis] - 1)
+        return value
+
+    if lengths:
+        yield tree_map(shortened, resized)
+    yield resized
+
+
+def _compared(program: Program, second: Program) -> Program:
+    pairs = list(zip(program.inputs, second.inputs, strict=True))
+    for one, two in zip(program.steps, second.steps, strict=True):
+        pairs.extend(zip(one.makes, two.makes, strict=False))
+        pairs.extend((new, other) for (_, new), (_, other) in zip(one.rewrites, two.rewrites, strict=False))
+    sizes = (program.size, second.size)
+    rows = frozenset(n for n, m in pairs if (_length(program, n), _length(second, m)) == sizes)
+
+    known = _Extents(program, second, pairs)
+    steps, anew = [], set[int]()
+    for one, two in zip(program.steps, second.steps, strict=True):
+        step = known.explained(one, two)
+        step = replace(step, constant=step.constant and anew.isdisjoint(step.inputs))
+        if one.constant and not step.constant:
+            anew.update(step.makes)
+        steps.append(step)
+    return replace(program, rows=rows, steps=tuple(steps))
+
+
+def _length(program: Program, number: int) -> int:
+    shape = program.shape[number]
+    return shape[0] if shape else 0
+
+
+class _Extents:
+    """The sizes of values that differ between two recordings."""
+
+    def __init__(self, program: Program, second: Program, pairs: Sequence[tuple[int, int]]) -> None:
+        self.by_sizes: dict[tuple[int, int], Extent] = {}
+        for n, m in pairs:
+            if n in program.varying:
+                for axis, sizes in enumerate(zip(program.shape[n], second.shape[m], strict=False)):
+                    if sizes[0] != sizes[1]:
+                        self.by_sizes.setdefault(sizes, Extent(n, axis))
+
+    def explained(self, one: Step, two: Step) -> Step:
+        """A step with references for whole numbers that differ between both recordings as some size does."""
+        others = list(leaves_of((two.args, two.kwargs)))
+        position = iter(range(len(others)))
+
+        def explain(leaf: Any) -> Any:
+            other = others[next(position)]
+            whole = type(leaf) is int and type(other) is int and leaf != other
+            extent = self.by_sizes.get((leaf, other)) if whole else None
+            return leaf if extent is None else SizeRef(extent)
+
+        if len(others) != len(list(leaves_of((one.args, one.kwargs)))):
+            return one
+        args, kwargs = replaced((one.args, one.kwargs), explain)
+        return replace(one, args=args, kwargs=kwargs, constant=one.constant and args is one.args and kwargs == one.kwargs)
+
+
+def _results(model: nn.Module, batch: Batch) -> list[Tensor]:
+    with plain_mode(model), restored(model):
+        args, kwargs = own_inputs(*batch)
+        return results_of(model(*args, **kwargs))
+
+
+def _agrees(program: Program, model: nn.Module, batch: Batch, wanted: Sequence[Tensor]) -> bool:
+    with plain_mode(model):
+        try:
+            found = program.replay(program.entering(model, batch), program.state_of(model), program.outputs)
+        except (KeyError, RuntimeError):  # a tensor that no traced call made, or a shape fixed by the first batch
+            return False
+    return all(_close(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    if not wanted.is_floating_point() or not wanted.numel():
+        return torch.equal(found, wanted)
+    largest = float(wanted.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(found, wanted, rtol=0, atol=CLOSE * largest, equal_nan=True)

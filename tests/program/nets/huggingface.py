@@ -153,7 +153,7 @@ def translation(samples: int, length: int | None = None, seed: int = 0) -> tuple
 def build_t5(activation: str) -> nn.Module:
     hf = transformers()
     config = hf.T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, initializer_factor=2.0,
+        vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, initializer_factor=1.0,
         relative_attention_num_buckets=8, feed_forward_proj=activation, use_cache=False, decoder_start_token_id=0,
     )  # fmt: skip
     return hf.T5ForConditionalGeneration(config)

@@ -25,6 +25,10 @@ class SizeRef:
 
     expression: Extent | Computed
 
+    def moved(self, numbers: Mapping[int, int]) -> SizeRef:
+        """The same, of values that have other numbers now."""
+        return SizeRef(self.expression.moved(numbers))
+
 
 @dataclass(frozen=True)
 class SliceRef:

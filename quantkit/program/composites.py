@@ -93,7 +93,9 @@ def attention_of_heads(
     mixed = torch.matmul(probabilities, v).permute(2, 0, 1, 3)
     output = F.linear(mixed.reshape(*query.shape[:2], -1), out_proj_weight, given["out_proj_bias"])
 
-    shown = (probabilities.mean(1) if given["average_attn_weights"] else probabilities) if given["need_weights"] else None
+    shown = (
+        (probabilities.mean(1) if given["average_attn_weights"] else probabilities) if given["need_weights"] else None
+    )
     if batched:
         return output, shown
     return output.squeeze(1), None if shown is None else shown.squeeze(0)
@@ -130,7 +132,9 @@ def einsum_terms(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
         joined = "".join(terms)
         result = "".join(sorted(index for index in joined if joined.count(index) == 1))
     one, two = terms
-    plain = all(term.isalpha() and len(set(term)) == len(term) for term in (one, two)) and len(set(result)) == len(result)
+    plain = all(term.isalpha() and len(set(term)) == len(term) for term in (one, two)) and len(set(result)) == len(
+        result
+    )
     summed = set(one) & set(two) - set(result)
     alone = (set(one) ^ set(two)) - set(result)
     return (one, two, result) if plain and summed and not alone and (result.isalpha() or not result) else None

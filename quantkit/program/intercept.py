@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from quantkit.program.arguments import replaced
 from quantkit.program.composites import parts_of
 
 
@@ -43,6 +44,7 @@ class OpKey:
 
 
 Handler = Callable[[OpKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+EnterModel = Callable[[Any, Any], tuple[tuple[Any, ...], dict[str, Any]]]
 ReadShape = Callable[..., Any]  # (tensor, what its shape or size is read as, axis) -> what the model gets
 
 _ALIASES = {
@@ -74,9 +76,9 @@ def operation_name(func: Callable[..., Any]) -> str | None:
 class _Calls(TorchFunctionMode):
     """Routes torch calls to a handler while module hooks keep track of the scope."""
 
-    def __init__(self, handler: Handler, read_shape: ReadShape | None) -> None:
+    def __init__(self, handler: Handler, read_shape: ReadShape | None, enter_model: EnterModel | None) -> None:
         super().__init__()
-        self.handler, self.read_shape = handler, read_shape
+        self.handler, self.read_shape, self.enter_model = handler, read_shape, enter_model
         self.scopes = [""]
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
 
@@ -124,7 +126,8 @@ class _Scopes:
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # takes no hooks, and its calls are not seen anyway
             own = weakref.ref(module)  # a copy of the model takes its hooks along, which must not count
-            self.hooks.append(module.register_forward_pre_hook(partial(self._enter, own, name)))
+            enter = partial(self._enter, own, name)
+            self.hooks.append(module.register_forward_pre_hook(enter, prepend=not name, with_kwargs=True))
             self.hooks.append(module.register_forward_hook(partial(self._leave, own), always_call=True))
 
     def remove(self) -> None:
@@ -132,10 +135,12 @@ class _Scopes:
             hook.remove()
         self.hooks.clear()
 
-    def _enter(self, own: weakref.ref[nn.Module], name: str, module: nn.Module, _args: Any) -> None:
+    def _enter(self, own: weakref.ref[nn.Module], name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         calls = getattr(self.active, "calls", None)
-        if calls is not None and own() is module:
-            calls.enter(name)
+        if calls is None or own() is not module:
+            return None
+        calls.enter(name)
+        return calls.enter_model(args, kwargs) if not name and calls.enter_model is not None else None
 
     def _leave(self, own: weakref.ref[nn.Module], module: nn.Module, _args: Any, _output: Any) -> None:
         calls = getattr(self.active, "calls", None)
@@ -151,9 +156,12 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def intercept(model: nn.Module, handler: Handler, read_shape: ReadShape | None = None) -> Iterator[None]:
+def intercept(
+    model: nn.Module, handler: Handler, read_shape: ReadShape | None = None, enter_model: EnterModel | None = None
+) -> Iterator[None]:
     """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the
-    call's; what ``x.shape`` and ``x.size()`` give goes through ``read_shape(x, result)``.
+    call's; what ``x.shape`` and ``x.size()`` give goes through ``read_shape(x, result)``, and what the model is called
+    with, by whichever of its methods, through ``enter_model(args, kwargs)``.
 
     Composite functions are taken apart: of attention the handler gets the products and the softmax. It runs with
     interception off, so it may compute freely. Several threads may do this with one model at once. Hooks are removed
@@ -165,7 +173,7 @@ def intercept(model: nn.Module, handler: Handler, read_shape: ReadShape | None =
         if scopes.users == 1:
             scopes.add()
     outer = getattr(scopes.active, "calls", None)
-    scopes.active.calls = calls = _Calls(handler, read_shape)
+    scopes.active.calls = calls = _Calls(handler, read_shape, enter_model)
     try:
         with calls:
             yield
@@ -208,11 +216,19 @@ def change_inputs(
     model: nn.Module, args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Apply ``change`` to copies of every floating-point model input; keys are ``input``, ``input[1]``, ... in the
-    order of the forward's parameters.
+    order of the forward's parameters. Objects that are no plain containers, as caches are, stay themselves.
     """
     order = {parameter.name: i for i, parameter in enumerate(forward_parameters(model))}
     ordered = dict(sorted(kwargs.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
-    return map_tensors(own_inputs(args, ordered), INPUT, change)
+    positions = iter(range(1 << 30))
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        key = replace(INPUT, output=next(positions))
+        return change(key, leaf.clone()) if leaf.is_floating_point() else leaf.clone()
+
+    return tuple(replaced(item, changed) for item in args), replaced(ordered, changed)
 
 
 READ = -1  # in a place, instead of the number of an output: what the call reads
@@ -236,7 +252,11 @@ def change_read(
 
 def own_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of a model's inputs: one that works in place must not change the caller's data."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return tuple(replaced(item, copied) for item in args), replaced(dict(kwargs), copied)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

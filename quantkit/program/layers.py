@@ -9,13 +9,16 @@ named as the module that owns its weight, or as the parameter where the module o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.program.intercept import OpKey
+
+Operands = dict[OpKey, tuple[int, Tensor]]
 
 MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -31,8 +34,8 @@ MODULES: dict[type[nn.Module], str] = {
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One run of a layer: the value it read, the one it made, its multiply-accumulates per sample, and the position of
-    its weight among the tensors that the call reads.
+    """One run of a layer: the value it read, the one it made, its multiply-accumulates per sample, and the positions
+    of its weight and of the value it read among the tensors that the call reads.
     """
 
     key: OpKey
@@ -40,6 +43,7 @@ class LayerCall:
     output: int
     macs: int
     position: int = 1
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class LayerWeight:
     ``shape`` is that of the weight as read. ``parameter`` names what holds it, None where it is computed from the
     parameters ``sources``; ``region`` is the part of it, None for all, and ``order`` the axes of the region, output
     channels first (several are joined), None where they are first. ``bias`` names the bias, ``groups`` are a
-    convolution's. ``numbers`` are the values that a computed weight has in the program.
+    convolution's. ``numbers`` are the values that a computed weight has in the program, ``at`` the calls that read it,
+    with its position among the tensors they read.
     """
 
     kind: str
@@ -73,6 +78,33 @@ class LayerWeight:
     groups: int = 1
     sources: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
+    at: tuple[tuple[OpKey, int], ...] = ()
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether what the layer multiplies is known row by row, so that rounding can look at it: not where there are
+        several matrices, where it is on the left, looked up, or made inside a recurrent call.
+        """
+        return self.kind in ("linear", "conv1d", "conv2d", "conv3d") or (
+            self.kind == "matmul" and self.order == (1, 0)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON takes them; of a layer whose weight is computed, where that is read, too."""
+        record = asdict(self)
+        record["at"] = [[asdict(key), position] for key, position in self.at]
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> LayerWeight:
+        """The layer that ``to_dict`` described."""
+        known = {field.name: record[field.name] for field in fields(cls)}
+        for name in ("shape", "order", "sources", "numbers"):
+            known[name] = None if known[name] is None else tuple(known[name])
+        if (region := known["region"]) is not None:
+            known["region"] = Region(tuple(region["size"]), tuple(region["stride"]), region["offset"])
+        known["at"] = tuple((OpKey(**key), position) for key, position in known["at"])
+        return cls(**known)
 
     def read(self, parameter: Tensor) -> Tensor:
         """The weight, of the parameter that holds it: a view where its axes allow one."""
@@ -129,11 +161,11 @@ def weight_at(kind: str, parameter: str, weight: Tensor, groups: int = 1, bias: 
     """The layer that reads the whole of a parameter as a module of this kind does."""
     if not kind.startswith("conv_transpose"):
         return LayerWeight(kind, tuple(weight.shape), parameter, groups=groups, bias=bias)
-    region, order, shape = _transposed_convolution(weight, groups)
-    return LayerWeight(kind, shape, parameter, Region(*region, 0), order, bias, groups)
+    (size, stride), order, shape = _transposed_convolution(weight, groups)
+    return LayerWeight(kind, shape, parameter, Region(size, stride, 0), order, bias, groups)
 
 
-def _transposed_convolution(weight: Tensor, groups: int) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
+def _transposed_convolution(weight: Tensor, groups: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...], tuple[int, ...]]:
     """((sizes, strides), order, shape) of a weight (in, out / groups, ...) with output channels first."""
     inputs, outputs, *kernel = weight.shape
     size = (groups, inputs // groups, outputs, *kernel)
@@ -165,7 +197,7 @@ class Weights:
     def __getitem__(self, layer: str) -> Tensor:
         """A layer's weight, output channels first: the parameter itself where that holds it so."""
         weight = self.layers[layer]
-        return self.computed[layer] if weight.parameter is None else weight.read(self._tensor(weight.parameter))
+        return self.computed[layer] if weight.parameter is None else weight.read(self.tensor(weight.parameter))
 
     @torch.no_grad()
     def write(self, layer: str, value: Tensor) -> None:
@@ -174,12 +206,24 @@ class Weights:
         if weight.parameter is None:
             self.computed[layer] = value.to(self.computed[layer])
         else:
-            weight.write(self._tensor(weight.parameter), value)
+            weight.write(self.tensor(weight.parameter), value)
+
+    @torch.no_grad()
+    def swap(self, layer: str, value: Tensor) -> Tensor:
+        """``write``, returning what the layer computed with before; a whole parameter is exchanged, not copied."""
+        weight = self.layers[layer]
+        own = self[layer]
+        if weight.parameter is not None and weight.region is None and weight.order is None:
+            before, own.data = own.data, value.to(own)
+            return before
+        before = own.detach().clone()
+        self.write(layer, value)
+        return before
 
     def bias(self, layer: str) -> Tensor | None:
         """A layer's bias; None where it has none of its own."""
         name = self.layers[layer].bias
-        return None if name is None else self._tensor(name)
+        return None if name is None else self.tensor(name)
 
     def placed(self, layer: str, value: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a replay's state has to hold so that the layer computes with this weight."""
@@ -189,17 +233,37 @@ class Weights:
             return {str(number): weight.operand(value, weight.region.size) for number in weight.numbers}
         return {weight.parameter: weight.placed(state[weight.parameter], value)}
 
+    def operands(self, layers: Collection[str]) -> dict[OpKey, tuple[int, Tensor]]:
+        """What calls of those of ``layers`` whose weights are computed read instead of computing them."""
+        found: Operands = {}
+        for name in layers:
+            weight = self.layers[name]
+            if weight.parameter is None and weight.region is not None:
+                operand = weight.operand(self.computed[name], weight.region.size)
+                found |= {key: (position, operand) for key, position in weight.at}
+        return found
+
     def inputs(self, layer: str) -> int:
         """How many inputs an output channel has: the width of the layer's Hessian."""
         return math.prod(self.layers[layer].shape[1:])
 
-    def _tensor(self, name: str) -> Tensor:
+    def covered(self, layers: Collection[str]) -> list[str]:
+        """The parameters that ``layers`` hold the whole of, in order."""
+        held: dict[str, int] = {}
+        for name in layers:
+            weight = self.layers[name]
+            if weight.parameter is not None:
+                held[weight.parameter] = held.get(weight.parameter, 0) + math.prod(weight.shape)
+        return [name for name, count in held.items() if count == self.tensor(name).numel()]
+
+    def tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of a name."""
         owner, _, attribute = name.rpartition(".")
         tensor = getattr(self.model.get_submodule(owner), attribute)
         assert isinstance(tensor, Tensor), f"{name} is a parameter or buffer"
         return tensor
 
 
-def with_names(weight: LayerWeight, other: LayerWeight) -> LayerWeight:
-    """A layer that is called several times: all the values its weight has."""
-    return replace(weight, numbers=(*weight.numbers, *other.numbers))
+def joined(weight: LayerWeight, number: int, at: tuple[OpKey, int]) -> LayerWeight:
+    """A layer with a computed weight that is called once more."""
+    return replace(weight, numbers=(*weight.numbers, number), at=(*weight.at, at))

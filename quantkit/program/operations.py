@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantkit.operations import Operation
+from quantkit.program.program import Program as Trace
+from quantkit.program.program import Step as Op
 from quantkit.program.sites import Site, fused_output, moves_values, root_of, runs_on_codes
-from quantkit.program.trace import Op, Trace
 from quantkit.targets import Target
 
 OUTPUT = "output"
@@ -19,7 +20,7 @@ def operations_of(trace: Trace, sites: Sequence[Site], target: Target) -> tuple[
     fused into.
     """
     reader = _Reader(trace, sites, target)
-    found = [reader.operation(op) for op in trace.ops if not moves_values(op)]
+    found = [reader.operation(op) for op in trace.steps if not moves_values(op)]
     returned = Operation(OUTPUT, "float", reader.names(trace.outputs))
     return tuple(op for op in (*found, returned) if op is not None and (op.reads or op.writes))
 

@@ -34,18 +34,22 @@ class Product:
     groups: int = 1
 
 
-def products_of(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], fixed: Callable[[Tensor], bool]) -> list[Product]:
+def products_of(
+    op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], fixed: Callable[[Tensor], bool]
+) -> list[Product]:
     """The products of a call with operands that are ``fixed``: that do not depend on the model's inputs."""
     if op in ("linear", "embedding", "embedding_bag", *CONVOLUTIONS):
         given = dict(zip(_ARGUMENTS, args, strict=False)) | dict(kwargs)
         found = [_named(op, given, args, kwargs)]
     elif op in _PRODUCTS:
-        found = _matrices(op, args)
+        found = [*_matrices(op, args)]
     elif op in _RECURRENT:
-        found = _recurrent(op, args)
+        found = [*_recurrent(op, args)]
     else:
         return []
-    return [p for p in found if p is not None and p.weight.dim() > 1 and p.weight.is_floating_point() and fixed(p.weight)]
+    return [
+        p for p in found if p is not None and p.weight.dim() > 1 and p.weight.is_floating_point() and fixed(p.weight)
+    ]
 
 
 def _named(op: str, given: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
@@ -117,7 +121,7 @@ class Owners:
         name = self.by_memory.get(tensor.untyped_storage().data_ptr())
         return name if name is not None and self.named[name].dtype == tensor.dtype else None
 
-    def layer(self, product: Product, key: OpKey, sources: Collection[str], number: int) -> tuple[str, LayerWeight] | None:
+    def layer(self, product: Product, key: OpKey, sources: Collection[str]) -> tuple[str, LayerWeight] | None:
         """The name of the layer that a product is a call of, and where its weight is."""
         weight = product.weight
         name = self.parameter_of(weight)
@@ -126,13 +130,13 @@ class Owners:
             if not sources:
                 return None  # a constant of the code: nothing that the model stores
             own = key.scope if any(source.rpartition(".")[0] == key.scope for source in sources) else str(key)
-            return own or str(key), self._computed(product, tuple(sorted(sources)), number, bias)
+            return own or str(key), self._computed(product, tuple(sorted(sources)), bias)
         parameter = self.named[name]
         if weight is parameter and product.outputs == (0,):
             return self._layer_name(name), weight_at(product.kind, name, parameter, product.groups, bias)
         return self._view(name, product, bias)
 
-    def _computed(self, product: Product, sources: tuple[str, ...], number: int, bias: str | None) -> LayerWeight:
+    def _computed(self, product: Product, sources: tuple[str, ...], bias: str | None) -> LayerWeight:
         """The layer of a weight that is computed from parameters."""
         weight = product.weight
         order = (*product.outputs, *product.inputs)
@@ -145,7 +149,6 @@ class Owners:
             bias,
             product.groups,
             sources,
-            (number,),
         )
 
     def _layer_name(self, parameter: str) -> str:

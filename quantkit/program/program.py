@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantkit.program.arguments import Ref, SizeRef, leaves_of, thawed
 from quantkit.program.inputs import Batch
-from quantkit.program.intercept import INPUT, OpKey, change_inputs, map_tensors, read_place, tensors_of
+from quantkit.program.intercept import OpKey, change_inputs, map_tensors, read_place, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight
 from quantkit.program.sizes import Shapes
 
@@ -46,6 +46,11 @@ class Step:
     constant: bool = False
 
     @property
+    def reads(self) -> tuple[int, ...]:
+        """All values that the step needs: those in its arguments, and those whose memory it writes to."""
+        return (*self.inputs, *(old for old, _ in self.rewrites))
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """The plain arguments, those that hold no tensor: of a number that follows sizes, its reference."""
         given = (*self.args, *self.kwargs.values())
@@ -65,7 +70,7 @@ class Step:
 class Program:
     """What a model computes, recorded on ``size`` samples.
 
-    ``producer`` maps a floating-point value to the place that made it, model inputs included; parameters have none, nor
+    ``dtypes`` are those of the inputs. ``producer`` maps a floating-point value to the place that made it, model inputs included; parameters have none, nor
     has what was written through a view or made where no torch call is seen. ``shape`` keeps the batch dimension.
     ``calls`` are those of the layers, in execution order, ``weights`` says where each layer's weight is, called or not,
     and ``kinds`` what it is. ``stored`` names the values of parameters and buffers, ``constants`` holds every other
@@ -78,6 +83,7 @@ class Program:
     size: int
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
     outputs: tuple[int, ...]
     producer: dict[int, OpKey]
     shape: dict[int, tuple[int, ...]]
@@ -128,6 +134,20 @@ class Program:
         olds = {old for step in self.steps if not step.constant for old, _ in step.rewrites}
         return frozenset(olds & (set(self.names) | set(self.constants)))
 
+    def alive_at(self, start: int) -> list[int]:
+        """The values that are made before a step and read at or after it."""
+        made = {*self.inputs}
+        for step in self.steps[:start]:
+            if not step.constant:
+                made.update(step.makes, (new for _, new in step.rewrites))
+        read = {n for step in self.steps[start:] if not step.constant for n in step.reads}
+        return sorted(made & (read | {self.output}))
+
+    def first_use(self, weight: LayerWeight) -> int:
+        """The position of the first step that reads a layer's weight, or the parameter that holds it."""
+        numbers = set(weight.numbers) if weight.parameter is None else {self.stored[weight.parameter]}
+        return next((i for i, step in enumerate(self.steps) if numbers & set(step.reads)), 0)
+
     def laid_out(self, x: Tensor) -> Tensor:
         """A tensor in the memory layout that is quickest: images with channels last, which convolutions prefer, unless
         the model's code depends on the layout (``view`` does).
@@ -161,17 +181,29 @@ class Program:
         run = _Run(self, state, change, part or Part(0, len(self.steps)))
         return run.values_of(values, wanted)
 
-    def shapes_at(self, inputs: Mapping[int, Tensor], state: Mapping[str, Tensor]) -> Shapes:
-        """The shapes that calls follow, for inputs of these shapes, without computing: on tensors that hold nothing."""
-        if not self.sized:
-            return {}
+    def shapes_at(self, samples: int, state: Mapping[str, Tensor]) -> Shapes:
+        """The shapes that calls follow, for so many samples: on tensors that hold nothing where all calls take such,
+        else by computing.
+        """
         shapes: dict[int, tuple[int, ...]] = {}
-        part = Part(0, len(self.steps), shapes)
-        empty = {number: x.to("meta") for number, x in inputs.items()}
-        meta = {name: x.to("meta") for name, x in state.items()}
-        on_meta = replace(self, constants={number: x.to("meta") for number, x in self.constants.items()})
-        with torch.no_grad():
-            _Run(on_meta, meta, None, part).values_of(empty, [])
+        for device in ("meta", next((x.device.type for x in state.values()), "cpu")):
+            entering = {
+                number: torch.zeros(
+                    samples if number in self.rows else shape[0], *shape[1:], dtype=dtype, device=device
+                )
+                if (shape := self.shape[number])
+                else torch.zeros((), dtype=dtype, device=device)
+                for number, dtype in zip(self.inputs, self.dtypes, strict=True)
+            }
+            moved = replace(self, constants={number: x.to(device) for number, x in self.constants.items()})
+            part = Part(0, len(self.steps), shapes)
+            try:
+                with torch.no_grad():
+                    _Run(moved, {n: x.to(device) for n, x in state.items()}, None, part).values_of(entering, [])
+                return shapes
+            except (RuntimeError, NotImplementedError):
+                if device != "meta":
+                    raise
         return shapes
 
 
@@ -251,11 +283,5 @@ class _Run:
         for i in range(self.part.start, self.part.stop):
             step = self.program.steps[i]
             if not step.constant:
-                last.update(dict.fromkeys(step.inputs, i))
-                last.update((old, i) for old, _ in step.rewrites)
+                last.update(dict.fromkeys(step.reads, i))
         return last
-
-
-def input_places(program: Program) -> dict[int, OpKey]:
-    """Number -> place of the model's inputs."""
-    return {number: replace(INPUT, output=i) for i, number in enumerate(program.inputs)}

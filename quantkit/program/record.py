@@ -16,7 +16,8 @@ from quantkit.errors import InvalidRequest, QuantkitError
 from quantkit.program.arguments import SizeRef, frozen, leaves_of
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import OpKey, change_inputs, intercept, own_inputs, tensors_of
-from quantkit.program.layers import LayerCall, LayerWeight, module_layers, with_names
+from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layers
+from quantkit.program.outputs import main_output
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
 from quantkit.program.sizes import Extent, Size
@@ -69,7 +70,9 @@ def _written(tensor: Tensor, state: Any) -> bool:
 def _may_write(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     dunder = name.startswith("__")
-    return "out" in kwargs or (name.endswith("_") and not dunder) or name.startswith(("__i", "__setitem__", "_foreach"))
+    return (
+        "out" in kwargs or (name.endswith("_") and not dunder) or name.startswith(("__i", "__setitem__", "_foreach"))
+    )
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Recorder:
         self.steps: list[Step] = []
         self.producer: dict[int, OpKey] = {}
         self.shape: dict[int, tuple[int, ...]] = {}
+        self.dtypes: dict[int, torch.dtype] = {}
         self.floating: set[int] = set()
         self.varying: set[int] = set()
         self.sized: set[int] = set()
@@ -139,6 +143,7 @@ class Recorder:
         number = self.numbers.of_tensor.get(tensor)
         number = self._number_new(tensor) if number is None else number
         self.varying.add(number)
+        self.dtypes[number] = tensor.dtype
         return int(number)
 
     def read_shape(self, tensor: Tensor, result: Any, *axis: Any, **named: Any) -> Any:
@@ -233,18 +238,19 @@ class Recorder:
             if computing or (not call.varies and product.kind == "matmul"):
                 continue  # parameters alone: the weight of some other call may be made so
             number = self.number(product.weight)
-            found = self.owners.layer(product, call.key, self.sources[number], number)
+            found = self.owners.layer(product, call.key, self.sources[number])
             if found is None or source is None:
                 continue
             name, weight = found
+            position = call.inputs.index(number)
             known = self.weights.setdefault(name, weight)
-            if known is not weight and weight.numbers and weight.numbers[0] not in known.numbers:
-                self.weights[name] = with_names(known, weight)
-            per = self.samples if call.varies else 1
-            output = self.number(tensors_of(result)[0])
-            position = [n for n in call.inputs].index(number)
-            macs = operations_per_sample(product, tensors_of(result)[0], per)
-            self.calls[name].append(LayerCall(call.key, source, output, macs, position))
+            if weight.parameter is None:
+                self.weights[name] = joined(known, number, (call.key, position))
+            made = tensors_of(result)[0]
+            macs = operations_per_sample(product, made, self.samples if call.varies else 1)
+            self.calls[name].append(
+                LayerCall(call.key, source, self.number(made), macs, position, call.inputs.index(source))
+            )
 
 
 def results_of(value: Any) -> list[Tensor]:
@@ -281,7 +287,7 @@ def unrecorded(model: nn.Module) -> Program:
     weights = module_layers(model)
     kinds = {name: weight.kind for name, weight in weights.items()}
     nothing: frozenset[int] = frozenset()
-    return Program(1, (), (), (), {}, {}, {}, kinds, weights, {}, {}, nothing, nothing)
+    return Program(1, (), (), (), (), {}, {}, {}, kinds, weights, {}, {}, nothing, nothing)
 
 
 def record(model: nn.Module, batch: Batch) -> Program:
@@ -298,7 +304,9 @@ def recorded(model: nn.Module, batch: Batch) -> tuple[Program, Any]:
         with intercept(model, recorder, recorder.read_shape):
             result = _called(model, args, kwargs)
         outputs = [recorder.number(tensor) for tensor in results_of(result)]
-    return _program(recorder, inputs, outputs, updated), result
+        floating = any(tensor.is_floating_point() for tensor in results_of(result))
+        output = recorder.number(main_output(result)) if floating else -1
+    return replace(_program(recorder, inputs, outputs, updated), output=output), result
 
 
 def _program(recorder: Recorder, inputs: list[int], outputs: list[int], updated: list[str]) -> Program:
@@ -312,6 +320,7 @@ def _program(recorder: Recorder, inputs: list[int], outputs: list[int], updated:
         size=recorder.samples,
         steps=steps,
         inputs=tuple(inputs),
+        dtypes=tuple(recorder.dtypes[number] for number in inputs),
         outputs=tuple(outputs),
         producer=recorder.producer,
         shape=recorder.shape,

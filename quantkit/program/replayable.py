@@ -7,7 +7,7 @@ their expression in the model's code, as ``len(x)`` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from quantkit.errors import InvalidRequest
-from quantkit.program.arguments import Ref, SizeRef, leaves_of, replaced
+from quantkit.program.arguments import SizeRef, leaves_of, replaced
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import own_inputs, tensors_of
 from quantkit.program.program import Program, Step
@@ -130,7 +130,9 @@ class _Extents:
         if len(others) != len(list(leaves_of((one.args, one.kwargs)))):
             return one
         args, kwargs = replaced((one.args, one.kwargs), explain)
-        return replace(one, args=args, kwargs=kwargs, constant=one.constant and args is one.args and kwargs == one.kwargs)
+        return replace(
+            one, args=args, kwargs=kwargs, constant=one.constant and args is one.args and kwargs == one.kwargs
+        )
 
 
 def _results(model: nn.Module, batch: Batch) -> list[Tensor]:
@@ -155,3 +157,27 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
         return torch.equal(found, wanted)
     largest = float(wanted.nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(found, wanted, rtol=0, atol=CLOSE * largest, equal_nan=True)
+
+
+def computed_weights(model: nn.Module, program: Program) -> dict[str, Tensor]:
+    """The weights of the layers that no parameter holds, output channels first, as the model computes them."""
+    found = {}
+    for name, weight in program.weights.items():
+        if weight.parameter is None:
+            steps = _making(program, weight.numbers[0])
+            alone = replace(program, steps=tuple(program.steps[i] for i in steps), channels_last=False)
+            with plain_mode(model):
+                (operand,) = alone.replay({}, alone.state_of(model), weight.numbers[:1])
+            found[name] = operand.detach().permute(weight.order or tuple(range(operand.dim()))).reshape(weight.shape)
+    return found
+
+
+def _making(program: Program, number: int) -> list[int]:
+    """The positions of the steps that a value takes."""
+    wanted, steps = {number}, []
+    for i, step in reversed(list(enumerate(program.steps))):
+        made = {*step.makes, *(new for _, new in step.rewrites)}
+        if not step.constant and made & wanted:
+            steps.append(i)
+            wanted |= {*step.inputs, *(old for old, _ in step.rewrites)}
+    return steps[::-1]

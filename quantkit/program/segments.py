@@ -116,7 +116,7 @@ def _last_reads(program: Program) -> dict[int, int]:
     last: dict[int, int] = {}
     for i, step in enumerate(program.steps):
         if not step.constant:
-            last.update(dict.fromkeys((*step.inputs, *(old for old, _ in step.rewrites)), i))
+            last.update(dict.fromkeys(step.reads, i))
     return last | {program.output: len(program.steps)}
 
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from quantkit.program.intercept import INPUT, OpKey, read_place
-from quantkit.program.trace import Op, Trace
+from quantkit.program.program import Program as Trace
+from quantkit.program.program import Step as Op
 from quantkit.targets import Target
 
 _MOVES = frozenset(
@@ -137,7 +138,7 @@ def token_sites(trace: Trace, layers: Iterable[str]) -> tuple[Site, ...]:
     """A site for what every call of ``layers`` reads, in execution order: quantized by that call as it comes, so that
     whoever else reads the same tensor gets it as it was made.
     """
-    order = {op.key: i for i, op in enumerate(trace.ops)}
+    order = {op.key: i for i, op in enumerate(trace.steps)}
     found = []
     for name in layers:
         for i, call in enumerate(trace.calls[name]):
@@ -156,7 +157,7 @@ def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable
             if trace.kinds[name] in target.output_coded:
                 placement.add(fused_output(trace, call.output, target.fused_activations))
     made = {call.output for name in layers for call in trace.calls[name]}
-    for op in trace.ops:
+    for op in trace.steps:
         if op.key.op in target.integer_ops:
             _place_integer_op(placement, op, target)
         elif op.key.op in target.integer_products and product_on_codes(trace, op, made | placement.needs.keys()):

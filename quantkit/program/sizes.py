@@ -29,6 +29,10 @@ class Extent:
         """The values whose shapes are asked for."""
         return {self.number}
 
+    def moved(self, numbers: Mapping[int, int]) -> Extent:
+        """The same, of values that have other numbers now."""
+        return Extent(numbers.get(self.number, self.number), self.axis)
+
 
 @dataclass(frozen=True)
 class Computed:
@@ -43,6 +47,10 @@ class Computed:
 
     def numbers(self) -> set[int]:
         return {n for side in (self.left, self.right) if not isinstance(side, int) for n in side.numbers()}
+
+    def moved(self, numbers: Mapping[int, int]) -> Computed:
+        left, right = (s if isinstance(s, int) else s.moved(numbers) for s in (self.left, self.right))
+        return Computed(self.function, left, right)
 
 
 Expression = Extent | Computed | int
@@ -96,4 +104,4 @@ def negated(self: Size) -> Size:
     return Size(-int(self), Computed(operator.sub, 0, self.expression), self.recording)
 
 
-Size.__neg__ = negated  # type: ignore[method-assign]
+Size.__neg__ = negated  # type: ignore[method-assign, assignment]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.program.sizes import Computed, Extent, Shapes, Size
+from quantkit.program.sizes import Computed, Extent, Ratio, Shapes, Size
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def frozen(value: Any, number: Callable[[Tensor], int], recording: object) -> An
     def reference(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return Ref(number(leaf))
-        if isinstance(leaf, Size):
-            return SizeRef(leaf.expression) if leaf.recording is recording else int(leaf)
+        if isinstance(leaf, Size | Ratio):
+            plain = int(leaf) if isinstance(leaf, Size) else float(leaf)
+            return SizeRef(leaf.expression) if leaf.recording is recording else plain
         return leaf
 
     return replaced(value, reference)

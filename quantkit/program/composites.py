@@ -56,11 +56,15 @@ def decomposed_attention(
     scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    blind = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(attn_mask.logical_not(), -math.inf)
+        blind = None if is_causal else attn_mask.any(-1, keepdim=True).logical_not()
+        seen = attn_mask if blind is None else attn_mask.logical_or(blind)
+        scores = scores.masked_fill(seen.logical_not(), -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    return torch.matmul(torch.softmax(scores, -1), value)
+    mixed = torch.matmul(torch.softmax(scores, -1), value)
+    return mixed if blind is None else mixed.masked_fill(blind, 0.0)  # what sees nothing, as padding, is zero
 
 
 def attention_of_heads(

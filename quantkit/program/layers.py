@@ -165,7 +165,9 @@ def weight_at(kind: str, parameter: str, weight: Tensor, groups: int = 1, bias: 
     return LayerWeight(kind, shape, parameter, Region(size, stride, 0), order, bias, groups)
 
 
-def _transposed_convolution(weight: Tensor, groups: int) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...], tuple[int, ...]]:
+def _transposed_convolution(
+    weight: Tensor, groups: int
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...], tuple[int, ...]]:
     """((sizes, strides), order, shape) of a weight (in, out / groups, ...) with output channels first."""
     inputs, outputs, *kernel = weight.shape
     size = (groups, inputs // groups, outputs, *kernel)

@@ -75,7 +75,7 @@ class Program:
     ``calls`` are those of the layers, in execution order, ``weights`` says where each layer's weight is, called or not,
     and ``kinds`` what it is. ``stored`` names the values of parameters and buffers, ``constants`` holds every other
     tensor that is read and not made; ``varying`` are the values that depend on the model's inputs, ``floating`` those
-    of floating-point tensors, ``rows`` those with one row per sample. ``updated`` are the tensors that a forward leaves
+    of floating-point tensors, ``rows`` maps values with one row per sample to the axis of the samples. ``updated`` are the tensors that a forward leaves
     changed in the model. ``channels_last``: whether a replay may use that layout. ``output`` is the one of ``outputs``
     that damage is measured on.
     """
@@ -95,7 +95,7 @@ class Program:
     varying: frozenset[int]
     floating: frozenset[int]
     updated: tuple[str, ...] = ()
-    rows: frozenset[int] = frozenset()
+    rows: Mapping[int, int] = field(default_factory=dict)
     channels_last: bool = True
     output: int = -1
 
@@ -181,6 +181,11 @@ class Program:
         run = _Run(self, state, change, part or Part(0, len(self.steps)))
         return run.values_of(values, wanted)
 
+    def shape_at(self, number: int, samples: int) -> tuple[int, ...]:
+        """The shape of a value for so many samples, as far as it is known without running anything."""
+        axis = self.rows.get(number)
+        return tuple(samples if i == axis else size for i, size in enumerate(self.shape[number]))
+
     def shapes_at(self, samples: int, state: Mapping[str, Tensor]) -> Shapes:
         """The shapes that calls follow, for so many samples: on tensors that hold nothing where all calls take such,
         else by computing.
@@ -188,11 +193,7 @@ class Program:
         shapes: dict[int, tuple[int, ...]] = {}
         for device in ("meta", next((x.device.type for x in state.values()), "cpu")):
             entering = {
-                number: torch.zeros(
-                    samples if number in self.rows else shape[0], *shape[1:], dtype=dtype, device=device
-                )
-                if (shape := self.shape[number])
-                else torch.zeros((), dtype=dtype, device=device)
+                number: torch.zeros(self.shape_at(number, samples), dtype=dtype, device=device)
                 for number, dtype in zip(self.inputs, self.dtypes, strict=True)
             }
             moved = replace(self, constants={number: x.to(device) for number, x in self.constants.items()})

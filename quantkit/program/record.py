@@ -20,7 +20,7 @@ from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layer
 from quantkit.program.outputs import main_output
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
-from quantkit.program.sizes import Extent, Size
+from quantkit.program.sizes import Extent, following
 from quantkit.program.updates import plain_mode, restored
 
 # Calls that carry values out of torch, where they may decide anything.
@@ -152,9 +152,9 @@ class Recorder:
         if number is None or not (number in self.varying or number in self.sized):
             return result
         if isinstance(result, torch.Size):
-            return torch.Size([Size(size, Extent(number, i), self) for i, size in enumerate(result)])
+            return torch.Size([following(size, Extent(number, i), self) for i, size in enumerate(result)])
         asked = axis[0] if axis else named["dim"]
-        return Size(result, Extent(number, int(asked) % tensor.dim()), self)
+        return following(result, Extent(number, int(asked) % tensor.dim()), self)
 
     def __call__(self, key: OpKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         read = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -7,7 +7,7 @@ their expression in the model's code, as ``len(x)`` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,33 +31,23 @@ def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequenc
     """The program of ``model``, recorded on ``batch``, with what recording it at other sizes tells; None where a
     replay does not compute what the model computes: on the batch, on ``others``, at those sizes.
     """
-    second = _at_other_sizes(program, model, batch)
-    if second is None:
-        return None
-    learned, other, result = second
-    expected = [(other, results_of(result)), *((one, _results(model, one)) for one in (batch, *others))]
-    for candidate in (learned, replace(learned, channels_last=False)):
-        if all(_agrees(candidate, model, one, wanted) for one, wanted in expected):
-            return candidate
-    return None
-
-
-def _at_other_sizes(program: Program, model: nn.Module, batch: Batch) -> tuple[Program, Batch, Any] | None:
-    """The program with what a second recording tells, the batch that was recorded, and the model's result on it; None
-    where the model's calls are others there.
-    """
+    expected = [(one, _results(model, one)) for one in (batch, *others)]
     for other in _other_batches(batch):
         try:
             second, result = recorded(model, other)
         except InvalidRequest:  # a model that takes these sizes only
             continue
-        if [step.key for step in second.steps] == [step.key for step in program.steps]:
-            return _compared(program, second), other, result
+        if [step.key for step in second.steps] != [step.key for step in program.steps]:
+            continue
+        learned, known = _compared(program, second), [(other, results_of(result)), *expected]
+        for candidate in (learned, replace(learned, channels_last=False)):
+            if all(_agrees(candidate, model, one, wanted) for one, wanted in known):
+                return candidate
     return None
 
 
 def _other_batches(batch: Batch) -> Iterator[Batch]:
-    """The batch with another number of samples; first with other lengths of tokens too."""
+    """The batch with another number of samples; first with other lengths of tokens, or sizes of images, too."""
     size = batch_size(batch)
     few = 3 if size == 2 else 2
     indices = torch.arange(few) % size
@@ -66,19 +56,23 @@ def _other_batches(batch: Batch) -> Iterator[Batch]:
         return value[indices] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
 
     resized = tree_map(samples, batch)
-    tokens = [t for t in tensors_of(batch) if not t.is_floating_point() and t.dim() > 1]
-    lengths = {length for t in tokens for length in t.shape[1:] if length > 2}
-
-    def shortened(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            for axis in range(1, value.dim()):
-                if value.shape[axis] in lengths:
-                    value = value.narrow(axis, 0, value.shape[axis] - 1)
-        return value
-
-    if lengths:
-        yield tree_map(shortened, resized)
+    tensors = tensors_of(batch)
+    lengths = {n: n - 1 for t in tensors if not t.is_floating_point() and t.dim() > 1 for n in t.shape[1:] if n > 2}
+    sides = {n: n + n // 2 for t in tensors if t.is_floating_point() and t.dim() == 4 for n in t.shape[2:] if n > 3}
+    for changed in (lengths, sides):
+        if changed:
+            yield tree_map(lambda value, sizes=changed: _resized(value, sizes), resized)
     yield resized
+    yield batch  # rows cannot be told from it, but sizes may be followed all the same
+
+
+def _resized(value: Any, sizes: Mapping[int, int]) -> Any:
+    """A tensor with other sizes behind its first axis: cut off, or going on from its beginning."""
+    if isinstance(value, Tensor):
+        for axis in range(1, value.dim()):
+            if (size := sizes.get(value.shape[axis])) is not None:
+                value = value.index_select(axis, torch.arange(size, device=value.device) % value.shape[axis])
+    return value
 
 
 def _compared(program: Program, second: Program) -> Program:
@@ -87,7 +81,8 @@ def _compared(program: Program, second: Program) -> Program:
         pairs.extend(zip(one.makes, two.makes, strict=False))
         pairs.extend((new, other) for (_, new), (_, other) in zip(one.rewrites, two.rewrites, strict=False))
     sizes = (program.size, second.size)
-    rows = frozenset(n for n, m in pairs if (_length(program, n), _length(second, m)) == sizes)
+    axes = ((n, _axis_of(sizes, program.shape[n], second.shape[m])) for n, m in pairs)
+    rows = {n: axis for n, axis in axes if axis is not None and sizes[0] != sizes[1]}
 
     known = _Extents(program, second, pairs)
     steps, anew = [], set[int]()
@@ -100,9 +95,9 @@ def _compared(program: Program, second: Program) -> Program:
     return replace(program, rows=rows, steps=tuple(steps))
 
 
-def _length(program: Program, number: int) -> int:
-    shape = program.shape[number]
-    return shape[0] if shape else 0
+def _axis_of(sizes: tuple[int, int], shape: tuple[int, ...], other: tuple[int, ...]) -> int | None:
+    """The first axis along which two values have as many elements as there were samples."""
+    return next((axis for axis, found in enumerate(zip(shape, other, strict=False)) if found == sizes), None)
 
 
 class _Extents:

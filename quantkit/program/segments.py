@@ -60,7 +60,12 @@ def blocks_of(program: Program, layers: Collection[str], sites: Collection[OpKey
     cut is one. Between two layers the cut is made at a site where there is one (a place in ``sites``): its tensor is
     then quantized by the segment that reads it.
     """
-    at = {call.key: name for name in layers for call in program.calls.get(name, ())}
+    at = {
+        call.key: name
+        for name in layers
+        if program.weights[name].reads_rows  # a table that is looked up may also be read at the end
+        for call in program.calls.get(name, ())
+    }
     positions = [(i, at[step.key]) for i, step in enumerate(program.steps) if step.key in at]
     possible = cuts_of(program)
     chosen = []
@@ -121,8 +126,8 @@ def _last_reads(program: Program) -> dict[int, int]:
 
 
 def _behind_layers(program: Program) -> set[int]:
-    """The values that depend on what a layer makes of a varying value."""
-    layers = {call.key for calls in program.calls.values() for call in calls}
+    """The values that depend on what a layer makes of a varying value; what is looked up in a table does not."""
+    layers = {call.key for name, calls in program.calls.items() if program.weights[name].reads_rows for call in calls}
     behind: set[int] = set()
     for step in program.steps:
         depends = not behind.isdisjoint(step.inputs)

@@ -1,12 +1,14 @@
-"""Integers that remember which sizes they were computed from, so that a recorded call can be repeated at other sizes.
+"""Numbers that remember which sizes they were computed from, so that a recorded call can be repeated at other sizes.
 
 While a model is recorded, ``x.shape`` and ``x.size()`` give ``Size``s instead of plain integers. They are integers in
-every respect, so that the model's code and torch take them as they are; what the code computes from them by whole
-numbers is a ``Size`` again. Where one reaches the arguments of a call, its expression is recorded in its place.
+every respect, so that the model's code and torch take them as they are; what the code computes from them is a ``Size``
+again, or a ``Ratio`` where it is no whole number. Where one reaches the arguments of a call, its expression is recorded
+in its place.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,28 +38,23 @@ class Extent:
 
 @dataclass(frozen=True)
 class Computed:
-    """A whole number computed from two others, of which at least one follows a size."""
+    """A number computed from others, of which at least one follows a size."""
 
-    function: Callable[[int, int], int]
-    left: Expression
-    right: Expression
+    function: Callable[..., Any]
+    operands: tuple[Expression, ...]
 
-    def evaluate(self, shapes: Shapes) -> int:
-        return self.function(_evaluated(self.left, shapes), _evaluated(self.right, shapes))
+    def evaluate(self, shapes: Shapes) -> Any:
+        return self.function(*(x if isinstance(x, int | float) else x.evaluate(shapes) for x in self.operands))
 
     def numbers(self) -> set[int]:
-        return {n for side in (self.left, self.right) if not isinstance(side, int) for n in side.numbers()}
+        return {n for x in self.operands if not isinstance(x, int | float) for n in x.numbers()}
 
     def moved(self, numbers: Mapping[int, int]) -> Computed:
-        left, right = (s if isinstance(s, int) else s.moved(numbers) for s in (self.left, self.right))
-        return Computed(self.function, left, right)
+        moved = (x if isinstance(x, int | float) else x.moved(numbers) for x in self.operands)
+        return Computed(self.function, tuple(moved))
 
 
-Expression = Extent | Computed | int
-
-
-def _evaluated(expression: Expression, shapes: Shapes) -> int:
-    return expression if isinstance(expression, int) else expression.evaluate(shapes)
+Expression = Extent | Computed | int | float
 
 
 class Size(int):
@@ -66,42 +63,51 @@ class Size(int):
     expression: Extent | Computed
     recording: object
 
-    def __new__(cls, value: int, expression: Extent | Computed, recording: object) -> Size:
-        size = super().__new__(cls, value)
-        size.expression, size.recording = expression, recording
-        return size
-
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)  # copies and files hold the number alone
 
 
-def _remembering(function: Callable[[Any, Any], Any], reflected: bool) -> Callable[[Size, Any], Any]:
-    """An operator of ``int`` whose result keeps its expression."""
+class Ratio(float):
+    """A float with the expression it came from, as ``Size``."""
 
-    def compute(self: Size, other: Any) -> Any:
-        if not isinstance(other, int):
+    expression: Extent | Computed
+    recording: object
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (float(self),)
+
+
+def following(value: float, expression: Extent | Computed, recording: object) -> Size | Ratio:
+    """A number that remembers its expression."""
+    number = Size(value) if isinstance(value, int) else Ratio(value)
+    number.expression, number.recording = expression, recording
+    return number
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _remembering(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
+    """An operator on numbers whose result keeps its expression."""
+
+    def compute(self: Size | Ratio, *others: Any) -> Any:
+        if not all(isinstance(other, int | float) for other in others):
             return NotImplemented
-        plain = (int(other), int(self)) if reflected else (int(self), int(other))
-        value = function(*plain)
-        expressions: list[Expression] = [self.expression, int(other)]
-        if isinstance(other, Size):
-            if other.recording is not self.recording:
-                return value
-            expressions[1] = other.expression
-        left, right = reversed(expressions) if reflected else expressions
-        return Size(value, Computed(function, left, right), self.recording)
+        given = (*others, self) if reflected else (self, *others)
+        value = function(*map(_plain, given))
+        known = [x for x in given if isinstance(x, Size | Ratio)]
+        if any(x.recording is not self.recording for x in known):
+            return value
+        operands = tuple(x.expression if isinstance(x, Size | Ratio) else _plain(x) for x in given)
+        return following(value, Computed(function, operands), self.recording)
 
     return compute
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    setattr(Size, f"__{_name}__", _remembering(getattr(operator, _name), reflected=False))
-    setattr(Size, f"__r{_name}__", _remembering(getattr(operator, _name), reflected=True))
-
-
-def negated(self: Size) -> Size:
-    """``-size``, as in ``x[:, -length:]``."""
-    return Size(-int(self), Computed(operator.sub, 0, self.expression), self.recording)
-
-
-Size.__neg__ = negated  # type: ignore[method-assign, assignment]
+for _type in (Size, Ratio):
+    for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
+        setattr(_type, f"__{_name}__", _remembering(getattr(operator, _name)))
+        setattr(_type, f"__r{_name}__", _remembering(getattr(operator, _name), reflected=True))
+    for _name, _function in (("neg", operator.neg), ("floor", math.floor), ("ceil", math.ceil), ("round", round)):
+        setattr(_type, f"__{_name}__", _remembering(_function))

@@ -180,7 +180,11 @@ def learn_layers(
         while at is not block:
             streams = streams.after(runner, floats, at, parallel)
             at = blocks[blocks.index(at) + 1]
-        calls = [c for c in calls_of(runner, block, name) if {c.reads, c.makes} <= runner.program.rows]
+        calls = [
+            c
+            for c in calls_of(runner, block, name)
+            if runner.program.rows.get(c.reads) == runner.program.rows.get(c.makes) == 0
+        ]
         if not calls:
             continue
         sites = {call.site for call in calls if call.site is not None} - taken

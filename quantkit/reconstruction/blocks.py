@@ -30,6 +30,7 @@ from quantkit.simulation.playback import (
     mixed,
     play,
     play_output,
+    rows_first,
     take,
 )
 
@@ -77,7 +78,7 @@ class FloatReference:
 def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collection[str], segment: Segment) -> None:
     """Let the weights of ``layers`` be learned, and the steps of the sites below 8 bits that a segment quantizes."""
     model, program = runner.model, runner.program
-    for name in layers:
+    for name in [name for name in layers if model.floats.layers[name].reads_rows]:
         weight, bias = reference.weights[name], model.floats.bias(name)
         runner.weights[name] = LearnedWeight(weight, model.weights[name], bias, reference.spread[name])
     made = {step.key for step in program.steps[segment.start : segment.stop]}
@@ -188,10 +189,12 @@ def learn_block(
         entering = {
             n: mixed(x, theirs[n], generator) if n in main and x.is_floating_point() else x for n, x in ours.items()
         }
-        return block_data.error(runner.run(entering, segment), block_data.wanted[indices])
+        found = rows_first(runner.program, segment.output, runner.run(entering, segment))
+        return block_data.error(found, block_data.wanted[indices])
 
     def held_back() -> float:
-        return float(block_data.error(play_output(runner, block_data.held_quantized, segment), block_data.held_wanted))
+        found = rows_first(runner.program, segment.output, play_output(runner, block_data.held_quantized, segment))
+        return float(block_data.error(found, block_data.held_wanted))
 
     begin(runner, reference, segment.layers, segment)
     runner.dropping = generator
@@ -225,7 +228,9 @@ def learn_blocks(
     found = {}
     for segment, importance in zip(blocks, weighing, strict=False):
         after, held_after = play(floats, theirs, segment), play(floats, held_theirs, segment)
-        wanted, held_wanted = after[segment.output], held_after[segment.output]
+        wanted, held_wanted = (
+            rows_first(runner.program, segment.output, values[segment.output]) for values in (after, held_after)
+        )
         block_data = BlockData(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
         work = partial(learn_block, runner, reference, block_data, schedule, generator, progress)
         title = " ".join(segment.layers)
@@ -256,6 +261,7 @@ def fisher(
     for part, samples in in_chunks(program, some):
         values = program.replay(part, state, [*numbers, program.output])
         gradients = torch.autograd.grad(reference.pull(values[-1], generator), values[:-1])
-        sums = [total + g.square().sum(0) for total, g in zip(sums, gradients, strict=True)]
+        squares = (rows_first(program, n, g).square() for n, g in zip(numbers, gradients, strict=True))
+        sums = [total + square.sum(0) for total, square in zip(sums, squares, strict=True)]
         count += samples
     return [torch.as_tensor(total) / count for total in sums]

@@ -48,7 +48,8 @@ def round_by_blocks(
     ours = theirs = dict(inputs)
     at = 0  # the block that they enter
     place = {name: i for i, block in enumerate(blocks) for name in block.layers}
-    names = [name for name in place if name in request.formats]
+    outside = [name for name in request.formats if name not in place]  # they do not look at inputs
+    names = [*outside, *(name for name in place if name in request.formats)]
     for name in track(names, "quantizing layers", enabled=request.progress):
         found = request.finished(name)
         if found is None:

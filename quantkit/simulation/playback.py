@@ -61,7 +61,7 @@ class SimulatedProgram:
         """The steps of a segment, with the shapes that they follow from before it."""
         if not segment.start or not self.program.sized:
             return Part(segment.start, segment.stop)
-        rows = next(len(x) for number, x in values.items() if number in self.program.rows)
+        rows = samples_of(self.program, values)
         if rows not in self.shapes:
             self.shapes[rows] = self.program.shapes_at(rows, self.program.state_of(self.model.model))
         return Part(segment.start, segment.stop, dict(self.shapes[rows]))
@@ -142,12 +142,13 @@ def in_chunks(program: Program, values: Values) -> Iterator[tuple[dict[int, Tens
 
 def samples_of(program: Program, values: Values) -> int:
     """The number of samples in values."""
-    return next(len(x) for number, x in values.items() if number in program.rows)
+    return next(x.shape[program.rows[number]] for number, x in values.items() if number in program.rows)
 
 
 def take(program: Program, values: Values, indices: Tensor) -> dict[int, Tensor]:
     """The values of some samples, in memory of their own; what is the same for all samples as it is."""
-    return {n: program.laid_out(x[indices]) if n in program.rows else x for n, x in values.items()}
+    rows = program.rows
+    return {n: program.laid_out(x.index_select(rows[n], indices)) if n in rows else x for n, x in values.items()}
 
 
 @torch.no_grad()
@@ -162,9 +163,10 @@ def play(runner: SimulatedProgram, values: Values, segment: Segment) -> dict[int
             if number not in program.rows:
                 found[number] = x
                 continue
+            axis = program.rows[number]
             if number not in found:
-                found[number] = room_for(total, x)
-            found[number][start : start + count] = x
+                found[number] = room_for(total, x, axis)
+            found[number].narrow(axis, start, count).copy_(x)
         start += count
     return found
 
@@ -174,11 +176,16 @@ def play_output(runner: SimulatedProgram, values: Values, segment: Segment) -> T
     return play(runner, values, replace(segment, leaving=(segment.output,)))[segment.output]
 
 
-def room_for(count: int, like: Tensor, limit: int = SPILL_BYTES) -> Tensor:
-    """An empty tensor for ``count`` samples such as those of ``like``: in memory, or, past ``limit`` bytes, in a file
-    that has no name any more and goes when the tensor does.
+def rows_first(program: Program, number: int, x: Tensor) -> Tensor:
+    """A value with its samples along the first axis."""
+    return x.movedim(program.rows[number], 0)
+
+
+def room_for(count: int, like: Tensor, axis: int = 0, limit: int = SPILL_BYTES) -> Tensor:
+    """An empty tensor for ``count`` samples along ``axis`` such as those of ``like``: in memory, or, past ``limit``
+    bytes, in a file that has no name any more and goes when the tensor does.
     """
-    shape = (count, *like.shape[1:])
+    shape = (*like.shape[:axis], count, *like.shape[axis + 1 :])
     elements = math.prod(shape)
     if elements * like.element_size() <= limit:
         layout = torch.channels_last if like.dim() == 4 and _is_channels_last(like) else torch.contiguous_format

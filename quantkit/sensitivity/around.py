@@ -1,7 +1,7 @@
 """Measured damage of whole plans, and of every single change of one: what improving a plan asks for.
 
 The second order around a plan, not around the float model: with q the outputs of the plan, its metric weighs the
-shifts that changes of the plan make (DESIGN 5.4).
+shifts that changes of the plan make (docs/methods/operating-point.md).
 """
 
 from __future__ import annotations

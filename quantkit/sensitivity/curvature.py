@@ -1,10 +1,10 @@
 """A subject's damage as a function to differentiate: by the weights of its layers and by the tensors at its sites.
 
-The damage of the float model has zero gradient and, as its Hessian, the Fisher information (METHODS 0.1). A site's
-tensor is not cut out of the graph: zeros are added to it, and derivatives are taken by these. Everything is float32,
-in eval mode, without autocast, and with attention computed by plain products: fused attention has no second
-derivative (METHODS a4). ``torch.autograd.grad`` is used throughout, since gradients that ``backward`` would store keep
-their graph alive.
+The damage of the float model has zero gradient and, as its Hessian, the Fisher information (docs/methods/damage.md). A
+site's tensor is not cut out of the graph: zeros are added to it, and derivatives are taken by these. Everything is
+float32, in eval mode, without autocast, and with attention computed by plain products: fused attention has no second
+derivative (docs/methods/hessian-trace.md). ``torch.autograd.grad`` is used throughout, since gradients that
+``backward`` would store keep their graph alive.
 """
 
 from __future__ import annotations

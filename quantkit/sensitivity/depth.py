@@ -1,6 +1,6 @@
 """How a network uses its depth: what each sublayer adds to the residual stream, and what skipping it does.
 
-Csordas et al., "Do Language Models Use Their Depth Efficiently?" (METHODS g5): the relative contribution
+Csordas et al., "Do Language Models Use Their Depth Efficiently?" (docs/methods/depth.md): the relative contribution
 ||sublayer|| / ||stream||, its cosine with the stream, and the damage when its contribution is left out. Layers rank by
 the last. A ranking: leaving a sublayer out is in the damage's unit, but is no format's damage.
 """

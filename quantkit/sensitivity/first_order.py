@@ -1,8 +1,8 @@
 """First order: |<g, d>|, what LLM-MQ spends bits by. For comparison only.
 
 At the float model the damage has no gradient, so one has to be made up: that of the cross entropy to the model's own
-most likely classes. At a trained optimum it is mostly noise (METHODS h). Around a base plan the damage itself has a
-gradient, and <g, d> is the first-order increase, with its sign.
+most likely classes. At a trained optimum it is mostly noise (docs/methods/first-order.md). Around a base plan the
+damage itself has a gradient, and <g, d> is the first-order increase, with its sign.
 """
 
 from __future__ import annotations

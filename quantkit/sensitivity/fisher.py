@@ -1,10 +1,11 @@
 """Fisher information along each perturbation: 1/2 E <g_n, dy_n>^2, one backward for all formats.
 
 g_n is the gradient of the log-likelihood of a label by a layer's whole output for sample n, dy_n the shift that the
-perturbed weight makes in it: their inner product is taken before squaring (METHODS 0.2; squares of single elements
-ignore how elements work together and rank far worse). Labels are drawn from the model's own distribution, which gives
-the true Fisher information, the Hessian of the divergence; true labels would give the empirical one. A sample's rows
-get independent labels, so cross terms vanish on average and the sum over its rows may be squared as a whole.
+perturbed weight makes in it: their inner product is taken before squaring (docs/methods/fisher.md; squares of single
+elements ignore how elements work together and rank far worse). Labels are drawn from the model's own distribution,
+which gives the true Fisher information, the Hessian of the divergence; true labels would give the empirical one. A
+sample's rows get independent labels, so cross terms vanish on average and the sum over its rows may be squared as a
+whole.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Quantize one layer (or site) and record the shift u of the outputs. The inner products of these shifts, in the metric
 of the damage, are the Gauss-Newton estimate of every second-order term d_i^T H d_j, at the cost of the forwards that
 single damages need anyway ("Augmenting Hessians with Inter-Layer Dependencies", Schaefer et al., arXiv 2306.04879; the
-Gram form is METHODS b, estimator 3). Only their cosines C are used (``pair_terms``); lengths come from the measured
+Gram form: docs/methods/gram.md). Only their cosines C are used (``pair_terms``); lengths come from the measured
 damage: G = D C D with D_k = sqrt(2 damage_k), positive semi-definite, and half the sum of G over a plan predicts its
 damage, after ``saturation`` has weakened and bent it. Around a base plan, where damage may fall, the lengths are those
 of the shifts in the metric at the base, and G is left as it is.

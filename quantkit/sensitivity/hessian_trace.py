@@ -1,10 +1,10 @@
 """HAWQ-V2: half the mean eigenvalue of a layer's Hessian times the squared error of its weight.
 
-Omega_i(b) = 1/2 Tr(H_ii) / n_i ||Q_b(W_i) - W_i||^2 (Dong et al., arXiv 1911.03852; METHODS a2), the expected damage
-where the error points in no particular direction inside a layer; structured rounding breaks this. For a site the same
-with the mean trace over samples by its tensor, matrix-free: in eval mode samples do not interact, so one probe of the
-whole tensor is the sum of a probe per sample. Traces are Hutchinson's estimates z^T H z with random signs z, which
-have the least variance, drawn anew for every batch, so that every batch is a probe of the whole.
+Omega_i(b) = 1/2 Tr(H_ii) / n_i ||Q_b(W_i) - W_i||^2 (Dong et al., arXiv 1911.03852; docs/methods/hessian-trace.md),
+the expected damage where the error points in no particular direction inside a layer; structured rounding breaks this.
+For a site the same with the mean trace over samples by its tensor, matrix-free: in eval mode samples do not interact,
+so one probe of the whole tensor is the sum of a probe per sample. Traces are Hutchinson's estimates z^T H z with
+random signs z, which have the least variance, drawn anew for every batch, so that every batch is a probe of the whole.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Exact second order: every pair term d_i(b)^T H d_j(b') by Hessian-vector products.
 
-One product r = H d_i(b) over all weights and sites gives its inner products with every other displacement
-("Augmenting Hessians with Inter-Layer Dependencies", arXiv 2306.04879; METHODS b, estimator 1). Damage and pair terms
-are those of the quadratic form itself, exact where damage is small: the matrix is positive semi-definite at the float
+One product r = H d_i(b) over all weights and sites gives its inner products with every other displacement ("Augmenting
+Hessians with Inter-Layer Dependencies", arXiv 2306.04879; docs/methods/exact-pairs.md). Damage and pair terms are
+those of the quadratic form itself, exact where damage is small: the matrix is positive semi-definite at the float
 model, up to rounding.
 """
 

@@ -1,8 +1,8 @@
 """Damage of uniform noise as wide as a format's step: sensitivity to a format whatever its rounding.
 
-Rounding to nearest moves a value by at most half a step, about uniformly: w + step * eta with eta uniform in
-[-0.5, 0.5], variance step^2 / 12 (QuantNAS; METHODS g2). The step is the format's own, (max - min) / (2^b - 1) of each
-range it covers: per output channel or group for weights, per tensor for sites. What clipping costs is not seen.
+Rounding to nearest moves a value by at most half a step, about uniformly: w + step * eta with eta uniform in [-0.5,
+0.5], variance step^2 / 12 (QuantNAS; docs/methods/noise.md). The step is the format's own, (max - min) / (2^b - 1) of
+each range it covers: per output channel or group for weights, per tensor for sites. What clipping costs is not seen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """CLADO: pair terms by forward differences, I_kl = L(k, l) - L(k) - L(l) + L(neither).
 
-Exact on a quadratic, gradient included (Deng et al., arXiv 2307.05657; METHODS b, estimator 2), and it sees what
+Exact on a quadratic, gradient included (Deng et al., arXiv 2307.05657; docs/methods/exact-pairs.md), and it sees what
 second order does not; but it costs a forward of the sample set per pair, and the matrix is indefinite. It is projected
 to the nearest positive semi-definite one by zeroing negative eigenvalues, and scaled back to the measured damages on
 its diagonal, which keeps it so.

@@ -4,7 +4,7 @@ Compared by the damage of softened outputs: on the inputs that decide, the damag
 the network hesitates, and says less of other inputs. But it is what counts in the end: a plan with more of it is not
 taken. Measured on the inputs of the profile; images are also mirrored and shifted, where the float network hardly
 minds, as searching finds what is good for these very inputs, which the network may have been trained on. What that
-gains on other inputs, and where it does not, is in tools/README.md.
+gains on other inputs, and where it does not, is in docs/results/allocation.md.
 """
 
 from __future__ import annotations

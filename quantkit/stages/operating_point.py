@@ -35,13 +35,11 @@ JUDGES = (SOFTENED, 1.0)  # temperatures: the first decides, and the damage itse
 DRAWS = 4  # of the inputs, where it takes so many to tell whether a plan is better
 
 
-def refine(
-    plan: Plan, profile: Profile, budget: Budget, evaluator: Evaluator, effort: str, seed: int, progress: bool
-) -> Plan:
+def refine(plan: Plan, profile: Profile, budget: Budget, evaluator: Evaluator, effort: str, progress: bool) -> Plan:
     """The plan that ``effort`` finds from ``plan``, never one that measures worse; what it took is in its
     provenance.
     """
-    limits = budget.limits(profile)
+    limits, seed = budget.limits(profile), int(profile.provenance["seed"])
     asked = question_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
     measurements = draws_of(evaluator, seed, progress)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantkit.operations import Operation
-from quantkit.program.sites import Site, fused_output, moves_values, root_of, runs_on_codes
+from quantkit.program.codes import fused_output, moves_values, on_codes, root_of
+from quantkit.program.sites import Site
 from quantkit.program.trace import Op, Trace
 from quantkit.targets import Target
 
@@ -41,10 +42,13 @@ class _Reader:
     def operation(self, op: Op) -> Operation | None:
         """The operation of a call; None for an activation that was fused into the one before."""
         layer = self.layer_of.get(op.key)
-        integer = layer is None and op.key.op in self.target.integer_ops and runs_on_codes(self.trace, op)
-        if layer is None and not integer:
+        if layer is None:
+            found = on_codes(self.trace, op, self.target)
+            made = None if found is None else found.result
+        else:
+            made = fused_output(self.trace, op.outputs[0], self.target.fused_activations)
+        if made is None:
             return None if self.fused.issuperset(op.outputs) else self._float(op)
-        made = fused_output(self.trace, op.outputs[0], self.target.fused_activations)
         if made != op.outputs[0]:
             self.fused.add(made)
         if layer is None:

@@ -16,7 +16,8 @@ from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.program.inputs import Batch, first_samples
 from quantkit.program.layers import layer_kind, weight_of
-from quantkit.program.sites import Site, can_hold_site, place_sites, token_sites
+from quantkit.program.codes import can_hold_codes
+from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.program.trace import Trace, trace, untraced
 from quantkit.progress import notice
 from quantkit.targets import Target
@@ -246,7 +247,7 @@ def _reason_to_stay_float(
         v in found.makers and v not in found.varying for v in read
     ):
         return "it reads a constant, not an activation"
-    if not all(can_hold_site(found, v) for v in read):
+    if not all(can_hold_codes(found, v) for v in read):
         return "it reads a tensor that no traced call made (scripted code, or writing through a view)"
     return ""
 

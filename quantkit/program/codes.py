@@ -87,4 +87,3 @@ def on_codes(trace: Trace, op: Op, target: Target) -> OnCodes | None:
     if not all(v in trace.varying and v in trace.producer and can_hold_codes(trace, v) for v in op.inputs):
         return None
     return OnCodes(op.inputs, fused_output(trace, op.outputs[0], target.fused_activations) if element_wise else None)
-

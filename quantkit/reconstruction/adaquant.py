@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.program.codes import root_of
 from quantkit.program.intercept import OpKey, read_place
 from quantkit.program.layers import bias_of
 from quantkit.program.segments import Segment
-from quantkit.program.codes import root_of
 from quantkit.program.tape import Tape
 from quantkit.program.trace import Trace
 from quantkit.progress import track

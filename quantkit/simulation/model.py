@@ -17,7 +17,7 @@ from quantkit.numbers.per_token import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
 from quantkit.program.layers import weight_of
-from quantkit.program.sites import Site
+from quantkit.program.sites import Site, coded_sites
 
 
 def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) -> Callable[[OpKey, Tensor], Tensor]:
@@ -104,8 +104,8 @@ class SimulatedModel(nn.Module):
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
-        quantized = [site for site in self.sites if site.name in self.ranges]
-        change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
+        coded = coded_sites(self.sites, self.ranges)
+        change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         return run_with(self.model, change, args, kwargs, before)
 
     def __getattr__(self, name: str) -> Any:

@@ -16,7 +16,7 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.packing import packed_weight_bytes
 from quantkit.numbers.per_token import AnyRange
-from quantkit.plan import Plan, average_bits, digest_of
+from quantkit.plan import FLOAT, Plan, average_bits, digest_of
 from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
@@ -30,8 +30,9 @@ from quantkit.stages.request import DEFAULT_TARGET, TargetName, identity_of
 from quantkit.stages.result import Result
 from quantkit.store import Artefacts, require_writable
 from quantkit.targets import Target
+from quantkit.targets.instruction_sets import INSTRUCTION_SET
 from quantkit.targets.rules import require_kinds
-from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
+from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of, without_sites
 
 AS_GIVEN = "as given"  # the policy on first and last layers in a plan that comes as a mapping
 _ANY_WEIGHT = WeightFormat("8")
@@ -81,23 +82,24 @@ def apply(
     depend on: the same call again, after a kill or not, does none of that twice. Raises InvalidRequest for a plan
     that does not fit the model or the target.
     """
-    goal, decided = Target.load(target), Plan.of(plan)
+    decided = Plan.of(plan)
+    goal = Target.load(target).resolved(decided.provenance.get(INSTRUCTION_SET))
     options = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
     _check_request(model, decided, goal, evaluate, workdir)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     options, batches = options.with_inputs(inputs, decided.schemes.values()), inputs.batches
     every = inputs.prepared(model, goal)
     kept_float = _kept_float(every, decided, batches, goal)
-    ready = _coded(leave_float(every, goal, kept_float), decided)
+    ready = _coded(leave_float(every, goal, kept_float), decided, goal)
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
     finished = _finished(workdir, partial(identity_of, model, inputs, every.trace), options, decided, goal)
     bench = PlanApplication.of(ready, _weight_formats(decided, ready), formats, batches, reference, options, finished)
     if inplace:  # only now that nothing can be refused any more
-        bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided))
+        bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided, goal))
     metrics = _metric("float", evaluate, as_float(bench.ready.model))
     simulated, notes = bench.quantized(progress, finished)
-    decided = _recounted(decided, simulated, bench.ready, formats)
+    decided = _recounted(decided, simulated, bench.ready, formats, goal)
     metrics |= compare_outputs(simulated, batches, reference, loss) | _metric("quantized", evaluate, simulated)
     return Result(simulated, decided, ready.folds, inputs.shown, metrics=metrics, notes=notes)
 
@@ -112,8 +114,8 @@ def _finished(
     """Where every finished piece of work is kept, keyed by all that decides it."""
     if workdir is None:
         return Cache()
-    timeless = digest_of(asdict(replace(target, latency=None)))
-    settings = identity() | asdict(options) | {"plan": plan.digest(), "target": timeless, "torch": torch.__version__}
+    asked = {"plan": plan.digest(), "target": target.digest(), "torch": torch.__version__}
+    settings = identity() | asdict(options) | asked
     folder = Path(workdir) / f"applied-{digest_of(settings)}"
     if folder.exists():
         notice(f"going on from what is finished in {folder}")
@@ -124,9 +126,21 @@ def _metric(name: str, evaluate: Evaluate | None, model: nn.Module) -> dict[str,
     return {} if evaluate is None else {name: metric_of(evaluate, model)}
 
 
-def _coded(ready: Prepared, plan: Plan) -> Prepared:
-    """With the sites that the plan's activations need."""
-    return with_sites_of(ready, plan.schemes.values())
+def _coded(ready: Prepared, plan: Plan, target: Target) -> Prepared:
+    """With the sites that the plan's activations need, and without those that it leaves float. Raises InvalidRequest
+    where these have to hold codes.
+    """
+    ready = with_sites_of(ready, plan.schemes.values())
+    for site in ready.sites:
+        if plan.sites.get(site.name) != FLOAT:
+            continue
+        if asked := {c: a for c in site.consumers if (a := plan.schemes[c].activation) is not None}:
+            raise _contradiction(site.name, {**asked, f"site {site.name}": FLOAT})
+        if role := target.role_of_codes(site.roles):
+            raise InvalidRequest(
+                f"The plan leaves site {site.name!r} float, which is a {role}, and {target.name} needs codes there."
+            )
+    return without_sites(ready, [name for name, fmt in plan.sites.items() if fmt == FLOAT])
 
 
 def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
@@ -164,7 +178,7 @@ def _kept_float(every: Prepared, plan: Plan, batches: list[Batch], target: Targe
             check_group(name, scheme.weight, every.layers[name].shape)
     require_kinds(every.layers, {name: [scheme] for name, scheme in plan.schemes.items()}, target)
     _check_size(plan, every)
-    known = [site.name for site in (*every.sites, *_coded(every, plan).sites)]
+    known = [site.name for site in (*every.sites, *with_sites_of(every, plan.schemes.values()).sites)]
     for name in plan.sites:
         if name not in known:
             hint = did_you_mean(name, known)
@@ -197,16 +211,18 @@ def _site_formats(plan: Plan, ready: Prepared, target: Target) -> dict[str, Acti
         if site.name in plan.sites:
             asked[f"site {site.name}"] = _activation(site.name, plan.sites[site.name])
         if len(set(asked.values())) > 1:
-            given = ", ".join(f"{name} {fmt}" for name, fmt in asked.items())
-            raise InvalidRequest(
-                f"The plan asks for several formats of one tensor, {site.name!r}: {given}. Give it one."
-            )
+            raise _contradiction(site.name, asked)
         formats[site.name] = next(iter(asked.values()), widest)
         if formats[site.name].fmt == "log4" and holds_probabilities(site):
             continue
         if reason := target.refusal(Scheme(_ANY_WEIGHT, formats[site.name])):
             raise InvalidRequest(f"The plan gives site {site.name!r} {formats[site.name]}: {reason}.")
     return formats
+
+
+def _contradiction(site: str, asked: Mapping[str, ActivationFormat | str]) -> InvalidRequest:
+    given = ", ".join(f"{name} {fmt}" for name, fmt in asked.items())
+    return InvalidRequest(f"The plan asks for several formats of one tensor, {site!r}: {given}. Give it one.")
 
 
 def _activation(site: str, text: str) -> ActivationFormat:
@@ -217,7 +233,7 @@ def _activation(site: str, text: str) -> ActivationFormat:
 
 
 def _recounted(
-    plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat]
+    plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat], target: Target
 ) -> Plan:
     """The plan with sizes counted from what was packed; raises QuantkitError if they are not what it promised."""
     packed = {name: packed_weight_bytes(weight) for name, weight in simulated.weights.items()}
@@ -226,14 +242,19 @@ def _recounted(
         raise QuantkitError(
             f"The plan promised {plan.size_bytes:,} bytes of weights, {size:,} were packed. Please report this."
         )
+    sites = {name: _found_format(simulated.ranges.get(name), fmt) for name, fmt in formats.items()}
     return replace(
         plan,
         schemes={name: plan.schemes.get(name, Scheme()) for name in ready.layers},
-        sites={name: _found_format(simulated.ranges.get(name), fmt) for name, fmt in formats.items()},
+        sites=sites | {name: fmt for name, fmt in plan.sites.items() if fmt == FLOAT and sites},
         size_bytes=size,
         total_bytes=size + ready.other_bytes,
         average_bits=average_bits(ready.layers, size),
-        provenance={"first_last": {"policy": AS_GIVEN, **ends_of(ready.trace)}} | plan.provenance,
+        provenance={
+            "first_last": {"policy": AS_GIVEN, **ends_of(ready.trace)},
+            **plan.provenance,
+            INSTRUCTION_SET: target.instruction_set,
+        },
     )
 
 

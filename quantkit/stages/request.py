@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,7 @@ def make_ready(
         "schemes": [str(s) for s in wanted],
         "rules": repr(rules),
         "first_last": policy_record(first_last, ready.trace, allowed, rules),
-        "target": digest_of(asdict(replace(goal, latency=None))),
+        "target": goal.digest(),
         "seed": seed,
         **identity_of(model, inputs, ready.trace),
         **asked,

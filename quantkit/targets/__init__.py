@@ -1,4 +1,4 @@
-"""What a runtime can run: formats per layer kind, fusion rules, roles and defaults, read from its backend's data file."""
+"""What a runtime can run: formats per layer kind, fusion rules, roles, defaults, from its backend's data file."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Target:
         return replace(cls.load(base), instruction_set=instruction_set, latency=table)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file that ``load`` reads: the target's name, its instruction set and its latency table, as YAML."""
+        """Write the file that ``load`` reads: the target's name, instruction set and latency table, as YAML."""
         if self.latency is None:
             raise InvalidRequest(f"Target {self.name} has no latency table to save: `quantkit bench` measures one.")
         data = {"target": self.name, "instruction_set": self.instruction_set, "latency": self.latency.to_dict()}

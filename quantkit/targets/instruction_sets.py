@@ -7,6 +7,7 @@ from functools import cache
 AUTO = "auto"  # of the machine where a request is made
 VNNI = "vnni"  # sums of products of unsigned and signed bytes in 32 bits
 AVX2 = "avx2"  # sums of pairs of them in 16 bits, which saturate; what is written for it is exact on every CPU
+INSTRUCTION_SET = "instruction_set"  # its place in a plan's provenance
 INSTRUCTION_SETS = (AUTO, VNNI, AVX2)
 
 

@@ -1,4 +1,4 @@
-"""What tensors are to the operations around them, and what a runtime asks of each: codes, or codes as well as float."""
+"""What tensors are to the operations around them, and what a runtime may ask of each: to hold codes."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.numbers.uniform import SiteRange
-from quantkit.program.layers import bias_of, weight_of
 from quantkit.program.codes import moves_values
+from quantkit.program.layers import bias_of, weight_of
 from quantkit.program.trace import Op, Trace
 from quantkit.ranges.channels import ChannelRanges
 from quantkit.transforms.prepare import Prepared

@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
+from quantkit.program.codes import can_hold_codes
 from quantkit.program.inputs import Batch, first_samples
 from quantkit.program.layers import layer_kind, weight_of
-from quantkit.program.codes import can_hold_codes
 from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.program.trace import Trace, trace, untraced
 from quantkit.progress import notice
@@ -91,6 +91,13 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
         return ready
     sites = token_sites(ready.trace, ready.quantizable) if activations else ()
     other = ready.other_bytes - SITE_BYTES * len(ready.sites)
+    return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
+
+
+def without_sites(ready: Prepared, names: Collection[str]) -> Prepared:
+    """The same with the tensors of these sites in float."""
+    sites = tuple(site for site in ready.sites if site.name not in names)
+    other = ready.other_bytes - SITE_BYTES * (len(ready.sites) - len(sites))
     return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
 
 

@@ -61,11 +61,6 @@ class OutputParity:
     rounding_noise: float
     top1_agreement: float | None
 
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to quantization noise; infinite where nothing differs."""
-        return float(-20 * np.log10(self.relative_error)) if self.relative_error else float("inf")
-
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     """Root mean square of the difference over that of ``wanted``."""

@@ -112,8 +112,9 @@ def copy_tidy(marked: MarkedGraph) -> ir.Model:
     taken: set[Any] = {*marked.inputs, *marked.outputs}
     for value, name in zip(graph.inputs, marked.inputs, strict=True):
         value.name = name
-    state, constants = [], []
-    for value in graph.initializers.values():  # in the graph's order: the file is the same in every process
+    # In the graph's order, so that the file is the same in every process.
+    state, constants = list[ir.Value](), list[ir.Value]()
+    for value in graph.initializers.values():
         (state if str(value.name).startswith(f"{_WRAPPER}.") else constants).append(value)
     for value in state:
         value.name = unused_name(str(value.name).removeprefix(f"{_WRAPPER}."), taken)

@@ -84,7 +84,7 @@ def test_a_circle_is_named_once(tmp_path: Path) -> None:
         "quantkit/program/__init__.py": "",
         "quantkit/program/trace.py": "from quantkit.program.sites import Site",
         "quantkit/program/sites.py": "import quantkit.program.loop",
-        "quantkit/program/loop.py": "def late():\n    from .trace import Trace",
+        "quantkit/program/loop.py": "def late():\n    from .trace import Program",
         "quantkit/runtime.py": "from quantkit.runtime import itself",
     }
     circle, itself = check(written(tmp_path, files))

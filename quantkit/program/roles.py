@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from quantkit.program.codes import moves_values
 from quantkit.program.intercept import OpKey
-from quantkit.program.trace import Op, Trace
+from quantkit.program.program import Program, Step
 from quantkit.targets.roles import KEY, PROBABILITIES, QUERY, VALUE
 
 _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm"))
@@ -18,21 +18,21 @@ _ON_SCORES = frozenset(
     "add sub mul div where masked_fill masked_scatter clamp tanh dropout to type_as float half bfloat16 type "
     "repeat_interleave repeat cat nan_to_num".split()
 )
-Step = Callable[[int], Iterator[tuple[Op, tuple[int, ...]]]]
+Neighbours = Callable[[int], Iterator[tuple[Step, tuple[int, ...]]]]
 
 
-def attention_roles(trace: Trace) -> dict[tuple[OpKey, int], str]:
+def attention_roles(program: Program) -> dict[tuple[OpKey, int], str]:
     """(product, position of an operand) -> its role, for the products around every softmax."""
     found: dict[tuple[OpKey, int], str] = {}
 
-    def makers(value: int) -> Iterator[tuple[Op, tuple[int, ...]]]:
-        if (op := trace.makers.get(value)) is not None:
+    def makers(value: int) -> Iterator[tuple[Step, tuple[int, ...]]]:
+        if (op := program.makers.get(value)) is not None:
             yield op, op.inputs
 
-    def readers(value: int) -> Iterator[tuple[Op, tuple[int, ...]]]:
-        yield from ((op, op.outputs) for op in trace.consumers.get(value, ()))
+    def readers(value: int) -> Iterator[tuple[Step, tuple[int, ...]]]:
+        yield from ((op, op.outputs) for op in program.consumers.get(value, ()))
 
-    for softmax in (op for op in trace.ops if op.key.op == "softmax"):
+    for softmax in (op for op in program.steps if op.key.op == "softmax"):
         before, _ = _products(softmax.inputs, makers)
         behind, probabilities = _products(softmax.outputs, readers)
         if not (before and behind):
@@ -46,13 +46,13 @@ def attention_roles(trace: Trace) -> dict[tuple[OpKey, int], str]:
     return found
 
 
-def _products(values: Iterable[int], step: Step) -> tuple[list[Op], set[int]]:
+def _products(values: Iterable[int], neighbours: Neighbours) -> tuple[list[Step], set[int]]:
     """The products next to ``values``, or to what other operations pass on of them, and all values on the way."""
-    found: dict[OpKey, Op] = {}
+    found: dict[OpKey, Step] = {}
     waiting = list(values)
     seen = set(waiting)
     while waiting:
-        for op, further in step(waiting.pop()):
+        for op, further in neighbours(waiting.pop()):
             if op.key.op in _PRODUCTS:
                 found[op.key] = op
             elif op.key.op in _ON_SCORES or moves_values(op):

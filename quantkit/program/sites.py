@@ -17,8 +17,8 @@ from torch import nn
 
 from quantkit.program.codes import fused_output, on_codes, root_of
 from quantkit.program.intercept import INPUT, OpKey, read_place
+from quantkit.program.program import Program
 from quantkit.program.roles import attention_roles
-from quantkit.program.trace import Trace
 from quantkit.targets import Target
 from quantkit.targets.roles import ADDITION_OPERAND, ADDITION_RESULT, LAYER_INPUT, LAYER_OUTPUT, PRODUCT_OPERAND
 
@@ -46,13 +46,13 @@ def coded_sites(sites: Iterable[Site], ranges: Container[str]) -> tuple[Site, ..
 class _Placement:
     """Sites under construction, by root value: the values that need codes, their roles, the layers that read them."""
 
-    trace: Trace
+    program: Program
     needs: dict[int, set[int]] = field(default_factory=dict)
     roles: dict[int, dict[str, None]] = field(default_factory=dict)
     readers: dict[int, dict[str, None]] = field(default_factory=dict)
 
     def add(self, value: int, role: str, reader: str | None = None) -> None:
-        root = root_of(self.trace, value)
+        root = root_of(self.program, value)
         self.needs.setdefault(root, set()).add(value)
         self.roles.setdefault(root, {})[role] = None
         self.readers.setdefault(root, {}).update({} if reader is None else {reader: None})
@@ -60,24 +60,24 @@ class _Placement:
 
 def _place_layers(placement: _Placement, target: Target, layers: Iterable[str]) -> set[int]:
     """Give layers sites on what they read and, by their kernels, on what they make; returns what they make."""
-    trace, made = placement.trace, set()
+    program, made = placement.program, set()
     for name in layers:
-        coded = trace.kinds[name] in target.output_coded and target.can_hold_codes(LAYER_OUTPUT)
-        for call in trace.calls[name]:
+        coded = program.kinds[name] in target.output_coded and target.can_hold_codes(LAYER_OUTPUT)
+        for call in program.calls[name]:
             made.add(call.output)
             placement.add(call.input, LAYER_INPUT, name)
             if coded:
-                placement.add(fused_output(trace, call.output, target.fused_activations), LAYER_OUTPUT)
+                placement.add(fused_output(program, call.output, target.fused_activations), LAYER_OUTPUT)
     return made
 
 
 def _place_operations(placement: _Placement, target: Target, made: Container[int]) -> None:
     """Give sums and products of activations their sites where an operand has codes. ``made``: what layers make."""
-    trace = placement.trace
-    attention = attention_roles(trace)
-    for op in trace.ops:
-        found = on_codes(trace, op, target)
-        if found is None or not found.takes_place(trace, placement.needs, made):
+    program = placement.program
+    attention = attention_roles(program)
+    for op in program.steps:
+        found = on_codes(program, op, target)
+        if found is None or not found.takes_place(program, placement.needs, made):
             continue
         for position, value in enumerate(found.operands):
             role = attention.get((op.key, position), PRODUCT_OPERAND) if found.result is None else ADDITION_OPERAND
@@ -87,50 +87,50 @@ def _place_operations(placement: _Placement, target: Target, made: Container[int
             placement.add(found.result, ADDITION_RESULT)
 
 
-def _names(model: nn.Module, trace: Trace, places: Iterable[OpKey]) -> dict[OpKey, str]:
+def _names(model: nn.Module, program: Program, places: Iterable[OpKey]) -> dict[OpKey, str]:
     """Inputs are ``input``, ``input.1``; what a leaf module makes last, in its first call, is named as the module;
     everything else is named by its key.
     """
     leaves = {name for name, module in model.named_modules() if name and not any(True for _ in module.children())}
-    inputs = [key for key in trace.producer.values() if key.scope == "" and key.op == INPUT.op]
+    inputs = [key for key in program.producer.values() if key.scope == "" and key.op == INPUT.op]
     names = {key: f"input.{key.output}" if key.output else "input" for key in inputs}
     taken = set(names.values())
-    last = {key.scope: key.op for key in trace.producer.values()}
+    last = {key.scope: key.op for key in program.producer.values()}
     for place in places:
         named = place.scope in leaves - taken and place == OpKey(place.scope, last[place.scope])
         names.setdefault(place, place.scope if named else str(place))
     return names
 
 
-def token_sites(trace: Trace, layers: Iterable[str]) -> tuple[Site, ...]:
+def token_sites(program: Program, layers: Iterable[str]) -> tuple[Site, ...]:
     """A site for what every call of ``layers`` reads, in execution order: quantized by that call as it comes, so that
     whoever else reads the same tensor gets it as it was made.
     """
-    order = {op.key: i for i, op in enumerate(trace.ops)}
+    order = {op.key: i for i, op in enumerate(program.steps)}
     found = []
     for name in layers:
-        for i, call in enumerate(trace.calls[name]):
+        for i, call in enumerate(program.calls[name]):
             label = f"{name}/input.{i}" if i else f"{name}/input"
-            shape = trace.shape[call.input][1:]
+            shape = program.shape[call.input][1:]
             site = Site(label, read_place(call.key), consumers=(name,), shape=shape, roles=(LAYER_INPUT,))
             found.append((order[call.key], site))
     return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
-def place_sites(model: nn.Module, trace: Trace, target: Target, layers: Iterable[str]) -> tuple[Site, ...]:
+def place_sites(model: nn.Module, program: Program, target: Target, layers: Iterable[str]) -> tuple[Site, ...]:
     """The sites that running ``layers`` quantized on ``target`` needs, in execution order."""
-    placement = _Placement(trace)
+    placement = _Placement(program)
     _place_operations(placement, target, _place_layers(placement, target, layers))
-    order = {value: i for i, value in enumerate(trace.producer)}
+    order = {value: i for i, value in enumerate(program.producer)}
     roots = sorted(placement.needs, key=order.__getitem__)
-    names = _names(model, trace, [trace.producer[r] for r in roots])
+    names = _names(model, program, [program.producer[r] for r in roots])
     return tuple(
         Site(
-            name=names[trace.producer[root]],
-            place=trace.producer[root],
-            echoes=tuple(trace.producer[v] for v in sorted(placement.needs[root] - {root})),
+            name=names[program.producer[root]],
+            place=program.producer[root],
+            echoes=tuple(program.producer[v] for v in sorted(placement.needs[root] - {root})),
             consumers=tuple(placement.readers[root]),
-            shape=trace.shape[root][1:],
+            shape=program.shape[root][1:],
             roles=tuple(placement.roles[root]),
         )
         for root in roots

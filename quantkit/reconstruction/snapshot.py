@@ -15,7 +15,6 @@ from torch import Tensor
 from quantkit.formats import WeightFormat
 from quantkit.numbers.per_token import AnyRange, range_of
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import bias_of
 from quantkit.reconstruction.learning import Learned
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import Artefacts
@@ -50,7 +49,7 @@ class Snapshot:
     def of(cls, model: SimulatedModel, layers: Iterable[str] | None = None) -> Snapshot:
         """Those of ``layers`` (default: all that have codes), and every range."""
         weights = {name: model.weights[name] for name in (model.weights if layers is None else layers)}
-        biases = {name: bias_of(model.model, name) for name in weights}
+        biases = {name: model.floats.bias(name) for name in weights}
         own = {name: bias.detach().clone() for name, bias in biases.items() if bias is not None}
         return cls(weights, own, dict(model.ranges))
 
@@ -59,7 +58,7 @@ class Snapshot:
         model.ranges.update(self.ranges)
         for name, weight in self.weights.items():
             model.set_weight(name, weight)
-            bias = bias_of(model.model, name)
+            bias = model.floats.bias(name)
             if bias is not None:
                 bias.copy_(self.biases[name])
 

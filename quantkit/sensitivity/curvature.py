@@ -21,7 +21,6 @@ from quantkit.errors import InvalidRequest
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.inputs import split_batches
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import weight_of
 from quantkit.program.sites import Site
 from quantkit.sensitivity.measure import (
     Perturbation,
@@ -83,7 +82,14 @@ class Landscape:
         return len(self.reference)
 
     def weight(self, layer: str) -> nn.Parameter:
-        return weight_of(self.subject.model, layer)
+        """A layer's weight; raises InvalidRequest where that is no parameter, by which nothing can be differentiated."""
+        weight = self.subject.floats[layer]
+        if not isinstance(weight, nn.Parameter):
+            raise InvalidRequest(
+                f"The weight of {layer!r} is computed, or a part of a parameter, which estimators that differentiate "
+                "do not follow yet. Choose 'gram', 'kl' or another estimator that only runs the model forward."
+            )
+        return weight
 
     @property
     def layers(self) -> list[Place]:
@@ -99,7 +105,7 @@ class Landscape:
         out, whatever happens. Raises InvalidRequest for a model that overwrites what its gradient needs.
         """
         weights = [self.weight(name) for name, _ in self.layers]
-        with swapped_weights(self.subject.model, self.base_weights), differentiable(self.subject.model, weights):
+        with swapped_weights(self.subject.floats, self.base_weights), differentiable(self.subject.model, weights):
             try:
                 yield
             except RuntimeError as error:
@@ -131,7 +137,7 @@ class Landscape:
         changed = at_sites(watched, change)
         both = changed if at_output is None else lambda key, x: changed(key, at_output(key, x))
         args, kwargs = self.subject.batches[i]
-        output = rows_of(main_output(run_with(self.subject.model, both, args, kwargs, before)))
+        output = rows_of(main_output(run_with(self.subject.model, both, args, kwargs, before=before)))
         if torch.is_grad_enabled() and self.members and not output.requires_grad:
             raise InvalidRequest(
                 "The model cannot be differentiated: its output does not depend on any layer or site under study by "

@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from quantkit.program.inputs import batch_size
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import layer_kind
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point
 from quantkit.sensitivity.first_order import slopes
@@ -54,14 +53,14 @@ class _Calls:
     """The calls that read perturbed weights: their inputs, and zeros added to what they make, to differentiate by."""
 
     def __init__(self, land: Landscape) -> None:
-        model = land.subject.model
+        floats = land.subject.floats
         self.weights = {id(land.weight(name)): name for name, _ in land.layers}
-        self.kinds = {name: layer_kind(module) for name, module in model.named_modules()}
+        self.kinds = {weight.kind for weight in floats.layers.values() if hasattr(functional, weight.kind)}
         self.made: dict[OpKey, tuple[int, tuple[Any, ...], dict[str, Any]]] = {}
         self.added: dict[OpKey, Tensor] = {}
 
     def before(self, key: OpKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if key.op != self.kinds.get(key.scope):
+        if key.op not in self.kinds:
             return
         weight = args[1] if len(args) > 1 else kwargs.get("weight")
         if id(weight) in self.weights:

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.per_token import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import saturated
-from quantkit.program.layers import weight_of
+from quantkit.program.layers import Weights
+from quantkit.program.outputs import main_output
+from quantkit.program.program import Program
+from quantkit.program.record import run_model
 from quantkit.program.sites import Site
-from quantkit.program.trace import run_model
+from quantkit.program.updates import plain_mode, restored
 from quantkit.simulation.model import at_sites, run_with
 from quantkit.store import Artefacts
 
@@ -74,6 +76,7 @@ class Subject:
     """The model under study. ``batches`` are the inputs to measure on, ``sites`` where activations can be perturbed.
 
     ``base``: the plan to measure around, at most one perturbation per layer and site; empty is the float model.
+    ``weights`` says where those of the layers are, ``program`` is one that stands for the model, for replays.
     ``artefacts``: where estimators that go from layer to layer keep what is finished; its key covers all the rest.
     """
 
@@ -83,6 +86,13 @@ class Subject:
     loss: str = "auto"
     base: Sequence[Perturbation] = ()
     artefacts: Artefacts = field(default_factory=Artefacts)
+    weights: Weights | None = None
+    program: Program | None = None
+
+    @property
+    def floats(self) -> Weights:
+        """The weights of the model's layers; of modules of the common kinds where nothing else is said."""
+        return Weights.of_modules(self.model) if self.weights is None else self.weights
 
     def outputs(self, perturbations: Sequence[Perturbation] = ()) -> Iterator[Tensor]:
         """The model's output (samples x positions, classes) for each batch, with the base plan and, where they differ
@@ -101,18 +111,23 @@ class Subject:
         base plan is not added.
         """
         change = at_sites([self.sites[name] for name in at], lambda site, x: at[site.name](x))
+        floats, updated = self.floats, () if self.program is None else self.program.updated
         for args, kwargs in self.batches:
             # nothing is held while the caller looks at the outputs: it may not ask for all of them
-            with torch.no_grad(), without_autocast(self.model), swapped_weights(self.model, weights):
-                result = run_with(self.model, change, args, kwargs) if at else run_model(self.model, (args, kwargs))
+            with plain_mode(self.model), restored(self.model, updated), swapped_weights(floats, weights):
+                operands = floats.operands(weights)
+                if at or operands:
+                    result = run_with(self.model, change, args, kwargs, operands=operands)
+                else:
+                    result = run_model(self.model, (args, kwargs))
             yield rows_of(main_output(result))
 
 
-Weights = dict[str, Tensor]
+LayerValues = dict[str, Tensor]
 AtSites = dict[str, Callable[[Tensor], Tensor]]
 
 
-def applied(perturbations: Iterable[Perturbation]) -> tuple[Weights, AtSites]:
+def applied(perturbations: Iterable[Perturbation]) -> tuple[LayerValues, AtSites]:
     """What layers compute with (layer -> weight) and what sites do to their tensors; a later perturbation wins."""
     changes = {p.place: p.change for p in perturbations}
     weights = {owner: c.dequantize() for (owner, _), c in changes.items() if isinstance(c, QuantizedWeight)}
@@ -121,35 +136,21 @@ def applied(perturbations: Iterable[Perturbation]) -> tuple[Weights, AtSites]:
 
 
 @contextmanager
-def swapped_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_weights(floats: Weights, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Layers compute with these weights inside the block, and with their own again after it, whatever happens."""
-    saved: list[tuple[nn.Parameter, Tensor]] = []
+    saved: list[tuple[str, Tensor]] = []
     try:
         for layer, values in weights.items():
-            weight = weight_of(model, layer)
-            saved.append((weight, weight.data))
-            weight.data = values.to(weight)
+            saved.append((layer, floats.swap(layer, values)))
         yield
     finally:
-        for weight, data in reversed(saved):
-            weight.data = data
+        for layer, before in reversed(saved):
+            floats.swap(layer, before)
 
 
 def without_autocast(model: nn.Module) -> torch.autocast:
     """Plain float32 inside the block, whatever the caller's code is wrapped in."""
     return torch.autocast(next((p.device.type for p in model.parameters()), "cpu"), enabled=False)
-
-
-def main_output(result: Any) -> Tensor:
-    """The tensor the damage is measured on: ``logits`` of a dict or record, else the first floating-point tensor."""
-    named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
-    candidates = [named] if isinstance(named, Tensor) else tree_flatten(result)[0]
-    for tensor in candidates:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            return tensor
-    raise InvalidRequest(
-        "The model returns no floating-point tensor, so there is nothing to compare with the float model."
-    )
 
 
 def rows_of(output: Tensor) -> Tensor:

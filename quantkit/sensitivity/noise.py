@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quantkit.numbers.per_token import AnyRange, TokenRange
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import weight_of
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.measure import (
     Perturbation,
@@ -65,7 +64,7 @@ def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generat
     """Outputs with noise in place of one perturbation; the rest of the base plan stays."""
     weights, at = applied(p for p in subject.base if p.place != one.place)
     if isinstance(one.change, QuantizedWeight):
-        weights[one.owner] = noisy_weight(weight_of(subject.model, one.owner), one.change, generator)
+        weights[one.owner] = noisy_weight(subject.floats[one.owner], one.change, generator)
     else:
         at[one.owner] = partial(_noisy_site, found=one.change, generator=generator)
     return subject.outputs_with(weights, at)

@@ -13,7 +13,6 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.inputs import Batch
-from quantkit.program.layers import groups_of, weight_of
 from quantkit.progress import track
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.statistics import in_memory_bound, layer_hessians, site_histograms
@@ -38,17 +37,18 @@ def weight_perturbations(
     rounded again.
     """
     kept = artefacts or Artefacts()
-    observed = as_float(ready.model)
+    observed = as_float(ready.model, ready.weights)
     formats = {n: list(dict.fromkeys(s.weight for s in c if s.weight is not None)) for n, c in candidates.items()}
     done = {name: found for name in formats if (found := _find(kept, name, formats[name])) is not None}
-    for run in in_memory_bound(ready.model, [name for name in formats if name not in done]):
+    for run in in_memory_bound(ready.weights, [name for name in formats if name not in done]):
         hessians = {}
         if rounding not in WITHOUT_INPUTS:
-            hessians = layer_hessians(observed, ready.trace, run, track(batches, "layer inputs", enabled=progress))
+            hessians = layer_hessians(observed, ready.program, run, track(batches, "layer inputs", enabled=progress))
         for name in track(run, "rounding", enabled=progress):
-            weight, hessian = weight_of(ready.model, name), hessians.pop(name, None)
-            rounded = quantize_weight(weight, formats[name], hessian, groups_of(ready.model, name), rounding)
-            done[name] = rounded.weights, rounding_note(name, rounded, rounding)
+            weight, hessian = ready.weights.layers[name], hessians.pop(name, None)
+            how = rounding if weight.reads_rows or rounding in WITHOUT_INPUTS else "nearest"
+            rounded = quantize_weight(ready.weights[name], formats[name], hessian, weight.groups, how)
+            done[name] = rounded.weights, rounding_note(name, rounded, how)
             _keep(kept, name, *done[name])
     rounded_as = [Perturbation(n, str(f), done[n][0][f]) for n, fs in formats.items() for f in fs]
     return rounded_as, {name: done[name][1] for name in formats}

@@ -21,7 +21,6 @@ from torch import Tensor
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import weight_of
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
@@ -80,7 +79,7 @@ def _scores(
             "Use weight-only schemes such as 'w4', or another sensitivity."
         )
     damage = [
-        error(weight_of(subject.model, p.owner), p.change.dequantize()) if isinstance(p.change, QuantizedWeight) else 0
+        error(subject.floats[p.owner], p.change.dequantize()) if isinstance(p.change, QuantizedWeight) else 0
         for p in perturbations
     ]
     return Scores(np.array(damage, dtype=float), np.zeros(len(damage)), notes={"damage": name})

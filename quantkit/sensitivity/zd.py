@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quantkit.program.layers import weight_of
 from quantkit.sensitivity.blocks import find_blocks, layers_of, ranking
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
@@ -39,7 +38,7 @@ def zd_layer(
 
 
 def _z_share(subject: Subject, layers: Iterable[str]) -> float:
-    return z_share([weight_of(subject.model, layer) for layer in layers])
+    return z_share([subject.floats[layer] for layer in layers])
 
 
 def z_share(weights: Sequence[Tensor]) -> float:

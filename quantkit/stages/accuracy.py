@@ -40,7 +40,7 @@ from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
 from quantkit.sensitivity.augmented import augmented_scores
 from quantkit.sensitivity.measure import Scores
-from quantkit.simulation.model import SimulatedModel, as_float
+from quantkit.simulation.model import SimulatedModel
 from quantkit.stages.metric import Evaluate, outcome_of
 from quantkit.stages.profile import Evaluator
 from quantkit.stages.request import Request
@@ -88,7 +88,7 @@ def meet_accuracy(
     AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
     InfeasibleBudget when the other limits alone cannot be met.
     """
-    reference = outcome_of(evaluate, as_float(request.ready.model))
+    reference = outcome_of(evaluate, request.ready.float_model())
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)
     gate = AccuracyGate(
@@ -229,4 +229,5 @@ def _simulated(request: Request, evaluator: Evaluator, profile: Profile, plan: P
     chosen = [evaluator.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
     weights = {p.owner: p.change for p in chosen if isinstance(p.change, QuantizedWeight)}
     ranges = {p.owner: p.change for p in chosen if not isinstance(p.change, QuantizedWeight)}
-    return SimulatedModel(copy.deepcopy(request.ready.model), request.ready.sites, weights, ranges)
+    ready, own = request.ready, copy.deepcopy(request.ready.model)
+    return SimulatedModel(own, ready.sites, weights, ranges, ready.weights.on(own), ready.program.updated)

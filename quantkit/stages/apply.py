@@ -93,7 +93,7 @@ def apply(
     ready = _coded(leave_float(every, goal, kept_float), decided, goal)
     formats = _site_formats(decided, ready, goal)
     reference = list(Subject(ready.model, batches, {}).outputs())
-    finished = _finished(workdir, partial(identity_of, model, inputs, every.trace), options, decided, goal)
+    finished = _finished(workdir, partial(identity_of, model, inputs, every.program), options, decided, goal)
     bench = PlanApplication.of(ready, _weight_formats(decided, ready), formats, batches, reference, options, finished)
     if inplace:  # only now that nothing can be refused any more
         bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided, goal))
@@ -251,7 +251,7 @@ def _recounted(
         total_bytes=size + ready.other_bytes,
         average_bits=average_bits(ready.layers, size),
         provenance={
-            "first_last": {"policy": AS_GIVEN, **ends_of(ready.trace)},
+            "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
             **plan.provenance,
             INSTRUCTION_SET: target.instruction_set,
         },

@@ -22,6 +22,7 @@ from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.by_blocks import round_by_blocks
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
+from quantkit.rounding.request import RoundingRequest
 from quantkit.sensitivity.measure import damage_for
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
@@ -117,7 +118,7 @@ class PlanApplication:
             options.seed,
             finished.artefacts,
         )
-        rewritten.rewrite(ready.model)
+        rewritten.rewrite(ready.weights)
         recording, reconstruction = recording_of(ready, batches), None
         bits = [w.bits for w in weights.values()], [a.bits for a in sites.values()]
         worth = worth_learning(*bits, batches)
@@ -137,13 +138,15 @@ class PlanApplication:
 
     def moved_to(self, ready: Prepared) -> PlanApplication:
         """The same for another copy of the float model, which is rewritten too."""
-        self.rewritten.rewrite(ready.model)
+        self.rewritten.rewrite(ready.weights)
         return replace(self, ready=ready)
 
     def quantized(self, progress: bool, finished: Cache) -> tuple[SimulatedModel, dict[str, Any]]:
         """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again."""
         ready, weights = self.ready, self.weights
-        simulated = SimulatedModel(ready.model, ready.sites, {}, self._site_ranges(progress))
+        simulated = SimulatedModel(
+            ready.model, ready.sites, {}, self._site_ranges(progress), ready.weights, ready.program.updated
+        )
         simulated.eval()
         notes: dict[str, Any] = self._announced()
         notes["rounding"] = self._round(simulated, progress, finished)
@@ -151,18 +154,16 @@ class PlanApplication:
             notes["reparameterization"] = dict(self.rewritten.notes)
         learning, correcting = self.options.reconstruction, self.options.correction
         if self.reconstruction is not None and learning != "none":
-            notes["reconstruction"] = reconstruct(
-                self.reconstruction, simulated, ready.trace, learning, progress, finished
-            )
+            notes["reconstruction"] = reconstruct(self.reconstruction, simulated, learning, progress, finished)
         # learned by the damage, biases and scales among it, there is nothing to correct
         learned = "reconstruction" in notes and learning not in ADAQUANT and correcting == "auto"
         if self.reconstruction is not None and correcting != "none" and not learned:
-            notes["correction"] = correct(self.reconstruction, simulated, ready.trace, correcting, progress, finished)
+            notes["correction"] = correct(self.reconstruction, simulated, correcting, progress, finished)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 
     def _announced(self) -> dict[str, Any]:
-        """The working memory, said before it is taken; nothing where the model is not on tape."""
+        """The working memory, said before it is taken; nothing where the model is not on program."""
         if isinstance(self.recording, str):
             return {}
         learned = by_blocks = 0
@@ -197,9 +198,8 @@ class PlanApplication:
 
     def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
         """Give every layer its codes; returns how."""
-        trace, how, recording = self.ready.trace, self.options.rounding, self.recording
+        recording, request = self.recording, RoundingRequest(self.weights, self.options.rounding, progress, finished)
         if isinstance(recording, str):
-            return round_in_sequence(simulated, trace, self.weights, self.batches, how, progress, finished)
-        inputs = recording.tape.entering(self.ready.model, recording.samples)
-        runner = SimulatedProgram(simulated, recording.tape)
-        return round_by_blocks(runner, trace, recording.blocks, self.weights, inputs, how, progress, finished)
+            return round_in_sequence(simulated, self.ready.program, self.batches, request)
+        inputs = recording.program.entering(self.ready.model, recording.samples)
+        return round_by_blocks(SimulatedProgram(simulated, recording.program), recording.blocks, inputs, request)

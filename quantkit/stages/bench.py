@@ -21,7 +21,6 @@ from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.operations import Operation, execute
 from quantkit.plan import digest_shapes
 from quantkit.program.inputs import Batch, batch_size, first_samples
-from quantkit.program.layers import groups_of, weight_of
 from quantkit.program.operations import operations_of
 from quantkit.program.sites import place_sites
 from quantkit.progress import notice
@@ -88,9 +87,11 @@ class _TimingRig:
     def simulated(self, mixture: Mixture) -> SimulatedModel:
         """The model with these layers quantized, and the sites that they need."""
         ready = self.ready
-        sites = place_sites(ready.model, ready.trace, self.target, [n for n in ready.quantizable if n in mixture])
+        sites = place_sites(ready.model, ready.program, self.target, [n for n in ready.quantizable if n in mixture])
         weights = {name: self.weights[name, bits] for name, bits in mixture.items()}
-        return SimulatedModel(ready.model, sites, weights, {site.name: self.ranges[site.name] for site in sites})
+        return SimulatedModel(
+            ready.model, sites, weights, {site.name: self.ranges[site.name] for site in sites}, ready.weights
+        )
 
 
 def _timing_rig(ready: Prepared, target: Target, example: Batch, progress: bool) -> _TimingRig:
@@ -106,11 +107,13 @@ def _timing_rig(ready: Prepared, target: Target, example: Batch, progress: bool)
     histograms = site_histograms(ready.model, ready.sites, [example], progress)
     act = max(s.activation.bits for s in schemes if s.activation is not None)
     ranges = {name: minmax_range(histogram, act) for name, histogram in histograms.items()}
-    return _TimingRig(ready, target, example, operations_of(ready.trace, ready.sites, target), widths, weights, ranges)
+    return _TimingRig(
+        ready, target, example, operations_of(ready.program, ready.sites, target), widths, weights, ranges
+    )
 
 
 def _rounded(ready: Prepared, name: str, formats: Sequence[WeightFormat]) -> list[tuple[QuantizedWeight, int]]:
-    found = quantize_weight(weight_of(ready.model, name), formats, None, groups_of(ready.model, name)).weights
+    found = quantize_weight(ready.weights[name], formats, None, ready.weights.layers[name].groups).weights
     return [(weight, fmt.bits) for fmt, weight in found.items()]
 
 

@@ -20,8 +20,8 @@ from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.sensitivity.rarely_reached import reached_by_few, with_fallback
-from quantkit.simulation.model import as_float
 from quantkit.stages.forecast import forecast
+from quantkit.stages.recording import recording_of
 from quantkit.stages.request import DEFAULT_TARGET, Request, Schemes, TargetName, make_ready
 from quantkit.store import Artefacts, require_writable
 from quantkit.targets.rules import Rules
@@ -126,7 +126,9 @@ def evaluator_of(request: Request, progress: bool, workdir: str | Path | None = 
     if batches:
         notice(f"measuring on {'pair-mixed calibration inputs' if inputs else 'the calibration inputs as they are'}")
     sites = {site.name: site for site in ready.sites}
-    subject = Subject(ready.model, inputs or batches, sites, settings["loss"], artefacts=artefacts)
+    recording = recording_of(ready, batches)
+    program = None if isinstance(recording, str) else recording.program
+    subject = Subject(ready.model, inputs or batches, sites, settings["loss"], (), artefacts, ready.weights, program)
     samples = sum(batch_size(b) for b in batches)
     notes = {
         "inputs": ("pair-mixed" if inputs else "plain") if batches else "none",
@@ -142,6 +144,6 @@ def _measure(request: Request, progress: bool, evaluator: Evaluator) -> Profile:
     scores = ESTIMATORS[request.settings["sensitivity"]](subject, changes, progress, generator)
     ready = request.ready
     if request.batches:
-        rows = rows_seen(as_float(ready.model), ready.trace, ready.quantizable, subject.batches)
-        scores = with_fallback(scores, changes, ready.model, reached_by_few(rows, evaluator.notes["samples"]))
+        rows = rows_seen(ready.float_model(), ready.program, ready.quantizable, subject.batches)
+        scores = with_fallback(scores, changes, ready.weights, reached_by_few(rows, evaluator.notes["samples"]))
     return request.profile([(p.owner, p.format) for p in changes], scores, evaluator.notes | dict(scores.notes))

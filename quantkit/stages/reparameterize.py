@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.formats import ActivationFormat, WeightFormat
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
-from quantkit.program.layers import weight_of
+from quantkit.program.layers import Weights
 from quantkit.program.sites import Site
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.channels import HELD_BACK, clipped_ranges, mse_ranges
@@ -39,10 +39,10 @@ class Reparameterization:
     log_probabilities: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
 
-    def rewrite(self, model: nn.Module) -> None:
-        """Rewrite a float model in place."""
+    def rewrite(self, floats: Weights) -> None:
+        """Rewrite a float model, whose weights these are, in place."""
         for change in self.rewrites:
-            rewrite(model, change)
+            rewrite(floats, change)
 
     @property
     def ranges(self) -> dict[str, SiteRange]:
@@ -77,9 +77,9 @@ def reparameterization_of(
     for norm, rows in _outputs_of(ready, norms, batches, seed):
         judged = _find(kept, norm)
         if judged is None:
-            change = _change(ready.model, norm, rows, sites[norm.site].bits, "clip" in parts, seed)
-            before = _error(ready.model, rows, weights, norm, _one_range(rows, sites[norm.site].bits, ranges))
-            judged = change, before, _error(ready.model, rows, weights, norm, change)
+            change = _change(ready.weights, norm, rows, sites[norm.site].bits, "clip" in parts, seed)
+            before = _error(ready.weights, rows, weights, norm, _one_range(rows, sites[norm.site].bits, ranges))
+            judged = change, before, _error(ready.weights, rows, weights, norm, change)
             _keep(kept, *judged)
         change, before, after = judged
         notes[norm.name] = f"error behind it {after / before:.2f} of that with one range" if before else "exact"
@@ -109,7 +109,7 @@ def _outputs_of(
     ready: Prepared, norms: Sequence[Norm], batches: Sequence[Batch], seed: int
 ) -> Iterator[tuple[Norm, Tensor]]:
     """Each norm with rows of its output, drawn over all batches; as many norms a pass as memory allows."""
-    widths = {norm.site: weight_of(ready.model, norm.layers[0]).shape[1] for norm in norms}
+    widths = {norm.site: ready.weights.inputs(norm.layers[0]) for norm in norms}
     at_once = max(1, ROW_BYTES // (4 * ROWS * max(widths.values(), default=1)))
     by_name = {site.name: site for site in ready.sites}
     for start in range(0, len(norms), at_once):
@@ -133,10 +133,10 @@ def _outputs_of(
             yield norm, torch.cat(found.pop(norm.site))
 
 
-def _change(model: nn.Module, norm: Norm, rows: Tensor, bits: int, learned: bool, seed: int) -> Rewrite:
+def _change(floats: Weights, norm: Norm, rows: Tensor, bits: int, learned: bool, seed: int) -> Rewrite:
     if not learned:
         return Rewrite.of(norm, mse_ranges(rows, bits)[0])
-    weight = torch.cat([weight_of(model, name).detach() for name in norm.layers])
+    weight = torch.cat([floats[name].detach() for name in norm.layers])
     return Rewrite.of(norm, clipped_ranges(rows, weight, bits, torch.Generator().manual_seed(seed)))
 
 
@@ -146,7 +146,7 @@ def _one_range(rows: Tensor, bits: int, ranges: str) -> SiteRange:
 
 @torch.no_grad()
 def _error(
-    model: nn.Module, rows: Tensor, weights: Mapping[str, WeightFormat], norm: Norm, found: Rewrite | SiteRange
+    floats: Weights, rows: Tensor, weights: Mapping[str, WeightFormat], norm: Norm, found: Rewrite | SiteRange
 ) -> float:
     """Squared error of all layers behind a norm on held-back rows, its output and their weights quantized."""
     rows = rows[::HELD_BACK]
@@ -157,7 +157,7 @@ def _error(
         quantized = found.found.fake_quantize((rows + shift) / ratio) * ratio - shift
     total = 0.0
     for name in norm.layers:
-        weight = weight_of(model, name).detach()
+        weight = floats[name].detach()
         rounded = quantize_weight(weight * ratio, [weights[name]], rounding="nearest").weights[weights[name]]
         total += float((quantized @ (rounded.dequantize() / ratio).T - rows @ weight.T).square().sum())
     return total

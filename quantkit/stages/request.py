@@ -15,7 +15,7 @@ from quantkit.formats import ActivationFormat, Scheme
 from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
 from quantkit.program.inputs import Batch, digest_batches, digest_model
 from quantkit.program.operations import operations_of
-from quantkit.program.trace import Trace
+from quantkit.program.program import Program
 from quantkit.ranges.activations import RANGES
 from quantkit.reconstruction.blocks import RECONSTRUCTIONS
 from quantkit.reconstruction.corrections import CORRECTIONS
@@ -100,7 +100,7 @@ class Request:
             provenance=self.settings | dict(provenance),
             saturation=scores.saturation,
             growth=scores.growth,
-            operations=operations_of(ready.trace, ready.sites, self.target),
+            operations=operations_of(ready.program, ready.sites, self.target),
             latency=self.target.latency,
         )
 
@@ -149,10 +149,10 @@ def make_ready(
     settings: dict[str, Any] = {
         "schemes": [str(s) for s in wanted],
         "rules": repr(rules),
-        "first_last": policy_record(first_last, ready.trace, allowed, rules),
+        "first_last": policy_record(first_last, ready.program, allowed, rules),
         "target": goal.digest(),
         "seed": seed,
-        **identity_of(model, inputs, ready.trace),
+        **identity_of(model, inputs, ready.program),
         **asked,
     }
     return Request(ready, inputs, {name: allowed[name] for name in ready.quantizable}, goal, settings)
@@ -180,20 +180,20 @@ def require_own_table(target: Target, ready: Prepared) -> None:
         target.latency.require(digest_shapes(ready.layers), list(ready.quantizable), sites)
 
 
-def identity_of(model: nn.Module, inputs: Inputs, trace: Trace) -> dict[str, str]:
+def identity_of(model: nn.Module, inputs: Inputs, program: Program) -> dict[str, str]:
     """What every figure and every code depends on, whatever is asked for: the model, the data and this version."""
     return {
         "model": digest_model(model),
-        "operations": _digest_operations(trace),
+        "operations": _digest_operations(program),
         "calibration": digest_batches(inputs.shown),
         "quantkit": VERSION,
     }
 
 
-def _digest_operations(trace: Trace) -> str:
+def _digest_operations(program: Program) -> str:
     """Identifies what a model computes: its class and weights stay the same while its ``forward`` is being edited."""
     return digest_of(
-        [[str(op.key), op.inputs, op.outputs, [repr(a) for a in op.arguments if _is_plain(a)]] for op in trace.ops]
+        [[str(op.key), op.inputs, op.outputs, [repr(a) for a in op.arguments if _is_plain(a)]] for op in program.steps]
     )
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantkit.program.record import record
 from quantkit.program.sites import place_sites
-from quantkit.program.trace import trace
 from quantkit.targets import Target
 from quantkit.targets.roles import CANNOT, MUST
 from tests.program.models import IMAGE, Net, Shortcuts, randn, settled
@@ -19,7 +19,7 @@ TARGET = Target.load("onnxruntime-cpu")
 
 
 def roles_of(model: nn.Module, x: Tensor, target: Target = TARGET) -> dict[str, tuple[str, ...]]:
-    found = trace(model.eval(), ((x,), {}))
+    found = record(model.eval(), ((x,), {}))
     return {site.name: site.roles for site in place_sites(model, found, target, list(found.calls))}
 
 

@@ -164,11 +164,11 @@ def test_weights_are_rounded_for_the_inputs_on_their_grids() -> None:
     ready.model.load_state_dict(mixer().state_dict())
     simulated = type(result.model)(ready.model, result.model.sites, {}, result.model.ranges)
     name, values = "up", tape.entering(ready.model, ((x,), {}))
-    found = moments(SimulatedProgram(simulated, tape), ready.trace, block, name, values).hessian
+    found = moments(SimulatedProgram(simulated, tape), ready.program, block, name, values).hessian
     rows = outputs(ready.model.norm, x).reshape(-1, WIDTH).numpy()
     read = np.stack([on_its_grid(row, 4) for row in rows]).astype(float)
     np.testing.assert_allclose(found[0].numpy(), read.T @ read, rtol=1e-5, atol=1e-4)
-    other = layer_hessians(simulated, ready.trace, [name], [((x,), {})])[name]
+    other = layer_hessians(simulated, ready.program, [name], [((x,), {})])[name]
     torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-4)
 
 

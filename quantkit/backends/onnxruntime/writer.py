@@ -28,7 +28,6 @@ from quantkit.backends.onnxruntime.weight_forms import IR_VERSION, minimum_runti
 from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan
 from quantkit.program.inputs import Batch
-from quantkit.program.layers import layer_kind
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import write_atomically
 from quantkit.targets.instruction_sets import AVX2
@@ -140,8 +139,7 @@ def _write(model: ir.Model, path: str) -> None:
 
 def _weight_bytes(model: ir.Model, simulated: SimulatedModel) -> int:
     """Bytes of the initializers that hold the layers' weights: codes in whatever form, scales, float weights."""
-    layers = [name for name, module in simulated.model.named_modules() if layer_kind(module) is not None]
-    names = {f"{name}.weight" for name in layers}
+    names = {str(weight.parameter or name) for name, weight in simulated.floats.layers.items()}
     parts = tuple(f"{name}." for name in names)
     tensors = [(str(v.name), v.const_value) for v in model.graph.initializers.values()]
     return sum(int(t.nbytes) for name, t in tensors if t is not None and (name in names or name.startswith(parts)))

@@ -1,4 +1,4 @@
-"""A tape computes what the model computes, from the start and from every place a forward can be cut."""
+"""A program computes what the model computes, from the start and from every place a forward can be cut."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.program.inputs import Batch
-from quantkit.program.tape import Tape, record
+from quantkit.program.program import Program
 from quantkit.sensitivity.measure import main_output
 from tests.program.models import randn
+from tests.program.replays import program_of
 from tests.stages.networks import ConvReused, FunctionalReLU, ImageAndFeatures, MobileNet, small
 
 
@@ -32,13 +33,13 @@ MODELS = {
 
 
 @pytest.fixture(params=MODELS, ids=str)
-def case(request) -> tuple[nn.Module, Tape, Batch]:
+def case(request) -> tuple[nn.Module, Program, Batch]:
     build, batch = MODELS[request.param]
     torch.manual_seed(0)
     model = build()
-    tape = record(model, batch(1), batch(2), main_output)
-    assert tape is not None
-    return model, tape, batch(3)
+    program = program_of(model, batch(1), batch(2))
+    assert program is not None
+    return model, program, batch(3)
 
 
 def output_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -46,32 +47,32 @@ def output_of(model: nn.Module, batch: Batch) -> Tensor:
         return main_output(model(*(t.clone() for t in batch[0]), **{k: t.clone() for k, t in batch[1].items()}))
 
 
-def test_a_replay_computes_what_the_model_computes_on_other_inputs(case: tuple[nn.Module, Tape, Batch]) -> None:
-    model, tape, batch = case
+def test_a_replay_computes_what_the_model_computes_on_other_inputs(case: tuple[nn.Module, Program, Batch]) -> None:
+    model, program, batch = case
     with torch.no_grad():
-        (found,) = tape.replay(tape.entering(model, batch), tape.state_of(model), [tape.output])
+        (found,) = program.replay(program.entering(model, batch), program.state_of(model), [program.output])
     torch.testing.assert_close(found, output_of(model, batch))
 
 
-def test_a_forward_can_be_cut_at_every_lone_value(case: tuple[nn.Module, Tape, Batch]) -> None:
-    model, tape, batch = case
-    state, cuts = tape.state_of(model), tape.lone_values()
+def test_a_forward_can_be_cut_at_every_lone_value(case: tuple[nn.Module, Program, Batch]) -> None:
+    model, program, batch = case
+    state, cuts = program.state_of(model), program.lone_values()
     assert cuts
     for after, number in cuts.items():
         with torch.no_grad():
-            (value,) = tape.replay(tape.entering(model, batch), state, [number], span=(0, after + 1))
-            (found,) = tape.replay({number: value}, state, [tape.output], span=(after + 1, len(tape.steps)))
+            (value,) = program.replay(program.entering(model, batch), state, [number], span=(0, after + 1))
+            (found,) = program.replay({number: value}, state, [program.output], span=(after + 1, len(program.steps)))
         torch.testing.assert_close(found, output_of(model, batch))
 
 
 def test_other_parameters_may_take_the_place_of_the_models() -> None:
     model = small()
-    tape = record(model, image_batch(1, 2), image_batch(2, 2), main_output)
-    assert tape is not None
+    program = program_of(model, image_batch(1, 2), image_batch(2, 2))
+    assert program is not None
     batch = image_batch(3, 2)
-    state = tape.state_of(model) | {"head.bias": torch.full((10,), 7.0)}
+    state = program.state_of(model) | {"head.bias": torch.full((10,), 7.0)}
     with torch.no_grad():
-        (found,) = tape.replay(tape.entering(model, batch), state, [tape.output])
+        (found,) = program.replay(program.entering(model, batch), state, [program.output])
     torch.testing.assert_close(found, output_of(model, batch) - model.head.bias + 7)
 
 
@@ -89,11 +90,11 @@ class Viewing(nn.Module):
 
 def test_the_layout_is_the_one_a_model_can_run_in() -> None:
     model = Viewing().eval()
-    tape = record(model, image_batch(1), image_batch(2), main_output)
-    assert tape is not None and not tape.channels_last
+    program = program_of(model, image_batch(1), image_batch(2))
+    assert program is not None and not program.channels_last
     batch = image_batch(3)
     with torch.no_grad():
-        (found,) = tape.replay(tape.entering(model, batch), tape.state_of(model), [tape.output])
+        (found,) = program.replay(program.entering(model, batch), program.state_of(model), [program.output])
     torch.testing.assert_close(found, output_of(model, batch))
 
 
@@ -112,4 +113,4 @@ class Unseen(nn.Module):
 @pytest.mark.parametrize("model", [Branching(), Unseen()], ids=["branching", "unseen"])
 def test_no_tape_where_a_replay_would_compute_something_else(model: nn.Module) -> None:
     high, low = ((torch.ones(4, 3),), {}), ((-torch.ones(4, 3),), {})
-    assert record(model, high, low, main_output) is None
+    assert program_of(model, high, low) is None

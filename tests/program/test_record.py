@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.errors import InvalidRequest
-from quantkit.program.trace import Op, Trace, run_model, trace
+from quantkit.program.program import Program, Step
+from quantkit.program.record import record, run_model
 from tests.program.models import IMAGE, TOKENS, VECTOR, MobileNetBlock, Net, Shortcuts, randn, settled
 
 
-def ops_named(found: Trace, op: str) -> list[Op]:
-    return [o for o in found.ops if o.key.op == op]
+def ops_named(found: Program, op: str) -> list[Step]:
+    return [o for o in found.steps if o.key.op == op]
 
 
 def conv_macs(conv: nn.Conv2d, height: int, width: int) -> int:
@@ -29,7 +30,7 @@ def conv_macs(conv: nn.Conv2d, height: int, width: int) -> int:
 
 def test_layers_of_a_network_with_their_shapes_and_costs() -> None:
     model = settled(MobileNetBlock())
-    found = trace(model, ((randn(4, 4, 6, 5),), {}))
+    found = record(model, ((randn(4, 4, 6, 5),), {}))
     expected = {
         "expand.0": conv_macs(model.expand[0], 6, 5),
         "depthwise.0": conv_macs(model.depthwise[0], 6, 5),
@@ -58,17 +59,17 @@ def test_layers_of_a_network_with_their_shapes_and_costs() -> None:
     ],
 )
 def test_costs_are_per_sample(layer: nn.Module, shape, macs: int) -> None:
-    assert [c.macs for c in trace(nn.Sequential(layer), ((randn(*shape),), {})).calls["0"]] == [macs]
+    assert [c.macs for c in record(nn.Sequential(layer), ((randn(*shape),), {})).calls["0"]] == [macs]
 
 
 def test_costs_are_per_sample_also_where_the_batch_is_reshaped_away() -> None:
     model = Net(lambda self, x: self.fc(x.reshape(-1, x.shape[-1])), fc=nn.Linear(8, 3))
-    assert trace(model, TOKENS).calls["fc"][0].macs == 5 * 8 * 3
+    assert record(model, TOKENS).calls["fc"][0].macs == 5 * 8 * 3
 
 
 def test_layer_called_twice_and_layer_never_called() -> None:
     model = Net(lambda self, x: self.used(torch.tanh(self.used(x))), used=nn.Linear(6, 6), idle=nn.Linear(6, 6))
-    found = trace(model, VECTOR)
+    found = record(model, VECTOR)
     assert list(found.calls) == ["used"]
     first, second = found.calls["used"]
     assert [str(c.key) for c in (first, second)] == ["used/linear", "used/linear.1"]
@@ -84,7 +85,7 @@ def test_relu_in_any_spelling_makes_a_new_value(relu) -> None:
     model = Net(lambda self, x: relu(self.conv(x)), conv=nn.Conv2d(3, 4, 3))
     if isinstance(relu, nn.Module):
         model.relu = relu
-    found = trace(model, IMAGE)
+    found = record(model, IMAGE)
     (op,) = ops_named(found, "relu")
     assert op.inputs == (found.calls["conv"][0].output,)
     assert found.outputs == op.outputs != op.inputs
@@ -96,12 +97,12 @@ def test_in_place_statement_changes_what_every_name_of_the_tensor_means() -> Non
         F.relu_(x)
         return self.two(held)
 
-    found = trace(Net(forward, one=nn.Linear(6, 6), two=nn.Linear(6, 6)), VECTOR)
+    found = record(Net(forward, one=nn.Linear(6, 6), two=nn.Linear(6, 6)), VECTOR)
     assert found.calls["two"][0].input == ops_named(found, "relu")[0].outputs[0]
 
 
 def test_in_place_sum_is_a_sum_of_the_old_value() -> None:
-    found = trace(settled(Shortcuts()), IMAGE)
+    found = record(settled(Shortcuts()), IMAGE)
     iadd, add = ops_named(found, "add")
     relu = ops_named(found, "relu")[0].outputs[0]
     assert iadd.inputs == (found.calls["conv1"][0].output, relu)
@@ -117,7 +118,7 @@ def test_call_that_returns_its_argument_keeps_the_value(keep) -> None:
     model = Net(lambda self, x: self.two(keep(self.one(x))), one=nn.Linear(6, 6), two=nn.Linear(6, 6))
     if isinstance(keep, nn.Module):
         model.keep = keep
-    found = trace(model.eval(), VECTOR)
+    found = record(model.eval(), VECTOR)
     assert found.calls["two"][0].input == found.calls["one"][0].output
     assert len(found.consumers[found.calls["one"][0].output]) == 1
 
@@ -138,10 +139,10 @@ def test_writing_through_a_view_is_another_value_and_a_use(write) -> None:
         write(x)
         return self.two(x)
 
-    found = trace(Net(forward, one=nn.Linear(6, 6), two=nn.Linear(6, 6)), VECTOR)
+    found = record(Net(forward, one=nn.Linear(6, 6), two=nn.Linear(6, 6)), VECTOR)
     before, after = found.calls["one"][0].output, found.calls["two"][0].input
     assert before != after
-    assert before in {v for op in found.ops if op.key.scope == "" for v in op.inputs}
+    assert before in {v for op in found.steps if op.key.scope == "" for v in op.inputs}
     assert after in found.varying
 
 
@@ -154,7 +155,7 @@ def test_use_that_makes_no_floating_point_tensor_is_a_use(use) -> None:
         use(y)
         return torch.relu(y)
 
-    found = trace(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
+    found = record(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
     assert len(found.consumers[found.calls["fc"][0].output]) == 2
 
 
@@ -165,7 +166,7 @@ def test_looking_at_a_shape_is_no_use(look) -> None:
         look(y)
         return torch.relu(y)
 
-    found = trace(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
+    found = record(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
     assert len(found.consumers[found.calls["fc"][0].output]) == 1
 
 
@@ -175,7 +176,7 @@ def test_two_inputs_by_keyword_and_a_dict_of_outputs() -> None:
         return {"mixed": mixed, "parts": (mixed[:, 0], features)}
 
     model = Net(forward, left=nn.Conv2d(3, 4, 3), right=nn.Linear(5, 4))
-    found = trace(model, ((), {"image": randn(4, 3, 8, 8), "features": randn(4, 5)}))
+    found = record(model, ((), {"image": randn(4, 3, 8, 8), "features": randn(4, 5)}))
     (add,) = ops_named(found, "add")
     assert [str(found.producer[found.calls[n][0].input]) for n in ("right", "left")] == ["/input", "/input[1]"]
     assert found.outputs == (add.outputs[0], ops_named(found, "getitem")[0].outputs[0], found.calls["right"][0].input)
@@ -196,20 +197,20 @@ def test_outputs_in_any_container_are_known(kind: str) -> None:
         made = {"list": [z, y], "tuple": (z, y), "nested": {"a": [z], "b": {"c": (y,)}}, "namedtuple": pair(z, y)}
         return Record(z, [y]) if kind == "dataclass" else made[kind]
 
-    found = trace(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
+    found = record(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
     y = found.calls["fc"][0].output
     assert found.outputs == (ops_named(found, "relu")[0].outputs[0], y)
 
 
 def test_nested_containers_name_their_layers() -> None:
     parts = nn.ModuleDict({"a": nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 2)))])})
-    found = trace(Net(lambda self, x: self.parts["a"][0](x), parts=parts), VECTOR)
+    found = record(Net(lambda self, x: self.parts["a"][0](x), parts=parts), VECTOR)
     assert list(found.calls) == ["parts.a.0.0", "parts.a.0.1.0"]
 
 
 def test_weight_used_by_a_function_is_no_call_of_its_layer() -> None:
     model = Net(lambda self, x: F.conv2d(x, self.conv.weight, self.conv.bias), conv=nn.Conv2d(3, 4, 3))
-    found = trace(model, IMAGE)
+    found = record(model, IMAGE)
     assert found.calls == {}
     assert [str(op.key) for op in found.consumers[found.stored["conv.weight"]]] == ["/conv2d"]
 
@@ -219,14 +220,14 @@ def test_call_by_keywords_in_any_order() -> None:
         def forward(self, x):
             return F.conv2d(weight=self.weight, bias=self.bias, input=x)
 
-    found = trace(nn.Sequential(Turned(3, 4, 3)), IMAGE)
+    found = record(nn.Sequential(Turned(3, 4, 3)), IMAGE)
     assert str(found.producer[found.calls["0"][0].input]) == "/input"
 
 
 def test_module_under_two_names_is_one_layer() -> None:
     shared = nn.Linear(6, 6)
     model = Net(lambda self, x: self.second(torch.relu(self.first(x))), first=shared, second=shared)
-    found = trace(model, VECTOR)
+    found = record(model, VECTOR)
     assert {name: len(calls) for name, calls in found.calls.items()} == {"first": 2}
 
 
@@ -235,7 +236,7 @@ def test_token_ids_vary_but_are_no_activations() -> None:
         return self.fc(self.embed(ids) + self.position(torch.arange(ids.shape[1])))
 
     parts = {"embed": nn.Embedding(11, 8), "position": nn.Embedding(5, 8), "fc": nn.Linear(8, 2)}
-    found = trace(Net(forward, **parts), ((torch.arange(20).reshape(4, 5) % 11,), {}))
+    found = record(Net(forward, **parts), ((torch.arange(20).reshape(4, 5) % 11,), {}))
     words, places = found.calls["embed"][0], found.calls["position"][0]
     assert words.input not in found.producer
     assert words.output in found.varying
@@ -254,13 +255,13 @@ def test_forward_in_inference_mode() -> None:
         def forward(self, x):
             return self.last(self.relu(self.fc(x)).contiguous())
 
-    found = trace(Inference(), VECTOR)
+    found = record(Inference(), VECTOR)
     assert found.calls["last"][0].input == ops_named(found, "relu")[0].outputs[0]
 
 
 def test_two_traces_are_equal() -> None:
     model = settled(MobileNetBlock())
-    assert trace(model, ((randn(4, 4, 6, 5),), {})) == trace(model, ((randn(4, 4, 6, 5, seed=9),), {}))
+    assert record(model, ((randn(4, 4, 6, 5),), {})) == record(model, ((randn(4, 4, 6, 5, seed=9),), {}))
 
 
 def test_trace_keeps_no_activation_alive() -> None:
@@ -271,10 +272,10 @@ def test_trace_keeps_no_activation_alive() -> None:
         alive.append(weakref.ref(y))
         return torch.cat([y, torch.stack([y, y])[0]], 1)
 
-    found = trace(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
+    found = record(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
     gc.collect()
     assert [ref() for ref in alive] == [None]
-    assert found.ops
+    assert found.steps
 
 
 def test_model_that_works_in_place_leaves_the_callers_data_alone() -> None:
@@ -284,7 +285,7 @@ def test_model_that_works_in_place_leaves_the_callers_data_alone() -> None:
 
     model, x = Net(forward, fc=nn.Linear(6, 2)), randn(4, 6)
     before = x.clone()
-    trace(model, ((x,), {}))
+    record(model, ((x,), {}))
     run_model(model, ((x,), {}))
     assert torch.equal(x, before)
 
@@ -295,7 +296,7 @@ def test_failure_names_the_batch_and_the_models_own_words() -> None:
 
     model = Net(forward, fc=nn.Linear(5, 2))
     wanted = r"rejected a calibration batch \(\(4, 6\)\): AssertionError: five features wanted\. Pass batches exactly"
-    for call in (trace, run_model):
+    for call in (record, run_model):
         with pytest.raises(InvalidRequest, match=wanted):
             call(model, VECTOR)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -172,13 +172,14 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     from quantkit.backends.onnxruntime.latency import measure_latency_ratio
     from quantkit.backends.onnxruntime.marks import mark_graph
     from quantkit.backends.onnxruntime.onnx_model import OnnxModel
-    from quantkit.backends.onnxruntime.writer import export_float, export_onnx
+    from quantkit.backends.onnxruntime.writer import ExportOptions, export_float, export_onnx
 
     example = result.example()
     simulated = result.simulated()
     graph = mark_graph(simulated, example)
     checked = result.calibration[:CHECKED_BATCHES]
-    report = export_onnx(simulated, example, path, check=checked, plan=result.plan, graph=graph)
+    options = ExportOptions(result.instruction_set, checked, plan=result.plan, graph=graph)
+    report = export_onnx(simulated, example, path, options)
     metrics = dict(result.metrics)
     if inputs.evaluate is not None:
         metrics["onnx"] = metric_of(inputs.evaluate, OnnxModel(path))

@@ -14,7 +14,7 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.packing import packed_weight_bytes
 from quantkit.numbers.per_token import AnyRange
-from quantkit.plan import Plan, average_bits, digest_of
+from quantkit.plan import FLOAT, Plan, average_bits, digest_of
 from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
@@ -29,8 +29,9 @@ from quantkit.stages.options import ApplyOptions, Run
 from quantkit.stages.result import Result
 from quantkit.store import Artefacts
 from quantkit.targets import Target
+from quantkit.targets.instruction_sets import INSTRUCTION_SET
 from quantkit.targets.rules import require_kinds
-from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
+from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of, without_sites
 
 AS_GIVEN = "as given"  # the policy on first and last layers in a plan that comes as a mapping
 _ANY_WEIGHT = WeightFormat("8")
@@ -52,10 +53,11 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     """Quantize the session's model by a plan; the prepared model becomes the result's. Raises InvalidRequest for a
     plan that does not fit the model or the target.
     """
-    inputs, target, run = session.inputs, session.target, asked.run
+    inputs, run = session.inputs, asked.run
+    target = session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
     options, batches = asked.options.with_inputs(inputs, plan.schemes.values()), inputs.batches
     kept_float = _kept_float(session, plan)
-    ready = _coded(leave_float(session.prepared, target, kept_float), plan)
+    ready = _coded(leave_float(session.prepared, target, kept_float), plan, target)
     formats = _site_formats(plan, ready, target)
     reference = session.reference
     finished = _finished(run.workdir, session, options, plan)
@@ -63,10 +65,10 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
     if asked.inplace:  # only now that nothing can be refused any more
         own = inputs.prepared(session.model, target, kept_float, inplace=True)
-        applying = applying.moved_to(_coded(own, plan))
+        applying = applying.moved_to(_coded(own, plan, target))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     simulated, notes = applying.quantized(run.progress, finished)
-    plan = _recounted(plan, simulated, applying.ready, formats)
+    plan = _recounted(plan, simulated, applying.ready, formats, target)
     metrics |= compare_outputs(simulated, batches, reference, options.loss)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes)
@@ -76,9 +78,8 @@ def _finished(workdir: Path | None, session: Session, options: ApplyOptions, pla
     """Where every finished piece of work is kept, keyed by all that decides it."""
     if workdir is None:
         return Cache()
-    timeless = digest_of(asdict(replace(session.target, latency=None)))
     settings = session.identity | asdict(options)
-    settings |= {"plan": plan.digest(), "target": timeless, "torch": torch.__version__}
+    settings |= {"plan": plan.digest(), "target": session.target.digest(), "torch": torch.__version__}
     folder = workdir / f"applied-{digest_of(settings)}"
     if folder.exists():
         notice(f"going on from what is finished in {folder}")
@@ -89,9 +90,21 @@ def _metric(name: str, evaluate: Evaluate | None, model: nn.Module) -> dict[str,
     return {} if evaluate is None else {name: metric_of(evaluate, model)}
 
 
-def _coded(ready: Prepared, plan: Plan) -> Prepared:
-    """With the sites that the plan's activations need."""
-    return with_sites_of(ready, plan.schemes.values())
+def _coded(ready: Prepared, plan: Plan, target: Target) -> Prepared:
+    """With the sites that the plan's activations need, and without those that it leaves float. Raises InvalidRequest
+    where these have to hold codes.
+    """
+    ready = with_sites_of(ready, plan.schemes.values())
+    for site in ready.sites:
+        if plan.sites.get(site.name) != FLOAT:
+            continue
+        if asked := {c: a for c in site.consumers if (a := plan.schemes[c].activation) is not None}:
+            raise _contradiction(site.name, {**asked, f"site {site.name}": FLOAT})
+        if role := target.role_of_codes(site.roles):
+            raise InvalidRequest(
+                f"The plan leaves site {site.name!r} float, which is a {role}, and {target.name} needs codes there."
+            )
+    return without_sites(ready, [name for name, fmt in plan.sites.items() if fmt == FLOAT])
 
 
 def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
@@ -124,7 +137,7 @@ def _kept_float(session: Session, plan: Plan) -> list[str]:
             check_group(name, scheme.weight, every.layers[name].shape)
     require_kinds(every.layers, {name: [scheme] for name, scheme in plan.schemes.items()}, target)
     _check_size(plan, every)
-    known = [site.name for site in (*every.sites, *_coded(every, plan).sites)]
+    known = [site.name for site in (*every.sites, *with_sites_of(every, plan.schemes.values()).sites)]
     for name in plan.sites:
         if name not in known:
             hint = did_you_mean(name, known)
@@ -157,16 +170,18 @@ def _site_formats(plan: Plan, ready: Prepared, target: Target) -> dict[str, Acti
         if site.name in plan.sites:
             asked[f"site {site.name}"] = _activation(site.name, plan.sites[site.name])
         if len(set(asked.values())) > 1:
-            given = ", ".join(f"{name} {fmt}" for name, fmt in asked.items())
-            raise InvalidRequest(
-                f"The plan asks for several formats of one tensor, {site.name!r}: {given}. Give it one."
-            )
+            raise _contradiction(site.name, asked)
         formats[site.name] = next(iter(asked.values()), widest)
         if formats[site.name].fmt == "log4" and holds_probabilities(site):
             continue
         if reason := target.refusal(Scheme(_ANY_WEIGHT, formats[site.name])):
             raise InvalidRequest(f"The plan gives site {site.name!r} {formats[site.name]}: {reason}.")
     return formats
+
+
+def _contradiction(site: str, asked: Mapping[str, ActivationFormat | str]) -> InvalidRequest:
+    given = ", ".join(f"{name} {fmt}" for name, fmt in asked.items())
+    return InvalidRequest(f"The plan asks for several formats of one tensor, {site!r}: {given}. Give it one.")
 
 
 def _activation(site: str, text: str) -> ActivationFormat:
@@ -177,7 +192,7 @@ def _activation(site: str, text: str) -> ActivationFormat:
 
 
 def _recounted(
-    plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat]
+    plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat], target: Target
 ) -> Plan:
     """The plan with sizes counted from what was packed; raises QuantkitError if they are not what it promised."""
     packed = {name: packed_weight_bytes(weight) for name, weight in simulated.weights.items()}
@@ -186,14 +201,19 @@ def _recounted(
         raise QuantkitError(
             f"The plan promised {plan.size_bytes:,} bytes of weights, {size:,} were packed. Please report this."
         )
+    sites = {name: _found_format(simulated.ranges.get(name), fmt) for name, fmt in formats.items()}
     return replace(
         plan,
         schemes={name: plan.schemes.get(name, Scheme()) for name in ready.layers},
-        sites={name: _found_format(simulated.ranges.get(name), fmt) for name, fmt in formats.items()},
+        sites=sites | {name: fmt for name, fmt in plan.sites.items() if fmt == FLOAT and sites},
         size_bytes=size,
         total_bytes=size + ready.other_bytes,
         average_bits=average_bits(ready.layers, size),
-        provenance={"first_last": {"policy": AS_GIVEN, **ends_of(ready.program)}} | plan.provenance,
+        provenance={
+            "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
+            **plan.provenance,
+            INSTRUCTION_SET: target.instruction_set,
+        },
     )
 
 

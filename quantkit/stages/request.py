@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
+from quantkit.plan import Profile, SiteRecord, digest_shapes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
 from quantkit.sensitivity import require_additive
@@ -139,7 +139,7 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         "schemes": [str(s) for s in wanted],
         "rules": repr(options.rules),
         "first_last": policy_record(options.first_last, ready.program, allowed, options.rules),
-        "target": digest_of(asdict(replace(session.target, latency=None))),
+        "target": session.target.digest(),
         "seed": options.seed,
         **session.identity,
         **{name: value for name, value in chosen(options).items() if name != "first_last"},

@@ -25,7 +25,7 @@ from quantkit.errors import CorruptFile, InvalidRequest, QuantkitError, did_you_
 from quantkit.plan import digest_of
 from quantkit.program.inputs import Batch, as_batch, batch_size, split_batches
 from quantkit.recipe.read import Recipe
-from quantkit.sensitivity.measure import main_output
+from quantkit.sensitivity.outputs import main_output
 from quantkit.stages.metric import Evaluate
 
 BATCH = 128

@@ -19,12 +19,13 @@ from quantkit.numbers.per_token import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.layers import layer_kind, weight_of
 from quantkit.sensitivity.measure import AtSites, Perturbation, Place, Subject, applied, swapped_weights
+from quantkit.sensitivity.outputs import Outputs
 
 Changes = Mapping[Place, QuantizedWeight | AnyRange]
 
 
-def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Tensor]]:
-    """(batch, plan, output (rows, classes)) of every plan on every batch, batch after batch.
+def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Outputs]]:
+    """(batch, plan, outputs, each (rows, classes)) of every plan on every batch, batch after batch.
 
     The first plan is the one that the others vary; what a plan leaves out is as in the subject's base. Memory: the
     outputs of all layers for one batch.
@@ -44,8 +45,8 @@ def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Ite
             if k == 0:
                 at |= {name: tape.noting(name, at.get(name, _as_it_is)) for name in {*at, *watched}}
             with swapped_weights(model, weights), tape.playing(changed[k]) if k else tape.recording():
-                output = next(alone.outputs_with(moved, at))
-            yield number, k, output
+                outputs = next(alone.outputs_with(moved, at))
+            yield number, k, outputs
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
@@ -20,7 +20,8 @@ from quantkit.plan import Plan, average_bits, digest_of
 from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
-from quantkit.sensitivity.measure import Subject, damage_for
+from quantkit.sensitivity.damage import Reference, RunningDamage
+from quantkit.sensitivity.measure import Subject
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.stages.applying import ApplyOptions, PlanApplication, holds_probabilities
 from quantkit.stages.first_last import ends_of
@@ -90,15 +91,15 @@ def apply(
     kept_float = _kept_float(every, decided, batches, goal)
     ready = _coded(leave_float(every, goal, kept_float), decided)
     formats = _site_formats(decided, ready, goal)
-    reference = list(Subject(ready.model, batches, {}).outputs())
+    reference = Reference.of(Subject(ready.model, batches, {}, loss))
     finished = _finished(workdir, partial(identity_of, model, inputs, every.trace), options, decided, goal)
-    bench = PlanApplication.of(ready, _weight_formats(decided, ready), formats, batches, reference, options, finished)
+    bench = PlanApplication.of(ready, _weight_formats(decided, ready), formats, reference, options, finished)
     if inplace:  # only now that nothing can be refused any more
         bench = bench.moved_to(_coded(inputs.prepared(model, goal, kept_float, inplace=True), decided))
     metrics = _metric("float", evaluate, as_float(bench.ready.model))
     simulated, notes = bench.quantized(progress, finished)
     decided = _recounted(decided, simulated, bench.ready, formats)
-    metrics |= compare_outputs(simulated, batches, reference, loss) | _metric("quantized", evaluate, simulated)
+    metrics |= compare_outputs(simulated, reference) | _metric("quantized", evaluate, simulated)
     return Result(simulated, decided, ready.folds, inputs.shown, metrics=metrics, notes=notes)
 
 
@@ -242,16 +243,15 @@ def _found_format(found: AnyRange | None, asked: ActivationFormat) -> str:
     return f"alog{found.bits}" if isinstance(found, LogRange) else str(asked)
 
 
-def compare_outputs(
-    model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], loss: str
-) -> dict[str, float]:
-    """Damage and agreement of the largest output with the float model's outputs ``reference`` on the calibration
-    inputs; nothing without any.
+def compare_outputs(model: nn.Module, reference: Reference) -> dict[str, float]:
+    """Damage, and agreement of the answer's largest output with the float model's, on the calibration inputs; nothing
+    without any.
     """
-    if not batches:
+    if not reference.batches:
         return {}
-    damage = damage_for(loss, torch.cat(list(reference)))
-    after = list(Subject(model, batches, {}).outputs())
-    losses = torch.cat([damage.rows(a, b) for a, b in zip(reference, after, strict=True)])
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, after, strict=True)])
-    return {"calibration_damage": float(losses.mean()), "calibration_agreement": float(same.float().mean())}
+    rule, running, same = reference.damage.rule, RunningDamage(reference.damage), []
+    subject = Subject(model, reference.batches, {}, rule=rule)
+    for before, after in zip(reference.outputs, subject.outputs(), strict=True):
+        running.update(before, after)
+        same.append(before[rule.main].argmax(-1) == after[rule.main].argmax(-1))
+    return {"calibration_damage": running.mean, "calibration_agreement": float(torch.cat(same).float().mean())}

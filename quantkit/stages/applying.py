@@ -6,9 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import AnyRange, TokenRange
@@ -22,7 +19,7 @@ from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.by_blocks import round_by_blocks
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
-from quantkit.sensitivity.measure import damage_for
+from quantkit.sensitivity.damage import Reference
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages.inputs import Inputs
@@ -98,15 +95,15 @@ class PlanApplication:
         ready: Prepared,
         weights: Mapping[str, WeightFormat],
         sites: Mapping[str, ActivationFormat],
-        batches: Sequence[Batch],
-        reference: Sequence[Tensor],
+        reference: Reference,
         options: ApplyOptions,
         finished: Cache,
     ) -> PlanApplication:
         """Rewrites the model of ``ready`` where that is asked for; it computes what it computed. ``reference`` are its
-        outputs. What is ``finished`` is not found again. Raises InvalidRequest where learning is asked for and cannot
-        be.
+        outputs for the calibration data. What is ``finished`` is not found again. Raises InvalidRequest where learning
+        is asked for and cannot be.
         """
+        batches = reference.batches
         rewritten = reparameterization_of(
             ready,
             weights,
@@ -123,9 +120,8 @@ class PlanApplication:
         worth = worth_learning(*bits, batches)
         asked = {"reconstruction": options.reconstruction, "correction": options.correction}
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
-            damage = damage_for(options.loss, torch.cat(list(reference)))
             reconstruction = require_reconstruction(
-                plan_reconstruction(ready, recording, damage, options.seed), **asked
+                plan_reconstruction(ready, recording, reference.damage, options.seed), **asked
             )
         how = (
             "none"

@@ -24,8 +24,8 @@ from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, l
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, scale_layer
 from quantkit.reconstruction.learning import Learned, Schedule
 from quantkit.reconstruction.snapshot import Cache, Snapshot
+from quantkit.sensitivity.damage import SOFTENED, Damage
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import SOFTENED, Damage, rows_of
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, play, room_for
 from quantkit.stages.recording import Recording, some_samples
@@ -92,12 +92,13 @@ def plan_reconstruction(
     order = torch.randperm(count, generator=generator)
     training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
     state = copied_state(tape, ready.model)
+    measure, rows = damage.main, damage.rule.answer.rows
     reference = FloatReference(
         state,
         _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
-        lambda wanted, found: damage.rows(rows_of(wanted), rows_of(found)),
-        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), SOFTENED),
-        lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
+        lambda wanted, found: measure.rows(rows(wanted), rows(found)),
+        lambda wanted, found: measure.smooth_rows(rows(wanted), rows(found), SOFTENED),
+        lambda output, draw: (measure.cotangent(rows(output).detach(), draw) * rows(output)).sum(),
     )
     floats, every = float_program(ready.model, tape, state), whole(tape, ())
 
@@ -113,7 +114,8 @@ def plan_reconstruction(
         for part, most in ((training, DRAWS), (testing, FEW_DRAWS))
     )
     data = ReconstructionData(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
-    return ReconstructionPlan(recording, reference, data, data.first(FEW_DRAWS * (count - held)), seed, damage.softens)
+    some = data.first(FEW_DRAWS * (count - held))
+    return ReconstructionPlan(recording, reference, data, some, seed, measure.softens)
 
 
 def _drawn(

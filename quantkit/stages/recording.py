@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.segments import Segment, blocks_of
 from quantkit.program.tape import Tape, record
-from quantkit.sensitivity.measure import main_output
+from quantkit.sensitivity.outputs import main_output
 from quantkit.transforms.prepare import Prepared
 
 SIZE = 64  # samples played at once

@@ -21,7 +21,8 @@ from quantkit.reconstruction.blocks import RECONSTRUCTIONS
 from quantkit.reconstruction.corrections import CORRECTIONS
 from quantkit.rounding.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, require_additive
-from quantkit.sensitivity.measure import LOSSES, Scores
+from quantkit.sensitivity.measure import Scores
+from quantkit.sensitivity.outputs import LOSSES
 from quantkit.stages.first_last import FIRST_LAST, SAME, policy_record, with_policy
 from quantkit.stages.inputs import Inputs, require_accepted, tell_what_is_missing
 from quantkit.stages.reparameterize import REPARAMETERIZATIONS

@@ -8,7 +8,7 @@ from torch import nn
 
 from quantkit.program.segments import LAYERS, Segment, blocks_of
 from quantkit.program.tape import Tape, record
-from quantkit.sensitivity.measure import main_output
+from quantkit.sensitivity.outputs import main_output
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.program.models import randn

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from quantkit.program.inputs import Batch
 from quantkit.program.tape import Tape, record
-from quantkit.sensitivity.measure import main_output
+from quantkit.sensitivity.outputs import main_output
 from tests.program.models import randn
 from tests.stages.networks import ConvReused, FunctionalReLU, ImageAndFeatures, MobileNet, small
 

@@ -14,7 +14,7 @@ from quantkit.ranges.statistics import layer_hessians
 from quantkit.rounding.by_blocks import moments, round_by_blocks
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
-from quantkit.sensitivity.measure import main_output
+from quantkit.sensitivity.outputs import main_output
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, play
 from quantkit.targets import Target

@@ -12,7 +12,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.program.tape import record
 from quantkit.reconstruction.learning import Schedule
 from quantkit.rounding.by_blocks import moments
-from quantkit.sensitivity.measure import main_output
+from quantkit.sensitivity.outputs import main_output
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages import reconstruct

@@ -92,7 +92,7 @@ def test_answer_is_the_logits_else_the_first_float_tensor() -> None:
 
 
 def test_an_output_that_another_batch_lacks_is_named() -> None:
-    with pytest.raises(InvalidRequest, match="returns logits for a calibration batch.*also returned boxes"):
+    with pytest.raises(InvalidRequest, match=r"returns logits for a calibration batch.*also returned boxes"):
         rule_of({"logits": SCORES, "boxes": BOXES}).tensors({"logits": SCORES})
 
 

@@ -93,7 +93,7 @@ def test_damage_is_the_sum_over_outputs_of_the_mean_over_their_rows(kind: str, l
     scores = ESTIMATORS["kl"](subject, changes, False, torch.Generator())
     for k, one in enumerate(changes):
         rows = slow_rows(reference, whole(list(subject.outputs([one]))), losses)
-        assert scores.damage[k] == pytest.approx(sum(r.mean() for r in rows), rel=1e-4, abs=1e-8)  # float32
+        assert scores.damage[k] == pytest.approx(sum(r.mean() for r in rows), rel=1e-3, abs=2e-8)  # float32
         most = sum(r.std(ddof=1) / len(r) ** 0.5 for r in rows)
         assert scores.standard_error[k] == pytest.approx(most, rel=1e-3, abs=1e-8)
     boxes = [scores.damage[k] for k, one in enumerate(changes) if one.owner == "boxes" and one.format == "w2"]

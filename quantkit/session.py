@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quantkit.plan import digest_of
 from quantkit.program.inputs import Batch, digest_batches, digest_model
 from quantkit.program.program import Program
+from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
 from quantkit.stages.inputs import Inputs, require_accepted
 from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
@@ -33,6 +33,7 @@ class Session:
     inputs: Inputs
     target: Target
     prepared: Prepared
+    references: dict[str, Reference] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: nn.Module, inputs: Inputs, target: Target) -> Session:
@@ -47,7 +48,7 @@ class Session:
         """The session with a float copy of its own of the prepared model."""
         own = copy_with_computed_tensors(self.prepared.model)
         forked = replace(self, prepared=replace(self.prepared, model=own, weights=self.prepared.weights.on(own)))
-        for name in ("replay", "reference", "identity"):  # the same for every copy
+        for name in ("replay", "identity"):  # the same for every copy
             if name in vars(self):
                 vars(forked)[name] = vars(self)[name]
         return forked
@@ -71,13 +72,13 @@ class Session:
         """The replay, cut into blocks by the layers and sites of ``ready``; or why there is none."""
         return self.replay if isinstance(self.replay, str) else recording_of(ready, self.replay)
 
-    @cached_property
-    def reference(self) -> Sequence[Tensor]:
-        """The float model's outputs on the calibration batches."""
-        ready = self.prepared
-        return list(
-            Subject(ready.model, self.inputs.batches, {}, weights=ready.weights, program=ready.program).outputs()
-        )
+    def reference(self, loss: str) -> Reference:
+        """The float model's outputs on the calibration batches, and the damage that is measured against them."""
+        if loss not in self.references:
+            ready, batches = self.prepared, self.inputs.batches
+            subject = Subject(ready.model, batches, {}, loss, weights=ready.weights, program=ready.program)
+            self.references[loss] = Reference.of(subject)
+        return self.references[loss]
 
     @property
     def batches(self) -> list[Batch]:

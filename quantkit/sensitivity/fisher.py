@@ -22,8 +22,9 @@ from quantkit.program.inputs import batch_size
 from quantkit.program.intercept import OpKey
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point
+from quantkit.sensitivity.damage import mean_and_error
 from quantkit.sensitivity.first_order import slopes
-from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject, mean_and_error
+from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
 DRAWS = 4
@@ -109,12 +110,13 @@ def _slopes(
     """Gradients of the log-likelihood of labels drawn anew, summed over the rows, a first dimension for the draws."""
     found = []
     for _ in range(DRAWS):
-        drawn = land.damage.cotangent(point.output.detach(), generator)
+        drawn = land.damage.cotangent(tuple(output.detach() for output in point.outputs), generator)
+        live = [(output, c) for output, c in zip(point.outputs, drawn, strict=True) if output.requires_grad]
         found.append(
             torch.autograd.grad(
-                point.output,
+                [output for output, _ in live],
                 list(variables.values()),
-                drawn,
+                [c for _, c in live],
                 retain_graph=True,
                 allow_unused=True,
                 materialize_grads=True,

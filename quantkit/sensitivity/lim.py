@@ -14,7 +14,8 @@ from torch import Tensor
 
 from quantkit.progress import track
 from quantkit.sensitivity.blocks import layers_of, ranking, require_blocks, watched
-from quantkit.sensitivity.measure import Perturbation, Scores, Subject, rows_of
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
+from quantkit.sensitivity.outputs import rows_of
 from quantkit.sensitivity.registry import Cost, estimator
 
 HIGHEST = 1.0  # a layer outside all blocks ranks first: first and last layers matter most

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
@@ -15,10 +15,10 @@ from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.packing import packed_weight_bytes
 from quantkit.numbers.per_token import AnyRange
 from quantkit.plan import FLOAT, Plan, average_bits, digest_of
-from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
-from quantkit.sensitivity.measure import Subject, damage_for
+from quantkit.sensitivity.damage import Reference, RunningDamage
+from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.simulation.model import SimulatedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
@@ -55,13 +55,13 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     """
     inputs, run = session.inputs, asked.run
     target = session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
-    options, batches = asked.options.with_inputs(inputs, plan.schemes.values()), inputs.batches
+    options = asked.options.with_inputs(inputs, plan.schemes.values())
     kept_float = _kept_float(session, plan)
     ready = _coded(leave_float(session.prepared, target, kept_float), plan, target)
     formats = _site_formats(plan, ready, target)
-    reference = session.reference
+    reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
-    formatted = Formatted(ready, _weight_formats(plan, ready), formats, batches)
+    formatted = Formatted(ready, _weight_formats(plan, ready), formats, inputs.batches)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
     if asked.inplace:  # only now that nothing can be refused any more
         own = inputs.prepared(session.model, target, kept_float, inplace=True)
@@ -69,7 +69,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     simulated, notes = applying.quantized(run.progress, finished)
     plan = _recounted(plan, simulated, applying.ready, formats, target)
-    metrics |= compare_outputs(simulated, batches, reference, options.loss)
+    metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes)
 
@@ -222,16 +222,15 @@ def _found_format(found: AnyRange | None, asked: ActivationFormat) -> str:
     return f"alog{found.bits}" if isinstance(found, LogRange) else str(asked)
 
 
-def compare_outputs(
-    model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], loss: str
-) -> dict[str, float]:
-    """Damage and agreement of the largest output with the float model's outputs ``reference`` on the calibration
-    inputs; nothing without any.
+def compare_outputs(model: nn.Module, reference: Reference) -> dict[str, float]:
+    """Damage, and agreement of the answer's largest output with the float model's, on the calibration inputs; nothing
+    without any.
     """
-    if not batches:
+    if not reference.batches:
         return {}
-    damage = damage_for(loss, torch.cat(list(reference)))
-    after = list(Subject(model, batches, {}).outputs())
-    losses = torch.cat([damage.rows(a, b) for a, b in zip(reference, after, strict=True)])
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, after, strict=True)])
-    return {"calibration_damage": float(losses.mean()), "calibration_agreement": float(same.float().mean())}
+    rule, running, same = reference.damage.rule, RunningDamage(reference.damage), []
+    subject = Subject(model, reference.batches, {}, rule=rule)
+    for before, after in zip(reference.outputs, subject.outputs(), strict=True):
+        running.update(before, after)
+        same.append(before[rule.main].argmax(-1) == after[rule.main].argmax(-1))
+    return {"calibration_damage": running.mean, "calibration_agreement": float(torch.cat(same).float().mean())}

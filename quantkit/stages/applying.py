@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import AnyRange, TokenRange
@@ -22,7 +18,7 @@ from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.by_blocks import round_by_blocks
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
 from quantkit.rounding.request import RoundingRequest
-from quantkit.sensitivity.measure import damage_for
+from quantkit.sensitivity.damage import Reference
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages.formatted import Formatted
@@ -69,7 +65,7 @@ class PlanApplication:
         cls,
         formatted: Formatted,
         recording: Recording | str,
-        reference: Sequence[Tensor],
+        reference: Reference,
         options: ApplyOptions,
         finished: Cache,
     ) -> PlanApplication:
@@ -84,8 +80,7 @@ class PlanApplication:
         worth = worth_learning(*bits, batches)
         asked = {"reconstruction": options.reconstruction, "correction": options.correction}
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
-            damage = damage_for(options.loss, torch.cat(list(reference)))
-            planned = plan_reconstruction(ready, recording, damage, options.seed)
+            planned = plan_reconstruction(ready, recording, reference.damage, options.seed)
             reconstruction = require_reconstruction(planned, **asked)
         untouched = options.reconstruction == "auto" and not worth
         how = "none" if untouched else method_to_learn(options.reconstruction, *bits)

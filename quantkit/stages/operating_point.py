@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from quantkit.allocation.allocate import plan_of, question_around, recount
 from quantkit.allocation.from_profile import assignment_of
@@ -25,8 +24,10 @@ from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.reconstruction.augmentation import changed, harmless
 from quantkit.sensitivity.around import PlanDamage
+from quantkit.sensitivity.damage import SOFTENED, Reference
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import SOFTENED, Subject, damage_for
+from quantkit.sensitivity.measure import Subject
+from quantkit.sensitivity.outputs import Outputs
 from quantkit.stages.profile import Evaluator
 
 # Measurements (forwards of the sample set with a whole plan in place) allowed per profiled format.
@@ -92,11 +93,11 @@ def measurements_of(evaluator: Evaluator, seed: int, progress: bool) -> PlanDama
 def _with_changed_images(subject: Subject, generator: torch.Generator) -> Subject:
     """Measured on the same inputs with their images changed in the ways that the first batch says are harmless."""
 
-    def outputs(batch: Batch) -> Tensor:
-        return torch.cat(list(replace(subject, batches=[batch]).float_outputs()))
+    def outputs(batch: Batch) -> Outputs:
+        return next(replace(subject, batches=[batch]).float_outputs())
 
-    first = subject.batches[0]
-    changes = harmless(first, outputs, damage_for(subject.loss, outputs(first)).rows, generator)
+    first = Reference.of(replace(subject, batches=subject.batches[:1]))
+    changes = harmless(subject.batches[0], outputs, first.damage.mean, generator)
     if not changes:
         return subject
     return replace(subject, batches=[changed(batch, changes, generator) for batch in subject.batches])

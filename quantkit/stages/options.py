@@ -14,7 +14,7 @@ from quantkit.reconstruction.blocks import RECONSTRUCTIONS
 from quantkit.reconstruction.corrections import CORRECTIONS
 from quantkit.rounding.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS
-from quantkit.sensitivity.measure import LOSSES
+from quantkit.sensitivity.outputs import LOSSES
 from quantkit.stages.first_last import FIRST_LAST, SAME
 from quantkit.stages.inputs import Inputs
 from quantkit.targets.rules import Rules

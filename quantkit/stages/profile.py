@@ -41,7 +41,9 @@ def measure(request: Request, run: Run, evaluator: Evaluator | None = None) -> P
             artefacts.remove()
             return request.with_latency(found)
     if request.batches:
-        notice(str(forecast(request)))
+        expected = forecast(request)
+        notice(str(expected))
+        notice(f"damage: {expected.rule}")
     measured = _measure(request, run.progress, evaluator or evaluator_of(request, run))
     if kept is not None:
         measured.save(kept)
@@ -102,4 +104,6 @@ def _measure(request: Request, progress: bool, evaluator: Evaluator) -> Profile:
     if request.batches:
         rows = rows_seen(ready.float_model(), ready.program, ready.quantizable, subject.batches)
         scores = with_fallback(scores, changes, ready.weights, reached_by_few(rows, evaluator.notes["samples"]))
-    return request.profile([(p.owner, p.format) for p in changes], scores, evaluator.notes | dict(scores.notes))
+    rule = {} if subject.rule is None else {"outputs": subject.rule.record()}
+    notes = evaluator.notes | rule | dict(scores.notes)
+    return request.profile([(p.owner, p.format) for p in changes], scores, notes)

@@ -134,6 +134,15 @@ class Site:
     bits: int = 8
 
 
+@dataclass
+class Computed:
+    scale: float
+    bits: int = 4
+
+    def codes(self, x: Tensor) -> Tensor:
+        return x / self.scale
+
+
 def test_codes_are_compared_by_value_not_by_type() -> None:
     codes, scale = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8), torch.tensor([[0.5], [0.1]])
     zeros, same = torch.zeros(2, 1, dtype=torch.int8), codes_of(Old(codes, scale))
@@ -144,6 +153,7 @@ def test_codes_are_compared_by_value_not_by_type() -> None:
     assert codes_of(Old(codes, scale, zeros + 1)) not in (same, codes_of(Old(codes, scale, zeros + 2)))
     assert codes_of(Site(0.1, 3)) == codes_of(Site(torch.tensor(0.1), 3))
     assert len({codes_of(Site(0.1, 3)), codes_of(Site(0.1, 4)), codes_of(Site(0.1, 3, 4))}) == 3
+    assert len({codes_of(Computed(0.1)), codes_of(Computed(0.2)), codes_of(Computed(0.1, 3))}) == 3
     with pytest.raises(ValueError, match="teach codes_of its names"):
         codes_of(object())
 

@@ -160,11 +160,7 @@ def codes_of(quantizer: Any) -> str:
     """A hash of a weight's or a site's numbers, whatever type holds them: codes, scales as float32, zero points (none
     are as good as zeros) and bits.
     """
-    found = {
-        key: value
-        for key, names in NUMBERS.items()
-        if (value := next((v for n in names if (v := getattr(quantizer, n, None)) is not None), None)) is not None
-    }
+    found = {key: value for key, names in NUMBERS.items() if (value := _first_of(quantizer, names)) is not None}
     if not found:
         raise ValueError(f"nothing of {', '.join(NUMBERS)} in {quantizer!r}: teach codes_of its names")
     parts: list[object] = []
@@ -175,6 +171,12 @@ def codes_of(quantizer: Any) -> str:
         numbers = numbers.astype(np.float32 if key == "scale" else np.int64)
         parts += [key, numbers.shape if key == "codes" else numbers.size, numbers.tobytes()]
     return digest(*parts)
+
+
+def _first_of(quantizer: Any, names: tuple[str, ...]) -> Any:
+    """The first of these attributes that holds something; methods are none: some quantizers compute codes."""
+    held = (getattr(quantizer, name, None) for name in names)
+    return next((value for value in held if value is not None and not callable(value)), None)
 
 
 def graph_of(path: Path) -> dict[str, Any]:

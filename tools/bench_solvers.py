@@ -4,7 +4,7 @@
     python tools/bench_solvers.py --problems 0 --feasibility 0 --compare [PROFILE ...]
 
 * ``--problems``: random problems with groups and 1 to 4 limits, small enough to look at every combination: PuLP, HiGHS
-  and the dynamic program must find the least sum of damages, the quadratic solver the least objective with pair terms,
+  and the dynamic program must find the least sum of damages, ``auto`` the least objective with pair terms,
   and what has no answer must be refused with the least that can be reached.
 * ``--feasibility``: plans of every solver on larger problems, counted again here: how many are over a limit?
 * ``--large``: 500 layers x 8 formats x 3 limits, processor time and gap.
@@ -33,7 +33,7 @@ import numpy as np
 
 from quantkit.allocation.allocate import gap_for
 from quantkit.allocation.feasibility import OutOfReach
-from quantkit.allocation.from_profile import question
+from quantkit.allocation.from_profile import allocation_problem
 from quantkit.allocation.problem import Problem, Solution
 from quantkit.allocation.registry import PAIR_SOLVERS, SOLVERS, Settings, SolverGaveUp
 from quantkit.allocation.solve import solve
@@ -68,9 +68,9 @@ def within_reach(seed: int, count: int, **kinds: object) -> Iterator[Problem]:
             return
 
 
-def counted(problem: Problem, found: Solution) -> bool:
+def counted(problem: Problem, solution: Solution) -> bool:
     """Whether a solution meets every limit, added up here."""
-    taken = [choice.options[k] for choice, k in zip(problem.choices, found.assignment, strict=True)]
+    taken = [choice.options[k] for choice, k in zip(problem.choices, solution.assignment, strict=True)]
     return all(sum(option.costs[k] for option in taken) <= limit for k, (_, limit) in enumerate(problem.limits))
 
 
@@ -79,7 +79,7 @@ def disagreement(problem: Problem, listed: Listed, name: str) -> str:
     inside = listed.within([limit for _, limit in problem.limits])
     values = listed.objectives if name in PAIR_SOLVERS else listed.sums
     try:
-        found = solve(problem if name in PAIR_SOLVERS else replace(problem, pairs=None), name)
+        solution = solve(problem if name in PAIR_SOLVERS else replace(problem, pairs=None), name)
     except OutOfReach as refused:
         return _blamed_wrongly(problem, listed, refused) or ("refused, but there is a plan" if inside.any() else "")
     except SolverGaveUp as refused:
@@ -88,10 +88,10 @@ def disagreement(problem: Problem, listed: Listed, name: str) -> str:
         return "found a plan where there is none"
     best = float(values[inside].min())
     rounding = PRECISION * max(option.damage for choice in problem.choices for option in choice.options)
-    if not counted(problem, found):
+    if not counted(problem, solution):
         return "is over a limit"
-    if abs(found.objective - best) > rounding or found.bound > best + rounding:
-        return f"objective {found.objective}, bound {found.bound}, brute force {best}"
+    if abs(solution.objective - best) > rounding or solution.bound > best + rounding:
+        return f"objective {solution.objective}, bound {solution.bound}, brute force {best}"
     return ""
 
 
@@ -110,7 +110,7 @@ def agreement(count: int, seed: int) -> int:
     for k, problem in enumerate(problems(seed, count, limits=(1, 4), pairs=True)):
         listed = everything(problem)
         infeasible += not listed.within([limit for _, limit in problem.limits]).any()
-        for name in (*EXACT, "quadratic"):
+        for name in (*EXACT, "auto"):
             if name == "dp" and len(problem.limits) > 1:
                 continue
             runs[name] += 1
@@ -161,10 +161,10 @@ def large(seed: int) -> int:
         for problem in within_reach(seed + 2, 3, choices=(500, 500), options=(8, 8), limits=(3, 3), groups=groups):
             for name in ("pulp", "highs"):
                 start = processor_seconds()
-                found = solve(problem, name, Settings(gap=gap_for(problem)))
+                solution = solve(problem, name, Settings(gap=gap_for(problem)))
                 seconds = processor_seconds() - start
-                failed += seconds > 10 or found.gap > 1e-3 or not counted(problem, found)
-                print(f"  {name:<6} groups {groups!s:<6} {seconds:5.2f} s, gap {found.gap:.1e}", flush=True)
+                failed += seconds > 10 or solution.gap > 1e-3 or not counted(problem, solution)
+                print(f"  {name:<6} groups {groups!s:<6} {seconds:5.2f} s, gap {solution.gap:.1e}", flush=True)
     return failed
 
 
@@ -177,14 +177,14 @@ def quadratic_small(seed: int) -> int:
         kinds = {"choices": (choices, choices), "options": (4, 4), "limits": (1, 3), "pairs": True, "groups": False}
         for problem in within_reach(seed + 3, count, **kinds):
             start = time.perf_counter()
-            found = solve(problem, settings=Settings(gap=gap_for(problem)))
+            solution = solve(problem, settings=Settings(gap=gap_for(problem)))
             slowest = max(slowest, time.perf_counter() - start)
             best = optimum(problem)
             assert best is not None
-            proven += found.proven
+            proven += solution.proven
             # Where shifts cancel, the sum of pair terms is no more precise than they are.
             rounding = PRECISION * abs(best) + 1e-15 * float(np.abs(problem.pairs).max())
-            confirmed += abs(found.objective - best) <= rounding
+            confirmed += abs(solution.objective - best) <= rounding
         failed += 2 * count - proven - confirmed
         print(
             f"quadratic {choices} x 4: {proven} of {count} proven optimal, {confirmed} confirmed by brute force, "
@@ -202,14 +202,14 @@ def quadratic_large(seed: int, tabu_seconds: float, instances: int) -> int:
         limits = 2 - number % 2
         problem = next(within_reach(seed + 4 + number, 1, limits=(limits, limits), **kinds))
         start = time.perf_counter()
-        found = solve(problem, settings=Settings(gap=gap_for(problem)))
+        solution = solve(problem, settings=Settings(gap=gap_for(problem)))
         seconds = time.perf_counter() - start
         searched = Tabu(problem, np.random.default_rng(seed)).search(tabu_seconds)
-        worse = found.objective / searched - 1
-        failed += worse > 0.01 or seconds > 60 or not counted(problem, found)
+        worse = solution.objective / searched - 1
+        failed += worse > 0.01 or seconds > 60 or not counted(problem, solution)
         print(
-            f"quadratic 40 x 5, {limits} limits: {found.objective:.6g} in {seconds:.1f} s, reported gap "
-            f"{found.gap:.2%}; tabu search of {tabu_seconds:.0f} s: {searched:.6g}; ours is {worse:+.3%} against it",
+            f"pair terms, 40 x 5, {limits} limits: {solution.objective:.6g} in {seconds:.1f} s, reported gap "
+            f"{solution.gap:.2%}; tabu search of {tabu_seconds:.0f} s: {searched:.6g}; ours is {worse:+.3%} of that",
             flush=True,
         )
     return failed
@@ -227,7 +227,7 @@ def profile_problems(path: str) -> list[Problem]:
     profile = Profile.load(path)
     bops = 24 * sum(layer.macs for layer in profile.layers.values())
     budgets = [*(Budget(average_bits=bits) for bits in (2.5, 3, 4, 6)), Budget(average_bits=4, bops=bops)]
-    return [question(profile, budget.limits(profile)).problem for budget in budgets]
+    return [allocation_problem(profile, budget.limits(profile)).problem for budget in budgets]
 
 
 def compare(paths: Sequence[str], seed: int) -> int:

@@ -42,7 +42,7 @@ class AllocationProblem:
     layers: tuple[str, ...]
     sites: tuple[str, ...]
 
-    def answer(self, assignment: Assignment) -> tuple[dict[str, Scheme], dict[str, str]]:
+    def decode(self, assignment: Assignment) -> tuple[dict[str, Scheme], dict[str, str]]:
         """(layer -> scheme, site -> format) of an assignment."""
         names = [option.name for option in self.problem.chosen(assignment)]
         split = len(self.layers)
@@ -50,10 +50,10 @@ class AllocationProblem:
         return schemes, dict(zip(self.sites, names[split:], strict=True))
 
 
-def assignment_of(profile: Profile, asked: AllocationProblem, plan: Plan) -> Assignment:
+def assignment_of(profile: Profile, allocation: AllocationProblem, plan: Plan) -> Assignment:
     """The assignment that gives this plan; raises InvalidRequest where a choice offers no such option."""
-    found = []
-    for owner, choice in zip([*asked.layers, *asked.sites], asked.problem.choices, strict=True):
+    options = []
+    for owner, choice in zip([*allocation.layers, *allocation.sites], allocation.problem.choices, strict=True):
         if choice.name == owner:
             scheme = plan.schemes.get(owner, Scheme())
             read = [plan.sites[site] for site in profile.layers[owner].inputs if site in plan.sites]
@@ -63,8 +63,8 @@ def assignment_of(profile: Profile, asked: AllocationProblem, plan: Plan) -> Ass
         offered = [(option.name, option.tag) for option in choice.options]
         if wanted not in offered:
             raise InvalidRequest(f"The plan gives {owner!r} {wanted[0]}, which is not among its candidates.")
-        found.append(offered.index(wanted))
-    return tuple(found)
+        options.append(offered.index(wanted))
+    return tuple(options)
 
 
 def candidates(profile: Profile, schemes: Iterable[str | Scheme] | None = None) -> dict[str, tuple[Scheme, ...]]:
@@ -97,11 +97,11 @@ def candidates(profile: Profile, schemes: Iterable[str | Scheme] | None = None) 
     return allowed
 
 
-def question(
+def allocation_problem(
     profile: Profile,
     limits: Mapping[str, int],
     schemes: Iterable[str | Scheme] | None = None,
-    fixed: Fixed | None = None,
+    fixed: FixedChoices | None = None,
 ) -> AllocationProblem:
     """The problem of choosing schemes for all layers and formats for all sites within ``limits`` (of
     ``Budget.limits``).
@@ -135,14 +135,14 @@ def question(
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedChoices:
     """What runs how: the layers that are quantized, and the format of every site that holds codes."""
 
     quantized: frozenset[str]
     sites: Mapping[str, str]
 
     @classmethod
-    def of(cls, plan: Plan) -> Fixed:
+    def of(cls, plan: Plan) -> FixedChoices:
         """As a plan has it."""
         quantized = frozenset(name for name, scheme in plan.schemes.items() if not scheme.is_float)
         return cls(quantized, {name: fmt for name, fmt in plan.sites.items() if fmt != FLOAT})
@@ -186,7 +186,7 @@ def _layer_cost(profile: Profile, limit: str, layer: Layer, scheme: Scheme) -> i
 
 
 def fixed_cost(
-    profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str, fixed: Fixed | None = None
+    profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str, fixed: FixedChoices | None = None
 ) -> int:
     """What counts towards a limit whatever is chosen: layers that stay float, and what is stored besides weights.
     ``fixed``: what runs on codes, for a limit on latency.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.allocation.allocate import plan_of, question_around, recount
+from quantkit.allocation.allocate import plan_of, problem_around, recount
 from quantkit.allocation.from_profile import assignment_of
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
@@ -42,7 +42,7 @@ def refine(
     provenance.
     """
     limits = budget.limits(profile)
-    asked = question_around(profile, limits, plan)
+    asked = problem_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
     measurements = draws_of(evaluator, seed, progress)
     allowed = EFFORTS[effort] * len(profile.entries)

@@ -9,7 +9,7 @@ is asked of the result is a point near the optimum and multipliers of the limits
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,22 +53,12 @@ class _Iterate:
         )
 
 
-def relaxed_optimum(
-    curved: Floats, linear: Floats, equal: Floats, right: Floats, below: Floats, most: Floats, start: Floats
-) -> tuple[Floats, Floats]:
-    """(point, multipliers of the limits) near the minimum of x'Px/2 + q'x, x >= 0, Ax = a, Bx <= b.
-
-    P must be convex along the directions that Ax = a leaves; ``start`` is positive. Stops where rounding makes the
-    linear system singular."""
-    norms = np.maximum(np.linalg.norm(below, axis=1), 1e-300)
-    size = max(float(np.abs(linear).max(initial=0.0)), float(np.abs(curved).max(initial=0.0)), 1e-300)
-    program = _Program(curved / size, linear / size, equal, right, below / norms[:, None], most / norms)
-    point, price = program.solve(start)
-    return np.maximum(point, 0.0), np.maximum(price, 0.0) * size / norms
-
-
 @dataclass(frozen=True, eq=False)
-class _Program:
+class QuadraticProgram:
+    """Minimize x'Px/2 + q'x over x >= 0 with Ax = a and Bx <= b: P ``curved``, q ``linear``, A ``equal``, a ``right``,
+    B ``below``, b ``most``. P must be convex along the directions that Ax = a leaves.
+    """
+
     curved: Floats
     linear: Floats
     equal: Floats
@@ -76,7 +66,23 @@ class _Program:
     below: Floats
     most: Floats
 
-    def solve(self, start: Floats) -> tuple[Floats, Floats]:
+    def optimum(self, start: Floats) -> tuple[Floats, Floats]:
+        """(point, multipliers of the limits) near the minimum, from a positive ``start``. Stops where rounding makes
+        the linear system singular.
+        """
+        norms = np.maximum(np.linalg.norm(self.below, axis=1), 1e-300)
+        size = max(float(np.abs(self.linear).max(initial=0.0)), float(np.abs(self.curved).max(initial=0.0)), 1e-300)
+        scaled = replace(
+            self,
+            curved=self.curved / size,
+            linear=self.linear / size,
+            below=self.below / norms[:, None],
+            most=self.most / norms,
+        )
+        point, price = scaled._solve(start)
+        return np.maximum(point, 0.0), np.maximum(price, 0.0) * size / norms
+
+    def _solve(self, start: Floats) -> tuple[Floats, Floats]:
         now = self._first(start)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what overflows is not gone to
             for _ in range(_ITERATIONS):

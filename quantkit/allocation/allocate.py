@@ -24,8 +24,8 @@ from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
-from quantkit.latency import FULL_BITS
 from quantkit.plan import Plan, Profile, average_bits
+from quantkit.plan.latency import FULL_BITS
 
 GAP, GAP_OF_LARGE = 1e-6, 1e-4  # relative distance to the bound that counts as optimal
 LARGE = 2000  # options: beyond, the last digits of the proof take most of the time

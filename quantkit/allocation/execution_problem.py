@@ -24,9 +24,9 @@ from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.latency import LatencyTable, SiteTime
-from quantkit.operations import Operation, live_sites
 from quantkit.plan import Profile
+from quantkit.plan.latency import LatencyTable, SiteTime
+from quantkit.plan.operations import Operation, live_sites
 
 Literal = tuple[str, str]  # a choice and one of its options
 CODES = "codes"
@@ -213,7 +213,7 @@ def _add_conditions(
     formats: Mapping[str, Sequence[str]],
     allowed: Mapping[str, tuple[Scheme, ...]],
 ) -> None:
-    """What ``quantkit.operations.execute`` says, as conditions."""
+    """What ``quantkit.plan.operations.execute`` says, as conditions."""
     causes: dict[str, list[str]] = {site: [] for site in formats}
 
     def touch(op: Operation, sites: Iterable[str]) -> None:

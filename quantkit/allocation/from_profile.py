@@ -11,9 +11,9 @@ import numpy as np
 from quantkit.allocation.problem import Assignment, Choice, Floats, Option, Problem
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
-from quantkit.latency import LatencyTable
-from quantkit.operations import execute
 from quantkit.plan import Layer, Plan, Profile
+from quantkit.plan.latency import LatencyTable
+from quantkit.plan.operations import execute
 
 FLOAT_BITS = 32
 FLOAT = "float"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from quantkit.allocation.from_profile import COSTS
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.latency import FULL_BITS
-from quantkit.operations import Execution, execute, peak_bytes
 from quantkit.plan import Plan, Profile
+from quantkit.plan.latency import FULL_BITS
+from quantkit.plan.operations import Execution, execute, peak_bytes
 
 # What depends on which layers run on codes, and not only on the sum of the layers' formats.
 OF_EXECUTION = ("latency", "activation_bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.operations import Operation
+from quantkit.plan.operations import Operation
 from quantkit.program.sites import Site, fused_output, moves_values, root_of, runs_on_codes
 from quantkit.program.trace import Op, Trace
 from quantkit.targets import Target

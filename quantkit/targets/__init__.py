@@ -12,7 +12,7 @@ import yaml
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.latency import LatencyTable
+from quantkit.plan.latency import LatencyTable
 from quantkit.store import write_atomically
 
 SUFFIXES = (".yaml", ".yml", ".json")

@@ -14,9 +14,9 @@ from quantkit.allocation.allocate import allocate
 from quantkit.allocation.pareto import pareto
 from quantkit.errors import InfeasibleBudget, InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.latency import LatencyTable, OperationTime, SiteTime
-from quantkit.operations import Operation
 from quantkit.plan import Layer, Plan, Profile, SiteRecord
+from quantkit.plan.latency import LatencyTable, OperationTime, SiteTime
+from quantkit.plan.operations import Operation
 
 OPERATIONS = (
     Operation("stem", "layer", ("input",), ("a",), codes_output=True),

@@ -1,9 +1,9 @@
 """A limit on accuracy: the cheapest plan whose evaluated accuracy is good enough.
 
-Along a front of plans by bisection, and layer by layer along an order of sensitivity (one bisection per bit level,
-from high to low, as in "Augmenting Hessians with Inter-Layer Dependencies"). Accuracy is assumed to rise with the cost
-but not trusted to: what is returned was itself evaluated, and so were its neighbours. An evaluation takes forwards of
-a whole data set; each plan is evaluated once.
+Along a front of plans by bisection, and layer by layer along an order of sensitivity ("Augmenting Hessians with
+Inter-Layer Dependencies", arXiv 2306.04879, docs/methods/accuracy-bisection.md: one bisection per bit level, from high
+to low). Accuracy is assumed to rise with the cost and is not trusted to: what is returned was itself evaluated, and so
+were its neighbours. An evaluation takes forwards of a whole data set; each plan is evaluated once.
 """
 
 from __future__ import annotations

@@ -64,24 +64,14 @@ class _Builder:
         self.at_most(len(causes), missing, self.literals(effect))
 
     def problem(self, limits: Mapping[str, int], same: Iterable[tuple[str, ...]] = ()) -> Problem:
-        names = list(limits)
-        choices = tuple(
-            Choice(
-                choice,
-                tuple(
-                    Option(
-                        option,
-                        damage,
-                        (
-                            *(costs.get(name, 0) for name in names),
-                            *(row.get((choice, option), 0) for row, _, _ in self.conditions),
-                        ),
-                    )
-                    for option, (damage, costs) in options.items()
-                ),
-            )
-            for choice, options in self.options.items()
-        )
+        """The costs of named limits come first, then those of the conditions."""
+
+        def option_of(choice: str, name: str) -> Option:
+            damage, costs = self.options[choice][name]
+            conditions = (row.get((choice, name), 0) for row, _, _ in self.conditions)
+            return Option(name, damage, (*(costs.get(limit, 0) for limit in limits), *conditions))
+
+        choices = tuple(Choice(c, tuple(option_of(c, name) for name in names)) for c, names in self.options.items())
         rows = tuple((name, most) for _, most, name in self.conditions)
         return Problem(choices, (*limits.items(), *rows), same=tuple(same))
 
@@ -317,7 +307,7 @@ def smallest(
     loose = 2**60
     problem = execution_problem(profile, {name: loose, **held}, allowed)
     choices = tuple(
-        Choice(one.name, tuple(replace(o, damage=float(o.costs[0])) for o in one.options)) for one in problem.choices
+        one.with_options(lambda _, option: replace(option, damage=float(option.costs[0]))) for one in problem.choices
     )
     try:
         assignment = _solved(replace(problem, choices=choices), settings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from quantkit.allocation.highs import highs
 from quantkit.allocation.presolve import Presolved
-from quantkit.allocation.problem import Choice, Problem
+from quantkit.allocation.problem import Option, Problem
 from quantkit.allocation.problem_arrays import ProblemArrays
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 from quantkit.errors import InfeasibleBudget
@@ -56,15 +56,11 @@ def smallest_given(problem: Problem, limit: int, held: list[int]) -> int | None:
     """The least total cost under one limit while those of ``held`` hold; None when they cannot hold together."""
     if not held:
         return ProblemArrays.of(problem).smallest(limit)
-    choices = tuple(
-        Choice(
-            one.name,
-            tuple(
-                replace(o, damage=float(o.costs[limit]), costs=tuple(o.costs[k] for k in held)) for o in one.options
-            ),
-        )
-        for one in problem.choices
-    )
+
+    def costing(_: int, option: Option) -> Option:
+        return replace(option, damage=float(option.costs[limit]), costs=tuple(option.costs[k] for k in held))
+
+    choices = tuple(one.with_options(costing) for one in problem.choices)
     least = replace(problem, choices=choices, limits=tuple(problem.limits[k] for k in held), pairs=None)
     try:
         return problem.cost(highs(least, Settings()).assignment)[limit]

@@ -118,20 +118,15 @@ def allocation_problem(
     choices = [Choice(name, _layer_options(profile, index, name, tags[name], tuple(limits))) for name in allowed]
     choices += [Choice(f"site {s}", _site_options(profile, index, s, formats[s], len(limits))) for s in sites]
     agree = [tuple(([f"site {s}"] if formats[s] else []) + readers[s]) for s in profile.sites if readers[s]]
-    rest = {name: limit - fixed_cost(profile, allowed, name, fixed) for name, limit in limits.items()}
-    return AllocationProblem(
-        Problem(
-            choices=tuple(choices),
-            limits=tuple(rest.items()),
-            pairs=_pairs(profile, choices, [*allowed, *sites]),
-            same=tuple(
-                group for names in profile.same_scheme if len(group := tuple(n for n in names if n in allowed)) > 1
-            ),
-            agree=tuple(group for group in agree if len(group) > 1),
-        ),
-        tuple(allowed),
-        tuple(sites),
+    same = [tuple(name for name in names if name in allowed) for names in profile.same_scheme]
+    problem = Problem(
+        choices=tuple(choices),
+        limits=tuple((name, most - fixed_cost(profile, allowed, name, fixed)) for name, most in limits.items()),
+        pairs=_pairs(profile, choices, [*allowed, *sites]),
+        same=tuple(group for group in same if len(group) > 1),
+        agree=tuple(group for group in agree if len(group) > 1),
     )
+    return AllocationProblem(problem, tuple(allowed), tuple(sites))
 
 
 @dataclass(frozen=True)
@@ -240,12 +235,10 @@ def _layer_options(
 ) -> tuple[Option, ...]:
     layer, options = profile.layers[name], []
     for scheme, tag in tagged:
-        damage = (
-            0.0 if scheme.weight is None else float(profile.damage[_entry(profile, index, name, str(scheme.weight))])
-        )
-        options.append(
-            Option(str(scheme), damage, tuple(_layer_cost(profile, limit, layer, scheme) for limit in limits), tag)
-        )
+        entry = None if scheme.weight is None else _entry(profile, index, name, str(scheme.weight))
+        damage = 0.0 if entry is None else float(profile.damage[entry])
+        costs = tuple(_layer_cost(profile, limit, layer, scheme) for limit in limits)
+        options.append(Option(str(scheme), damage, costs, tag))
     return tuple(options)
 
 

@@ -44,13 +44,7 @@ class _Iterate:
         return min(1.0, _TO_THE_BOUNDARY * float((now[down] / -change[down]).min(initial=np.inf)))
 
     def moved(self, move: _Iterate, step: float) -> _Iterate:
-        return _Iterate(
-            self.point + step * move.point,
-            self.reduced + step * move.reduced,
-            self.free + step * move.free,
-            self.slack + step * move.slack,
-            self.price + step * move.price,
-        )
+        return _Iterate(**{name: part + step * getattr(move, name) for name, part in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +103,8 @@ class QuadraticProgram:
     def _first(self, start: Floats) -> _Iterate:
         weight = max(1e-6, float(np.abs(self.linear).mean()))
         slack = np.maximum(self.most - self.below @ start, 0.1 * np.abs(self.most) + 1e-9)
-        return _Iterate(
-            start,
-            np.full(len(start), weight),
-            np.zeros(len(self.right)),
-            slack,
-            np.full(len(slack), weight),
-        )
+        reduced, price = np.full(len(start), weight), np.full(len(slack), weight)
+        return _Iterate(start, reduced, np.zeros(len(self.right)), slack, price)
 
     def _directions(self, now: _Iterate) -> Callable[[float, _Iterate | None], _Iterate]:
         """Newton directions towards a complementarity, corrected by the products of an earlier direction; both from
@@ -141,13 +130,8 @@ class QuadraticProgram:
         def direction(target: float, earlier: _Iterate | None) -> _Iterate:
             at_point = target - (0.0 if earlier is None else earlier.point * earlier.reduced)
             at_slack = target - (0.0 if earlier is None else earlier.slack * earlier.price)
-            right = np.concatenate(
-                [
-                    at_point / now.point - now.reduced - stationary,
-                    -missing,
-                    now.slack - at_slack / now.price - over,
-                ]
-            )
+            curved = at_point / now.point - now.reduced - stationary
+            right = np.concatenate([curved, -missing, now.slack - at_slack / now.price - over])
             step = dgetrs(factors, pivots, right)[0]
             point, free, price = step[:count], step[count : count + rows], step[count + rows :]
             reduced = (at_point - now.reduced * point) / now.point - now.reduced

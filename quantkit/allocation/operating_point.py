@@ -1,12 +1,12 @@
 """Improvement of a plan by what is measured around it, not around the float model.
 
-Below four bits the second order at the float point mispredicts. Rounds: measure every single change of the
-plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
-one down) chosen by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
-selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
-than it is: better is what is better by two standard errors of the difference, input by input, and what no other
-measure finds worse; where one draw of the inputs leaves that open, more draws are measured. What is measured comes
-through ``Measurements``; nothing here depends on a model.
+Below four bits the second order at the float point mispredicts (docs/methods/operating-point.md). Rounds: measure
+every single change of the plan, solve again within a trust region, accept only what lowers the measured damage. Then
+exchanges (one format up, one down) chosen by measured damage alone, many on a part of the inputs and the best of them
+on all, as EvoPress selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many
+plans looks better than it is: better is what is better by two standard errors of the difference, input by input, and
+what no other measure finds worse; where one draw of the inputs leaves that open, more draws are measured. What is
+measured comes through ``Measurements``; nothing here depends on a model.
 """
 
 from __future__ import annotations
@@ -167,13 +167,11 @@ class _Walk:
     def _solve_within(self, radius: int) -> Assignment:
         """The least predicted damage with at most ``radius`` choices changed, by swaps from where the walk stands."""
         assert self.local is not None
-        choices = tuple(
-            Choice(
-                choice.name,
-                tuple(replace(o, costs=(*o.costs, int(k != now))) for k, o in enumerate(choice.options)),
-            )
-            for choice, now in zip(self.local.choices, self.assignment, strict=True)
-        )
+
+        def counting(choice: Choice, now: int) -> Choice:
+            return choice.with_options(lambda k, option: replace(option, costs=(*option.costs, int(k != now))))
+
+        choices = tuple(map(counting, self.local.choices, self.assignment))
         limited = replace(self.local, choices=choices, limits=(*self.local.limits, ("changes", radius)))
         reduced = presolve(limited)
         search = LocalSearch(reduced.problem)

@@ -83,17 +83,11 @@ def _counted_from_cheapest(
         columns.append([[cost // unit for cost in own] for own in above])
         kept.append((name, (limit - base) // unit))
         scale.append((base, unit))
-    counted = tuple(
-        Choice(
-            choice.name,
-            tuple(
-                replace(option, costs=tuple(column[i][j] for column in columns))
-                for j, option in enumerate(choice.options)
-            ),
-        )
-        for i, choice in enumerate(choices)
-    )
-    return counted, tuple(kept), tuple(scale)
+
+    def relative(i: int, choice: Choice) -> Choice:
+        return choice.with_options(lambda k, option: replace(option, costs=tuple(column[i][k] for column in columns)))
+
+    return tuple(relative(i, choice) for i, choice in enumerate(choices)), tuple(kept), tuple(scale)
 
 
 def connected(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ matters of ``from_profile``."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -38,6 +38,10 @@ class Choice:
 
     name: str
     options: tuple[Option, ...]
+
+    def with_options(self, change: Callable[[int, Option], Option]) -> Choice:
+        """The choice with every option, given with its index, changed."""
+        return Choice(self.name, tuple(change(k, option) for k, option in enumerate(self.options)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,19 +3,12 @@
 Plain data with exact save and load; nothing here needs torch.
 """
 
-from quantkit.plan.digest import canonical_json, digest_of
-from quantkit.plan.plan import Plan
-from quantkit.plan.profile import Profile, saturated
-from quantkit.plan.records import Layer, SiteRecord, average_bits, digest_shapes
-
-__all__ = [
-    "Layer",
-    "Plan",
-    "Profile",
-    "SiteRecord",
-    "average_bits",
-    "canonical_json",
-    "digest_of",
-    "digest_shapes",
-    "saturated",
-]
+from quantkit.plan.digest import canonical_json as canonical_json
+from quantkit.plan.digest import digest_of as digest_of
+from quantkit.plan.plan import Plan as Plan
+from quantkit.plan.profile import Profile as Profile
+from quantkit.plan.profile import saturated as saturated
+from quantkit.plan.records import Layer as Layer
+from quantkit.plan.records import SiteRecord as SiteRecord
+from quantkit.plan.records import average_bits as average_bits
+from quantkit.plan.records import digest_shapes as digest_shapes

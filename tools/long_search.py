@@ -100,7 +100,7 @@ def search(study: Study, bits: float, patience: int, most: int, seed: int) -> tu
     """(the best plan, its measured damage, plans measured)."""
     limits = Budget(average_bits=bits).limits(study.profile)
     allocation = allocation_problem(study.profile, limits)
-    measurements = measurements_of(study.bench, seed, progress=False)
+    measurements = measurements_of(study.evaluator, seed, progress=False)
     walk = LongSearch(study, allocation, measurements, np.random.default_rng(seed))
     best, lowest = None, np.inf
     for name in STARTS:

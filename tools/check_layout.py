@@ -20,8 +20,8 @@ FACE = "__init__"
 
 # Lowest first. A part may import what stands on a lower line, or beside it as long as no circle forms.
 ORDER = (
-    ("errors", "progress", "formats", "operations", "version"),
-    ("plan", "budget", "store", "latency", "targets"),
+    ("errors", "progress", "formats", "version"),
+    ("plan", "budget", "store", "targets"),
     ("numbers",),
     ("program",),
     ("simulation", "ranges", "rounding", "reconstruction"),
@@ -37,7 +37,7 @@ ORDER = (
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # Deciding needs no model: allocation stands on these alone, and torch is not among what they import.
-BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "operations", "plan", "latency", "budget", "store"})
+BELOW_ALLOCATION = frozenset({"errors", "progress", "formats", "plan", "budget", "store"})
 WITHOUT_TORCH = BELOW_ALLOCATION | {"allocation"}
 
 # What only the stages and what stands above it may import.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -29,6 +30,7 @@ from quantkit.plan import saturated
 from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes, members_of
 from quantkit.sensitivity.measure import Perturbation, Subject
+from quantkit.store import Codec
 
 MOST_PLANS = 40
 FORMATS_PER_PLAN = 4  # a plan is measured for so many formats, which bounds what it adds to a profile
@@ -76,6 +78,11 @@ def bits_of(one: Perturbation) -> int:
     return one.change.format.bits if isinstance(one.change, QuantizedWeight) else one.change.bits
 
 
+DAMAGE: Codec[float] = Codec(
+    lambda damage: ({"damage": np.asarray(damage)}, ""), lambda arrays, note: float(arrays["damage"])
+)
+
+
 def measured_plans(
     subject: Subject,
     perturbations: Sequence[Perturbation],
@@ -88,10 +95,7 @@ def measured_plans(
     for number, plan in enumerate(track(plans, "measuring whole plans", enabled=progress)):
         chosen = [perturbations[k] for k in plan]
         name, key = f"whole plan {number}", digest_changes(chosen)
-        kept = subject.artefacts.find(name, key)
-        found[number] = damage_of(chosen) if kept is None else float(kept[0]["damage"])
-        if kept is None:
-            subject.artefacts.keep(name, key, {"damage": found[number]})
+        found[number] = subject.artefacts.cached(name, key, partial(damage_of, chosen), DAMAGE)
     return found
 
 

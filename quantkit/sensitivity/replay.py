@@ -15,12 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.numbers.per_token import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyQuantizer
 from quantkit.program.layers import layer_kind, weight_of
 from quantkit.sensitivity.measure import AtSites, Perturbation, Place, Subject, applied, swapped_weights
 
-Changes = Mapping[Place, QuantizedWeight | AnyRange]
+Changes = Mapping[Place, AnyQuantizer]
 
 
 def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Tensor]]:
@@ -40,7 +39,7 @@ def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Ite
         alone, tape = replace(subject, batches=[batch]), _Tape(model, layers)
         for k, state in enumerate(states):
             moved = {name: _weight(state, name, own) for name, at_site in changed[k] if not at_site}
-            at: AtSites = {n: c.fake_quantize for (n, _), c in state.items() if not isinstance(c, QuantizedWeight)}
+            at: AtSites = {n: c.fake_quantize for (n, _), c in state.items() if not c.stored}
             if k == 0:
                 at |= {name: tape.noting(name, at.get(name, _as_it_is)) for name in {*at, *watched}}
             with swapped_weights(model, weights), tape.playing(changed[k]) if k else tape.recording():
@@ -58,7 +57,7 @@ def _differences(first: Changes, other: Changes) -> set[Place]:
 
 def _weight(state: Changes, layer: str, own: Mapping[str, Tensor]) -> Tensor:
     change = state.get((layer, False))
-    return change.dequantize() if isinstance(change, QuantizedWeight) else own[layer]
+    return change.dequantize() if change is not None and change.stored else own[layer]
 
 
 class _Tape:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from quantkit.numbers.per_token import AnyRange
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
 from quantkit.program.layers import weight_of

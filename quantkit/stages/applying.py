@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import AnyRange, TokenRange
+from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.sites import Site

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def reparameterization_of(
 
 def _keep(artefacts: Artefacts, change: Rewrite, before: float, after: float) -> None:
     arrays = {"ratio": change.ratio.numpy(), "shift": change.shift.numpy()}
-    note = json.dumps({"found": asdict(change.found), "before": before, "after": after})
+    note = json.dumps({"found": change.found.to_dict(), "before": before, "after": after})
     artefacts.keep(f"norm: {change.norm.name}", change.norm.layers, arrays, note)
 
 
@@ -102,7 +102,7 @@ def _find(artefacts: Artefacts, norm: Norm) -> tuple[Rewrite, float, float] | No
     if kept is None:
         return None
     note, ratio, shift = json.loads(kept[1]), *(torch.from_numpy(kept[0][name]) for name in ("ratio", "shift"))
-    return Rewrite(norm, ratio, shift, SiteRange(**note["found"])), note["before"], note["after"]
+    return Rewrite(norm, ratio, shift, SiteRange.from_dict(note["found"])), note["before"], note["after"]
 
 
 def _outputs_of(
@@ -150,11 +150,11 @@ def _error(
 ) -> float:
     """Squared error of all layers behind a norm on held-back rows, its output and their weights quantized."""
     rows = rows[::HELD_BACK]
-    if isinstance(found, SiteRange):
-        quantized, ratio = found.fake_quantize(rows), torch.ones_like(rows[0])
-    else:
+    if isinstance(found, Rewrite):
         ratio, shift = found.ratio.to(rows), found.shift.to(rows)
         quantized = found.found.fake_quantize((rows + shift) / ratio) * ratio - shift
+    else:
+        quantized, ratio = found.fake_quantize(rows), torch.ones_like(rows[0])
     total = 0.0
     for name in norm.layers:
         weight = weight_of(model, name).detach()

@@ -8,8 +8,7 @@ tensor of the model's state under its own name. Its header has one entry, ``quan
 - ``layers``: layer name -> weight format and shape;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
 - ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
-- ``ranges``: site name -> scale, zero point, bits; without a zero point for logarithmic codes, bits alone for scales
-  that are found token by token.
+- ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``).
 
 Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
 """
@@ -31,8 +30,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
+from quantkit.numbers.kinds import range_of
 from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
-from quantkit.numbers.per_token import range_of
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.intercept import OpKey
@@ -59,7 +58,7 @@ def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str
         "layers": {n: {"format": str(w.format), "shape": list(w.codes.shape)} for n, w in simulated.weights.items()},
         "folds": [list(pair) for pair in folds],
         "sites": [asdict(site) for site in simulated.sites],
-        "ranges": {name: asdict(found) for name, found in simulated.ranges.items()},
+        "ranges": {name: found.to_dict() for name, found in simulated.ranges.items()},
     }
     header["digest"] = _digest(header, tensors)
     metadata = {_HEADER: canonical_json(header)}

@@ -1,4 +1,4 @@
-"""Every kind of quantized number keeps the protocol: values are those of codes, records hold all of it, formats fit."""
+"""Every kind of quantized number keeps the protocol: values are those of codes, records and formats hold all of it."""
 
 from __future__ import annotations
 

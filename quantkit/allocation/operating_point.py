@@ -5,8 +5,8 @@ plan, solve again within a trust region, accept only what lowers the measured da
 one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
 selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
 than it is: better is what is better by two standard errors of the difference, input by input, and what no other
-measure finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes through
-``Measurements``; nothing here knows a model.
+measure finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes
+through ``Measurements``; nothing here knows a model.
 """
 
 from __future__ import annotations

@@ -259,14 +259,14 @@ def _temper(reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace
     return Learned(before, after)
 
 
-def require_reconstruction(reconstruction: ReconstructionPlan | str, **asked: str) -> ReconstructionPlan | None:
+def require_reconstruction(planned: ReconstructionPlan | str, /, **asked: str) -> ReconstructionPlan | None:
     """The reconstruction; without one, None where all that was ``asked`` is "auto" or "none", with a notice, otherwise
     InvalidRequest.
     """
-    if isinstance(reconstruction, ReconstructionPlan):
-        return reconstruction
+    if isinstance(planned, ReconstructionPlan):
+        return planned
     for key, value in asked.items():
         if value not in ("auto", "none"):
-            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {reconstruction}. Use 'none'.")
-    notice(f"nothing is learned after rounding: {reconstruction}")
+            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {planned}. Use 'none'.")
+    notice(f"nothing is learned after rounding: {planned}")
     return None

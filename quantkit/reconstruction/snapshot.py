@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.per_token import AnyRange, range_of
+from quantkit.numbers.kinds import AnyRange, range_of
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.reconstruction.learning import Learned
 from quantkit.simulation.model import SimulatedModel
@@ -22,20 +22,19 @@ from quantkit.store import Arrays, Artefacts, Codec
 
 Rounded = tuple[QuantizedWeight, str]  # codes, and how they were rounded
 _GENERATOR = "generator"
+_PARTS = ("codes", "scale", "zero_point")
 
 
 def arrays_of(weight: QuantizedWeight, name: str) -> dict[str, np.ndarray]:
     """The codes, scales and zero points of a weight as arrays named after ``name``."""
-    parts = {"codes": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
-    return {f"{name} {part}": tensor.numpy() for part, tensor in parts.items() if tensor is not None}
+    held = weight.to_dict()
+    return {f"{name} {part}": held[part].numpy() for part in _PARTS if held[part] is not None}
 
 
 def weight_of_arrays(arrays: Arrays, name: str, format: WeightFormat) -> QuantizedWeight:
     """The weight that ``arrays_of`` took apart."""
-    codes, scale, zero = (arrays.get(f"{name} {part}") for part in ("codes", "scale", "zero_point"))
-    assert codes is not None and scale is not None, "written together"
-    zeros = None if zero is None else torch.from_numpy(zero)
-    return QuantizedWeight(torch.from_numpy(codes), torch.from_numpy(scale), zeros, format)
+    held = {part: torch.from_numpy(arrays[key]) for part in _PARTS if (key := f"{name} {part}") in arrays}
+    return QuantizedWeight.from_dict(held | {"format": str(format)})
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _encode(piece: _Piece) -> tuple[Arrays, str]:
     arrays |= {f"{name} bias": bias.numpy() for name, bias in kept.biases.items()}
     if piece.draws is not None:
         arrays[_GENERATOR] = piece.draws.numpy()
-    ranges = {name: asdict(found) for name, found in kept.ranges.items()}
+    ranges = {name: found.to_dict() for name, found in kept.ranges.items()}
     return arrays, json.dumps({"learned": asdict(piece.learned), "ranges": ranges})
 
 

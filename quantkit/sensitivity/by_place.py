@@ -6,9 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.progress import track
 from quantkit.sensitivity.measure import Perturbation, Place, Subject
 from quantkit.store import Codec
@@ -66,10 +64,5 @@ def digest_changes(perturbations: Iterable[Perturbation]) -> str:
     hasher = hashlib.sha256()
     for p in perturbations:
         hasher.update(repr((p.owner, p.format)).encode())
-        if isinstance(p.change, QuantizedWeight):
-            for tensor in (p.change.codes, p.change.scale, p.change.zero_point):
-                if tensor is not None:
-                    hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        else:
-            hasher.update(repr(p.change).encode())
+        hasher.update(p.change.fingerprint())
     return hasher.hexdigest()[:16]

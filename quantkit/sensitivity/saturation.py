@@ -25,7 +25,6 @@ from itertools import product
 import numpy as np
 import torch
 
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import saturated
 from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes, members_of
@@ -57,7 +56,7 @@ def random_plans(perturbations: Sequence[Perturbation], count: int, generator: t
         plan = []
         for (_, at_sites), options in members.items():
             low, high = windows[at_sites]
-            inside = [k for k in options if low <= bits_of(perturbations[k]) <= high] or options
+            inside = [k for k in options if low <= perturbations[k].change.bits <= high] or options
             plan.append(inside[int(torch.randint(len(inside), (1,), generator=generator))])
         found.append(plan)
     return found
@@ -66,16 +65,11 @@ def random_plans(perturbations: Sequence[Perturbation], count: int, generator: t
 def _window(
     perturbations: Sequence[Perturbation], at_sites: bool, number: int, generator: torch.Generator
 ) -> tuple[int, int]:
-    widths = sorted({bits_of(p) for p in perturbations if p.place[1] is at_sites})
+    widths = sorted({p.change.bits for p in perturbations if p.at_site is at_sites})
     if len(widths) < 2:
         return 0, 1 << 30
     low = number % (len(widths) - 1)
     return widths[low], widths[int(torch.randint(low + 1, len(widths), (1,), generator=generator))]
-
-
-def bits_of(one: Perturbation) -> int:
-    """The width of a perturbation's codes."""
-    return one.change.format.bits if isinstance(one.change, QuantizedWeight) else one.change.bits
 
 
 DAMAGE: Codec[float] = Codec(

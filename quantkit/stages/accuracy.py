@@ -35,7 +35,6 @@ from quantkit.allocation.problem import Problem
 from quantkit.budget import Budget
 from quantkit.errors import AccuracyNotMet, InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
 from quantkit.sensitivity.augmented import augmented_scores
@@ -234,7 +233,7 @@ def _cost(profile: Profile, plan: Plan, name: str) -> int:
 def _simulated(request: Request, evaluator: Evaluator, profile: Profile, plan: Plan) -> SimulatedModel:
     """A copy of the model with the plan's formats, in the codes and ranges the profile was measured with."""
     chosen = [evaluator.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
-    weights = {p.owner: p.change for p in chosen if isinstance(p.change, QuantizedWeight)}
-    ranges = {p.owner: p.change for p in chosen if not isinstance(p.change, QuantizedWeight)}
+    weights = {p.owner: p.change for p in chosen if p.change.stored}
+    ranges = {p.owner: p.change for p in chosen if not p.change.stored}
     ready, own = request.ready, copy.deepcopy(request.ready.model)
     return SimulatedModel(own, ready.sites, weights, ranges, ready.weights.on(own), ready.program.updated)

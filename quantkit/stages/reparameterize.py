@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -91,12 +91,12 @@ def _codec(norm: Norm) -> Codec[tuple[Rewrite, float, float]]:
 
     def encode(measured: tuple[Rewrite, float, float]) -> tuple[Arrays, str]:
         change, before, after = measured
-        note = json.dumps({"found": asdict(change.found), "before": before, "after": after})
+        note = json.dumps({"found": change.found.to_dict(), "before": before, "after": after})
         return {"ratio": change.ratio.numpy(), "shift": change.shift.numpy()}, note
 
     def decode(arrays: Arrays, text: str) -> tuple[Rewrite, float, float]:
         note, ratio, shift = json.loads(text), *(torch.from_numpy(arrays[name]) for name in ("ratio", "shift"))
-        return Rewrite(norm, ratio, shift, SiteRange(**note["found"])), note["before"], note["after"]
+        return Rewrite(norm, ratio, shift, SiteRange.from_dict(note["found"])), note["before"], note["after"]
 
     return Codec(encode, decode)
 
@@ -146,11 +146,11 @@ def _error(
 ) -> float:
     """Squared error of all layers behind a norm on held-back rows, its output and their weights quantized."""
     rows = rows[::HELD_BACK]
-    if isinstance(found, SiteRange):
-        quantized, ratio = found.fake_quantize(rows), torch.ones_like(rows[0])
-    else:
+    if isinstance(found, Rewrite):
         ratio, shift = found.ratio.to(rows), found.shift.to(rows)
         quantized = found.found.fake_quantize((rows + shift) / ratio) * ratio - shift
+    else:
+        quantized, ratio = found.fake_quantize(rows), torch.ones_like(rows[0])
     total = 0.0
     for name in norm.layers:
         weight = floats[name].detach()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantkit.errors import InvalidRequest, QuantkitError
@@ -17,7 +16,7 @@ from quantkit.program.arguments import SizeRef, frozen, leaves_of
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import OpKey, change_inputs, intercept, own_inputs, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layers
-from quantkit.program.outputs import main_output
+from quantkit.program.outputs import main_output, results_of
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
 from quantkit.program.sizes import Extent, following
@@ -37,7 +36,7 @@ VIEWS = frozenset(
 
 
 class _Numbers:
-    """Numbers for tensors: by identity, held weakly, so that a recording keeps no activation alive."""
+    """Numbers for tensors by identity, held weakly, so that a recording keeps no activation alive."""
 
     def __init__(self) -> None:
         self.of_tensor: Any = WeakTensorKeyDictionary()
@@ -251,17 +250,6 @@ class Recorder:
             self.calls[name].append(
                 LayerCall(call.key, source, self.number(made), macs, position, call.inputs.index(source))
             )
-
-
-def results_of(value: Any) -> list[Tensor]:
-    """All tensors of what a model returned, also those in dataclasses."""
-    found = []
-    for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += results_of([getattr(leaf, field.name) for field in fields(leaf)])
-    return found
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:

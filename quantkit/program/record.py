@@ -30,8 +30,8 @@ _READ_OUT = frozenset(
 
 # Calls whose result may share the memory of what they read.
 VIEWS = frozenset(
-    "view view_as reshape reshape_as getitem select narrow expand expand_as t T mT transpose permute squeeze unsqueeze "
-    "chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold as_strided".split()
+    "view view_as reshape reshape_as getitem select narrow expand expand_as t T mT transpose permute squeeze "
+    "unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold as_strided".split()
 )
 
 
@@ -151,7 +151,8 @@ class Recorder:
         if number is None or not (number in self.varying or number in self.sized):
             return result
         if isinstance(result, torch.Size):
-            return torch.Size([following(size, Extent(number, i), self) for i, size in enumerate(result)])
+            sizes: list[Any] = [following(size, Extent(number, i), self) for i, size in enumerate(result)]
+            return torch.Size(sizes)
         asked = axis[0] if axis else named["dim"]
         return following(result, Extent(number, int(asked) % tensor.dim()), self)
 

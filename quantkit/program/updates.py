@@ -18,15 +18,15 @@ def plain_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(name, the dictionary that holds it, its key) of every tensor of a model but its parameters: buffers, and plain
-    attributes of modules.
+def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+    """(name, the dictionary that holds it, its key, the tensor) of every tensor of a model but its parameters:
+    buffers, and plain attributes of modules.
     """
     for name, module in model.named_modules():
         for holder in (module._buffers, vars(module)):
             for key, value in holder.items():
                 if isinstance(value, Tensor):
-                    yield (f"{name}.{key}" if name else key), holder, key
+                    yield (f"{name}.{key}" if name else key), holder, key, value
 
 
 @contextmanager
@@ -36,8 +36,8 @@ def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator
     Yields a list that has, after the block, the names of those that had changed.
     """
     before = [
-        (name, holder, key, holder[key], holder[key]._version if not holder[key].is_inference() else -1)
-        for name, holder, key in _holders(model)
+        (name, holder, key, tensor, -1 if tensor.is_inference() else tensor._version)
+        for name, holder, key, tensor in _holders(model)
         if names is None or name in names
     ]
     copies = {name: tensor.detach().clone() for name, _, _, tensor, _ in before}

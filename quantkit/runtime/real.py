@@ -225,4 +225,6 @@ class RealModel(nn.Module):
         except AttributeError:
             if name.startswith("__"):
                 raise
-            return quantizing_method(super().__getattr__("model"), name, self.computing)
+            model = super().__getattr__("model")
+            assert isinstance(model, nn.Module)
+            return quantizing_method(model, name, self.computing)

@@ -88,7 +88,11 @@ class _Replays:
         wanted: Sequence[int],
         part: Part,
     ) -> list[Tensor]:
-        at = {self.subject.sites[name].place: c for (name, at_site), c in state.items() if at_site}
+        at = {
+            self.subject.sites[name].place: c
+            for (name, at_site), c in state.items()
+            if at_site and not isinstance(c, QuantizedWeight)
+        }
 
         def change(place: OpKey, x: Tensor) -> Tensor:
             return at[place].fake_quantize(x) if place in at else x

@@ -156,7 +156,9 @@ class SimulatedModel(nn.Module):
         except AttributeError:
             if name.startswith("__"):
                 raise  # how Python copies or pickles the wrapped module is not how this one is
-            return quantizing_method(super().__getattr__("model"), name, self.quantizing)
+            model = super().__getattr__("model")
+            assert isinstance(model, nn.Module)
+            return quantizing_method(model, name, self.quantizing)
 
 
 def quantizing_method(model: nn.Module, name: str, quantizing: Callable[[], AbstractContextManager[None]]) -> Any:

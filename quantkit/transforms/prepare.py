@@ -36,8 +36,9 @@ KEPT = "kept float by a rule"
 class Prepared:
     """A float32 copy of the model in eval mode with BatchNorm folded, and what is known about it.
 
-    ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm) pairs that were folded. ``layers`` are in execution order, those never called
-    last; each is quantizable or carries the reason why not. ``other_bytes`` is what the model stores besides the
+    ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm)
+    pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
+    the reason why not. ``other_bytes`` is what the model stores besides the
     layers' weights: biases, unfolded norms, buffers, and a scale and zero point per site. ``float_bytes`` is all that
     the user's model stores, ``float32_bytes`` the same in float32.
     """

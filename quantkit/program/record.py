@@ -31,7 +31,8 @@ _READ_OUT = frozenset(
 # Calls whose result may share the memory of what they read.
 VIEWS = frozenset(
     "view view_as reshape reshape_as getitem select narrow expand expand_as t T mT transpose permute squeeze "
-    "unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold as_strided".split()
+    "unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal "
+    "unfold as_strided".split()
 )
 
 

@@ -1,15 +1,13 @@
 """What runs on codes under a plan, and what that needs at the boundaries: pure bookkeeping over sites.
 
 Which sites a plan has follows from which of its layers stay float. The rules are those by which the graph places sites
-(``quantkit.program.sites``), written over names so that deciding needs no model.
+(``quantkit.program.codes``), written over names so that deciding needs no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-KINDS = ("layer", "integer", "float")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from quantkit.latency import LatencyTable
 from quantkit.operations import Operation
 from quantkit.store import write_atomically
 
+FLOAT = "float"  # the format of a site that holds no codes
 PLAN_VERSION = 1
 PROFILE_VERSION = 2
 

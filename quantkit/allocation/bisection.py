@@ -1,9 +1,9 @@
 """A limit on accuracy: the cheapest plan whose evaluated accuracy is good enough.
 
 Along a front of plans by bisection, and layer by layer along an order of sensitivity ("Augmenting Hessians with
-Inter-Layer Dependencies", METHODS b: one bisection per bit level, from high to low). Accuracy is assumed to rise with
-the cost and is not trusted to: what is returned was itself evaluated, and so were its neighbours. Evaluations cost
-forwards of a whole data set; they are kept by plan and counted.
+Inter-Layer Dependencies", arXiv 2306.04879, docs/methods/accuracy-bisection.md: one bisection per bit level, from high
+to low). Accuracy is assumed to rise with the cost and is not trusted to: what is returned was itself evaluated, and so
+were its neighbours. Evaluations cost forwards of a whole data set; they are kept by plan and counted.
 """
 
 from __future__ import annotations

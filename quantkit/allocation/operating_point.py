@@ -1,12 +1,12 @@
 """Re-measure where you stand: a plan improved by what is measured around it, not around the float model.
 
-Below four bits the second order at the float point mispredicts (METHODS b). Rounds: measure every single change of the
-plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
-one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
-selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
-than it is: better is what is better by two standard errors of the difference, input by input, and what no other
-measure finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes
-through ``Measurements``; nothing here knows a model.
+Below four bits the second order at the float point mispredicts (docs/methods/operating-point.md). Rounds: measure
+every single change of the plan, solve again within a trust region, accept only what lowers the measured damage. Then
+exchanges (one format up, one down) judged by measured damage alone, many on a part of the inputs and the best of them
+on all, as EvoPress selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many
+plans looks better than it is: better is what is better by two standard errors of the difference, input by input, and
+what no other measure finds worse; where one draw of the inputs leaves that open, more draws are asked. What is
+measured comes through ``Measurements``; nothing here knows a model.
 """
 
 from __future__ import annotations

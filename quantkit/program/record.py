@@ -16,7 +16,7 @@ from quantkit.program.arguments import SizeRef, frozen, leaves_of
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import OpKey, change_inputs, intercept, own_inputs, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layers
-from quantkit.program.outputs import main_output, results_of
+from quantkit.program.outputs import main_output
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
 from quantkit.program.sizes import Extent, following
@@ -293,15 +293,16 @@ def recorded(model: nn.Module, batch: Batch) -> tuple[Program, Any]:
         inputs = [recorder.number_of_input(tensor) for tensor in tensors_of((args, kwargs))]
         with intercept(model, recorder, recorder.read_shape):
             result = _called(model, args, kwargs)
-        outputs = [recorder.number(tensor) for tensor in results_of(result)]
-        floating = any(tensor.is_floating_point() for tensor in results_of(result))
+        named = dict(named_tensors(result))
+        outputs = {name: recorder.number(tensor) for name, tensor in named.items()}
+        floating = any(tensor.is_floating_point() for tensor in named.values())
         output = recorder.number(main_output(result)) if floating else -1
     return replace(_program(recorder, inputs, outputs, updated), output=output), result
 
 
-def _program(recorder: Recorder, inputs: list[int], outputs: list[int], updated: list[str]) -> Program:
+def _program(recorder: Recorder, inputs: list[int], outputs: dict[str, int], updated: list[str]) -> Program:
     steps = _with_written_made_anew(recorder)
-    needed = {n for step in steps if not step.constant for n in step.inputs} | set(outputs)
+    needed = {n for step in steps if not step.constant for n in step.inputs} | set(outputs.values())
     weights = dict(recorder.weights)
     held = {recorder.stored[w.parameter] for w in weights.values() if w.parameter is not None}
     never_called = {name: w for name, w in recorder.modules.items() if recorder.stored[str(w.parameter)] not in held}
@@ -311,7 +312,8 @@ def _program(recorder: Recorder, inputs: list[int], outputs: list[int], updated:
         steps=steps,
         inputs=tuple(inputs),
         dtypes=tuple(recorder.dtypes[number] for number in inputs),
-        outputs=tuple(outputs),
+        outputs=tuple(outputs.values()),
+        output_names=tuple(outputs),
         producer=recorder.producer,
         shape=recorder.shape,
         calls={name: tuple(calls) for name, calls in recorder.calls.items()},

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.program.codes import root_of
 from quantkit.program.intercept import OpKey, read_place
 from quantkit.program.program import Part, Program
 from quantkit.program.segments import Segment
-from quantkit.program.sites import root_of
 from quantkit.progress import track
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through

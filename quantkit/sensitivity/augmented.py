@@ -1,8 +1,8 @@
 """The augmented score of a layer: its own damage, and what it adds to the damage of all others.
 
 s_i = damage_i(b_low) + sum over j != i of max(0, I_ij), with every layer at its narrowest format b_low ("Augmenting
-Hessians with Inter-Layer Dependencies", arXiv 2306.04879; METHODS b, a reconstruction). Bisection moves layers to
-fewer bits in ascending order of it.
+Hessians with Inter-Layer Dependencies", arXiv 2306.04879; docs/methods/accuracy-bisection.md). Bisection moves layers
+to fewer bits in ascending order of it.
 """
 
 from __future__ import annotations

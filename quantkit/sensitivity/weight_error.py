@@ -6,8 +6,8 @@ channel relative to its square is that of its weights. Networks scale every chan
 over layers: noise of layers in a row adds up. Folding BatchNorm changes none of it. In no unit of the loss.
 
 "weight-error-zd" divides it by the layer's ZD (LayerwiseQuant, arXiv 2406.17415), taken in units of each channel's own
-deviation: heavy tails count more. They widen a channel's step and are in its error already; tools/README.md has what
-that does to plans.
+deviation: heavy tails count more. They widen a channel's step and are in its error already;
+docs/results/without-data.md has what that does to plans.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -71,15 +71,19 @@ def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: 
         raise InvalidRequest(f"minimize={limit.minimize} is not supported yet; supported: {', '.join(COUNTED)}.")
 
 
-def meet_accuracy(
-    request: Request,
-    profile: Profile,
-    evaluator: Evaluator,
-    limit: Budget,
-    evaluate: Evaluate,
-    finish: Callable[[Plan], Result],
-    effort: str,
-) -> Result:
+@dataclass(frozen=True)
+class AccuracySearch:
+    """What a plan that keeps the accuracy is looked for by."""
+
+    request: Request
+    profile: Profile
+    evaluator: Evaluator
+    limit: Budget
+    evaluate: Evaluate | None
+    effort: str
+
+
+def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> Result:
     """The applied result of the cheapest plan found that meets the limit, all other limits included.
 
     Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
@@ -88,6 +92,9 @@ def meet_accuracy(
     AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
     InfeasibleBudget when the other limits alone cannot be met.
     """
+    request, profile, evaluator, limit = search.request, search.profile, search.evaluator, search.limit
+    evaluate, effort = search.evaluate, search.effort
+    assert evaluate is not None, "checked before"
     reference = outcome_of(evaluate, request.ready.float_model())
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from quantkit.formats import ActivationFormat, WeightFormat
+from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
 from quantkit.program.layers import Weights
@@ -21,11 +21,12 @@ from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.channels import HELD_BACK, clipped_ranges, mse_ranges
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import at_sites, run_with
+from quantkit.stages.formatted import Formatted
+from quantkit.stages.options import ApplyOptions
 from quantkit.store import Artefacts
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
 from quantkit.transforms.prepare import Prepared
 
-REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
 AUTO = "clip+softmax"
 ROWS = 8192  # of each norm's output that ranges are found on
 ROW_BYTES = 1 << 28  # held at once
@@ -50,23 +51,15 @@ class Reparameterization:
         return {change.norm.site: change.found for change in self.rewrites}
 
 
-def reparameterization_of(
-    ready: Prepared,
-    weights: Mapping[str, WeightFormat],
-    sites: Mapping[str, ActivationFormat],
-    batches: Sequence[Batch],
-    asked: str,
-    ranges: str,
-    seed: int,
-    artefacts: Artefacts | None = None,
-) -> Reparameterization:
-    """What ``asked`` (one of REPARAMETERIZATIONS) comes to for a model that is still float; the model stays as it is.
+def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Artefacts) -> Reparameterization:
+    """What the options come to for a model that is still float; the model stays as it is.
 
     A norm is rewritten only where that lowers the error behind the layers that read it, with their weights rounded to
-    nearest, on rows that were held back: scaling columns makes weights harder to quantize. Norms found in
-    ``artefacts`` are not looked at again.
+    nearest, on rows that were held back: scaling columns makes weights harder to quantize. Norms that are
+    ``kept`` are not looked at again.
     """
-    kept = artefacts or Artefacts()
+    ready, batches, seed, asked = formatted.ready, formatted.batches, options.seed, options.reparameterization
+    weights, sites, ranges = formatted.weights, formatted.sites, options.ranges
     parts = (AUTO if asked == "auto" else asked).split("+")
     log = "softmax" in parts and bool(batches)
     if not batches or not sites or not {"norm", "clip"} & set(parts):

@@ -7,7 +7,8 @@ tensor of the model's state under its own name. Its header has one entry, ``quan
 - ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
 - ``layers``: layer name -> weight format, shape and where the model holds it;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
-- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
+- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape,
+  roles;
 - ``ranges``: site name -> scale, zero point, bits; without a zero point for logarithmic codes, bits alone for scales
   that are found token by token.
 
@@ -178,4 +179,5 @@ def _site(record: Mapping[str, Any]) -> Site:
         echoes=tuple(OpKey(**key) for key in record["echoes"]),
         consumers=tuple(record["consumers"]),
         shape=tuple(record["shape"]),
+        roles=tuple(record.get("roles", ())),
     )

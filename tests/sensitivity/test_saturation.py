@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from quantkit.plan import saturated
+from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.gram import gram
-from quantkit.sensitivity.measure import KLDamage, Perturbation
+from quantkit.sensitivity.measure import Perturbation
 from quantkit.sensitivity.saturation import FADINGS, MOST_PLANS, Fit, bits_of, fitted, plans_measured, random_plans
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
 

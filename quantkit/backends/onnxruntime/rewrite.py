@@ -13,18 +13,20 @@ import torch
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, marks
 from quantkit.backends.onnxruntime.moved_codes import move_codes
-from quantkit.backends.onnxruntime.token_forms import reads_rows, token_product, token_values
+from quantkit.backends.onnxruntime.token_forms import Tokens, reads_rows, token_product, token_values
 from quantkit.backends.onnxruntime.weight_forms import (
     LARGEST_UNPACKED,
+    WeightForm,
     add_functions,
+    integer_form,
     is_in_planes,
-    midpoint,
     stored_codes,
 )
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.program.sites import coded_sites
 from quantkit.simulation.model import SimulatedModel
 
 BYTE = 8  # bits of a code as kernels read it
@@ -40,8 +42,9 @@ def bypass_marks(graph: ir.Graph) -> None:
             editor.bypass(mark)
 
 
-def quantize_marks(model: ir.Model, simulated: SimulatedModel) -> None:
-    """Turn the marks of ``simulated``'s layers and sites into integers and take the others out.
+def quantize_marks(model: ir.Model, simulated: SimulatedModel, instruction_set: str) -> None:
+    """Turn the marks of ``simulated``'s layers and sites into integers and take the others out. ``instruction_set``:
+    of the CPUs that the file is for.
 
     Raises InvalidRequest for formats that have no ONNX form yet.
     """
@@ -51,7 +54,7 @@ def quantize_marks(model: ir.Model, simulated: SimulatedModel) -> None:
         if site.bits > BYTE:
             raise InvalidRequest(f"Site {name!r} has {site.bits}-bit codes; ONNX files carry up to 8 bits.")
     graph = model.graph
-    writer = _Writer(graph, simulated)
+    writer = _Writer(graph, simulated, instruction_set)
     for name, mark in marks(graph, "Weight"):
         if name in simulated.weights:
             writer.quantize_weight(name, mark)
@@ -116,12 +119,13 @@ def _channels_of_float_layer(node: ir.Node) -> int | None:
 class _Writer:
     """Replaces marks one by one; what two calls of a layer or two echoes of a site share is written once."""
 
-    def __init__(self, graph: ir.Graph, simulated: SimulatedModel) -> None:
+    def __init__(self, graph: ir.Graph, simulated: SimulatedModel, instruction_set: str) -> None:
         self.editor = Editor(graph)
         self.simulated = simulated
+        self.instruction_set = instruction_set
         self.weights: dict[tuple[str, bool, bool], ir.Value] = {}
         self.biases: dict[tuple[str, str], ir.Value] = {}
-        coded = [site for site in simulated.sites if site.name in simulated.ranges]
+        coded = coded_sites(simulated.sites, simulated.ranges)
         self.places = {str(place) for site in coded for place in (site.place, *site.echoes)}
         self.sites: dict[str, set[str | None]] = defaultdict(set)
         for name, mark in marks(graph, "Weight"):
@@ -137,7 +141,7 @@ class _Writer:
             source = mark.inputs[0]
             assert source is not None
             if mark.outputs[0].uses():  # else the layer that read it has integers
-                source = token_values(self.editor, mark, name, source, site)
+                source = token_values(self.editor, mark, Tokens(name, source, site))
             self.editor.replace(mark, source)
             return
         if isinstance(site, LogRange):
@@ -190,7 +194,8 @@ class _Writer:
         for use, transposed in _reads(mark):
             tokens = self._tokens_of(use)
             if tokens is not None and reads_rows(use.node, transposed):
-                made = token_product(self.editor, use.node, name, *tokens, self.simulated.weights[name])
+                weight, form = self.simulated.weights[name], self._integer_form(name)
+                made = token_product(self.editor, use.node, name, tokens, weight, form)
                 self.editor.replace(use.node, made)
                 continue
             site = self._input_site(use.node)
@@ -199,15 +204,19 @@ class _Writer:
             if site is not None and self._has_integer_bias(name, use.node):
                 use.node.replace_input_with(_BIAS, self._bias(name, use.node, site))
 
-    def _tokens_of(self, use: Any) -> tuple[str, ir.Value, TokenRange] | None:
-        """The site of tokens that the call of a layer's weight reads: its name, what it quantizes, and how."""
+    def _integer_form(self, name: str) -> WeightForm:
+        """The form of a layer's codes in which integer kernels read them."""
+        return integer_form(self.simulated.weights[name].format.bits, self.instruction_set)
+
+    def _tokens_of(self, use: Any) -> Tokens | None:
+        """The site of tokens that the call of a layer's weight reads."""
         read = use.node.inputs[0] if use.idx == 1 else None
         made = None if read is None else read.producer()
         if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
             return None
         name, value = made.attributes["name"].as_string(), made.inputs[0]
         found = self.simulated.ranges[name]
-        return (name, value, found) if isinstance(found, TokenRange) and value is not None else None
+        return Tokens(name, value, found) if isinstance(found, TokenRange) and value is not None else None
 
     def _weight(self, name: str, before: ir.Node, transposed: bool, integer: bool) -> ir.Value:
         """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do
@@ -217,12 +226,12 @@ class _Writer:
             weight, stored = self.simulated.weights[name], f"{name}.weight"
             codes = weight.codes.t().contiguous() if transposed else weight.codes
             axis = 1 if transposed else 0
-            value = stored_codes(self.editor, before, stored, codes, weight.format.bits, integer)
+            form = self._integer_form(name) if integer else WeightForm(weight.format.bits)
+            value = stored_codes(self.editor, before, stored, codes, form)
             if integer:
                 scale = self.editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
-                middle = midpoint(weight.format.bits)
                 zeros = self.editor.initializer(
-                    "midpoints" if middle else "zeros", np.full(len(weight.scale), middle)
+                    "midpoints" if form.unsigned else "zeros", np.full(len(weight.scale), form.midpoint)
                 )  # QGemm wants them spelled
                 value = self.editor.node(before, "DequantizeLinear", [value, scale, zeros], stored, axis=axis)
             else:

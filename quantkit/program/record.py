@@ -16,7 +16,7 @@ from quantkit.program.arguments import SizeRef, frozen, leaves_of
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import OpKey, change_inputs, intercept, own_inputs, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layers
-from quantkit.program.outputs import main_output
+from quantkit.program.outputs import main_output, named_tensors
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
 from quantkit.program.sizes import Extent, following

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 @contextmanager
 def plain_mode(model: nn.Module) -> Iterator[None]:
     """Run the block without gradients, inference mode and autocast, whatever the caller's code is wrapped in."""
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(model):
         yield
+
+
+def without_autocast(model: nn.Module) -> torch.autocast:
+    """A block that computes in the types of its tensors, on the device of a model."""
+    return torch.autocast(next((p.device.type for p in model.parameters() if not p.is_meta), "cpu"), enabled=False)
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:

@@ -23,7 +23,7 @@ from quantkit.reconstruction.learning import Learned, Schedule, shuffled
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, copied_state, float_program, play, play_output
-from quantkit.stages.recording import Recording, recording_of
+from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.stages.networks import ConvReused, MobileNet, images, small
@@ -50,8 +50,9 @@ class Case:
 
 def case_of(model: nn.Module, batch: Batch, format: WeightFormat, bits: int) -> Case:
     ready = prepare(model, [batch], Target.load("onnxruntime-cpu"))
-    recording = recording_of(ready, [batch])
-    assert isinstance(recording, Recording)
+    replay = replay_of(ready, [batch])
+    assert isinstance(replay, Replay)
+    recording = recording_of(ready, replay)
     state = copied_state(recording.program, ready.model)
     floats = float_program(ready.model, recording.program, state)
     inputs = recording.program.entering(ready.model, recording.samples)

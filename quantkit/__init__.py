@@ -1,7 +1,7 @@
 """Mixed-precision post-training quantization: your model, your limit, a file you can deploy."""
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.front import pareto
+from quantkit.allocation.pareto import pareto
 from quantkit.api import apply, profile, quantize
 from quantkit.budget import Budget
 from quantkit.errors import QuantkitError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.operations import Operation
+from quantkit.plan.operations import Operation
 from quantkit.program.codes import fused_output, moves_values, on_codes, root_of
 from quantkit.program.program import Program, Step
 from quantkit.program.sites import Site

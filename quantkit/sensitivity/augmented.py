@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.sensitivity.measure import Perturbation, Scores
 
 
@@ -19,8 +18,8 @@ def augmented_scores(perturbations: Sequence[Perturbation], scores: Scores) -> d
     """The score of every layer, loss units; without pair terms in ``scores`` its own damage alone."""
     lowest: dict[str, tuple[int, int]] = {}
     for k, p in enumerate(perturbations):
-        if isinstance(p.change, QuantizedWeight):
-            lowest[p.owner] = min(lowest.get(p.owner, (1 << 30, k)), (p.change.format.bits, k))
+        if not p.at_site:
+            lowest[p.owner] = min(lowest.get(p.owner, (1 << 30, k)), (p.change.bits, k))
     chosen = [k for _, k in lowest.values()]
     found = scores.damage[chosen].copy()
     if scores.gram is not None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantkit.errors import InvalidRequest
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.inputs import split_batches
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
@@ -152,7 +151,7 @@ class Landscape:
         not reach the site.
         """
         one = self.perturbations[k]
-        if isinstance(one.change, QuantizedWeight):
+        if one.change.stored:
             weight = self.weight(one.owner).detach()
             return one.change.dequantize().to(weight) - weight
         if one.owner not in point.raw:

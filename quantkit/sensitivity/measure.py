@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantkit.numbers.per_token import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyQuantizer
 from quantkit.plan import saturated
 from quantkit.program.layers import Weights
 from quantkit.program.program import Program
@@ -35,12 +34,16 @@ class Perturbation:
 
     owner: str
     format: str
-    change: QuantizedWeight | AnyRange
+    change: AnyQuantizer
+
+    @property
+    def at_site(self) -> bool:
+        return not self.change.stored
 
     @property
     def place(self) -> Place:
         """What is changed: a site may be named as the layer that makes it."""
-        return self.owner, not isinstance(self.change, QuantizedWeight)
+        return self.owner, self.at_site
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ AtSites = dict[str, Callable[[Tensor], Tensor]]
 def applied(perturbations: Iterable[Perturbation]) -> tuple[LayerValues, AtSites]:
     """What layers compute with (layer -> weight) and what sites do to their tensors; a later perturbation wins."""
     changes = {p.place: p.change for p in perturbations}
-    weights = {owner: c.dequantize() for (owner, _), c in changes.items() if isinstance(c, QuantizedWeight)}
-    at: AtSites = {owner: c.fake_quantize for (owner, _), c in changes.items() if not isinstance(c, QuantizedWeight)}
+    weights = {owner: c.dequantize() for (owner, _), c in changes.items() if c.stored}
+    at: AtSites = {owner: c.fake_quantize for (owner, _), c in changes.items() if not c.stored}
     return weights, at
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.numbers.per_token import AnyRange, TokenRange
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.damage import Reference, average, mean_and_error, notes_on
@@ -55,7 +55,7 @@ def noise(
 def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generator) -> Iterator[Outputs]:
     """Outputs with noise in place of one perturbation; the rest of the base plan stays."""
     weights, at = applied(p for p in subject.base if p.place != one.place)
-    if isinstance(one.change, QuantizedWeight):
+    if one.change.stored:
         weights[one.owner] = noisy_weight(subject.floats[one.owner], one.change, generator)
     else:
         at[one.owner] = partial(_noisy_site, found=one.change, generator=generator)
@@ -63,7 +63,7 @@ def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generat
 
 
 def _noisy_site(x: Tensor, found: AnyRange, generator: torch.Generator) -> Tensor:
-    return _with_noise(x, found.scales(x) if isinstance(found, TokenRange) else found.scale, generator)
+    return _with_noise(x, found.scale if found.static else found.scales(x), generator)
 
 
 def noisy_weight(weight: Tensor, codes: QuantizedWeight, generator: torch.Generator) -> Tensor:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quantkit.numbers.per_token import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyQuantizer
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey
 from quantkit.program.program import Part, Program
@@ -21,7 +20,7 @@ from quantkit.program.updates import plain_mode
 from quantkit.sensitivity.measure import Perturbation, Place, Subject
 from quantkit.sensitivity.outputs import OutputRule, Outputs
 
-Changes = Mapping[Place, QuantizedWeight | AnyRange]
+Changes = Mapping[Place, AnyQuantizer]
 
 
 def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Outputs]]:
@@ -102,11 +101,7 @@ class _Replays:
         wanted: Sequence[int],
         part: Part,
     ) -> list[Tensor]:
-        at = {
-            self.subject.sites[name].place: c
-            for (name, at_site), c in state.items()
-            if at_site and not isinstance(c, QuantizedWeight)
-        }
+        at = {self.subject.sites[name].place: c for (name, _), c in state.items() if not c.stored}
 
         def change(place: OpKey, x: Tensor) -> Tensor:
             return at[place].fake_quantize(x) if place in at else x
@@ -119,8 +114,8 @@ class _Replays:
     def _weights(self, state: Changes) -> dict[str, Tensor]:
         """The model's state with the layers' weights of a plan."""
         floats, found = self.subject.floats, self.program.state_of(self.subject.model)
-        for (name, at_site), change in state.items():
-            if not at_site and isinstance(change, QuantizedWeight):
+        for (name, _), change in state.items():
+            if change.stored:
                 found |= floats.placed(name, change.dequantize(), found)
         return found
 

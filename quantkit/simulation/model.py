@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from quantkit.numbers.per_token import AnyRange
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.arguments import replaced
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors

@@ -16,8 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from quantkit.allocation.allocate import allocate, plan_of
-from quantkit.allocation.bisection import (
+from quantkit.allocation.accuracy_search import (
     AccuracyGate,
     Metric,
     along_front,
@@ -27,15 +26,15 @@ from quantkit.allocation.bisection import (
     first_that_meets,
     rising,
 )
-from quantkit.allocation.count import COUNTED, counted
-from quantkit.allocation.from_profile import FLOAT_BITS, assignment_of, candidates, question
-from quantkit.allocation.front import pareto
+from quantkit.allocation.allocate import allocate, plan_of
+from quantkit.allocation.from_profile import FLOAT_BITS, allocation_problem, assignment_of, candidates
+from quantkit.allocation.pareto import pareto
+from quantkit.allocation.plan_costs import COUNTED, counted
+from quantkit.allocation.presolve import presolve
 from quantkit.allocation.problem import Problem
-from quantkit.allocation.reduce import reduce
 from quantkit.budget import Budget
 from quantkit.errors import AccuracyNotMet, InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
 from quantkit.sensitivity.augmented import augmented_scores
@@ -169,7 +168,7 @@ def _by_levels(profile: Profile, evaluator: Evaluator, gate: AccuracyGate) -> No
     scores = augmented_scores(
         evaluator.perturbations, Scores(profile.damage, np.zeros(len(profile.damage)), profile.gram)
     )
-    asked = question(profile, {"size": 0})
+    asked = allocation_problem(profile, {"size": 0})
     kept = _agreeing(asked.problem)
     possible = {n: [s for s in found if (n, str(s)) in kept] for n, found in candidates(profile).items()}
     wide = {name: _widest_first(schemes) for name, schemes in possible.items()}
@@ -185,7 +184,7 @@ def _by_levels(profile: Profile, evaluator: Evaluator, gate: AccuracyGate) -> No
 
 def _agreeing(problem: Problem) -> set[tuple[str, str]]:
     """(choice, option) by name of what can be taken together: readers of one tensor agree on its format."""
-    origins = (origin for options in reduce(problem).back for option in options for origin in option)
+    origins = (origin for options in presolve(problem).back for option in options for origin in option)
     return {(problem.choices[i].name, problem.choices[i].options[k].name) for i, k in origins}
 
 
@@ -234,7 +233,7 @@ def _cost(profile: Profile, plan: Plan, name: str) -> int:
 def _simulated(request: Request, evaluator: Evaluator, profile: Profile, plan: Plan) -> SimulatedModel:
     """A copy of the model with the plan's formats, in the codes and ranges the profile was measured with."""
     chosen = [evaluator.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
-    weights = {p.owner: p.change for p in chosen if isinstance(p.change, QuantizedWeight)}
-    ranges = {p.owner: p.change for p in chosen if not isinstance(p.change, QuantizedWeight)}
+    weights = {p.owner: p.change for p in chosen if p.change.stored}
+    ranges = {p.owner: p.change for p in chosen if not p.change.stored}
     ready, own = request.ready, copy.deepcopy(request.ready.model)
     return SimulatedModel(own, ready.sites, weights, ranges, ready.weights.on(own), ready.program.updated)

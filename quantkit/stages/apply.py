@@ -11,9 +11,8 @@ from torch import nn
 
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
-from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.packing import packed_weight_bytes
-from quantkit.numbers.per_token import AnyRange
+from quantkit.numbers.kinds import AnyRange
+from quantkit.numbers.packed_weight import pack_weight
 from quantkit.plan import FLOAT, Plan, average_bits, digest_of
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
@@ -195,7 +194,7 @@ def _recounted(
     plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat], target: Target
 ) -> Plan:
     """The plan with sizes counted from what was packed; raises QuantkitError if they are not what it promised."""
-    packed = {name: packed_weight_bytes(weight) for name, weight in simulated.weights.items()}
+    packed = {name: pack_weight(weight).nbytes for name, weight in simulated.weights.items()}
     size = sum(packed.get(name, layer.float_bytes) for name, layer in ready.layers.items())
     if plan.size_bytes and size != plan.size_bytes:
         raise QuantkitError(
@@ -219,7 +218,7 @@ def _recounted(
 
 def _found_format(found: AnyRange | None, asked: ActivationFormat) -> str:
     """The format a site got: probabilities may have got logarithmic codes."""
-    return f"alog{found.bits}" if isinstance(found, LogRange) else str(asked)
+    return str(asked if found is None else found.format)
 
 
 def compare_outputs(model: nn.Module, reference: Reference) -> dict[str, float]:

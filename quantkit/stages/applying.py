@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import AnyRange, TokenRange
+from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import batch_size
 from quantkit.program.sites import Site

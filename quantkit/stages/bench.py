@@ -16,10 +16,10 @@ from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme, WeightFormat
-from quantkit.latency import FULL_BITS, LatencyTable
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
-from quantkit.operations import Operation, execute
 from quantkit.plan import digest_shapes
+from quantkit.plan.latency import FULL_BITS, LatencyTable
+from quantkit.plan.operations import Operation, execute
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.operations import operations_of
 from quantkit.program.sites import place_sites

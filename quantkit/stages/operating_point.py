@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from quantkit.allocation.allocate import plan_of, question_around, recount
+from quantkit.allocation.allocate import plan_of, problem_around, recount
 from quantkit.allocation.from_profile import assignment_of
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
@@ -41,7 +41,7 @@ def refine(plan: Plan, profile: Profile, budget: Budget, evaluator: Evaluator, e
     provenance.
     """
     limits, seed = budget.limits(profile), int(profile.provenance["seed"])
-    asked = question_around(profile, limits, plan)
+    asked = problem_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
     measurements = draws_of(evaluator, seed, progress)
     allowed = EFFORTS[effort] * len(profile.entries)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.boundaries import needs_execution
-from quantkit.allocation.count import counted
+from quantkit.allocation.execution_problem import needs_execution
 from quantkit.allocation.from_profile import candidates, with_float
+from quantkit.allocation.plan_costs import counted
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest

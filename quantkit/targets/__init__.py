@@ -13,8 +13,8 @@ import yaml
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.latency import LatencyTable
 from quantkit.plan import digest_of
+from quantkit.plan.latency import LatencyTable
 from quantkit.store import write_atomically
 from quantkit.targets.instruction_sets import AUTO, INSTRUCTION_SETS, detected_instruction_set
 from quantkit.targets.roles import CANNOT, CODES, MAY, MUST, ROLES

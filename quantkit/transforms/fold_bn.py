@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +74,8 @@ def _read_only_by(program: Program, module: str, ops: Iterable[Step]) -> bool:
 def fold(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
     """Fold each BatchNorm into its layer, in place; the BatchNorm becomes an Identity. Computed in float64."""
     for name, norm_name in pairs:
-        layer: Any = model.get_submodule(name)
-        norm = model.get_submodule(norm_name)
-        weight, bias = layer.weight, layer.bias
+        layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+        weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
         gain, shift = _affine_of(norm)
         moved = shift if bias is None else shift + gain * bias.double()
         layer.weight = nn.Parameter(gain.reshape(-1, *[1] * (weight.dim() - 1)).mul(weight).to(weight), False)

@@ -16,7 +16,7 @@ from quantkit.backends.onnxruntime.marks import MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.sessions import open_session
 from quantkit.backends.onnxruntime.writer import ExportOptions, ExportReport, export_onnx
 from quantkit.formats import WeightFormat
-from quantkit.numbers.packing import packed_weight_bytes
+from quantkit.numbers.packed_weight import pack_weight
 from quantkit.program.inputs import Batch
 from quantkit.simulation.model import SimulatedModel
 from quantkit.targets.instruction_sets import AVX2, VNNI, detected_instruction_set
@@ -117,7 +117,7 @@ def test_codes_in_the_file_are_the_plans_bytes(exported: Exported) -> None:
 
 
 def test_weight_bytes_are_the_plans(exported: Exported) -> None:
-    planned = sum(packed_weight_bytes(weight) for weight in exported.simulated.weights.values())
+    planned = sum(pack_weight(weight).nbytes for weight in exported.simulated.weights.values())
     assert exported.report.weight_bytes == planned
     assert planned == sum(
         WeightFormat(str(exported.bits)).storage_bytes(w.codes.shape) for w in exported.simulated.weights.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,10 @@ def quantize_marks(model: ir.Model, simulated: SimulatedModel, instruction_set: 
     for name, weight in simulated.weights.items():
         _require_form(name, weight)
     for name, site in simulated.ranges.items():
+        if site.kind not in _SITE_FORMS:
+            raise InvalidRequest(
+                f"Site {name!r} has {site.kind} codes; ONNX files have forms for {', '.join(_SITE_FORMS)} ones."
+            )
         if site.bits > BYTE:
             raise InvalidRequest(f"Site {name!r} has {site.bits}-bit codes; ONNX files carry up to 8 bits.")
     graph = model.graph
@@ -137,16 +142,10 @@ class _Writer:
 
     def quantize_site(self, name: str, mark: ir.Node) -> None:
         site = self.simulated.ranges[name]
-        if isinstance(site, TokenRange):
-            source = mark.inputs[0]
-            assert source is not None
-            if mark.outputs[0].uses():  # else the layer that read it has integers
-                source = token_values(self.editor, mark, Tokens(name, source, site))
-            self.editor.replace(mark, source)
-            return
-        if isinstance(site, LogRange):
-            self.editor.replace(mark, self._log_codes(name, mark, site))
-            return
+        self.editor.replace(mark, _SITE_FORMS[site.kind](self, name, mark, site))
+
+    def uniform_values(self, name: str, mark: ir.Node, site: SiteRange) -> ir.Value:
+        """Codes and what they stand for, as a pair that onnxruntime fuses with its neighbours."""
         scale = self.editor.initializer(f"{name}.scale", np.array(site.scale, np.float32))
         zero = self.editor.initializer(f"{name}.zero_point", np.array(site.zero_point, np.uint8))
         codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
@@ -154,9 +153,15 @@ class _Writer:
             highest = self.editor.initializer(f"{name}.highest", np.array(site.high, np.uint8))
             codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
         self._dequantize_for_float_layers(name, mark, codes, site)
-        self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
+        return self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name)
 
-    def _log_codes(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
+    def row_values(self, name: str, mark: ir.Node, site: TokenRange) -> ir.Value:
+        """Values on the grids of their rows; as they come where the layer that read them has integers."""
+        source = mark.inputs[0]
+        assert source is not None
+        return token_values(self.editor, mark, Tokens(name, source, site)) if mark.outputs[0].uses() else source
+
+    def log_values(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
         """Logarithmic codes by operators that every runtime has, and their values looked up in a table."""
 
         def constant(role: str, value: float) -> ir.Value:
@@ -216,7 +221,7 @@ class _Writer:
             return None
         name, value = made.attributes["name"].as_string(), made.inputs[0]
         found = self.simulated.ranges[name]
-        return Tokens(name, value, found) if isinstance(found, TokenRange) and value is not None else None
+        return None if found.static or value is None else Tokens(name, value, found)
 
     def _weight(self, name: str, before: ir.Node, transposed: bool, integer: bool) -> ir.Value:
         """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do
@@ -248,7 +253,8 @@ class _Writer:
         if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
             return None
         name = made.attributes["name"].as_string()
-        return None if isinstance(self.simulated.ranges[name], TokenRange) else name
+        found = self.simulated.ranges[name]
+        return name if found.static and found.integer else None
 
     def _has_integer_bias(self, name: str, call: ir.Node) -> bool:
         """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one
@@ -267,7 +273,7 @@ class _Writer:
             assert bias is not None and bias.const_value is not None
             self.editor.set_aside(bias)
             found = self.simulated.ranges[site]
-            assert isinstance(found, SiteRange), "layers read codes of no other kind"
+            assert found.static and found.integer, "layers read codes of no other kind"
             step = found.scale * self.simulated.weights[name].scale.reshape(-1)
             codes = torch.round(torch.from_numpy(bias.const_value.numpy()) / step)
             codes = codes.double().clamp(_INT32.min, _INT32.max).to(torch.int32)
@@ -276,3 +282,11 @@ class _Writer:
             dequantized = self.editor.node(call, "DequantizeLinear", [stored, scale], f"{name}.bias", axis=0)
             self.biases[name, site] = dequantized
         return self.biases[name, site]
+
+
+# Kind of codes -> how they are written: (writer, site's name, its mark, its quantizer) -> what readers get
+_SITE_FORMS: dict[str, Callable[[_Writer, str, ir.Node, Any], ir.Value]] = {
+    SiteRange.kind: _Writer.uniform_values,
+    LogRange.kind: _Writer.log_values,
+    TokenRange.kind: _Writer.row_values,
+}

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
 from quantkit.allocation.problem import Floats, Integers
+from quantkit.allocation.problem_arrays import ProblemArrays
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ConstraintRows:
     """``size`` binary variables: one per option, then one per state of choices that must agree.
 
     ``equal``: (positions, values, right side) of equality rows. ``below``: integer coefficients (limits, options), at
@@ -25,7 +25,7 @@ class Rows:
     most: Integers
 
     @classmethod
-    def of(cls, arrays: Arrays) -> Rows:
+    def of(cls, arrays: ProblemArrays) -> ConstraintRows:
         options, states = len(arrays.damage), np.bincount(arrays.component)
         free = [s for s in range(len(arrays.component)) if states[arrays.component[s]] > 1]
         variable = {s: options + k for k, s in enumerate(free)}
@@ -54,13 +54,13 @@ class Rows:
         return csr_array((values, flat, starts), shape=(len(right), self.size)), right, below
 
 
-def spread(arrays: Arrays) -> float:
+def spread(arrays: ProblemArrays) -> float:
     """The largest distance of a damage from the smallest of its choice."""
     floor = np.minimum.reduceat(arrays.damage, arrays.offsets[:-1])
     return float((arrays.damage - floor[arrays.choice]).max(initial=0.0))
 
 
-def rescaled(arrays: Arrays) -> tuple[Floats, float, float]:
+def rescaled(arrays: ProblemArrays) -> tuple[Floats, float, float]:
     """(scores, scale, shift): damages shifted to start at 0 in every choice and scaled to at most 10,000.
 
     Solvers stop at absolute tolerances near 1e-6, so damages of 1e-7 or 1e9 would be decided by rounding.

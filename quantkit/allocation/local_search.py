@@ -1,4 +1,4 @@
-"""A walk over assignments: what every change would gain, descent, repair, kicks.
+"""Local search over assignments: what every change would gain, descent, repair, kicks.
 
 A search by exchanges as EvoPress makes them (arXiv 2410.14649), on the predicted damage: a step costs no measurement,
 and the prediction of every change follows from the row sums of the matrix."""
@@ -9,27 +9,27 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
 from quantkit.allocation.problem import Floats, Integers, Problem
+from quantkit.allocation.problem_arrays import ProblemArrays
 
 _PAIRED_OPTIONS = 400
 _TOLERANCE = 1e-12
 
 
-class Search:
-    """Where a walk stands: the chosen positions, the row sums of the matrix over them, what they cost.
+class LocalSearch:
+    """The present assignment: the chosen positions, the row sums of the matrix over them, what they cost.
 
     All three follow from the positions alone, so that no rounding error is carried along."""
 
     def __init__(self, problem: Problem) -> None:
-        self.arrays = Arrays.of(problem)
+        self.arrays = ProblemArrays.of(problem)
         pairs = np.diag(2 * self.arrays.damage) if problem.pairs is None else problem.pairs
         self.pairs: Floats = np.ascontiguousarray(pairs)
         self.diagonal: Floats = np.diag(self.pairs).copy()
         self.place(np.array(problem.offsets[:-1], dtype=np.int64))
 
     def place(self, positions: Integers) -> None:
-        """Stand at an assignment."""
+        """Move to an assignment."""
         self.positions = positions
         self.sums: Floats = self.pairs[positions].sum(axis=0)
         self.used: Integers = self.arrays.costs[positions].sum(axis=0)
@@ -200,7 +200,7 @@ class Search:
         self.place(self.with_options(options))
 
     def improve(self, starts: Iterable[Integers], generator: np.random.Generator, kicks: int) -> Integers:
-        """The best positions found from the starts (the first of them feasible), then after ``kicks`` random kicks."""
+        """The best positions reached from the starts (the first feasible), then after ``kicks`` random kicks."""
         best, lowest = None, np.inf
         for start in starts:
             self.place(start)

@@ -10,7 +10,7 @@ from torch import nn
 
 import quantkit
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.front import pareto
+from quantkit.allocation.pareto import pareto
 from quantkit.errors import InvalidRequest
 from tests.allocation.test_operating_point import profile_of
 

@@ -2,7 +2,7 @@
 
 Best damage for every total cost, one choice after the other, as rate-distortion pruning allocates; costs come divided
 by their greatest common divisor. Only totals that occur are kept, and of them only those that can still beat the best
-vertex of the convex hull, judged by the price of the limit there: that leaves few."""
+vertex of the convex hull, measured by the price of the limit there, which leaves few."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.hull import hull
-from quantkit.allocation.problem import Found, Integers, Problem
+from quantkit.allocation.convex_hull import hull
+from quantkit.allocation.problem import Integers, Problem, SolverResult
+from quantkit.allocation.problem_arrays import ProblemArrays
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp, solver
 
 _MOST_STATES = 300_000
@@ -36,12 +36,12 @@ class State(NamedTuple):
 
 
 @solver("dp")
-def dp(problem: Problem, settings: Settings) -> Found:
+def dp(problem: Problem, settings: Settings) -> SolverResult:
     """The least sum of damages under one limit; gives up with several, or with too many totals to keep."""
     if len(problem.limits) > 1:
         names = ", ".join(name for name, _ in problem.limits)
-        raise SolverGaveUp(f"The dynamic program knows one limit, this plan has {names}. Try solver='highs'.")
-    arrays = Arrays.of(problem)
+        raise SolverGaveUp(f"The dynamic program takes one limit, this plan has {names}. Try solver='highs'.")
+    arrays = ProblemArrays.of(problem)
     costs = arrays.costs[:, 0] if problem.limits else np.zeros(len(arrays.damage), dtype=np.int64)
     front = _last_front(arrays, costs, problem.limits[0][1] if problem.limits else 0)
     if not front:
@@ -51,10 +51,10 @@ def dp(problem: Problem, settings: Settings) -> Found:
         positions.append(link.position)
         link = link.before
     assignment = arrays.assignment(np.sort(np.array(positions, dtype=np.int64)))
-    return Found(assignment, problem.separable_objective(assignment))
+    return SolverResult(assignment, problem.separable_objective(assignment))
 
 
-def _last_front(arrays: Arrays, costs: Integers, limit: int) -> list[State]:
+def _last_front(arrays: ProblemArrays, costs: Integers, limit: int) -> list[State]:
     """The states of all choices within the limit that may be optimal, cheapest first."""
     price, slack = _price_and_slack(arrays, costs, limit)
     minimum, _ = arrays.cell_minimum(arrays.damage + price * costs)
@@ -95,7 +95,7 @@ def _undominated(states: Iterable[State]) -> list[State]:
     return kept
 
 
-def _price_and_slack(arrays: Arrays, costs: Integers, limit: int) -> tuple[float, float]:
+def _price_and_slack(arrays: ProblemArrays, costs: Integers, limit: int) -> tuple[float, float]:
     """(damage per cost where the hull crosses the limit, how far above the least priced damage an optimum can be)."""
     best = None
     for point in hull(arrays, costs):

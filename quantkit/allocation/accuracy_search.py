@@ -3,7 +3,7 @@
 Along a front of plans by bisection, and layer by layer along an order of sensitivity ("Augmenting Hessians with
 Inter-Layer Dependencies", arXiv 2306.04879, docs/methods/accuracy-bisection.md: one bisection per bit level, from high
 to low). Accuracy is assumed to rise with the cost and is not trusted to: what is returned was itself evaluated, and so
-were its neighbours. Evaluations cost forwards of a whole data set; they are kept by plan and counted.
+were its neighbours. An evaluation takes forwards of a whole data set; each plan is evaluated once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class AccuracyGate:
             )
 
     def look(self, plan: Plan) -> Evaluation:
-        """The evaluation of a plan, the one kept where there is one."""
+        """The evaluation of a plan; made once."""
         key = plan.digest()
         if key not in self.seen:
             drop, bound = drop_of(self.reference, self.evaluate(plan))
@@ -70,18 +70,18 @@ class AccuracyGate:
     def meets(self, plan: Plan) -> bool:
         return self.accepts(self.look(plan))
 
-    def accepts(self, found: Evaluation) -> bool:
-        return (found.bound if self.confident else found.drop) <= self.allowed
+    def accepts(self, evaluation: Evaluation) -> bool:
+        return (evaluation.bound if self.confident else evaluation.drop) <= self.allowed
 
     def cheapest(self) -> Evaluation | None:
         """Of everything evaluated the cheapest that meets all limits, the least drop among equals."""
-        good = [found for found in self.seen.values() if self.accepts(found) and self.admits(found.plan)]
-        return min(good, key=lambda found: (found.cost, found.drop), default=None)
+        good = [one for one in self.seen.values() if self.accepts(one) and self.admits(one.plan)]
+        return min(good, key=lambda one: (one.cost, one.drop), default=None)
 
     @property
     def curve(self) -> tuple[tuple[float, float], ...]:
         """(cost, drop) of everything evaluated, cheapest first."""
-        return tuple(sorted((found.cost, found.drop) for found in self.seen.values()))
+        return tuple(sorted((one.cost, one.drop) for one in self.seen.values()))
 
 
 def drop_of(reference: Metric, metric: Metric) -> tuple[float, float]:
@@ -106,7 +106,7 @@ def drop_of(reference: Metric, metric: Metric) -> tuple[float, float]:
 
 def along_front(front: Sequence[Plan], gate: AccuracyGate) -> Evaluation | None:
     """The cheapest plan of a front (cheapest first) that meets the limit, by bisection; then its cheaper neighbours
-    are evaluated too, since accuracy need not be monotone. None where even the dearest does not.
+    are evaluated too, since accuracy need not be monotone. None where even the most costly does not.
     """
     if not front or not gate.meets(front[-1]):
         return None
@@ -123,16 +123,16 @@ def between(
     gate: AccuracyGate, plan_at: Callable[[float], Plan], tries: int, least: float | None = None, apart: float = 1e-3
 ) -> Evaluation | None:
     """Plans between the points of a front: bisection on the cost, from the cheapest evaluated plan that meets the
-    limit down to the dearest cheaper one that does not (to a cost of ``least``, if given, where there is none),
+    limit down to the most costly cheaper one that does not (to a cost of ``least``, if given, where there is none),
     ``plan_at(cost)`` the best plan of at most that cost. Costs that differ by no more than a share of ``apart``
     (above 0) are near enough.
     """
-    found = gate.cheapest()
-    cheaper = [one.cost for one in gate.seen.values() if found is not None and one.cost < found.cost]
+    accepted = gate.cheapest()
+    cheaper = [one.cost for one in gate.seen.values() if accepted is not None and one.cost < accepted.cost]
     low = max(cheaper, default=least)
-    if found is None or low is None:
-        return found
-    high = found.cost
+    if accepted is None or low is None:
+        return accepted
+    high = accepted.cost
     while tries and high - low > apart * high:
         middle = (low + high) / 2
         plan = plan_at(middle)
@@ -149,8 +149,8 @@ def between(
 
 def rising(gate: AccuracyGate, front: Sequence[Plan], apart: float) -> Iterator[Sequence[Plan]]:
     """The plans to apply one after the other until one meets the limit, cheapest first: one by
-    one those that meet it here, where their costs differ by more than a share of ``apart``, and the dearest of them;
-    then for ``first_that_meets`` what is dearer on the front.
+    one those that meet it here, where their costs differ by more than a share of ``apart``, and the most costly of
+    them; then for ``first_that_meets`` what costs more on the front.
     """
     good = [one.plan for one in gate.seen.values() if gate.accepts(one) and gate.admits(one.plan)]
     if not good:
@@ -171,9 +171,9 @@ def first_that_meets(plans: Sequence[Plan], gate: AccuracyGate) -> Evaluation | 
     """
     step = 1
     while plans:
-        found = gate.look(plans[0])
-        if gate.accepts(found):
-            return found
+        evaluation = gate.look(plans[0])
+        if gate.accepts(evaluation):
+            return evaluation
         plans, step = (plans[step:] or plans[-1:]) if len(plans) > 1 else (), 2 * step
     return None
 

@@ -9,7 +9,7 @@ is asked of the result is a point near the optimum and multipliers of the limits
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,31 +44,15 @@ class _Iterate:
         return min(1.0, _TO_THE_BOUNDARY * float((now[down] / -change[down]).min(initial=np.inf)))
 
     def moved(self, move: _Iterate, step: float) -> _Iterate:
-        return _Iterate(
-            self.point + step * move.point,
-            self.reduced + step * move.reduced,
-            self.free + step * move.free,
-            self.slack + step * move.slack,
-            self.price + step * move.price,
-        )
-
-
-def relaxed_optimum(
-    curved: Floats, linear: Floats, equal: Floats, right: Floats, below: Floats, most: Floats, start: Floats
-) -> tuple[Floats, Floats]:
-    """(point, multipliers of the limits) near the minimum of x'Px/2 + q'x, x >= 0, Ax = a, Bx <= b.
-
-    P must be convex along the directions that Ax = a leaves; ``start`` is positive. Stops where rounding makes the
-    linear system singular."""
-    norms = np.maximum(np.linalg.norm(below, axis=1), 1e-300)
-    size = max(float(np.abs(linear).max(initial=0.0)), float(np.abs(curved).max(initial=0.0)), 1e-300)
-    program = _Program(curved / size, linear / size, equal, right, below / norms[:, None], most / norms)
-    point, price = program.solve(start)
-    return np.maximum(point, 0.0), np.maximum(price, 0.0) * size / norms
+        return _Iterate(**{name: part + step * getattr(move, name) for name, part in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False)
-class _Program:
+class QuadraticProgram:
+    """Minimize x'Px/2 + q'x over x >= 0 with Ax = a and Bx <= b: P ``curved``, q ``linear``, A ``equal``, a ``right``,
+    B ``below``, b ``most``. P must be convex along the directions that Ax = a leaves.
+    """
+
     curved: Floats
     linear: Floats
     equal: Floats
@@ -76,7 +60,23 @@ class _Program:
     below: Floats
     most: Floats
 
-    def solve(self, start: Floats) -> tuple[Floats, Floats]:
+    def optimum(self, start: Floats) -> tuple[Floats, Floats]:
+        """(point, multipliers of the limits) near the minimum, from a positive ``start``. Stops where rounding makes
+        the linear system singular.
+        """
+        norms = np.maximum(np.linalg.norm(self.below, axis=1), 1e-300)
+        size = max(float(np.abs(self.linear).max(initial=0.0)), float(np.abs(self.curved).max(initial=0.0)), 1e-300)
+        scaled = replace(
+            self,
+            curved=self.curved / size,
+            linear=self.linear / size,
+            below=self.below / norms[:, None],
+            most=self.most / norms,
+        )
+        point, price = scaled._solve(start)
+        return np.maximum(point, 0.0), np.maximum(price, 0.0) * size / norms
+
+    def _solve(self, start: Floats) -> tuple[Floats, Floats]:
         now = self._first(start)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what overflows is not gone to
             for _ in range(_ITERATIONS):
@@ -103,13 +103,8 @@ class _Program:
     def _first(self, start: Floats) -> _Iterate:
         weight = max(1e-6, float(np.abs(self.linear).mean()))
         slack = np.maximum(self.most - self.below @ start, 0.1 * np.abs(self.most) + 1e-9)
-        return _Iterate(
-            start,
-            np.full(len(start), weight),
-            np.zeros(len(self.right)),
-            slack,
-            np.full(len(slack), weight),
-        )
+        reduced, price = np.full(len(start), weight), np.full(len(slack), weight)
+        return _Iterate(start, reduced, np.zeros(len(self.right)), slack, price)
 
     def _directions(self, now: _Iterate) -> Callable[[float, _Iterate | None], _Iterate]:
         """Newton directions towards a complementarity, corrected by the products of an earlier direction; both from
@@ -135,13 +130,8 @@ class _Program:
         def direction(target: float, earlier: _Iterate | None) -> _Iterate:
             at_point = target - (0.0 if earlier is None else earlier.point * earlier.reduced)
             at_slack = target - (0.0 if earlier is None else earlier.slack * earlier.price)
-            right = np.concatenate(
-                [
-                    at_point / now.point - now.reduced - stationary,
-                    -missing,
-                    now.slack - at_slack / now.price - over,
-                ]
-            )
+            curved = at_point / now.point - now.reduced - stationary
+            right = np.concatenate([curved, -missing, now.slack - at_slack / now.price - over])
             step = dgetrs(factors, pivots, right)[0]
             point, free, price = step[:count], step[count : count + rows], step[count + rows :]
             reduced = (at_point - now.reduced * point) / now.point - now.reduced

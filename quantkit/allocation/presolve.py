@@ -1,4 +1,4 @@
-"""A problem in the form solvers get: merged choices, impossible tags removed, costs as small integers. Answers are
+"""A problem in the form solvers get: merged choices, impossible tags removed, costs as small integers. Assignments are
 mapped back."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from quantkit.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
-class Reduced:
+class Presolved:
     """``problem`` has no ``same``; its ``agree`` groups are disjoint, with two tags or more that every member offers.
     Its costs count from the cheapest option of each choice, in units of their greatest common divisor; limits that
     hold whatever is chosen are left out.
@@ -38,7 +38,7 @@ class Reduced:
         return base + unit * cost
 
 
-def reduce(problem: Problem) -> Reduced:
+def presolve(problem: Problem) -> Presolved:
     """Merge ``same`` groups (damages, costs and pair terms add up), drop options that no agreement allows, and count
     costs from the cheapest.
 
@@ -62,7 +62,7 @@ def reduce(problem: Problem) -> Reduced:
     agree = tuple(c for c in components if len(c) > 1 and len(tags[c[0]] or ()) > 1)
     pairs = None if problem.pairs is None else _merge_pairs(problem, back)
     counted, limits, scale = _counted_from_cheapest(kept, problem.limits)
-    return Reduced(Problem(counted, limits, pairs, (), agree), tuple(back), scale)
+    return Presolved(Problem(counted, limits, pairs, (), agree), tuple(back), scale)
 
 
 def _counted_from_cheapest(
@@ -83,17 +83,11 @@ def _counted_from_cheapest(
         columns.append([[cost // unit for cost in own] for own in above])
         kept.append((name, (limit - base) // unit))
         scale.append((base, unit))
-    counted = tuple(
-        Choice(
-            choice.name,
-            tuple(
-                replace(option, costs=tuple(column[i][j] for column in columns))
-                for j, option in enumerate(choice.options)
-            ),
-        )
-        for i, choice in enumerate(choices)
-    )
-    return counted, tuple(kept), tuple(scale)
+
+    def relative(i: int, choice: Choice) -> Choice:
+        return choice.with_options(lambda k, option: replace(option, costs=tuple(column[i][k] for column in columns)))
+
+    return tuple(relative(i, choice) for i, choice in enumerate(choices)), tuple(kept), tuple(scale)
 
 
 def connected(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""A problem with some of its options only, and the way back."""
+"""A problem restricted to some of its options, and its assignments in the numbers of the whole one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantkit.allocation.problem import Assignment, Choice, Problem
 Mask = npt.NDArray[np.bool_]
 
 
-def restricted(problem: Problem, mask: Mask) -> tuple[Problem, Mask] | None:
+def subproblem(problem: Problem, mask: Mask) -> tuple[Problem, Mask] | None:
     """(the problem with some of its options, which): those of ``mask`` whose tag all that must agree still offer.
     None when a choice has none left."""
     mask = mask & _offered(problem, mask)

@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.front import pareto
-from quantkit.allocation.lagrangian import pareto_front
+from quantkit.allocation.pareto import pareto
+from quantkit.allocation.pareto_front import pareto_front
 from quantkit.allocation.problem import Problem
-from quantkit.allocation.registry import SolverGaveUp
-from quantkit.allocation.solve import solve
 from quantkit.errors import InvalidRequest
-from tests.allocation.helpers import everything, front, hull_value, optimum
+from tests.allocation.helpers import everything, front, hull_value
 from tests.allocation.profiles import network
 from tests.allocation.strategies import awkward_problems, networks, repeatable
 
@@ -70,33 +68,6 @@ def test_front_with_pair_terms_holds_plans_that_no_other_of_it_beats(problem: Pr
     for vertex in pareto_front(replace(problem, pairs=None)):
         within = [point.objective for point in found if point.cost <= vertex.cost]
         assert min(within) <= problem.objective(vertex.assignment) * (1 + PRECISION)
-
-
-@repeatable(80)
-@given(networks(limits=(1, 1)))
-def test_lagrangian_takes_the_best_vertex_within_the_limit(problem: Problem) -> None:
-    best = optimum(problem)
-    if best is None:
-        return
-    limit = problem.limits[0][1]
-    vertices = [point.objective for point in pareto_front(problem) if point.cost <= limit]
-    found = solve(problem, "lagrangian")
-    assert problem.feasible(found.assignment)
-    assert found.objective == pytest.approx(min(vertices), rel=PRECISION)
-    assert found.bound <= best * (1 + PRECISION)
-
-
-@repeatable(40)
-@given(networks(limits=(2, 4)))
-def test_lagrangian_under_several_limits_keeps_them_or_gives_up(problem: Problem) -> None:
-    if optimum(problem) is None:
-        return
-    try:
-        found = solve(problem, "lagrangian")
-    except SolverGaveUp as refusal:
-        assert "Try solver='highs'" in str(refusal)
-        return
-    assert problem.feasible(found.assignment)
 
 
 def test_front_needs_one_limit() -> None:

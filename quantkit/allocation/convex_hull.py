@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
 from quantkit.allocation.problem import Floats, Integers
+from quantkit.allocation.problem_arrays import ProblemArrays
 
 
 class Point(NamedTuple):
@@ -24,13 +24,13 @@ class Point(NamedTuple):
     positions: tuple[int, ...]
 
 
-def hull(arrays: Arrays, cost: Integers | Floats) -> Iterator[Point]:
+def hull(arrays: ProblemArrays, cost: Integers | Floats) -> Iterator[Point]:
     """Every vertex, cheapest first, as integers where the costs are; positions in the order of the choices."""
     for point in _summed([_component_hull(arrays, cost, k) for k in range(arrays.component.max(initial=-1) + 1)]):
         yield point._replace(positions=tuple(sorted(point.positions)))
 
 
-def _component_hull(arrays: Arrays, cost: Integers | Floats, component: int) -> list[Point]:
+def _component_hull(arrays: ProblemArrays, cost: Integers | Floats, component: int) -> list[Point]:
     """Hull of one choice, or of choices that must agree."""
     points: list[Point] = []
     for state in np.flatnonzero(arrays.component == component):

@@ -1,4 +1,4 @@
-"""Every combination, looked at: the combinations of each half of the choices are listed once.
+"""Exhaustive search: the combinations of each half of the choices are listed once.
 
 The objective of any two of them is the sum of their own and one entry of a matrix product, so millions of combinations
 take a second, pair terms and several limits included.
@@ -11,8 +11,8 @@ from itertools import product
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.problem import Floats, Found, Integers, Problem
+from quantkit.allocation.problem import Floats, Integers, Problem, SolverResult
+from quantkit.allocation.problem_arrays import ProblemArrays
 from quantkit.allocation.registry import NoAssignment
 
 MOST_COMBINATIONS = 2**25
@@ -20,16 +20,16 @@ _MOST_IN_A_HALF = 2**17
 _BLOCK = 2**21
 
 
-def can_enumerate(arrays: Arrays, most: int = MOST_COMBINATIONS) -> bool:
+def can_enumerate(arrays: ProblemArrays, most: int = MOST_COMBINATIONS) -> bool:
     """Whether there are at most so many combinations, and lists of their halves fit into memory."""
     sizes = _sizes(arrays)
     halves = [math.prod(sizes[k] for k in half) for half in _halves(sizes)]
     return math.prod(halves) <= most and max(halves) <= _MOST_IN_A_HALF
 
 
-def enumerate_halves(problem: Problem) -> Found:
+def enumerate_halves(problem: Problem) -> SolverResult:
     """The optimum, the first among equals. Raises NoAssignment when no combination meets the limits."""
-    arrays = Arrays.of(problem)
+    arrays = ProblemArrays.of(problem)
     pairs = np.diag(2 * arrays.damage) if problem.pairs is None else problem.pairs
     parts = [_component_combinations(arrays, k) for k in range(int(arrays.component.max(initial=-1)) + 1)]
     left, right = (_joined([parts[k] for k in half]) for half in _halves([len(part) for part in parts]))
@@ -48,10 +48,10 @@ def enumerate_halves(problem: Problem) -> Found:
     if lowest == np.inf:
         raise NoAssignment("No combination meets the limits.")
     assignment = arrays.assignment(np.sort(np.concatenate([left[best[0]], right[best[1]]])))
-    return Found(assignment, problem.objective(assignment))
+    return SolverResult(assignment, problem.objective(assignment))
 
 
-def _sizes(arrays: Arrays) -> list[int]:
+def _sizes(arrays: ProblemArrays) -> list[int]:
     """Number of consistent combinations of every component."""
     sizes = [0] * (int(arrays.component.max(initial=-1)) + 1)
     for state, component in enumerate(arrays.component):
@@ -70,7 +70,7 @@ def _halves(sizes: list[int]) -> tuple[list[int], list[int]]:
     return halves
 
 
-def _component_combinations(arrays: Arrays, component: int) -> Integers:
+def _component_combinations(arrays: ProblemArrays, component: int) -> Integers:
     """(combinations, choices) positions of every consistent combination of the choices of one component."""
     combinations: list[tuple[int, ...]] = []
     for state in np.flatnonzero(arrays.component == component):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.allocation.bisection import (
+from quantkit.allocation.accuracy_search import (
     AccuracyGate,
     along_front,
     between,
@@ -30,8 +30,8 @@ def front_of(count: int) -> list[Plan]:
     return [Plan(schemes=schemes, size_bytes=100 + i) for i, schemes in enumerate(plans)]
 
 
-def judge_of(drops: Sequence[float], allowed: float) -> tuple[AccuracyGate, list[int]]:
-    """A gate that knows the drop of every plan by its size, and the list of what was evaluated."""
+def gate_of(drops: Sequence[float], allowed: float) -> tuple[AccuracyGate, list[int]]:
+    """A gate that looks up the drop of every plan by its size, and the list of what was evaluated."""
     asked: list[int] = []
 
     def evaluate(plan: Plan) -> float:
@@ -45,7 +45,7 @@ def judge_of(drops: Sequence[float], allowed: float) -> tuple[AccuracyGate, list
 @settings(deadline=None, derandomize=True)
 def test_finds_the_cheapest_of_a_monotone_front_in_logarithmic_time(count: int, allowed: float) -> None:
     drops = [float(count - i) for i in range(count + 1)]
-    gate, asked = judge_of(drops, allowed)
+    gate, asked = gate_of(drops, allowed)
     found = along_front(front_of(count), gate)
     expected = next((i for i, drop in enumerate(drops) if drop <= allowed), None)
     assert (None if found is None else found.cost - 100) == expected
@@ -55,7 +55,7 @@ def test_finds_the_cheapest_of_a_monotone_front_in_logarithmic_time(count: int, 
 @given(st.integers(1, 60), st.integers(0, 61))
 @settings(deadline=None, derandomize=True)
 def test_rising_in_doubling_steps_finds_one_that_meets_the_limit_and_tries_the_last(count: int, first: int) -> None:
-    gate, asked = judge_of([2.0 if i < first else 0.0 for i in range(count + 1)], 1.0)
+    gate, asked = gate_of([2.0 if i < first else 0.0 for i in range(count + 1)], 1.0)
     found = first_that_meets(front_of(count), gate)
     if first > count:
         assert found is None
@@ -69,7 +69,7 @@ def test_rising_in_doubling_steps_finds_one_that_meets_the_limit_and_tries_the_l
 
 def test_bisection_goes_down_to_the_least_cost_where_nothing_failed_yet() -> None:
     front = front_of(32)
-    gate, asked = judge_of([float(32 - i) for i in range(33)], 25.0)
+    gate, asked = gate_of([float(32 - i) for i in range(33)], 25.0)
     gate.look(front[20])
     found = between(gate, lambda cost: front[int(cost) - 100], 10, least=99)
     assert found is not None
@@ -82,7 +82,7 @@ def test_bisection_goes_down_to_the_least_cost_where_nothing_failed_yet() -> Non
 def test_any_front_gives_an_evaluated_plan_that_meets_the_limit_and_no_cheaper_evaluated_one_does(
     drops: list[float],
 ) -> None:
-    gate, asked = judge_of(drops, 1.0)
+    gate, asked = gate_of(drops, 1.0)
     found = along_front(front_of(len(drops) - 1), gate)
     if drops[-1] > 1:
         assert found is None
@@ -94,7 +94,7 @@ def test_any_front_gives_an_evaluated_plan_that_meets_the_limit_and_no_cheaper_e
 
 def test_neighbours_below_the_bisection_are_evaluated_too() -> None:
     drops = [3.0, 3.0, 0.5, 3.0, 0.5, 0.0]
-    gate, _ = judge_of(drops, 1.0)
+    gate, _ = gate_of(drops, 1.0)
     assert along_front(front_of(5), gate).cost == 102
 
 
@@ -104,7 +104,7 @@ def test_between_two_points_of_a_front_a_cheaper_plan_is_found(count: int, neede
     """Every cost has a plan, the front only its ends; plans of at least ``needed`` meet the limit."""
     plans = [Plan(schemes={f"layer{i}": Scheme.parse("w4a8")}, size_bytes=100 + i) for i in range(count)]
     needed = max(1, min(needed, count - 1))
-    gate, asked = judge_of([2.0 if i < needed else 0.5 for i in range(count)], 1.0)
+    gate, asked = gate_of([2.0 if i < needed else 0.5 for i in range(count)], 1.0)
     along_front([plans[0], plans[-1]], gate)
     before = len(asked)
     found = between(gate, lambda cost: plans[int(cost) - 100], tries)
@@ -117,21 +117,21 @@ def test_between_two_points_of_a_front_a_cheaper_plan_is_found(count: int, neede
 @pytest.mark.parametrize(("apart", "expected"), [(0.001, 150), (0.05, 155), (0.2, 174), (0.6, 199)])
 def test_between_stops_where_costs_are_near_enough(apart: float, expected: int) -> None:
     plans = [Plan(schemes={f"layer{i}": Scheme.parse("w4a8")}, size_bytes=100 + i) for i in range(100)]
-    gate, _ = judge_of([2.0 if i < 50 else 0.5 for i in range(100)], 1.0)
+    gate, _ = gate_of([2.0 if i < 50 else 0.5 for i in range(100)], 1.0)
     along_front([plans[0], plans[-1]], gate)
     found = between(gate, lambda cost: plans[int(cost) - 100], 20, apart=apart)
     assert found.cost == expected
 
 
-def test_rising_skips_costs_that_are_near_and_ends_with_what_is_dearer() -> None:
+def test_rising_skips_costs_that_are_near_and_ends_with_what_costs_more() -> None:
     front = front_of(40)
-    gate, _ = judge_of([2.0] * 10 + [0.5] * 31, 1.0)
+    gate, _ = gate_of([2.0] * 10 + [0.5] * 31, 1.0)
     assert list(rising(gate, front, 0.05)) == [front[-1:]]
     for place in (8, 10, 11, 14, 18, 24):
         gate.look(front[place])
-    *ones, dearer = rising(gate, front, 0.05)
+    *ones, costlier = rising(gate, front, 0.05)
     assert ones == [[front[place]] for place in (10, 18, 24)]
-    assert dearer == front[25:]
+    assert costlier == front[25:]
     gate.look(front[25])
     assert [[front[24]], [front[25]]] == list(rising(gate, front, 0.05))[-3:-1]
 
@@ -140,7 +140,7 @@ def test_between_finds_a_cheaper_plan_above_a_gap_in_the_costs() -> None:
     """Where one layer dominates, no plan costs what lies between two of its formats."""
     costs = [100, 880, 1000]
     plans = [Plan(schemes={f"layer{c}": Scheme.parse("w4a8")}, size_bytes=c) for c in costs]
-    gate, asked = judge_of([2.0 if cost < 500 else 0.5 for cost in range(100, 1001)], 1.0)
+    gate, asked = gate_of([2.0 if cost < 500 else 0.5 for cost in range(100, 1001)], 1.0)
     along_front([plans[0], plans[2]], gate)
     found = between(gate, lambda cost: max((p for p in plans if p.size_bytes <= cost), key=lambda p: p.size_bytes), 6)
     assert found.cost == 880
@@ -148,7 +148,7 @@ def test_between_finds_a_cheaper_plan_above_a_gap_in_the_costs() -> None:
 
 
 def test_between_is_silent_where_nothing_meets_the_limit() -> None:
-    gate, _ = judge_of([3.0, 3.0], 1.0)
+    gate, _ = gate_of([3.0, 3.0], 1.0)
     assert along_front(front_of(1), gate) is None
     assert between(gate, lambda cost: pytest.fail("asked for a plan"), 4) is None
 
@@ -205,7 +205,7 @@ def test_confidence_bound_covers_the_true_drop_as_often_as_it_says() -> None:
     assert covered / 2000 == pytest.approx(0.95, abs=0.02)
 
 
-def test_confident_judge_is_stricter_and_needs_numbers_per_sample() -> None:
+def test_confident_gate_is_stricter_and_needs_numbers_per_sample() -> None:
     before, after = [1.0] * 99 + [1.0], [1.0] * 99 + [0.0]
     plan = plan_of(LEVELS[0])
     assert AccuracyGate(lambda p: after, before, 0.015, lambda p: 0).meets(plan)

@@ -1,21 +1,21 @@
-"""By rank: who ranks first gets the widest option, as LayerwiseQuant spends its bits (arXiv 2406.17415)."""
+"""By rank: what ranks first gets the widest option, as LayerwiseQuant spends its bits (arXiv 2406.17415)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.problem import Found, Problem
+from quantkit.allocation.problem import Problem, SolverResult
+from quantkit.allocation.problem_arrays import ProblemArrays
 from quantkit.allocation.registry import Settings, SolverGaveUp, solver
 
 
 @solver("by-rank")
-def by_rank(problem: Problem, settings: Settings) -> Found:
+def by_rank(problem: Problem, settings: Settings) -> SolverResult:
     """Every choice in turn takes the widest option that leaves room for all after it at their cheapest.
 
     With two options per choice that is a top fraction wide and the rest narrow. Choices that ``Settings.order`` does
     not name come last, those that suffer most at their cheapest option first."""
-    arrays = Arrays.of(problem)
+    arrays = ProblemArrays.of(problem)
     allowed = np.ones(len(arrays.damage), dtype=bool)
     total, positions = arrays.best(arrays.relative_cost)
     if not arrays.within(positions):
@@ -29,10 +29,10 @@ def by_rank(problem: Problem, settings: Settings) -> Found:
             if np.isfinite(total) and arrays.within(completed):
                 allowed, positions = trial, completed
                 break
-    return Found(arrays.assignment(positions))
+    return SolverResult(arrays.assignment(positions))
 
 
-def _ranked(problem: Problem, arrays: Arrays, settings: Settings) -> list[int]:
+def _ranked(problem: Problem, arrays: ProblemArrays, settings: Settings) -> list[int]:
     """The choices in order, widest first."""
     _, cheapest = arrays.lowest(arrays.relative_cost)
     given = {name: k for k, name in enumerate(settings.order)}

@@ -6,7 +6,7 @@ integer operation and every conversion is a choice of its own, and conditions ti
 at most so many of some options are taken: a limit like any other, without a name, whose costs are 0 and 1.
 
 The objective is the sum of the damages alone. Pair terms are left to the second step, which chooses the formats for
-the layers and sites found here.
+the layers and sites decided here.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from quantkit.allocation.count import OF_EXECUTION, site_bytes
 from quantkit.allocation.feasibility import Conflict, OutOfReach
-from quantkit.allocation.from_profile import COSTS, FLOAT, Fixed, fixed_cost, layer_ns
+from quantkit.allocation.from_profile import COSTS, FLOAT, FixedChoices, fixed_cost, layer_ns
 from quantkit.allocation.highs import highs
+from quantkit.allocation.plan_costs import OF_EXECUTION, site_bytes
+from quantkit.allocation.presolve import presolve
 from quantkit.allocation.problem import Assignment, Choice, Option, Problem
 from quantkit.allocation.pulp_cbc import pulp_cbc
-from quantkit.allocation.reduce import reduce
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.latency import LatencyTable, SiteTime
-from quantkit.operations import Operation, live_sites
 from quantkit.plan import Profile
+from quantkit.plan.latency import LatencyTable, SiteTime
+from quantkit.plan.operations import Operation, live_sites
 
 Literal = tuple[str, str]  # a choice and one of its options
 CODES = "codes"
@@ -64,53 +64,45 @@ class _Builder:
         self.at_most(len(causes), missing, self.literals(effect))
 
     def problem(self, limits: Mapping[str, int], same: Iterable[tuple[str, ...]] = ()) -> Problem:
-        names = list(limits)
-        choices = tuple(
-            Choice(
-                choice,
-                tuple(
-                    Option(
-                        option,
-                        damage,
-                        (
-                            *(costs.get(name, 0) for name in names),
-                            *(row.get((choice, option), 0) for row, _, _ in self.conditions),
-                        ),
-                    )
-                    for option, (damage, costs) in options.items()
-                ),
-            )
-            for choice, options in self.options.items()
-        )
+        """The costs of named limits come first, then those of the conditions."""
+
+        def option_of(choice: str, name: str) -> Option:
+            damage, costs = self.options[choice][name]
+            conditions = (row.get((choice, name), 0) for row, _, _ in self.conditions)
+            return Option(name, damage, (*(costs.get(limit, 0) for limit in limits), *conditions))
+
+        choices = tuple(Choice(c, tuple(option_of(c, name) for name in names)) for c, names in self.options.items())
         rows = tuple((name, most) for _, most, name in self.conditions)
         return Problem(choices, (*limits.items(), *rows), same=tuple(same))
 
 
 def choose_execution(
     profile: Profile, limits: Mapping[str, int], allowed: Mapping[str, tuple[Scheme, ...]], settings: Settings
-) -> Fixed:
+) -> FixedChoices:
     """The layers to quantize and the sites' formats with the least sum of damages within ``limits``. Raises OutOfReach
     with the limit that cannot be met and its smallest.
     """
     problem = execution_problem(profile, limits, allowed)
     try:
-        found = _solved(problem, settings)
+        assignment = _solved(problem, settings)
     except NoAssignment:
         raise _out_of_reach(profile, limits, allowed, settings) from None
-    taken = {choice.name: option.name for choice, option in zip(problem.choices, problem.chosen(found), strict=True)}
-    return Fixed(
+    taken = {
+        choice.name: option.name for choice, option in zip(problem.choices, problem.chosen(assignment), strict=True)
+    }
+    return FixedChoices(
         frozenset(name for name in allowed if taken[f"layer {name}"] != FLOAT),
         {name: fmt for name in profile.sites if (fmt := taken.get(f"site {name}", FLOAT)) != FLOAT},
     )
 
 
 def _solved(problem: Problem, settings: Settings) -> Assignment:
-    reduced = reduce(problem)
+    reduced = presolve(problem)
     try:
-        found = highs(reduced.problem, settings)
+        result = highs(reduced.problem, settings)
     except SolverGaveUp:
-        found = pulp_cbc(reduced.problem, settings)
-    return reduced.expand(found.assignment)
+        result = pulp_cbc(reduced.problem, settings)
+    return reduced.expand(result.assignment)
 
 
 def execution_problem(
@@ -211,7 +203,7 @@ def _add_conditions(
     formats: Mapping[str, Sequence[str]],
     allowed: Mapping[str, tuple[Scheme, ...]],
 ) -> None:
-    """What ``quantkit.operations.execute`` says, as conditions."""
+    """What ``quantkit.plan.operations.execute`` says, as conditions."""
     causes: dict[str, list[str]] = {site: [] for site in formats}
 
     def touch(op: Operation, sites: Iterable[str]) -> None:
@@ -231,7 +223,7 @@ def _add_conditions(
             touch(op, (*op.reads, *op.writes))
     if unknown := [site for site, choices in causes.items() if not choices]:
         raise InvalidRequest(
-            f"Limits on latency or activation memory do not know yet what decides whether {unknown[0]} is quantized, "
+            f"Limits on latency or activation memory cannot tell yet what decides whether {unknown[0]} is quantized, "
             "as in products of attention. Use limits on size, bits or bit-operations."
         )
     for site, choices in causes.items():
@@ -291,10 +283,10 @@ def _out_of_reach(
     before it.
     """
     names = list(limits)
-    ways: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
-    ways += [(name, tuple(n for n in names if n != name)) for name in names]
-    ways += [(name, tuple(names[:k])) for k, name in enumerate(names)]
-    for name, held in ways:
+    attempts: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
+    attempts += [(name, tuple(n for n in names if n != name)) for name in names]
+    attempts += [(name, tuple(names[:k])) for k, name in enumerate(names)]
+    for name, held in attempts:
         least = smallest(profile, name, {n: limits[n] for n in held}, allowed, settings)
         if least is not None and least > limits[name]:
             text = f"The limit {name} = {limits[name]:,} cannot be met: the smallest is {least:,}."
@@ -315,13 +307,13 @@ def smallest(
     loose = 2**60
     problem = execution_problem(profile, {name: loose, **held}, allowed)
     choices = tuple(
-        Choice(one.name, tuple(replace(o, damage=float(o.costs[0])) for o in one.options)) for one in problem.choices
+        one.with_options(lambda _, option: replace(option, damage=float(option.costs[0]))) for one in problem.choices
     )
     try:
-        found = _solved(replace(problem, choices=choices), settings)
+        assignment = _solved(replace(problem, choices=choices), settings)
     except NoAssignment:
         return None
-    return problem.cost(found)[0] + loose - problem.limits[0][1]
+    return problem.cost(assignment)[0] + loose - problem.limits[0][1]
 
 
 def _smallest_peak(

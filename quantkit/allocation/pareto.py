@@ -1,4 +1,4 @@
-"""Every budget at once: the plans that no other one beats in both cost and predicted damage."""
+"""Every budget at once: the plans that no other beats in both cost and predicted damage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from quantkit.allocation.allocate import allocate, plan_of, timed
-from quantkit.allocation.boundaries import smallest
-from quantkit.allocation.count import COUNTED, OF_EXECUTION, counted
-from quantkit.allocation.from_profile import candidates, question, with_float
-from quantkit.allocation.lagrangian import pareto_front
+from quantkit.allocation.execution_problem import smallest
+from quantkit.allocation.from_profile import allocation_problem, candidates, with_float
+from quantkit.allocation.pareto_front import pareto_front
+from quantkit.allocation.plan_costs import COUNTED, OF_EXECUTION, counted
 from quantkit.allocation.registry import Settings
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest, did_you_mean
@@ -38,10 +38,10 @@ def pareto(
         return _by_steps(profile, limit, schemes)
     if limit == "bops":
         Budget.parse("bops=1").limits(profile)  # refuses where the profile has no multiplications
-    asked = question(profile, {limit: 0}, schemes)
+    allocation = allocation_problem(profile, {limit: 0}, schemes)
     plans = []
-    for point in pareto_front(asked.problem):
-        plan = plan_of(profile, asked, point.assignment)
+    for point in pareto_front(allocation.problem):
+        plan = plan_of(profile, allocation, point.assignment)
         provenance = {"front": limit, "profile": profile.digest(), "target": profile.target}
         plans.append(replace(plan, provenance=provenance | plan.provenance))
     return tuple(plans)

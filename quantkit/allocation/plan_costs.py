@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from quantkit.allocation.from_profile import COSTS
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.latency import FULL_BITS
-from quantkit.operations import Execution, execute, peak_bytes
 from quantkit.plan import Plan, Profile
+from quantkit.plan.latency import FULL_BITS
+from quantkit.plan.operations import Execution, execute, peak_bytes
 
 # What depends on which layers run on codes, and not only on the sum of the layers' formats.
 OF_EXECUTION = ("latency", "activation_bytes")
@@ -25,7 +25,7 @@ def execution_of(profile: Profile, schemes: Mapping[str, Scheme]) -> Execution:
 
 
 def counted(profile: Profile, schemes: Mapping[str, Scheme], sites: Mapping[str, str], name: str) -> int:
-    """The amount of a limit that a plan uses. Raises InvalidRequest where the profile does not know the costs."""
+    """The amount of a limit that a plan uses. Raises InvalidRequest where the profile has no costs for it."""
     if name == "latency":
         return latency_of(profile, schemes)
     if name == "activation_bytes":
@@ -59,10 +59,10 @@ def site_bytes(elements: int, fmt: str) -> int:
 
 def costs_of_execution(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> dict[str, float]:
     """What a plan is predicted to use of the limits that depend on what runs on codes, for its provenance."""
-    found: dict[str, float] = {}
+    costs: dict[str, float] = {}
     if "latency" in limits and profile.latency is not None:
-        found["latency_ns"] = latency_of(profile, plan.schemes)
-        found["latency_ratio"] = found["latency_ns"] / profile.latency.float_ns
+        costs["latency_ns"] = latency_of(profile, plan.schemes)
+        costs["latency_ratio"] = costs["latency_ns"] / profile.latency.float_ns
     if "activation_bytes" in limits:
-        found["activation_bytes"] = activation_bytes(profile, plan.schemes, plan.sites)
-    return found
+        costs["activation_bytes"] = activation_bytes(profile, plan.schemes, plan.sites)
+    return costs

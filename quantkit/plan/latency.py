@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantkit.errors import InvalidRequest
-from quantkit.operations import Execution
+from quantkit.plan.operations import Execution
 
 FULL_BITS = 8
 

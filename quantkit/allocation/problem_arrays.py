@@ -15,7 +15,7 @@ from quantkit.allocation.problem import Assignment, Floats, Integers, Problem
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays:
+class ProblemArrays:
     """``damage`` (K,) and ``costs`` (K, limits) of all K options, ``limits``; ``choice`` and ``cell`` of each option,
     ``state`` of each cell, ``component`` of each state. All indices count from 0 in order."""
 
@@ -29,7 +29,7 @@ class Arrays:
     offsets: Integers
 
     @classmethod
-    def of(cls, problem: Problem) -> Arrays:
+    def of(cls, problem: Problem) -> ProblemArrays:
         """The arrays of a problem without ``same`` groups."""
         group_of = {name: number for number, group in enumerate(problem.agree) for name in group}
         components: dict[object, int] = {}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.front import pareto
+from quantkit.allocation.pareto import pareto
 from quantkit.errors import InfeasibleBudget, InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.latency import LatencyTable, OperationTime, SiteTime
-from quantkit.operations import Operation
 from quantkit.plan import Layer, Plan, Profile, SiteRecord
+from quantkit.plan.latency import LatencyTable, OperationTime, SiteTime
+from quantkit.plan.operations import Operation
 
 OPERATIONS = (
     Operation("stem", "layer", ("input",), ("a",), codes_output=True),
@@ -236,8 +236,8 @@ def test_a_layer_with_a_reason_stays_float_and_its_time_counts() -> None:
     layers = base.layers | {"two": replace(base.layers["two"], reason="reads a constant")}
     profile = replace(base, layers=layers)
     others = [n for n in LAYERS if n != "two"]
-    ways = itertools.product(("float", *SCHEMES), repeat=len(others))
-    limit = min(nanoseconds(profile, dict(zip(others, names, strict=True))) for names in ways)
+    combinations = itertools.product(("float", *SCHEMES), repeat=len(others))
+    limit = min(nanoseconds(profile, dict(zip(others, names, strict=True))) for names in combinations)
     plan = allocate(profile, asked({"latency": limit}))
     assert plan.schemes["two"].is_float
     assert nanoseconds(profile, plan.schemes) == limit

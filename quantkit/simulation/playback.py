@@ -25,9 +25,9 @@ Values = Mapping[int, Tensor]
 
 @dataclass
 class SimulatedProgram:
-    """``model`` on its ``program``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits, whose
-    noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half of
-    the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
+    """``model`` on its ``program``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits,
+    whose noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half
+    of the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
     ``fixed`` parameters and buffers replace the model's.
     """
 

@@ -24,7 +24,7 @@ from study_sensitivity import REPOSITORY, SOURCES, recipe_model
 
 from quantkit.formats import ActivationFormat, Scheme
 from quantkit.program.inputs import Batch, batch_size, split_batches
-from quantkit.program.trace import run_model
+from quantkit.program.record import run_model
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Subject

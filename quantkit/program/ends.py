@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from quantkit.program.trace import Op, Trace
+from quantkit.program.program import Program, Step
 
 
-def first_layers(trace: Trace) -> list[str]:
+def first_layers(program: Program) -> list[str]:
     """The layers that compute on the model's inputs with no layer in between, in execution order."""
-    return _ends(trace, [(op, op.inputs, op.outputs) for op in trace.ops])
+    return _ends(program, [(op, op.inputs, op.outputs) for op in program.steps])
 
 
-def last_layers(trace: Trace) -> list[str]:
+def last_layers(program: Program) -> list[str]:
     """The layers that nothing but the model's outputs is made of, with no layer in between, in execution order."""
-    return _ends(trace, [(op, op.outputs, op.inputs) for op in reversed(trace.ops)])[::-1]
+    return _ends(program, [(op, op.outputs, op.inputs) for op in reversed(program.steps)])[::-1]
 
 
-def _ends(trace: Trace, steps: Iterable[tuple[Op, tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+def _ends(program: Program, steps: Iterable[tuple[Step, tuple[int, ...], tuple[int, ...]]]) -> list[str]:
     """The layers that are met with none of the values ``near`` them (op, near, far) behind another layer."""
-    layer_of = {call.key: name for name, calls in trace.calls.items() for call in calls if call.input in trace.varying}
+    layer_of = {
+        call.key: name for name, calls in program.calls.items() for call in calls if call.input in program.varying
+    }
     beyond: set[int] = set()
     found: list[str] = []
     met: set[str] = set()

@@ -8,18 +8,22 @@ and exporting.
 from __future__ import annotations
 
 import inspect
+import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quantkit.program.attention import can_decompose, decomposed_attention
+from quantkit.program.arguments import replaced
+from quantkit.program.composites import parts_of
 
 
 @dataclass(frozen=True, order=True)
@@ -40,6 +44,8 @@ class OpKey:
 
 
 Handler = Callable[[OpKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+EnterModel = Callable[[Any, Any], tuple[tuple[Any, ...], dict[str, Any]]]
+ReadShape = Callable[..., Any]  # (tensor, what its shape or size is read as, axis) -> what the model gets
 
 _ALIASES = {
     "iadd": "add",
@@ -70,54 +76,114 @@ def operation_name(func: Callable[..., Any]) -> str | None:
 class _Calls(TorchFunctionMode):
     """Routes torch calls to a handler while module hooks keep track of the scope."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, read_shape: ReadShape | None, enter_model: EnterModel | None) -> None:
         super().__init__()
-        self.handler = handler
+        self.handler, self.read_shape, self.enter_model = handler, read_shape, enter_model
         self.scopes = [""]
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
+
+    def enter(self, scope: str) -> None:
+        if len(self.scopes) == 1:  # a new pass: what ran before it, as the last token of a generation, does not count
+            self.counts.clear()
+        self.scopes.append(scope)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         op = operation_name(func)
         if op is None:
-            return func(*args, **kwargs)
-        if can_decompose(op, args, kwargs):
+            result = func(*args, **kwargs)
+            if self.read_shape is not None and getattr(func, "__self__", None) is Tensor.shape:
+                return self.read_shape(args[0], result)
+            return result
+        if (parts := parts_of(op, args, kwargs)) is not None:
             with self:
-                return decomposed_attention(*args, **kwargs)
+                return parts(*args, **kwargs)
         scope = self.scopes[-1]
         index = self.counts[scope, op]
         self.counts[scope, op] += 1
-        return self.handler(OpKey(scope, op, index), func, args, kwargs)
+        result = self.handler(OpKey(scope, op, index), func, args, kwargs)
+        if self.read_shape is not None and op == "size":
+            return self.read_shape(args[0], result, *args[1:], **kwargs)
+        return result
+
+
+class _Scopes:
+    """Tells the interception that runs in the present thread which module of a model is entered and left.
+
+    Hooks stay on the modules as long as any thread needs them: a dictionary of hooks must not change while another
+    thread goes through it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.users = 0
+        self.active = threading.local()
+        self.hooks: list[Any] = []
+
+    def add(self) -> None:
+        model = self.model()
+        assert model is not None, "it is being called"
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks, and its calls are not seen anyway
+            own = weakref.ref(module)  # a copy of the model takes its hooks along, which must not count
+            enter = partial(self._enter, own, name)
+            self.hooks.append(module.register_forward_pre_hook(enter, prepend=not name, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(partial(self._leave, own), always_call=True))
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    def _enter(self, own: weakref.ref[nn.Module], name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        calls = getattr(self.active, "calls", None)
+        if calls is None or own() is not module:
+            return None
+        calls.enter(name)
+        return calls.enter_model(args, kwargs) if not name and calls.enter_model is not None else None
+
+    def _leave(self, own: weakref.ref[nn.Module], module: nn.Module, _args: Any, _output: Any) -> None:
+        calls = getattr(self.active, "calls", None)
+        if calls is not None and own() is module:
+            calls.scopes.pop()
+
+    def __deepcopy__(self, memo: Any) -> _Scopes:
+        return self
+
+
+_scopes: weakref.WeakKeyDictionary[nn.Module, _Scopes] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 @contextmanager
-def intercept(model: nn.Module, handler: Handler) -> Iterator[None]:
+def intercept(
+    model: nn.Module, handler: Handler, read_shape: ReadShape | None = None, enter_model: EnterModel | None = None
+) -> Iterator[None]:
     """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the
-    call's.
+    call's; what ``x.shape`` and ``x.size()`` give goes through ``read_shape(x, result)``, and what the model is called
+    with, by whichever of its methods, through ``enter_model(args, kwargs)``.
 
-    Fused attention is taken apart: the handler gets its products and its softmax. The handler runs with interception
-    off, so it may compute freely. Hooks are removed on the way out, whatever happens.
+    Composite functions are taken apart: of attention the handler gets the products and the softmax. It runs with
+    interception off, so it may compute freely. Several threads may do this with one model at once. Hooks are removed
+    with the last of them, whatever happens.
     """
-    calls = _Calls(handler)
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # takes no hooks, and its calls are not seen anyway
-
-        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
-            calls.scopes.append(name)
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            calls.scopes.pop()
-
-        hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
+    with _lock:
+        scopes = _scopes.setdefault(model, _Scopes(model))
+        scopes.users += 1
+        if scopes.users == 1:
+            scopes.add()
+    outer = getattr(scopes.active, "calls", None)
+    scopes.active.calls = calls = _Calls(handler, read_shape, enter_model)
     try:
         with calls:
             yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        scopes.active.calls = outer
+        with _lock:
+            scopes.users -= 1
+            if not scopes.users:
+                scopes.remove()
 
 
 def map_tensors(value: Any, key: OpKey, change: Callable[[OpKey, Tensor], Tensor]) -> Any:
@@ -151,11 +217,19 @@ def change_inputs(
     model: nn.Module, args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Apply ``change`` to copies of every floating-point model input; keys are ``input``, ``input[1]``, ... in the
-    order of the forward's parameters.
+    order of the forward's parameters. Objects that are no plain containers, as caches are, stay themselves.
     """
     order = {parameter.name: i for i, parameter in enumerate(forward_parameters(model))}
     ordered = dict(sorted(kwargs.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
-    return map_tensors(own_inputs(args, ordered), INPUT, change)
+    positions = iter(range(1 << 30))
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        key = replace(INPUT, output=next(positions))
+        return change(key, leaf.clone()) if leaf.is_floating_point() else leaf.clone()
+
+    return tuple(replaced(item, changed) for item in args), replaced(ordered, changed)
 
 
 READ = -1  # in a place, instead of the number of an output: what the call reads
@@ -179,7 +253,11 @@ def change_read(
 
 def own_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of a model's inputs: one that works in place must not change the caller's data."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (tuple(args), dict(kwargs)))
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return tuple(replaced(item, copied) for item in args), replaced(dict(kwargs), copied)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -1,72 +1,158 @@
-"""A tape cut into blocks: runs of calls that one tensor enters and one leaves, with at least two layers each.
+"""A program cut into segments: runs of calls with at least two layers each, which one value of the network enters and
+one leaves.
 
-Residual blocks, transformer blocks and pairs of depthwise and pointwise convolutions all come out as blocks; names of
-modules play no part.
+Residual blocks, transformer blocks and pairs of depthwise and pointwise convolutions all come out as segments; names of
+modules play no part. Beside that value others may pass the cut: masks, rotations and position biases, which no layer
+has computed on, and what several layers further on still read, as every block of a decoder reads the encoder's output.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from quantkit.program.intercept import OpKey
-from quantkit.program.tape import Tape
-from quantkit.program.trace import Trace
+from quantkit.program.program import Program
 
-LAYERS = 2  # in a block at least: one alone has nothing to adapt to
+LAYERS = 2  # in a segment at least: one alone has nothing to adapt to
+READERS = 2  # layers that read a value behind a cut, for it to be carried past several cuts
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps ``start`` to ``stop`` of a tape, the numbers of the values that enter and of the one that leaves, and the
-    layers inside in execution order.
+    """Steps ``start`` to ``stop`` of a program, the numbers of the values that enter and leave, and the layers inside
+    in execution order. ``output`` is the value that the segment is there for; what else leaves is carried on.
+    ``raw`` are the entering values that no site has quantized yet: inputs, and outputs of earlier segments.
     """
 
     start: int
     stop: int
     entering: tuple[int, ...]
-    leaving: int
-    layers: tuple[str, ...]
+    leaving: tuple[int, ...]
+    output: int
+    layers: tuple[str, ...] = ()
+    raw: frozenset[int] = frozenset()
+
+    def until(self, stop: int, output: int) -> Segment:
+        """The part of the segment before step ``stop``, for the sake of one value."""
+        return Segment(self.start, stop, self.entering, (output,), output, (), self.raw)
 
 
-def whole(tape: Tape, layers: Sequence[str]) -> Segment:
+def whole(program: Program, layers: Sequence[str] = ()) -> Segment:
     """The whole forward as one segment."""
-    return Segment(0, len(tape.steps), tape.inputs, tape.output, tuple(layers))
+    inputs = program.inputs
+    return Segment(0, len(program.steps), inputs, (program.output,), program.output, tuple(layers), frozenset(inputs))
 
 
-def blocks_of(tape: Tape, trace: Trace, layers: Collection[str], sites: Collection[OpKey] = ()) -> list[Segment]:
-    """The blocks that hold the layers to quantize, from the model's inputs to its outputs; a network that cannot be
-    cut is one block. Between two layers the cut is made at a site where there is one (a place in ``sites``): its
-    tensor is then quantized by the block that reads it.
+@dataclass(frozen=True)
+class _Cut:
+    """After step ``after``: the value that the network continues from, and all that are read later."""
+
+    after: int
+    main: int
+    live: tuple[int, ...]
+
+
+def blocks_of(program: Program, layers: Collection[str], sites: Collection[OpKey] = ()) -> list[Segment]:
+    """The segments that hold the layers to quantize, from the model's inputs to its outputs; a network that cannot be
+    cut is one. Between two layers the cut is made at a site where there is one (a place in ``sites``): its tensor is
+    then quantized by the segment that reads it.
     """
-    at = {call.key: name for name in layers for call in trace.calls[name]}
-    positions = [(i, at[step.key]) for i, step in enumerate(tape.steps) if step.key in at]
-    places, lone = tape.places(), tape.lone_values()
-    cuts = []
+    at = {
+        call.key: name
+        for name in layers
+        if program.weights[name].reads_rows  # a table that is looked up may also be read at the end
+        for call in program.calls.get(name, ())
+    }
+    positions = [(i, at[step.key]) for i, step in enumerate(program.steps) if step.key in at]
+    possible = cuts_of(program)
+    chosen = []
     for (before, _), (after, _) in pairwise(positions):
-        possible = [i for i in range(before, after) if i in lone]
-        at_sites = [i for i in possible if places[lone[i]] in sites]
-        if possible:
-            cuts.append((at_sites or possible)[-1])
-    blocks: list[Segment] = []
-    start, entering = 0, tape.inputs
-    for cut in [*_kept(cuts, positions), len(tape.steps) - 1]:
-        leaving = tape.output if cut == len(tape.steps) - 1 else lone[cut]
-        inside = tuple(dict.fromkeys(name for i, name in positions if start <= i <= cut))
-        blocks.append(Segment(start, cut + 1, entering, leaving, inside))
-        start, entering = cut + 1, (leaving,)
-    return blocks
+        between = [possible[i] for i in range(before, after) if i in possible]
+        at_sites = [cut for cut in between if program.producer.get(cut.main) in sites]
+        if between:
+            chosen.append((at_sites or between)[-1])
+    return _segments(program, _kept(chosen, positions), positions)
 
 
-def _kept(cuts: Sequence[int], positions: Sequence[tuple[int, str]]) -> list[int]:
-    """The cuts that leave enough layers on both sides and no layer in two blocks."""
-    kept: list[int] = []
+def _segments(program: Program, cuts: Sequence[_Cut], positions: Sequence[tuple[int, str]]) -> list[Segment]:
+    segments: list[Segment] = []
+    start, entering, raw = 0, program.inputs, frozenset(program.inputs)
+    last = _Cut(len(program.steps) - 1, program.output, (program.output,))
+    for cut in (*cuts, last):
+        inside = tuple(dict.fromkeys(name for i, name in positions if start <= i <= cut.after))
+        segments.append(Segment(start, cut.after + 1, entering, cut.live, cut.main, inside, raw))
+        start, entering, raw = cut.after + 1, cut.live, raw | {cut.main}
+    return segments
+
+
+def cuts_of(program: Program) -> dict[int, _Cut]:
+    """Step -> the cut behind it, where a forward can be cut in two."""
+    last = _last_reads(program)
+    behind = _behind_layers(program)
+    readers = _readers_left(program)
+    live = set(program.inputs)
+    mains: set[int] = set()
+    found = {}
+    for i, step in enumerate(program.steps):
+        if step.constant:
+            continue
+        readers.subtract(_read_by_layer(program, i))
+        made = (*step.makes, *(new for _, new in step.rewrites))
+        live = {number for number in (*live, *made) if last.get(number, -1) > i}
+        carried = {n for n in live if n not in behind or (n in mains and readers[n] >= READERS)}
+        if len(rest := live - carried) != 1 or not _can_pass(program, carried):
+            continue
+        (main,) = rest
+        if main in program.floating and main in program.rows:
+            found[i] = _Cut(i, main, (main, *sorted(carried)))
+            mains.add(main)
+    return found
+
+
+def _can_pass(program: Program, carried: Collection[int]) -> bool:
+    """Whether values have a row for each sample, or are the same for all of them."""
+    return all(number in program.rows or number not in program.varying for number in carried)
+
+
+def _last_reads(program: Program) -> dict[int, int]:
+    last: dict[int, int] = {}
+    for i, step in enumerate(program.steps):
+        if not step.constant:
+            last.update(dict.fromkeys(step.reads, i))
+    return last | {program.output: len(program.steps)}
+
+
+def _behind_layers(program: Program) -> set[int]:
+    """The values that depend on what a layer makes of a varying value; what is looked up in a table does not."""
+    layers = {call.key for name, calls in program.calls.items() if program.weights[name].reads_rows for call in calls}
+    behind: set[int] = set()
+    for step in program.steps:
+        depends = not behind.isdisjoint(step.inputs)
+        if depends or (step.key in layers and not program.varying.isdisjoint(step.inputs)):
+            behind.update(step.makes, (new for _, new in step.rewrites))
+    return behind & program.varying
+
+
+def _readers_left(program: Program) -> Counter[int]:
+    return Counter(n for i in range(len(program.steps)) for n in _read_by_layer(program, i))
+
+
+def _read_by_layer(program: Program, i: int) -> tuple[int, ...]:
+    step = program.steps[i]
+    return step.inputs[:1] if step.key in program.layer_of else ()
+
+
+def _kept(cuts: Sequence[_Cut], positions: Sequence[tuple[int, str]]) -> list[_Cut]:
+    """The cuts that leave enough layers on both sides and no layer in two segments."""
+    kept: list[_Cut] = []
     start = 0
     for cut in cuts:
-        inside = {name for i, name in positions if start <= i <= cut}
-        after = {name for i, name in positions if i > cut}
+        inside = {name for i, name in positions if start <= i <= cut.after}
+        after = {name for i, name in positions if i > cut.after}
         if len(inside) >= LAYERS and len(after) >= LAYERS and not inside & after:
             kept.append(cut)
-            start = cut + 1
+            start = cut.after + 1
     return kept

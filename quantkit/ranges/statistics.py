@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
+from quantkit.program.arguments import leaves_of
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import groups_of, weight_of
+from quantkit.program.layers import Weights
+from quantkit.program.program import Program
 from quantkit.program.sites import Site
-from quantkit.program.trace import Trace
 from quantkit.progress import track
 from quantkit.ranges.activations import Extremes, Histogram
 from quantkit.rounding.layer_inputs import input_columns
@@ -64,21 +65,29 @@ class _Reached(Exception):
 
 
 def layer_hessians(
-    model: SimulatedModel, trace: Trace, layers: Sequence[str], batches: Iterable[Any]
+    model: SimulatedModel, program: Program, layers: Sequence[str], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
     """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now.
 
     Products are taken in float32 over slices of rows and summed in float64. Of a convolution with many positions some
     are drawn, by a fixed seed. A forward stops at the last layer asked for.
     """
-    watched = {call.key: name for name in layers for call in trace.calls[name]}
-    last = max(watched, key=[op.key for op in trace.ops].index)
+    watched = {
+        call.key: (name, call.source)
+        for name in layers
+        if program.weights[name].reads_rows
+        for call in program.calls.get(name, ())
+    }
+    if not watched:
+        return {}
+    last = max(watched, key=[step.key for step in program.steps].index)
     sums: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(0)
 
     def before(key: OpKey, args: Any, kwargs: Any) -> None:
         if key in watched:
-            accumulate(sums, watched[key], input_columns(trace.kinds[key.scope], args, kwargs, generator=draws))
+            name, source = watched[key]
+            accumulate(sums, name, input_columns(program.kinds[name], args, kwargs, draws, source))
             if key == last:
                 raise _Reached
 
@@ -101,18 +110,22 @@ def accumulate(sums: dict[str, Tensor], name: str, columns: Tensor, others: Tens
         sums[name] += (others_rows.transpose(1, 2) @ rows).double()
 
 
-def rows_seen(model: SimulatedModel, trace: Trace, layers: Sequence[str], batches: Iterable[Any]) -> dict[str, int]:
+def rows_seen(
+    model: SimulatedModel, program: Program, layers: Sequence[str], batches: Iterable[Any]
+) -> dict[str, int]:
     """How many inputs each layer gets over ``batches``: samples of convolutions, rows of other layers. Layers behind
     a choice that the network makes by its data, as experts are, may get few or none.
     """
-    watched = {call.key: name for name in layers for call in trace.calls[name]}
+    watched = {call.key: (name, call.source) for name in layers for call in program.calls.get(name, ())}
     counts = dict.fromkeys(layers, 0)
 
     def before(key: OpKey, args: Any, kwargs: Any) -> None:
         if key in watched:
-            x = args[0] if args else kwargs["input"]
-            spatial = trace.kinds[key.scope].startswith("conv")
-            counts[watched[key]] += len(x) if spatial else x.numel() // max(1, x.shape[-1])
+            name, source = watched[key]
+            x = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)][source]
+            kind = program.kinds[name]
+            whole = kind.startswith("conv") or "embedding" in kind
+            counts[name] += len(x) if whole else x.numel() // max(1, x.shape[-1])
 
     with torch.no_grad():
         for args, kwargs in batches:
@@ -120,12 +133,12 @@ def rows_seen(model: SimulatedModel, trace: Trace, layers: Sequence[str], batche
     return counts
 
 
-def in_memory_bound(model: nn.Module, layers: Sequence[str]) -> Iterator[list[str]]:
+def in_memory_bound(weights: Weights, layers: Sequence[str]) -> Iterator[list[str]]:
     """Split ``layers`` into runs whose Hessians (groups x K x K doubles each) stay under 1 GiB together."""
     run: list[str] = []
     held = 0
     for name in layers:
-        size = 8 * groups_of(model, name) * weight_of(model, name)[0].numel() ** 2
+        size = 8 * weights.layers[name].groups * weights.inputs(name) ** 2 * weights.layers[name].reads_rows
         if run and held + size > HESSIAN_BYTES:
             yield run
             run, held = [], 0

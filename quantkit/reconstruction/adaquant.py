@@ -16,20 +16,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.codes import root_of
 from quantkit.program.intercept import OpKey, read_place
-from quantkit.program.layers import bias_of
+from quantkit.program.program import Part, Program
 from quantkit.program.segments import Segment
-from quantkit.program.sites import root_of
-from quantkit.program.tape import Tape
-from quantkit.program.trace import Trace
 from quantkit.progress import track
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through
 from quantkit.reconstruction.learning import Learned, Schedule, learn
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, play
+from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, play, play_output
 
 ACTIVATIONS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clip")
 LEAST_SPREAD = 1e-12
@@ -52,8 +50,8 @@ class JointWeight(LearnedWeight):
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """Steps ``start`` to ``stop`` of a tape, a layer and the activation behind it: the numbers of the value it reads
+class TaskCall:
+    """Steps ``start`` to ``stop`` of a program, a layer and the activation behind it: the numbers of the value it reads
     and of the one it makes, and the site that quantizes the former with its place, if any.
     """
 
@@ -69,7 +67,7 @@ class LayerCall:
 class Task:
     """What a layer's call reads before its site quantizes it, and what it is to make: to learn from, and held back."""
 
-    call: LayerCall
+    call: TaskCall
     inputs: Tensor
     wanted: Tensor
     held_inputs: Tensor
@@ -81,45 +79,44 @@ class Task:
         return self.wanted.var().clamp(min=LEAST_SPREAD)
 
 
-def calls_of(runner: SimulatedProgram, trace: Trace, block: Segment, name: str) -> Iterator[LayerCall]:
+def calls_of(runner: SimulatedProgram, block: Segment, name: str) -> Iterator[TaskCall]:
     """The calls of a layer inside its block."""
-    tape, calls = runner.tape, {call.key: call for call in trace.calls[name]}
+    program = runner.program
+    calls = {call.key: call for call in program.calls[name]}
     for i in range(block.start, block.stop):
-        step = tape.steps[i]
+        step = program.steps[i]
         if step.key not in calls:
             continue
-        fused = i + 1 < block.stop and _is_activation_of(tape, i)
-        last = tape.steps[i + 1] if fused else step
-        place = trace.producer.get(root_of(trace, calls[step.key].input))
+        fused = i + 1 < block.stop and _is_activation_of(program, i)
+        last = program.steps[i + 1] if fused else step
+        place = program.producer.get(root_of(program, calls[step.key].input))
         place = own if (own := read_place(step.key)) in runner.sites else place
         site = None if place is None else runner.sites.get(place)
-        yield LayerCall(i, i + 2 if fused else i + 1, step.reads[0], last.makes[0], site, place)
+        yield TaskCall(i, i + 2 if fused else i + 1, step.inputs[0], last.makes[0], site, place)
 
 
-def _is_activation_of(tape: Tape, i: int) -> bool:
+def _is_activation_of(program: Program, i: int) -> bool:
     """Whether the step after number ``i`` is an activation that alone reads what it makes, or overwrites it."""
-    made, after = tape.steps[i].makes[0], tape.steps[i + 1]
-    if after.key.op not in ACTIVATIONS or after.reads[:1] != (made,):
+    made, after = program.steps[i].makes[0], program.steps[i + 1]
+    if after.key.op not in ACTIVATIONS or after.inputs[:1] != (made,):
         return False
-    others = [other for other in tape.steps if other is not after and made in other.reads]
-    return made in after.makes or (not others and made != tape.output)
+    others = [other for other in program.steps if other is not after and made in other.inputs]
+    overwrites = any(old == made for old, _ in after.rewrites)
+    return overwrites or (not others and made != program.output)
 
 
 @torch.no_grad()
-def _entering(runner: SimulatedProgram, block: Segment, call: LayerCall, values: Values) -> Tensor:
+def _entering(runner: SimulatedProgram, block: Segment, call: TaskCall, values: Values) -> Tensor:
     """What a call reads, without the quantizer of its own site."""
-    before = Segment(block.start, call.start, block.entering, call.reads, ())
-    parts = [
-        runner.inside(part, before, [call.reads], call.place)[0][:count]
-        for part, count in in_chunks(runner.tape, values)
-    ]
-    return torch.cat(parts)
+    before = block.until(call.start, call.reads)
+    chunks = in_chunks(runner.program, values)
+    return torch.cat([runner.inside(part, before, [call.reads], call.place)[0] for part, _ in chunks])
 
 
 @torch.no_grad()
-def _leaving(floats: SimulatedProgram, block: Segment, call: LayerCall, values: Values) -> Tensor:
+def _leaving(floats: SimulatedProgram, block: Segment, call: TaskCall, values: Values) -> Tensor:
     """What a call makes in the float network."""
-    return play(floats, values, Segment(block.start, call.stop, block.entering, call.makes, ()))
+    return play_output(floats, values, block.until(call.stop, call.makes))
 
 
 @dataclass(frozen=True)
@@ -133,16 +130,15 @@ class Streams:
 
     def after(self, runner: SimulatedProgram, floats: SimulatedProgram, block: Segment, parallel: bool) -> Streams:
         """Those that leave it."""
-        leaving = block.leaving
-        theirs, held_theirs = ({leaving: play(floats, v, block)} for v in (self.theirs, self.held_theirs))
+        theirs, held_theirs = (play(floats, v, block) for v in (self.theirs, self.held_theirs))
         if parallel:
             return Streams(theirs, theirs, held_theirs, held_theirs)
-        ours, held_ours = ({leaving: play(runner, v, block)} for v in (self.ours, self.held_ours))
+        ours, held_ours = (play(runner, v, block) for v in (self.ours, self.held_ours))
         return Streams(ours, theirs, held_ours, held_theirs)
 
 
 def _tasks(
-    source: SimulatedProgram, floats: SimulatedProgram, block: Segment, calls: Sequence[LayerCall], streams: Streams
+    source: SimulatedProgram, floats: SimulatedProgram, block: Segment, calls: Sequence[TaskCall], streams: Streams
 ) -> list[Task]:
     """The tasks of a layer's calls, on what ``source`` makes of what enters its block."""
     return [
@@ -162,7 +158,6 @@ def learn_layers(
     floats: SimulatedProgram,
     reference: FloatReference,
     data: ReconstructionData,
-    trace: Trace,
     blocks: Sequence[Segment],
     schedule: Schedule,
     generator: torch.Generator,
@@ -185,7 +180,11 @@ def learn_layers(
         while at is not block:
             streams = streams.after(runner, floats, at, parallel)
             at = blocks[blocks.index(at) + 1]
-        calls = [c for c in calls_of(runner, trace, block, name) if {c.reads, c.makes} <= runner.tape.rows]
+        calls = [
+            c
+            for c in calls_of(runner, block, name)
+            if runner.program.rows.get(c.reads) == runner.program.rows.get(c.makes) == 0
+        ]
         if not calls:
             continue
         sites = {call.site for call in calls if call.site is not None} - taken
@@ -209,27 +208,29 @@ def learn_layer(
     were held back.
     """
     tasks = make_tasks()
-    model, tape, bias = runner.model, runner.tape, bias_of(runner.model.model, name)
-    weight = JointWeight(reference.state[f"{name}.weight"], model.weights[name], bias, reference.spread[name])
+    model, program, bias = runner.model, runner.program, runner.model.floats.bias(name)
+    weight = JointWeight(reference.weights[name], model.weights[name], bias, reference.spread[name])
     ranges = _ranges(model, sites)
-    state = tape.state_of(model.model)
+    state = program.state_of(model.model)
 
     def error(task: Task, x: Tensor, wanted: Tensor) -> Tensor:
         quantizer = ranges.get(task.call.site or "", model.ranges.get(task.call.site or ""))
         x = x if quantizer is None else quantizer.fake_quantize(x)
-        own = {f"{name}.weight": tape.laid_out(weight.value()), f"{name}.bias": weight.bias()}
-        now = state | {key: tensor for key, tensor in own.items() if tensor is not None}
-        span = task.call.start, task.call.stop
-        (made,) = tape.replay({task.call.reads: x}, now, [task.call.makes], span=span)
+        placed = model.floats.placed(name, weight.value(), state)
+        now = state | {key: program.laid_out(tensor) for key, tensor in placed.items()}
+        if (shifted := weight.bias()) is not None:
+            now[str(model.floats.layers[name].bias)] = shifted
+        call = Part(task.call.start, task.call.stop)
+        (made,) = program.replay({task.call.reads: x}, now, [task.call.makes], part=call)
         return (made - wanted).square().mean() / task.unit
 
     def loss(indices: Tensor) -> Tensor:
-        errors = [error(task, tape.laid_out(task.inputs[indices]), task.wanted[indices]) for task in tasks]
+        errors = [error(task, program.laid_out(task.inputs[indices]), task.wanted[indices]) for task in tasks]
         return torch.stack(errors).sum()
 
     @torch.no_grad()
     def held_back() -> float:
-        return sum(float(error(task, tape.laid_out(task.held_inputs), task.held_wanted)) for task in tasks)
+        return sum(float(error(task, program.laid_out(task.held_inputs), task.held_wanted)) for task in tasks)
 
     moved = _rated(weight, ranges, schedule)
     learned = learn(moved, loss, held_back, len(tasks[0].inputs), schedule, generator, name, progress=False)
@@ -242,8 +243,8 @@ def learn_layer(
 
 
 def _ranges(model: SimulatedModel, sites: set[str]) -> dict[str, LearnedRange]:
-    starts = [(site, model.ranges.get(site)) for site in sorted(sites)]
-    return {site: LearnedRange(start, joint=True) for site, start in starts if isinstance(start, SiteRange)}
+    starts = [(site, model.ranges[site]) for site in sorted(sites & model.ranges.keys())]
+    return {site: LearnedRange(start, joint=True) for site, start in starts if start.static and start.integer}
 
 
 def _rated(weight: JointWeight, ranges: Mapping[str, LearnedRange], schedule: Schedule) -> list[tuple[Tensor, float]]:

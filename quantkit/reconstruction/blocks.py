@@ -15,10 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import SiteRange
-from quantkit.program.layers import bias_of
+from quantkit.program.program import Program
 from quantkit.program.segments import Segment, whole
-from quantkit.program.tape import Tape
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.reconstruction.learning import Learned, Schedule, learn
 from quantkit.reconstruction.snapshot import Cache
@@ -30,6 +28,8 @@ from quantkit.simulation.playback import (
     in_chunks,
     mixed,
     play,
+    play_output,
+    rows_first,
     take,
 )
 
@@ -41,7 +41,7 @@ RECONSTRUCTIONS = ("auto", "none", "adaquant", "adaquant-parallel", "block", "ne
 
 @dataclass(frozen=True)
 class ReconstructionData:
-    """Model inputs to learn from and others held back, as values of the tape, with the float model's outputs for
+    """Model inputs to learn from and others held back, as values of the program, with the float model's outputs for
     both.
     """
 
@@ -55,18 +55,19 @@ class ReconstructionData:
 
     def first(self, count: int) -> ReconstructionData:
         """The first ``count`` inputs to learn from, and all that are held back."""
-        inputs = {number: x[:count] for number, x in self.inputs.items()}
+        inputs = {number: x[:count] if x.dim() else x for number, x in self.inputs.items()}
         return replace(self, inputs=inputs, outputs=self.outputs[:count])
 
 
 @dataclass(frozen=True)
 class FloatReference:
-    """The float network: its parameters and buffers by name, the standard deviation of every layer's outputs by
-    channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to learn by, and
+    """The float network: its parameters and buffers by name, the weight of every layer to learn, the standard deviation
+    of its outputs by channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to learn by, and
     ``pull(output, generator)``, a number whose gradient has the Fisher information of the output as its second moment.
     """
 
     state: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
     spread: Mapping[str, Tensor]
     damage: Damage
     softened: Damage
@@ -75,17 +76,16 @@ class FloatReference:
 
 def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collection[str], segment: Segment) -> None:
     """Let the weights of ``layers`` be learned, and the steps of the sites below 8 bits that a segment quantizes."""
-    model, tape = runner.model, runner.tape
-    for name in layers:
-        weight = reference.state[f"{name}.weight"]
-        bias = bias_of(model.model, name)
+    model, program = runner.model, runner.program
+    for name in [name for name in layers if model.floats.layers[name].reads_rows]:
+        weight, bias = reference.weights[name], model.floats.bias(name)
         runner.weights[name] = LearnedWeight(weight, model.weights[name], bias, reference.spread[name])
-    made = {step.key for step in tape.steps[segment.start : segment.stop]}
-    entering = {runner.places[number] for number in segment.entering}
-    inside = (made | entering) - {runner.places[segment.leaving]}
+    made = {step.key for step in program.steps[segment.start : segment.stop]}
+    entering = {program.producer[number] for number in segment.raw if number in program.producer}
+    inside = (made | entering) - {program.producer.get(segment.output)}
     for site in model.sites:
         found = model.ranges.get(site.name)
-        if isinstance(found, SiteRange) and found.bits < EIGHT_BITS and site.place in inside:
+        if found is not None and found.static and found.integer and found.bits < EIGHT_BITS and site.place in inside:
             runner.ranges[site.name] = LearnedRange(found)
 
 
@@ -108,7 +108,7 @@ def settle(runner: SimulatedProgram) -> None:
     model = runner.model
     for name, weight in runner.weights.items():
         model.set_weight(name, weight.found())
-        bias, own = weight.bias(), bias_of(model.model, name)
+        bias, own = weight.bias(), model.floats.bias(name)
         if bias is not None and own is not None:
             own.copy_(bias)
     model.ranges.update({name: learned.found() for name, learned in runner.ranges.items()})
@@ -119,7 +119,7 @@ def settle(runner: SimulatedProgram) -> None:
 @torch.no_grad()
 def mean_damage(runner: SimulatedProgram, values: Values, outputs: Tensor, damage: Damage) -> float:
     """The damage of the whole model over samples, as it would ship now."""
-    found = torch.cat([runner.output(part)[:count] for part, count in in_chunks(runner.tape, values)])
+    found = torch.cat([runner.output(part) for part, _ in in_chunks(runner.program, values)])
     return float(damage(outputs, found).double().mean())
 
 
@@ -137,12 +137,14 @@ def learn_network(
     """
 
     def loss(indices: Tensor) -> Tensor:
-        return reference.softened(data.outputs[indices], runner.output(take(runner.tape, data.inputs, indices))).mean()
+        return reference.softened(
+            data.outputs[indices], runner.output(take(runner.program, data.inputs, indices))
+        ).mean()
 
     def held_back() -> float:
         return mean_damage(runner, data.held_inputs, data.held_outputs, reference.softened)
 
-    begin(runner, reference, runner.model.weights, whole(runner.tape, ()))
+    begin(runner, reference, runner.model.weights, whole(runner.program))
     moved, title = rated(runner, schedule, only_biases), "biases" if only_biases else "network"
     learned = learn(moved, loss, held_back, len(data), schedule, generator, title, progress)
     settle(runner)
@@ -179,12 +181,19 @@ def learn_block(
     segment = block_data.segment
 
     def loss(indices: Tensor) -> Tensor:
-        ours, theirs = (take(runner.tape, values, indices) for values in (block_data.quantized, block_data.floating))
-        entering = {number: mixed(x, theirs[number], generator) for number, x in ours.items()}
-        return block_data.error(runner.run(entering, segment), block_data.wanted[indices])
+        ours, theirs = (
+            take(runner.program, values, indices) for values in (block_data.quantized, block_data.floating)
+        )
+        main = segment.raw & ours.keys()
+        entering = {
+            n: mixed(x, theirs[n], generator) if n in main and x.is_floating_point() else x for n, x in ours.items()
+        }
+        found = rows_first(runner.program, segment.output, runner.run(entering, segment))
+        return block_data.error(found, block_data.wanted[indices])
 
     def held_back() -> float:
-        return float(block_data.error(play(runner, block_data.held_quantized, segment), block_data.held_wanted))
+        found = rows_first(runner.program, segment.output, play_output(runner, block_data.held_quantized, segment))
+        return float(block_data.error(found, block_data.held_wanted))
 
     begin(runner, reference, segment.layers, segment)
     runner.dropping = generator
@@ -211,26 +220,28 @@ def learn_blocks(
     ``finished`` are not learned again.
     """
     kept = finished or Cache()
-    weighing = fisher(runner.tape, reference, data, blocks[:-1], generator)
-    floats = float_program(runner.model.model, runner.tape, reference.state)
+    weighing = fisher(runner.program, reference, data, blocks[:-1], generator)
+    floats = float_program(runner.model.model, runner.program, reference.state)
     ours, held_ours = data.inputs, data.held_inputs
     theirs, held_theirs = data.inputs, data.held_inputs
     found = {}
     for segment, importance in zip(blocks, weighing, strict=False):
-        wanted, held_wanted = play(floats, theirs, segment), play(floats, held_theirs, segment)
+        after, held_after = play(floats, theirs, segment), play(floats, held_theirs, segment)
+        wanted, held_wanted = (
+            rows_first(runner.program, segment.output, values[segment.output]) for values in (after, held_after)
+        )
         block_data = BlockData(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
         work = partial(learn_block, runner, reference, block_data, schedule, generator, progress)
         title = " ".join(segment.layers)
         found[title] = kept.learned(f"block {title}", runner.model, segment.layers, work, generator)
-        ours = {segment.leaving: play(runner, ours, segment)}
-        held_ours = {segment.leaving: play(runner, held_ours, segment)}
-        theirs, held_theirs = {segment.leaving: wanted}, {segment.leaving: held_wanted}
+        ours, held_ours = play(runner, ours, segment), play(runner, held_ours, segment)
+        theirs, held_theirs = after, held_after
     return found
 
 
 @torch.enable_grad()
 def fisher(
-    tape: Tape,
+    program: Program,
     reference: FloatReference,
     data: ReconstructionData,
     blocks: Sequence[Segment],
@@ -239,16 +250,17 @@ def fisher(
     """For the value leaving each block, the mean over samples of the squared gradient of the pulled output: the
     diagonal of the Fisher information, one weight per element of a sample.
     """
-    numbers = [segment.leaving for segment in blocks]
+    numbers = [segment.output for segment in blocks]
     sums: list[Tensor | float] = [0.0] * len(numbers)
     count = 0
     order = torch.randperm(len(data), generator=generator)[:FISHER_SAMPLES]
-    some = {number: x[order] for number, x in data.inputs.items()}
+    some = take(program, data.inputs, order)
     # gradients begin at the parameters: inputs may be token ids
     state = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in reference.state.items()}
-    for part, _ in in_chunks(tape, some):
-        values = tape.replay(part, state, [*numbers, tape.output])
+    for part, samples in in_chunks(program, some):
+        values = program.replay(part, state, [*numbers, program.output])
         gradients = torch.autograd.grad(reference.pull(values[-1], generator), values[:-1])
-        sums = [total + g.square().sum(0) for total, g in zip(sums, gradients, strict=True)]
-        count += tape.size
+        squares = (rows_first(program, n, g).square() for n, g in zip(numbers, gradients, strict=True))
+        sums = [total + square.sum(0) for total, square in zip(sums, squares, strict=True)]
+        count += samples
     return [torch.as_tensor(total) / count for total in sums]

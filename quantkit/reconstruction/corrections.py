@@ -15,10 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.program.layers import bias_of
 from quantkit.program.segments import Segment
-from quantkit.program.trace import Trace
-from quantkit.rounding.layer_inputs import first_share
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, play
 
@@ -36,18 +33,19 @@ class Spread:
 
 
 @torch.no_grad()
-def output_spread(runner: SimulatedProgram, trace: Trace, block: Segment, name: str, values: Values) -> Spread:
+def output_spread(runner: SimulatedProgram, block: Segment, name: str, values: Values) -> Spread:
     """The spread of a layer's outputs over all its calls and positions, given the values that enter its block."""
-    keys = {call.key for call in trace.calls[name]}
+    program = runner.program
+    keys = {call.key for call in program.calls[name]}
     count, total, squares = 0.0, torch.zeros(()).double(), torch.zeros(()).double()
     for i in range(block.start, block.stop):
-        step = runner.tape.steps[i]
+        step = program.steps[i]
         if step.key not in keys:
             continue
-        until = Segment(block.start, i + 1, block.entering, step.makes[0], ())
-        for part, meant in in_chunks(runner.tape, values):
-            output = first_share(runner.run(part, until), meant / runner.tape.size).double()
-            rows = output if trace.kinds[name] == "linear" else output.movedim(1, -1)
+        until = block.until(i + 1, step.makes[0])
+        for part, _ in in_chunks(program, values):
+            output = runner.run(part, until).double()
+            rows = output.movedim(1, -1) if program.kinds[name].startswith("conv") else output
             rows = rows.reshape(-1, rows.shape[-1])
             count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
     mean = total / count
@@ -55,12 +53,7 @@ def output_spread(runner: SimulatedProgram, trace: Trace, block: Segment, name: 
 
 
 def match_outputs(
-    runner: SimulatedProgram,
-    floats: SimulatedProgram,
-    trace: Trace,
-    blocks: Sequence[Segment],
-    inputs: Values,
-    deviations: bool,
+    runner: SimulatedProgram, floats: SimulatedProgram, blocks: Sequence[Segment], inputs: Values, deviations: bool
 ) -> None:
     """Correct the layers of the simulated model in order, each on what those before it make of ``inputs``: the mean of
     every output channel, with ``deviations`` its standard deviation too. Layers without a bias stay.
@@ -68,13 +61,12 @@ def match_outputs(
     ours = theirs = inputs
     for block in blocks:
         for name in block.layers:
-            if name in runner.model.weights and bias_of(runner.model.model, name) is not None:
-                wanted = output_spread(floats, trace, block, name, theirs)
-                found = output_spread(runner, trace, block, name, ours)
+            if name in runner.model.weights and runner.model.floats.bias(name) is not None:
+                wanted = output_spread(floats, block, name, theirs)
+                found = output_spread(runner, block, name, ours)
                 _correct(runner.model, name, found, wanted, deviations)
         if block is not blocks[-1]:
-            ours = {block.leaving: play(runner, ours, block)}
-            theirs = {block.leaving: play(floats, theirs, block)}
+            ours, theirs = play(runner, ours, block), play(floats, theirs, block)
 
 
 @torch.no_grad()
@@ -86,15 +78,16 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
         ratio = torch.where(usable, wanted.deviation / found.deviation, ratio).clamp(LEAST_RATIO, MOST_RATIO)
         weight = model.weights[name]
         model.set_weight(name, replace(weight, scale=weight.scale * ratio.float().unsqueeze(1)))
-    bias = bias_of(model.model, name)
+    bias = model.floats.bias(name)
     assert bias is not None
     bias.copy_((bias.double() - found.mean) * ratio + wanted.mean)
 
 
-def head_of(runner: SimulatedProgram, trace: Trace) -> str | None:
+def head_of(runner: SimulatedProgram) -> str | None:
     """The layer with quantized weights whose output is the network's, if that is so."""
-    last = runner.places[runner.tape.output]
-    heads = (name for name in runner.model.weights if [call.key for call in trace.calls[name]] == [last])
+    program = runner.program
+    last = program.producer.get(program.output)
+    heads = (name for name in runner.model.weights if [call.key for call in program.calls.get(name, ())] == [last])
     return next(heads, None)
 
 
@@ -107,7 +100,7 @@ def best_factor(outputs: Tensor, damage: Callable[[Tensor], Tensor]) -> float:
 @torch.no_grad()
 def scale_layer(model: SimulatedModel, name: str, factor: float) -> None:
     """Multiply what a layer computes by a factor, through its scales and its bias."""
-    weight, bias = model.weights[name], bias_of(model.model, name)
+    weight, bias = model.weights[name], model.floats.bias(name)
     model.set_weight(name, replace(weight, scale=weight.scale * factor))
     if bias is not None:
         bias.mul_(factor)

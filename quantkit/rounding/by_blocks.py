@@ -4,22 +4,20 @@ the block again. Held in memory: the value that enters the block, for all sample
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantkit.formats import WeightFormat
 from quantkit.program.intercept import read_place
+from quantkit.program.layers import LayerCall
+from quantkit.program.program import Step
 from quantkit.program.segments import Segment
-from quantkit.program.tape import Step
-from quantkit.program.trace import Trace
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
-from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.layer_inputs import input_columns
-from quantkit.rounding.weights import WITHOUT_INPUTS, rounded_layer
+from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, play
 
 
@@ -32,41 +30,37 @@ class Moments:
     hessian: Tensor
     cross: Tensor | None = None
 
+    @property
+    def both(self) -> tuple[Tensor, Tensor | None]:
+        return self.hessian, self.cross
+
 
 def round_by_blocks(
-    runner: SimulatedProgram,
-    trace: Trace,
-    blocks: Sequence[Segment],
-    formats: Mapping[str, WeightFormat],
-    inputs: Values,
-    rounding: str = "auto",
-    progress: bool = True,
-    finished: Cache | None = None,
+    runner: SimulatedProgram, blocks: Sequence[Segment], inputs: Values, request: RoundingRequest
 ) -> dict[str, str]:
-    """``round_in_sequence`` for a model with a tape; returns how each layer was rounded. The model's weights are still
-    float when it starts.
+    """``round_in_sequence`` for a model that its program stands for; returns how each layer was rounded. The model's
+    weights are still float when it starts.
     """
-    kept = finished or Cache()
-    simulated, tape, how = runner.model, runner.tape, {}
+    simulated, program, how = runner.model, runner.program, {}
     floats = None
-    if rounding == "gptaq":
-        floats = float_program(simulated.model, tape, copied_state(tape, simulated.model))
+    if request.rounding == "gptaq":
+        floats = float_program(simulated.model, program, copied_state(program, simulated.model))
     ours = theirs = dict(inputs)
     at = 0  # the block that they enter
     place = {name: i for i, block in enumerate(blocks) for name in block.layers}
-    for name in track([name for name in place if name in formats], "quantizing layers", enabled=progress):
-        found = kept.rounded(name, formats[name])
+    outside = [name for name in request.formats if name not in place]  # they do not look at inputs
+    names = [*outside, *(name for name in place if name in request.formats)]
+    for name in track(names, "quantizing layers", enabled=request.progress):
+        found = request.finished(name)
         if found is None:
             seen = None
-            if rounding not in WITHOUT_INPUTS:
+            if request.looks_at_inputs(simulated.floats, name):
                 for passed in blocks[at : place[name]]:
-                    ours = {passed.leaving: play(runner, ours, passed)}
-                    theirs = theirs if floats is None else {passed.leaving: play(floats, theirs, passed)}
+                    ours = play(runner, ours, passed)
+                    theirs = theirs if floats is None else play(floats, theirs, passed)
                 at = place[name]
-                seen = moments(runner, trace, blocks[at], name, ours, None if floats is None else (floats, theirs))
-            hessian, cross = (None, None) if seen is None else (seen.hessian, seen.cross)
-            found = rounded_layer(simulated.model, name, formats[name], hessian, cross, rounding)
-            kept.keep_rounded(name, *found)
+                seen = moments(runner, blocks[at], name, ours, None if floats is None else (floats, theirs))
+            found = request.rounded(simulated.floats, name, *((None, None) if seen is None else seen.both))
         simulated.set_weight(name, found[0])
         how[name] = found[1]
     return how
@@ -75,7 +69,6 @@ def round_by_blocks(
 @torch.no_grad()
 def moments(
     runner: SimulatedProgram,
-    trace: Trace,
     block: Segment,
     name: str,
     values: Values,
@@ -84,28 +77,36 @@ def moments(
     """The moments of a layer's inputs, given the values that enter its block, in ``floats`` those of the float
     network.
     """
-    tape = runner.tape
+    program = runner.program
     sums: dict[str, Tensor] = {}
     draws, same_draws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    keys = {call.key for call in trace.calls[name]}
+    calls = {call.key: call for call in program.calls[name]}
     for i in range(block.start, block.stop):
-        step = tape.steps[i]
-        if step.key not in keys:
+        step = program.steps[i]
+        if step.key not in calls:
             continue
-        before = Segment(block.start, i, block.entering, step.reads[0], ())
+        read = _Read(step, calls[step.key], block.until(i, step.inputs[0]), program.kinds[name])
         theirs = values if floats is None else floats[1]
-        for (part, count), (other, _) in zip(in_chunks(tape, values), in_chunks(tape, theirs), strict=True):
-            columns = _columns(runner, before, step, part, trace.kinds[name], count, draws)
+        for (part, _), (other, _) in zip(in_chunks(program, values), in_chunks(program, theirs), strict=True):
+            columns = read.columns(runner, part, draws)
             accumulate(sums, "hessian", columns)
             if floats is not None:
-                wanted = _columns(floats[0], before, step, other, trace.kinds[name], count, same_draws)
-                accumulate(sums, "cross", columns, wanted)
+                accumulate(sums, "cross", columns, read.columns(floats[0], other, same_draws))
     return Moments(sums["hessian"], sums.get("cross"))
 
 
-def _columns(
-    runner: SimulatedProgram, before: Segment, step: Step, part: Values, kind: str, count: int, draws: torch.Generator
-) -> Tensor:
-    found = dict(zip(step.reads, runner.inside(part, before, step.reads), strict=True))
-    found[step.reads[0]] = runner.quantize(read_place(step.key), found[step.reads[0]])
-    return input_columns(kind, *step.arguments(found), count / runner.tape.size, draws)
+@dataclass(frozen=True)
+class _Read:
+    """A layer's call, and the part of its block before it."""
+
+    step: Step
+    call: LayerCall
+    before: Segment
+    kind: str
+
+    def columns(self, runner: SimulatedProgram, part: Values, draws: torch.Generator) -> Tensor:
+        """What the call reads, as its site leaves it, given the values that enter the block."""
+        first, shapes = self.step.inputs[0], runner.part(self.before, part).shapes
+        read = dict(zip(self.step.inputs, runner.inside(part, self.before, self.step.inputs), strict=True))
+        read[first] = runner.quantize(read_place(self.step.key), read[first])
+        return input_columns(self.kind, *self.step.called(read, shapes), draws, self.call.source)

@@ -9,38 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.formats import WeightFormat
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange, quantize
-from quantkit.program.layers import bias_of
-from quantkit.program.trace import Trace
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.program import Program
 from quantkit.progress import track
 from quantkit.ranges.statistics import layer_hessians
-from quantkit.reconstruction.snapshot import Cache
-from quantkit.rounding.weights import WITHOUT_INPUTS, rounded_layer
+from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.model import SimulatedModel
 
 LARGEST_BIAS = 1 << 30  # leaves half of an INT32 accumulator to the products
 
 
 def round_in_sequence(
-    simulated: SimulatedModel,
-    trace: Trace,
-    formats: Mapping[str, WeightFormat],
-    batches: Sequence[Any],
-    rounding: str = "auto",
-    progress: bool = True,
-    finished: Cache | None = None,
+    simulated: SimulatedModel, program: Program, batches: Sequence[Any], request: RoundingRequest
 ) -> dict[str, str]:
-    """Give every layer of ``formats`` (in execution order) its codes; returns how each was rounded. Layers that are
-    ``finished`` are not rounded again.
-    """
-    kept, how = finished or Cache(), {}
-    for name, format in track(formats.items(), "quantizing layers", enabled=progress):
-        found = kept.rounded(name, format)
+    """Give every layer of ``request`` its codes; returns how each was rounded."""
+    how = {}
+    for name in track(request.formats, "quantizing layers", enabled=request.progress):
+        found = request.finished(name)
         if found is None:
-            hessian = None if rounding in WITHOUT_INPUTS else layer_hessians(simulated, trace, [name], batches)[name]
-            found = rounded_layer(simulated.model, name, format, hessian, None, rounding)
-            kept.keep_rounded(name, *found)
+            looks = request.looks_at_inputs(simulated.floats, name)
+            hessian = layer_hessians(simulated, program, [name], batches).get(name) if looks else None
+            found = request.rounded(simulated.floats, name, hessian)
         simulated.set_weight(name, found[0])
         how[name] = found[1]
     return how
@@ -54,9 +43,9 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
     that the bias does not fit, as a vanished BatchNorm gain leaves them, get a coarser weight scale.
     """
     for name, weight in list(simulated.weights.items()):
-        bias = bias_of(simulated.model, name)
+        bias = simulated.floats.bias(name)
         site = simulated.ranges.get(inputs[name][0]) if len(inputs[name]) == 1 else None
-        if bias is None or not isinstance(site, SiteRange) or weight.scale.shape[1] != 1:
+        if bias is None or site is None or weight.scale.shape[1] != 1 or not (site.static and site.integer):
             continue
         input_scale = site.scale
         with torch.no_grad():
@@ -71,6 +60,5 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
 def _coarser(weight: QuantizedWeight, least: Tensor) -> QuantizedWeight:
     """``weight`` with scales (O, 1) of at least ``least``, its codes rounded again where that changes them."""
     scale = torch.where(weight.scale < 0, -1.0, 1.0) * torch.maximum(weight.scale.abs(), least)
-    zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
-    codes = quantize(weight.dequantize().flatten(1), scale, zero, *weight.format.code_range)
-    return replace(weight, codes=codes.reshape(weight.codes.shape).to(torch.int8), scale=scale)
+    coarser = replace(weight, scale=scale)
+    return replace(coarser, codes=coarser.quantize(weight.dequantize()).codes)

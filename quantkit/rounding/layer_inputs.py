@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.program.arguments import leaves_of
+
 LEAST_POSITIONS = 128
 _CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
@@ -39,28 +41,23 @@ def positions_wanted(inputs: int) -> int:
     return max(LEAST_POSITIONS, inputs // 2)
 
 
-def first_share(x: Tensor, share: float) -> Tensor:
-    """The first ``share`` of a tensor's rows, at least one."""
-    return x if share == 1 else x[: max(1, round(share * len(x)))]
-
-
 def input_columns(
     kind: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    share: float = 1.0,
     generator: torch.Generator | None = None,
+    source: int = 0,
 ) -> Tensor:
     """Inputs of one layer call as (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
 
-    Rows of a convolution go through all samples of one position, then of the next. ``kind`` is "linear" or
-    "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, of whose samples (the first dimension,
-    in which a sample may take several places) the first ``share`` counts. With a ``generator``, of a convolution with
-    many positions some are drawn, the same for all samples of the call.
+    Rows of a convolution go through all samples of one position, then of the next. ``kind`` is "linear", "matmul" or
+    "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, ``source`` the position of what the layer
+    reads among its tensors. With a ``generator``, of a convolution with many positions some are drawn, the same for
+    all samples of the call.
     """
-    if kind == "linear":
-        x = first_share(args[0] if args else kwargs["input"], share)
-        return x.reshape(1, -1, x.shape[-1])
+    if not kind.startswith("conv"):
+        tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
+        return tensors[source].reshape(1, -1, tensors[source].shape[-1])
     given = dict(zip(_CONV_ARGUMENTS, args, strict=False)) | kwargs
     x, kernel = given["input"], given["weight"].shape[2:]
     dims = len(kernel)
@@ -68,7 +65,7 @@ def input_columns(
     groups = given.get("groups", 1)
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)  # a convolution also takes one unbatched sample
-    x = _pad(first_share(x, share), given.get("padding", 0), kernel, dilation)
+    x = _pad(x, given.get("padding", 0), kernel, dilation)
     places = torch.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
     for axis in range(dims):
         places = places.unfold(axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import QuantizedWeight, dequantize, quantize
-from quantkit.program.layers import groups_of, weight_of
+from quantkit.program.layers import Weights
 from quantkit.progress import warn
 from quantkit.ranges.weights import mse_range
 from quantkit.rounding.gptq import InverseFactor, Ordered, gptq_codes, ordered_factor
@@ -77,10 +77,10 @@ def quantize_weight(
 
 
 def rounded_layer(
-    model: nn.Module, name: str, format: WeightFormat, hessian: Tensor | None, cross: Tensor | None, rounding: str
+    floats: Weights, name: str, format: WeightFormat, hessian: Tensor | None, cross: Tensor | None, rounding: str
 ) -> tuple[QuantizedWeight, str]:
     """A layer's weight in one format, and the note on how it was rounded."""
-    rounded = quantize_weight(weight_of(model, name), [format], hessian, groups_of(model, name), rounding, cross)
+    rounded = quantize_weight(floats[name], [format], hessian, floats.layers[name].groups, rounding, cross)
     return rounded.weights[format], rounding_note(name, rounded, rounding)
 
 

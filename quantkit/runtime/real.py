@@ -9,7 +9,8 @@ no gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from quantkit.errors import InvalidRequest
 from quantkit.numbers.packed_weight import PackedWeight, dequantize_packed, pack_weight, unpack_weight
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.program.arguments import leaves_of, replaced
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import bias_of, layer_kind, weight_of
 from quantkit.program.sites import Site
+from quantkit.program.updates import restored
 from quantkit.progress import notice
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.layer import IntLinear
-from quantkit.simulation.model import SimulatedModel, at_sites, run_with
+from quantkit.simulation.model import SimulatedModel, Watch, at_sites, quantizing_method, watching
 
 KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -68,7 +70,7 @@ RealLayer = IntLinear | IntConv | PackedLayer
 
 def real_layer(
     name: str,
-    kind: str | None,
+    kind: str,
     weight: QuantizedWeight,
     bias: Tensor | None,
     site: SiteRange | TokenRange | None,
@@ -80,7 +82,7 @@ def real_layer(
     try:
         if site is None:
             raise InvalidRequest("its input has no single quantizer")
-        if isinstance(site, TokenRange):
+        if not site.static:
             if kind == "linear" and site.bits == KERNEL_BITS:
                 return IntLinear(weight, bias, None, expand)
             raise InvalidRequest(f"its kernel quantizes tokens to {KERNEL_BITS} bits, not {site.bits}")
@@ -88,15 +90,17 @@ def real_layer(
             return IntLinear(weight, bias, site, expand)
         if kind in ("conv1d", "conv2d", "conv3d") and weight.scale.shape[1] == 1 and weight.zero_point is None:
             return IntConv(weight, bias, site, expand, name)
-        raise InvalidRequest(f"{kind} with {weight.format} has no integer kernel")
+        raise InvalidRequest(
+            f"{kind or 'a weight that is a part of a parameter'} with {weight.format} has no integer kernel"
+        )
     except InvalidRequest as reason:
         notice(f"Layer {name!r} runs on dequantized weights: {reason}")
         return PackedLayer(weight)
 
 
 class RealModel(nn.Module):
-    """``simulated`` on integer kernels. Calls and attributes go through to the wrapped module, whose quantized weights
-    are placeholders without memory.
+    """``simulated`` on integer kernels. Calls and attributes go through to the wrapped module, every method of it
+    computes so, and its quantized weights are placeholders without memory.
 
     ``expand`` keeps 8-bit expansions of weights that kernels cannot read as they are packed: faster, and counted in
     ``expanded_bytes``.
@@ -104,45 +108,58 @@ class RealModel(nn.Module):
 
     def __init__(self, simulated: SimulatedModel, expand: bool = False) -> None:
         super().__init__()
-        own = simulated.model
+        floats = simulated.floats
+        covered = floats.covered(simulated.weights)
+        state = dict(simulated.model.named_parameters(remove_duplicate=False))
         placeholders = {
-            id(weight := weight_of(own, name)): nn.Parameter(torch.empty_like(weight, device="meta"), False)
-            for name in simulated.weights
+            id(state[name]): nn.Parameter(torch.empty_like(state[name], device="meta"), False) for name in covered
         }
-        self.model = copy.deepcopy(own, dict(placeholders))
+        self.model = copy.deepcopy(simulated.model, dict(placeholders))
+        self.floats, self.updated = floats.on(self.model), simulated.updated
         self.sites, self.ranges = simulated.sites, dict(simulated.ranges)
-        kinds = {name: layer_kind(module) for name, module in own.named_modules()}
         self.layers: dict[str, RealLayer] = {
-            name: real_layer(name, kinds[name], weight, bias_of(own, name), self._input_of(name), expand)
+            name: real_layer(name, self._kernel_kind(name), weight, floats.bias(name), self._input_of(name), expand)
             for name, weight in simulated.weights.items()
         }
+        self.placeholders = {id(self.floats.tensor(name)): name for name in covered}
         self.eval()
 
+    def _kernel_kind(self, name: str) -> str:
+        """The kind of a layer whose calls a kernel can stand for: those that read the whole of a parameter."""
+        weight = self.floats.layers[name]
+        return weight.kind if weight.parameter is not None and weight.region is None and weight.order is None else ""
+
     def _input_of(self, name: str) -> SiteRange | TokenRange | None:
-        """The one quantizer of a layer's input, None where it has several or none; tokens know no calls."""
+        """The one quantizer of a layer's input, None where it has several or none; all calls share that of tokens."""
         read = [self.ranges.get(site.name) for site in self.sites if name in site.consumers]
         first = read[0] if read else None
-        if isinstance(first, TokenRange) and set(read) == {first}:
-            return first
-        return first if isinstance(first, SiteRange) and len(read) == 1 else None
+        if first is None or not first.integer:
+            return None
+        alone = len(read) == 1 if first.static else set(read) == {first}
+        return first if alone else None
 
     def _is_quantized(self, site: Site) -> bool:
         """Whether a site is quantized where it is: tokens of integer layers are, by their kernels."""
         found = self.ranges.get(site.name)
-        inside = isinstance(found, TokenRange) and isinstance(self.layers[site.consumers[0]], IntLinear)
+        inside = found is not None and not found.static and isinstance(self.layers[site.consumers[0]], IntLinear)
         return found is not None and not inside
 
     @property
     def weights(self) -> Mapping[str, QuantizedWeight]:
         """Layer name -> codes, unpacked: what packing and the ONNX writer read."""
-        return {name: _quantized(layer, weight_of(self.model, name)) for name, layer in self.layers.items()}
+        return {name: self._codes(name) for name in self.layers}
+
+    def _codes(self, name: str) -> QuantizedWeight:
+        found = self.layers[name].quantized()
+        shape = self.floats.layers[name].shape
+        return QuantizedWeight(found.codes.reshape(shape), found.scale, found.zero_point, found.format)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all layers' weights, counted from the tensors held: packed where quantized, float elsewhere."""
         held = sum(layer.weight_bytes for layer in self.layers.values())
-        modules = {name: module for name, module in self.model.named_modules() if layer_kind(module) is not None}
-        return held + sum(m.weight.nbytes for name, m in modules.items() if name not in self.layers)
+        others = [name for name in self.floats.layers if name not in self.layers]
+        return held + sum(self.floats[name].nbytes for name in others)
 
     @property
     def expanded_bytes(self) -> int:
@@ -151,39 +168,57 @@ class RealModel(nn.Module):
     def simulated(self) -> SimulatedModel:
         """The simulated model these codes came from."""
         own = copy.deepcopy(self.model)
-        for name in self.layers:
-            own.get_submodule(name).weight = nn.Parameter(torch.empty(weight_of(own, name).shape))
-        return SimulatedModel(own, self.sites, self.weights, self.ranges).eval()
+        for name in self.placeholders.values():
+            owner, _, attribute = name.rpartition(".")
+            empty = torch.empty(self.floats.tensor(name).shape)
+            setattr(own.get_submodule(owner), attribute, nn.Parameter(empty))
+        floats = self.floats.on(own)
+        return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The wrapped module computes on integers inside the block."""
         quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
-        with torch.no_grad():
-            return run_with(self.model, change, args, kwargs, call=self._call)
+        watch = Watch(change, call=self._call, operands=self.floats.operands(self.layers))
+        with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
+            yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self.computing():
+            return self.model(*args, **kwargs)
 
     def _call(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """One torch call of the model, on integers where it is a quantized layer's."""
-        layer = self.layers.get(key.scope)
-        if isinstance(layer, IntLinear | IntConv):
-            named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-            own = weight_of(self.model, key.scope), bias_of(self.model, key.scope)
-            if named.get("weight") is own[0] and named.get("bias") is own[1]:
-                if isinstance(layer, IntLinear):
-                    return layer(named["input"])
-                return layer(func, named["input"], *(named[name] for name in _ARGUMENTS[3:] if name in named))
-        if self.layers:
-            args = tuple(self._filled(value) for value in args)
-            kwargs = {name: self._filled(value) for name, value in kwargs.items()}
+        if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves_of((args, kwargs))):
+            return func(*args, **kwargs)
+        named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        name = self.placeholders.get(id(named.get("weight")))
+        layer = None if name is None else self._kernel_of(name)
+        if layer is not None and self.floats.layers[layer].kind == key.op:
+            kernel, bias = self.layers[layer], self.floats.bias(layer)
+            if isinstance(kernel, IntLinear) and named.get("bias") is bias:
+                return kernel(named["input"])
+            if isinstance(kernel, IntConv) and named.get("bias") is bias:
+                return kernel(func, named["input"], *(named[name] for name in _ARGUMENTS[3:] if name in named))
+        args, kwargs = replaced((args, kwargs), self._filled)
         return func(*args, **kwargs)
 
+    def _kernel_of(self, parameter: str) -> str | None:
+        return next(
+            (name for name, w in self.floats.layers.items() if w.parameter == parameter and name in self.layers), None
+        )
+
     def _filled(self, value: Any) -> Any:
-        """A placeholder's dequantized weight; every other value as it is."""
-        if not (isinstance(value, Tensor) and value.is_meta):
+        """A placeholder's dequantized value, of all the layers it holds; every other value as it is."""
+        name = self.placeholders.get(id(value)) if isinstance(value, Tensor) else None
+        if name is None:
             return value
-        for name, layer in self.layers.items():
-            if weight_of(self.model, name) is value:
-                return _quantized(layer, value).dequantize()
-        return value
+        filled = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        for layer, weight in self.floats.layers.items():
+            if weight.parameter == name:
+                weight.write(filled, self._codes(layer).dequantize())
+        return filled
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -191,9 +226,6 @@ class RealModel(nn.Module):
         except AttributeError:
             if name.startswith("__"):
                 raise
-            return getattr(super().__getattr__("model"), name)
-
-
-def _quantized(layer: RealLayer, weight: Tensor) -> QuantizedWeight:
-    found = layer.quantized()
-    return QuantizedWeight(found.codes.reshape(weight.shape), found.scale, found.zero_point, found.format)
+            model = super().__getattr__("model")
+            assert isinstance(model, nn.Module)
+            return quantizing_method(model, name, self.computing)

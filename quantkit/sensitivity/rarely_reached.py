@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
 
-from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import weight_of
+from quantkit.program.layers import Weights
 from quantkit.progress import warn
 from quantkit.sensitivity.measure import Perturbation, Scores
 
@@ -27,7 +25,7 @@ def reached_by_few(rows: Mapping[str, int], samples: int) -> dict[str, int]:
 
 
 def with_fallback(
-    scores: Scores, perturbations: Sequence[Perturbation], model: nn.Module, few: Mapping[str, int]
+    scores: Scores, perturbations: Sequence[Perturbation], floats: Weights, few: Mapping[str, int]
 ) -> Scores:
     """Scores with the damage of the layers ``few`` (name -> inputs) replaced, and a warning and a note that name
     them.
@@ -35,7 +33,7 @@ def with_fallback(
     if not few:
         return scores
     guessed = np.array([p.owner in few and not p.place[1] for p in perturbations])
-    error = np.array([_relative_error(model, p) for p in perturbations])
+    error = np.array([_relative_error(floats, p) for p in perturbations])
     damage, spread = scores.damage.copy(), scores.standard_error.copy()
     for k in np.flatnonzero(guessed).tolist():
         like = _alike(perturbations, k, (error > 0) & ~guessed)
@@ -61,9 +59,9 @@ def _alike(perturbations: Sequence[Perturbation], k: int, known: np.ndarray) -> 
     return same if same.any() else known
 
 
-def _relative_error(model: nn.Module, one: Perturbation) -> float:
+def _relative_error(floats: Weights, one: Perturbation) -> float:
     """Squared error of a weight over its square; 0 for sites."""
-    if not isinstance(one.change, QuantizedWeight):
+    if not one.change.stored:
         return 0.0
-    weight = weight_of(model, one.owner).detach().double()
+    weight = floats[one.owner].detach().double()
     return float((one.change.dequantize().double() - weight).square().sum() / weight.square().sum().clamp(min=1e-30))

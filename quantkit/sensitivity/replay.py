@@ -1,134 +1,133 @@
 """Variations of one plan, run together: what a network computes before the first change is not computed again.
 
-Most of what is measured differs from a plan (or from the float model) in one or two layers. Layers that ran before
-those give what they gave, so their outputs are recorded in one run of a batch and played back in the runs of its
-variations. Results are the same bit for bit.
+Most of what is measured differs from a plan (or from the float model) in one or two layers. Where a program stands for
+the model, the values that are alive where the first change happens are kept from one replay of a batch, and each
+variation goes on from there; elsewhere every variation is run whole.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantkit.numbers.per_token import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import layer_kind, weight_of
-from quantkit.sensitivity.measure import AtSites, Perturbation, Place, Subject, applied, swapped_weights
+from quantkit.numbers.kinds import AnyQuantizer
+from quantkit.program.inputs import Batch
+from quantkit.program.intercept import OpKey
+from quantkit.program.program import Part, Program
+from quantkit.program.updates import plain_mode
+from quantkit.sensitivity.measure import Perturbation, Place, Subject
+from quantkit.sensitivity.outputs import OutputRule, Outputs
 
-Changes = Mapping[Place, QuantizedWeight | AnyRange]
+Changes = Mapping[Place, AnyQuantizer]
 
 
-def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Tensor]]:
-    """(batch, plan, output (rows, classes)) of every plan on every batch, batch after batch.
+def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Outputs]]:
+    """(batch, plan, outputs, each (rows, classes)) of every plan on every batch, batch after batch.
 
     The first plan is the one that the others vary; what a plan leaves out is as in the subject's base. Memory: the
-    outputs of all layers for one batch.
+    values that are alive at the first changes of the plans, for one batch.
     """
-    model = subject.model
-    layers = [name for name, module in model.named_modules() if layer_kind(module) is not None]
-    own = {name: weight_of(model, name).data for name in layers}
-    states = [{p.place: p.change for p in [*subject.base, *plan]} for plan in plans]
-    changed = [_differences(states[0], state) for state in states]
-    watched = {name for places in changed for name, at_site in places if at_site}
-    weights, _ = applied([*subject.base, *plans[0]])
     for number, batch in enumerate(subject.batches):
-        alone, tape = replace(subject, batches=[batch]), _Tape(model, layers)
-        for k, state in enumerate(states):
-            moved = {name: _weight(state, name, own) for name, at_site in changed[k] if not at_site}
-            at: AtSites = {n: c.fake_quantize for (n, _), c in state.items() if not isinstance(c, QuantizedWeight)}
-            if k == 0:
-                at |= {name: tape.noting(name, at.get(name, _as_it_is)) for name in {*at, *watched}}
-            with swapped_weights(model, weights), tape.playing(changed[k]) if k else tape.recording():
-                output = next(alone.outputs_with(moved, at))
-            yield number, k, output
+        if subject.program is None:
+            for k, plan in enumerate(plans):
+                yield number, k, next(replace(subject, batches=[batch]).outputs(plan))
+            continue
+        replays = _Replays(subject, replace(subject.program, channels_last=False), batch)
+        yield from ((number, k, outputs) for k, outputs in replays.outputs(plans))
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+@dataclass
+class _Replays:
+    """Replays of plans on one batch."""
 
+    subject: Subject
+    program: Program
+    batch: Batch
 
-def _differences(first: Changes, other: Changes) -> set[Place]:
-    return {place for place in {*first, *other} if first.get(place) is not other.get(place)}
+    def outputs(self, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, Outputs]]:
+        """(plan, outputs) of every plan, the first one first."""
+        states: list[Changes] = [{p.place: p.change for p in [*self.subject.base, *plan]} for plan in plans]
+        starts = [self._first_change(states[0], state) for state in states]
+        with plain_mode(self.subject.model):
+            kept, base = self._base(states[0], sorted(set(starts[1:])))
+        yield 0, self.rule.rows_of(base, self.batch)
+        for k in range(1, len(plans)):
+            with plain_mode(self.subject.model):
+                tensors = self._from(starts[k], kept, states[k], base)
+            yield k, self.rule.rows_of(tensors, self.batch)
 
+    @property
+    def rule(self) -> OutputRule:
+        assert self.subject.rule is not None, "the float model was run before"
+        return self.subject.rule
 
-def _weight(state: Changes, layer: str, own: Mapping[str, Tensor]) -> Tensor:
-    change = state.get((layer, False))
-    return change.dequantize() if isinstance(change, QuantizedWeight) else own[layer]
+    @property
+    def wanted(self) -> list[int]:
+        """The numbers of the outputs that count."""
+        numbers = dict(zip(self.program.output_names, self.program.outputs, strict=True))
+        return [numbers[output.name] for output in self.rule.outputs]
 
+    def _base(self, state: Changes, starts: Sequence[int]) -> tuple[dict[int, dict[int, Tensor]], list[Tensor]]:
+        """The values alive at each of ``starts``, and the output, of the first plan."""
+        values = self.program.entering(self.subject.model, self.batch)
+        weights, at = self._weights(state), 0
+        kept: dict[int, dict[int, Tensor]] = {}
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        for start in starts:
+            alive = self.program.alive_at(start)
+            found = self._replay(values, weights, state, alive, Part(at, start, self.shapes))
+            values, at = dict(zip(alive, found, strict=True)), start
+            kept[start] = {number: x.clone() for number, x in values.items()}
+        return kept, self._replay(values, weights, state, self.wanted, self._rest(at))
 
-class _Tape:
-    """The outputs of layers in one run of a model, and when they and the watched sites came about."""
+    def _from(
+        self, start: int, kept: Mapping[int, Mapping[int, Tensor]], state: Changes, base: list[Tensor]
+    ) -> list[Tensor]:
+        if start == len(self.program.steps):
+            return base
+        values = {number: x.clone() for number, x in kept[start].items()}  # calls may work in place
+        return self._replay(values, self._weights(state), state, self.wanted, self._rest(start))
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self.modules = {name: model.get_submodule(name) for name in layers}
-        self.weights = {name: weight_of(model, name) for name in layers}
-        self.outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
-        self.first: dict[Place, int] = {}
-        self.last: dict[Place, int] = {}
-        self.now = 0
+    def _rest(self, start: int) -> Part:
+        return Part(start, len(self.program.steps), self.shapes)
 
-    def _note(self, place: Place) -> None:
-        self.now += 1
-        self.first.setdefault(place, self.now)
-        self.last[place] = self.now
+    def _replay(
+        self,
+        values: Mapping[int, Tensor],
+        weights: Mapping[str, Tensor],
+        state: Changes,
+        wanted: Sequence[int],
+        part: Part,
+    ) -> list[Tensor]:
+        at = {self.subject.sites[name].place: c for (name, _), c in state.items() if not c.stored}
 
-    def noting(self, site: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """What a site does to its tensor, and a note of when."""
+        def change(place: OpKey, x: Tensor) -> Tensor:
+            return at[place].fake_quantize(x) if place in at else x
 
-        def noted(tensor: Tensor) -> Tensor:
-            self._note((site, True))
-            return function(tensor)
+        if part.start == 0:
+            places = self.program.producer
+            values = {n: change(places[n], x) if n in places else x for n, x in values.items()}
+        return self.program.replay(values, weights, wanted, change, part)
 
-        return noted
+    def _weights(self, state: Changes) -> dict[str, Tensor]:
+        """The model's state with the layers' weights of a plan."""
+        floats, found = self.subject.floats, self.program.state_of(self.subject.model)
+        for (name, _), change in state.items():
+            if change.stored:
+                found |= floats.placed(name, change.dequantize(), found)
+        return found
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what the layers give inside the block."""
-        with ExitStack() as stack:
-            for name, module in self.modules.items():
-                stack.enter_context(_forward(module, self._recorded(name, module.forward)))
-            yield
-
-    def _recorded(self, name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def record(*args: Any, **kwargs: Any) -> Tensor:
-            output = forward(*args, **kwargs)
-            self._note((name, False))
-            self.outputs[name].append(output.clone())  # a later operation may work on it in place
-            return output
-
-        return record
-
-    @contextmanager
-    def playing(self, changed: Collection[Place]) -> Iterator[None]:
-        """Inside the block the layers whose last call came before anything ``changed`` give what they gave."""
-        touched = {self.weights[name] for name, at_site in changed if not at_site and name in self.weights}
-        shared = {(name, False) for name, weight in self.weights.items() if weight in touched}  # tied weights
-        # What did not run where it could be seen (a weight that a function reads) may have been used at any time.
-        until = min((self.first.get(place, 0) for place in {*changed, *shared}), default=math.inf)
-        with ExitStack() as stack:
-            for name, module in self.modules.items():
-                if self.last.get((name, False), math.inf) < until:
-                    stack.enter_context(_forward(module, self._played(name)))
-            yield
-
-    def _played(self, name: str) -> Callable[..., Tensor]:
-        calls = iter(self.outputs[name])
-        return lambda *args, **kwargs: next(calls).clone()
-
-
-@contextmanager
-def _forward(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
-    """The module computes with this function inside the block."""
-    before = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    def _first_change(self, first: Changes, other: Changes) -> int:
+        """The position of the first step at which two plans differ; the number of steps where none does."""
+        changed = {place for place in {*first, *other} if first.get(place) is not other.get(place)}
+        position = {step.key: i for i, step in enumerate(self.program.steps)}
+        starts = [len(self.program.steps)]
+        for name, at_site in changed:
+            if at_site:
+                place = self.subject.sites[name].place
+                starts.append(position.get(replace(place, output=0), 0))
+            else:
+                starts.append(self.program.first_use(self.subject.floats.layers[name]))
+        return min(starts)

@@ -1,8 +1,8 @@
 """ZD: the share of a block's weights more than one standard deviation above their mean; lower is more important.
 
-LayerwiseQuant (arXiv 2406.17415; METHODS e). A normal distribution gives 15.87 %; heavy tails widen the deviation and
-leave fewer weights above it, and are hard to quantize. Data-free, a ranking, in no unit. On a small convolutional
-network it hardly ranked at all (METHODS v).
+LayerwiseQuant (arXiv 2406.17415; docs/methods/zd.md). A normal distribution gives 15.87 %; heavy tails widen the
+deviation and leave fewer weights above it, and are hard to quantize. Data-free, a ranking, in no unit. On a small
+convolutional network it hardly ranked at all (docs/results/allocation.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quantkit.program.layers import weight_of
 from quantkit.sensitivity.blocks import find_blocks, layers_of, ranking
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
@@ -39,7 +38,7 @@ def zd_layer(
 
 
 def _z_share(subject: Subject, layers: Iterable[str]) -> float:
-    return z_share([weight_of(subject.model, layer) for layer in layers])
+    return z_share([subject.floats[layer] for layer in layers])
 
 
 def z_share(weights: Sequence[Tensor]) -> float:

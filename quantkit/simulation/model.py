@@ -6,18 +6,24 @@ module's own weights are their dequantized values, so its class, methods and gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from quantkit.numbers.per_token import AnyRange
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.arguments import replaced
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
-from quantkit.program.layers import weight_of
-from quantkit.program.sites import Site
+from quantkit.program.layers import Operands, Weights
+from quantkit.program.sites import Site, coded_sites
+from quantkit.program.updates import restored
 
 
 def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) -> Callable[[OpKey, Tensor], Tensor]:
@@ -28,33 +34,56 @@ def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) ->
     return lambda place, tensor: change(places[place], tensor) if place in places else tensor
 
 
-def run_with(
-    model: nn.Module,
-    change: Callable[[OpKey, Tensor], Tensor],
-    args: Any,
-    kwargs: Any,
-    before: Callable[[OpKey, Any, Any], None] | None = None,
-    call: Handler = lambda key, func, args, kwargs: func(*args, **kwargs),
-) -> Any:
-    """Run ``model`` with ``change(place, tensor)`` applied to its inputs, to what every torch call inside it makes and
-    to what it reads first (``read_place``).
+@dataclass(frozen=True)
+class Watch:
+    """What happens at the torch calls of a model: ``change(place, tensor)`` is applied to its inputs, to what every
+    call makes and to what it reads first (``read_place``).
 
-    ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out.
+    ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out. ``operands``
+    take the place of tensors that calls read: by key, the position among them and the tensor.
     """
 
-    def handle(key: OpKey, func: Callable[..., Any], call_args: Any, call_kwargs: Any) -> Any:
-        call_args, call_kwargs = change_read(key, call_args, call_kwargs, change)
-        if before is not None:
-            before(key, call_args, call_kwargs)
-        result = call(key, func, call_args, call_kwargs)
-        changed = map_tensors(result, key, change)
-        if changed is not result and any(result is a for a in (*call_args, *call_kwargs.values())):
-            return _put_in_place(result, lambda x: map_tensors(x, key, change), changed)
+    change: Callable[[OpKey, Tensor], Tensor]
+    before: Callable[[OpKey, Any, Any], None] | None = None
+    call: Handler | None = None
+    operands: Operands = field(default_factory=dict)
+
+    def handle(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Carry out one call."""
+        if key in self.operands:
+            args, kwargs = _with_operand(args, kwargs, *self.operands[key])
+        args, kwargs = change_read(key, args, kwargs, self.change)
+        if self.before is not None:
+            self.before(key, args, kwargs)
+        result = func(*args, **kwargs) if self.call is None else self.call(key, func, args, kwargs)
+        changed = map_tensors(result, key, self.change)
+        if changed is not result and any(result is a for a in (*args, *kwargs.values())):
+            return _put_in_place(result, lambda x: map_tensors(x, key, self.change), changed)
         return changed
 
-    args, kwargs = change_inputs(model, args, kwargs, change)
-    with intercept(model, handle):
+
+@contextmanager
+def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Watch the torch calls of ``model`` inside the block, whichever of its methods is called."""
+
+    def enter(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return change_inputs(model, args, kwargs, watch.change)
+
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with torch.autocast(device, enabled=False), intercept(model, watch.handle, enter_model=enter):
+        yield
+
+
+def run_with(model: nn.Module, change: Callable[[OpKey, Tensor], Tensor], args: Any, kwargs: Any, **seen: Any) -> Any:
+    """Run ``model`` once, watched: ``seen`` are the other fields of ``Watch``."""
+    with watching(model, Watch(change, **seen)):
         return model(*args, **kwargs)
+
+
+def _with_operand(args: Any, kwargs: Any, position: int, operand: Tensor) -> tuple[Any, Any]:
+    """The arguments of a call with one of the tensors it reads replaced."""
+    count = iter(range(1 << 30))
+    return replaced((args, kwargs), lambda x: operand if isinstance(x, Tensor) and next(count) == position else x)
 
 
 def _put_in_place(result: Tensor, change: Callable[[Tensor], Tensor], changed: Tensor) -> Tensor:
@@ -72,10 +101,13 @@ def _widened(value: Any) -> Any:
 
 
 class SimulatedModel(nn.Module):
-    """``model`` with quantized layers and sites. Calls, attributes and gradients go through to the wrapped module.
+    """``model`` with quantized layers and sites. Calls, attributes and gradients go through to the wrapped module, and
+    every method of it computes quantized.
 
-    ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. Computes in
-    float32: half-precision inputs, which a half-precision model takes, are widened.
+    ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. ``floats``
+    says where the layers' weights are (default: in modules of the common kinds), ``updated`` which tensors a forward
+    changes that are to stay. Computes in float32: half-precision inputs, which a half-precision model takes, are
+    widened.
     """
 
     def __init__(
@@ -84,29 +116,39 @@ class SimulatedModel(nn.Module):
         sites: Iterable[Site],
         weights: Mapping[str, QuantizedWeight],
         ranges: Mapping[str, AnyRange],
+        floats: Weights | None = None,
+        updated: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
-        self.sites = tuple(sites)
+        self.sites, self.updated = tuple(sites), tuple(updated)
+        self.floats = Weights.of_modules(model) if floats is None else floats
         self.weights: dict[str, QuantizedWeight] = {}
         self.ranges: dict[str, AnyRange] = dict(ranges)
         for name, weight in weights.items():
             self.set_weight(name, weight)
 
     def set_weight(self, name: str, weight: QuantizedWeight) -> None:
-        """Give a layer its codes; its module's weight becomes their dequantized value."""
+        """Give a layer its codes; what it computes with becomes their dequantized value."""
         self.weights[name] = weight
-        with torch.no_grad():
-            weight_of(self.model, name).copy_(weight.dequantize())
+        self.floats.write(name, weight.dequantize())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*tree_map(_widened, (args, kwargs)))
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
-        quantized = [site for site in self.sites if site.name in self.ranges]
-        change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
-        return run_with(self.model, change, args, kwargs, before)
+        with self.quantizing(before):
+            return self.model(*args, **kwargs)
+
+    @contextmanager
+    def quantizing(self, before: Callable[[OpKey, Any, Any], None] | None = None) -> Iterator[None]:
+        """The wrapped module computes quantized inside the block."""
+        coded = coded_sites(self.sites, self.ranges)
+        change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
+        watch = Watch(change, before, operands=self.floats.operands(self.weights))
+        with restored(self.model, self.updated), watching(self.model, watch):
+            yield
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -114,9 +156,25 @@ class SimulatedModel(nn.Module):
         except AttributeError:
             if name.startswith("__"):
                 raise  # how Python copies or pickles the wrapped module is not how this one is
-            return getattr(super().__getattr__("model"), name)
+            model = super().__getattr__("model")
+            assert isinstance(model, nn.Module)
+            return quantizing_method(model, name, self.quantizing)
 
 
-def as_float(model: nn.Module) -> SimulatedModel:
+def quantizing_method(model: nn.Module, name: str, quantizing: Callable[[], AbstractContextManager[None]]) -> Any:
+    """An attribute of ``model``; a method of its own computes inside ``quantizing()``."""
+    attribute = getattr(model, name)
+    if not (isinstance(attribute, MethodType) and attribute.__self__ is model) or hasattr(nn.Module, name):
+        return attribute
+
+    @wraps(attribute)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        with quantizing():
+            return attribute(*args, **kwargs)
+
+    return method
+
+
+def as_float(model: nn.Module, floats: Weights | None = None, updated: Iterable[str] = ()) -> SimulatedModel:
     """A model with nothing quantized, called as the quantized one is."""
-    return SimulatedModel(model, (), {}, {})
+    return SimulatedModel(model, (), {}, {}, floats, updated)

@@ -1,36 +1,38 @@
-"""A simulated model played from its tape, whole or block by block, with parts of it being learned."""
+"""A simulated model played from its program, whole or block by block, with parts of it being learned."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.program.intercept import OpKey
+from quantkit.program.program import Change, Part, Program
 from quantkit.program.segments import Segment, whole
-from quantkit.program.tape import Change, Tape
+from quantkit.program.sizes import Shapes
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.simulation.model import SimulatedModel, as_float
 
 EIGHT_BITS = 8
+CHUNK = 64  # samples played at once
 SPILL_BYTES = 1 << 30  # a value of all samples beyond this size is kept on disk
 Values = Mapping[int, Tensor]
 
 
 @dataclass
 class SimulatedProgram:
-    """``model`` on its ``tape``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits, whose
+    """``model`` on its ``program``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits, whose
     noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half of
     the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
     ``fixed`` parameters and buffers replace the model's.
     """
 
     model: SimulatedModel
-    tape: Tape
+    program: Program
     weights: dict[str, LearnedWeight] = field(default_factory=dict)
     ranges: dict[str, LearnedRange] = field(default_factory=dict)
     dropping: torch.Generator | None = None
@@ -38,18 +40,31 @@ class SimulatedProgram:
 
     def __post_init__(self) -> None:
         self.sites = {site.place: site.name for site in self.model.sites}
-        self.places = self.tape.places()
+        self.shapes: dict[int, Shapes] = {}  # that calls follow, by the number of samples
 
     def state(self) -> dict[str, Tensor]:
         """The parameters and buffers to compute with, by name."""
         if self.fixed is not None:
             return dict(self.fixed)
-        found = self.tape.state_of(self.model.model)
+        floats, found = self.model.floats, self.program.state_of(self.model.model)
+        for name in self.model.weights:
+            if floats.layers[name].parameter is None:
+                found |= floats.placed(name, floats[name], found)
         for name, learned in self.weights.items():
-            found[f"{name}.weight"] = self.tape.laid_out(learned.value())
+            placed = floats.placed(name, learned.value(), found)
+            found |= {key: self.program.laid_out(x) for key, x in placed.items()}
             if (bias := learned.bias()) is not None:
-                found[f"{name}.bias"] = bias
+                found[str(floats.layers[name].bias)] = bias
         return found
+
+    def part(self, segment: Segment, values: Values) -> Part:
+        """The steps of a segment, with the shapes that they follow from before it."""
+        if not segment.start or not self.program.sized:
+            return Part(segment.start, segment.stop)
+        rows = samples_of(self.program, values)
+        if rows not in self.shapes:
+            self.shapes[rows] = self.program.shapes_at(rows, self.program.state_of(self.model.model))
+        return Part(segment.start, segment.stop, dict(self.shapes[rows]))
 
     def quantize(self, place: OpKey, x: Tensor) -> Tensor:
         """A tensor as its site leaves it."""
@@ -63,15 +78,20 @@ class SimulatedProgram:
         return found.fake_quantize(x)
 
     def run(self, values: Values, segment: Segment) -> Tensor:
-        """The value that leaves a segment from those that enter it, which their sites quantize here; what leaves is
+        """The output of a segment from the values that enter it, which their sites quantize here; the output is
         quantized by whoever reads it.
         """
-        out = self.places[segment.leaving]
+        return self.leaving(values, segment)[segment.output]
+
+    def leaving(self, values: Values, segment: Segment) -> dict[int, Tensor]:
+        """All values that leave a segment, the output first."""
+        out = self.program.producer.get(segment.output)
 
         def change(place: OpKey, x: Tensor) -> Tensor:
             return x if place == out else self.quantize(place, x)
 
-        return self._replay(values, segment, [segment.leaving], change, self.quantize)[0]
+        found = self._replay(values, segment, segment.leaving, change, self.quantize)
+        return dict(zip(segment.leaving, found, strict=True))
 
     def inside(
         self, values: Values, segment: Segment, wanted: Sequence[int], without: OpKey | None = None
@@ -86,22 +106,24 @@ class SimulatedProgram:
     def _replay(
         self, values: Values, segment: Segment, wanted: Sequence[int], change: Change, at_entry: Change
     ) -> list[Tensor]:
-        entering = {number: at_entry(self.places[number], x) for number, x in values.items()}
-        return self.tape.replay(entering, self.state(), wanted, change, (segment.start, segment.stop))
+        places = self.program.producer
+        entering = {n: at_entry(places[n], x) if n in segment.raw and n in places else x for n, x in values.items()}
+        return self.program.replay(entering, self.state(), wanted, change, self.part(segment, values))
 
     def output(self, values: Values) -> Tensor:
         """The output of the whole model for its input values, with its own site applied."""
-        return self.quantize(self.places[self.tape.output], self.run(values, whole(self.tape, ())))
+        place, found = self.program.producer.get(self.program.output), self.run(values, whole(self.program))
+        return found if place is None else self.quantize(place, found)
 
 
-def copied_state(tape: Tape, model: nn.Module) -> dict[str, Tensor]:
+def copied_state(program: Program, model: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's parameters and buffers, by name: they stay while the model is being quantized."""
-    return {name: tensor.clone() for name, tensor in tape.state_of(model).items()}
+    return {name: tensor.clone() for name, tensor in program.state_of(model).items()}
 
 
-def float_program(model: nn.Module, tape: Tape, state: Mapping[str, Tensor]) -> SimulatedProgram:
-    """A model on its tape with these parameters and buffers, and nothing quantized."""
-    return SimulatedProgram(as_float(model), tape, fixed=state)
+def float_program(model: nn.Module, program: Program, state: Mapping[str, Tensor]) -> SimulatedProgram:
+    """A model on its program with these parameters and buffers, and nothing quantized."""
+    return SimulatedProgram(as_float(model), program, fixed=state)
 
 
 def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
@@ -110,39 +132,60 @@ def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(draw.bool(), one, other)
 
 
-def in_chunks(tape: Tape, values: Values) -> Iterator[tuple[dict[int, Tensor], int]]:
-    """Values of all samples in pieces of the tape's size, the last one filled up with the first samples, and how many
-    of each are meant.
-    """
-    count = len(next(iter(values.values())))
-    for start in range(0, count, tape.size):
-        yield take(tape, values, torch.arange(start, start + tape.size) % count), min(tape.size, count - start)
+def in_chunks(program: Program, values: Values) -> Iterator[tuple[dict[int, Tensor], int]]:
+    """Values of all samples in pieces of at most ``CHUNK`` samples, and how many each has."""
+    count = samples_of(program, values)
+    for start in range(0, count, CHUNK):
+        some = torch.arange(start, min(start + CHUNK, count))
+        yield take(program, values, some), len(some)
 
 
-def take(tape: Tape, values: Values, indices: Tensor) -> dict[int, Tensor]:
-    """The values of some samples, in memory of their own."""
-    return {number: tape.laid_out(x[indices]) for number, x in values.items()}
+def samples_of(program: Program, values: Values) -> int:
+    """The number of samples in values."""
+    return next(x.shape[program.rows[number]] for number, x in values.items() if number in program.rows)
+
+
+def take(program: Program, values: Values, indices: Tensor) -> dict[int, Tensor]:
+    """The values of some samples, in memory of their own; what is the same for all samples as it is."""
+    rows = program.rows
+    return {n: program.laid_out(x.index_select(rows[n], indices)) if n in rows else x for n, x in values.items()}
 
 
 @torch.no_grad()
-def play(runner: SimulatedProgram, values: Values, segment: Segment) -> Tensor:
-    """The value that leaves a segment, of all samples."""
-    total, start, found = len(next(iter(values.values()))), 0, None
-    for part, count in in_chunks(runner.tape, values):
-        made = runner.run(part, segment)
-        if found is None:
-            found = room_for(total, made)
-        found[start : start + count] = made[:count]
+def play(runner: SimulatedProgram, values: Values, segment: Segment) -> dict[int, Tensor]:
+    """The values that leave a segment, of all samples."""
+    program = runner.program
+    total, start = samples_of(program, values), 0
+    found: dict[int, Tensor] = {}
+    for part, count in in_chunks(program, values):
+        made = runner.leaving(part, segment)
+        for number, x in made.items():
+            if number not in program.rows:
+                found[number] = x
+                continue
+            axis = program.rows[number]
+            if number not in found:
+                found[number] = room_for(total, x, axis)
+            found[number].narrow(axis, start, count).copy_(x)
         start += count
-    assert found is not None, "there are samples"
     return found
 
 
-def room_for(count: int, like: Tensor, limit: int = SPILL_BYTES) -> Tensor:
-    """An empty tensor for ``count`` samples such as those of ``like``: in memory, or, past ``limit`` bytes, in a file
-    that has no name any more and goes when the tensor does.
+def play_output(runner: SimulatedProgram, values: Values, segment: Segment) -> Tensor:
+    """The output of a segment, of all samples."""
+    return play(runner, values, replace(segment, leaving=(segment.output,)))[segment.output]
+
+
+def rows_first(program: Program, number: int, x: Tensor) -> Tensor:
+    """A value with its samples along the first axis."""
+    return x.movedim(program.rows[number], 0)
+
+
+def room_for(count: int, like: Tensor, axis: int = 0, limit: int = SPILL_BYTES) -> Tensor:
+    """An empty tensor for ``count`` samples along ``axis`` such as those of ``like``: in memory, or, past ``limit``
+    bytes, in a file that has no name any more and goes when the tensor does.
     """
-    shape = (count, *like.shape[1:])
+    shape = (*like.shape[:axis], count, *like.shape[axis + 1 :])
     elements = math.prod(shape)
     if elements * like.element_size() <= limit:
         layout = torch.channels_last if like.dim() == 4 and _is_channels_last(like) else torch.contiguous_format

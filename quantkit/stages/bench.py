@@ -16,12 +16,11 @@ from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme, WeightFormat
-from quantkit.latency import FULL_BITS, LatencyTable
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
-from quantkit.operations import Operation, execute
 from quantkit.plan import digest_shapes
+from quantkit.plan.latency import FULL_BITS, LatencyTable
+from quantkit.plan.operations import Operation, execute
 from quantkit.program.inputs import Batch, batch_size, first_samples
-from quantkit.program.layers import groups_of, weight_of
 from quantkit.program.operations import operations_of
 from quantkit.program.sites import place_sites
 from quantkit.progress import notice
@@ -62,7 +61,7 @@ def bench(
     for name, value in {"threads": threads, "batch": batch}.items():
         if value < 1:
             raise InvalidRequest(f"{name}={value}: at least 1.")
-    goal = Target.load(target)
+    goal = Target.load(target).resolved()
     example = calibration_batches(model, calibration, max(batch, 2))[0]
     rig = _timing_rig(prepare(model, [example], goal), goal, example, progress)
     mixtures = mixtures_of(rig.ready.quantizable, rig.widths, seed)
@@ -88,9 +87,11 @@ class _TimingRig:
     def simulated(self, mixture: Mixture) -> SimulatedModel:
         """The model with these layers quantized, and the sites that they need."""
         ready = self.ready
-        sites = place_sites(ready.model, ready.trace, self.target, [n for n in ready.quantizable if n in mixture])
+        sites = place_sites(ready.model, ready.program, self.target, [n for n in ready.quantizable if n in mixture])
         weights = {name: self.weights[name, bits] for name, bits in mixture.items()}
-        return SimulatedModel(ready.model, sites, weights, {site.name: self.ranges[site.name] for site in sites})
+        return SimulatedModel(
+            ready.model, sites, weights, {site.name: self.ranges[site.name] for site in sites}, ready.weights
+        )
 
 
 def _timing_rig(ready: Prepared, target: Target, example: Batch, progress: bool) -> _TimingRig:
@@ -106,11 +107,13 @@ def _timing_rig(ready: Prepared, target: Target, example: Batch, progress: bool)
     histograms = site_histograms(ready.model, ready.sites, [example], progress)
     act = max(s.activation.bits for s in schemes if s.activation is not None)
     ranges = {name: minmax_range(histogram, act) for name, histogram in histograms.items()}
-    return _TimingRig(ready, target, example, operations_of(ready.trace, ready.sites, target), widths, weights, ranges)
+    return _TimingRig(
+        ready, target, example, operations_of(ready.program, ready.sites, target), widths, weights, ranges
+    )
 
 
 def _rounded(ready: Prepared, name: str, formats: Sequence[WeightFormat]) -> list[tuple[QuantizedWeight, int]]:
-    found = quantize_weight(weight_of(ready.model, name), formats, None, groups_of(ready.model, name)).weights
+    found = quantize_weight(ready.weights[name], formats, None, ready.weights.layers[name].groups).weights
     return [(weight, fmt.bits) for fmt, weight in found.items()]
 
 
@@ -158,7 +161,10 @@ def _table(
         execute(operations, mixture, [name for name, bits in mixture.items() if bits >= FULL_BITS])
         for mixture in mixtures
     ]
-    paths = [write_unchecked(rig.simulated(m), marked, folder / f"{k}.onnx") for k, m in enumerate(mixtures)]
+    paths = [
+        write_unchecked(rig.simulated(mixture), marked, rig.target.instruction_set, folder / f"{k}.onnx")
+        for k, mixture in enumerate(mixtures)
+    ]
     measured = measure_files(paths, inputs, threads, seconds)
     names = [op.name for op in operations if op.kind != "float"]
     elements = {site.name: Size(site.shape).numel() for site in ready.sites}

@@ -11,7 +11,7 @@ from typing import Any
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme, WeightFormat
 from quantkit.program.ends import first_layers, last_layers
-from quantkit.program.trace import Trace
+from quantkit.program.program import Program
 from quantkit.progress import notice
 from quantkit.targets.rules import Rules, Wanted, rule_pairs
 from quantkit.transforms.prepare import Prepared
@@ -20,9 +20,9 @@ SAME, EIGHT_BITS = "same", "8 bits"
 FIRST_LAST = (SAME, EIGHT_BITS)
 
 
-def ends_of(trace: Trace) -> dict[str, list[str]]:
+def ends_of(program: Program) -> dict[str, list[str]]:
     """The first and the last layers, nothing where the model was not traced."""
-    return {"first": first_layers(trace), "last": last_layers(trace)} if trace.ops else {}
+    return {"first": first_layers(program), "last": last_layers(program)} if program.steps else {}
 
 
 def with_policy(
@@ -35,12 +35,12 @@ def with_policy(
     quantized = [scheme for scheme in wanted if not scheme.is_float]
     if policy == SAME or not quantized:
         return asked
-    if not ready.trace.ops:
+    if not ready.program.steps:
         raise InvalidRequest(
             f"first_last={policy!r} has to know which layers come first and last: pass calibration or example_inputs, "
             "or name the layers in rules."
         )
-    ends = {name for names in ends_of(ready.trace).values() for name in names} & set(ready.quantizable)
+    ends = {name for names in ends_of(ready.program).values() for name in names} & set(ready.quantizable)
     ends = {name for name in ends if not _ruled(name, asked)}
     widest = max(quantized, key=lambda scheme: scheme.activation.bits if scheme.activation else 0).activation
     eight = None if widest is None else replace(widest, fmt="8")
@@ -56,10 +56,10 @@ def _ruled(name: str, rules: Sequence[tuple[str, Wanted]]) -> bool:
 
 
 def policy_record(
-    policy: str, trace: Trace, allowed: Mapping[str, Sequence[Scheme]], rules: Rules | None
+    policy: str, program: Program, allowed: Mapping[str, Sequence[Scheme]], rules: Rules | None
 ) -> dict[str, Any]:
     """What the plan says of its ends: the policy, the layers, and those of them that a rule decides instead."""
-    ends, asked = ends_of(trace), rule_pairs(rules)
+    ends, asked = ends_of(program), rule_pairs(rules)
     names = dict.fromkeys(name for found in ends.values() for name in found)
     ruled = [name for name in names if policy != SAME and name in allowed and _ruled(name, asked)]
     for name in ruled:

@@ -10,13 +10,12 @@ import torch
 
 from quantkit.program.inputs import batch_size
 from quantkit.program.intercept import tensors_of
-from quantkit.program.layers import groups_of, weight_of
-from quantkit.program.trace import run_model
+from quantkit.program.record import run_model
 from quantkit.ranges.statistics import HESSIAN_BYTES
 from quantkit.rounding.weights import WITHOUT_INPUTS, quantize_weight
 from quantkit.sensitivity import COSTS
 from quantkit.sensitivity.curvature import GRAPH_SAMPLES
-from quantkit.sensitivity.measure import main_output, rows_of
+from quantkit.sensitivity.outputs import OutputRule
 from quantkit.sensitivity.registry import Workload
 from quantkit.sensitivity.sketch import SHIFT_BYTES
 from quantkit.stages.request import Request
@@ -28,7 +27,7 @@ GRAPH_COPIES = 4  # how often a graph of second derivatives holds every activati
 @dataclass(frozen=True)
 class Forecast:
     """``forwards`` of the ``samples`` that the profile takes for so many ``formats``, seconds for them and for
-    rounding, peak bytes beyond one forward.
+    rounding, peak bytes beyond one forward, and ``rule``, by which outputs are compared.
     """
 
     formats: int
@@ -37,6 +36,7 @@ class Forecast:
     forward_seconds: float
     rounding_seconds: float
     peak_bytes: int
+    rule: OutputRule
 
     @property
     def seconds(self) -> float:
@@ -58,22 +58,24 @@ def forecast(request: Request) -> Forecast:
         seconds = math.inf
         for _ in range(2):  # the first run of a new shape also finds its kernels
             start = time.perf_counter()
-            output = main_output(run_model(request.ready.model, batch))
+            result = run_model(request.ready.model, batch)
             seconds = min(seconds, (time.perf_counter() - start) * samples / batch_size(batch))
     formats = len(request.entries())
     cost = COSTS[request.settings["sensitivity"]]
     work = Workload(formats, len(request.candidates) + len(request.ready.sites), samples)
-    outputs = 4 * rows_of(output).numel() * samples // batch_size(batch)
+    rule = OutputRule.of(request.ready.model, result, batch, request.settings["loss"])
+    outputs = 4 * sum(rows.numel() for rows in rule.rows(result, batch)) * samples // batch_size(batch)
     held = _held_bytes(request) + outputs
     held += min(formats * outputs, SHIFT_BYTES) if cost.keeps_shifts else 0
     held += _graph_bytes(request) if cost.keeps_graph else 0
-    return Forecast(formats, math.ceil(cost.forwards(work)), samples, seconds, _rounding_seconds(request), held)
+    return Forecast(formats, math.ceil(cost.forwards(work)), samples, seconds, _rounding_seconds(request), held, rule)
 
 
 def _graph_bytes(request: Request) -> int:
     """Every value the model computes for the samples of one graph, several times."""
-    shapes = request.ready.trace.shape.values()
-    return 4 * GRAPH_COPIES * GRAPH_SAMPLES * sum(math.prod(shape[1:]) for shape in shapes)
+    program = request.ready.program
+    elements = sum(math.prod(program.shape[number][1:]) for number in program.producer)
+    return 4 * GRAPH_COPIES * GRAPH_SAMPLES * elements
 
 
 def _held_bytes(request: Request) -> int:
@@ -81,30 +83,33 @@ def _held_bytes(request: Request) -> int:
     model = sum(t.numel() * t.element_size() for t in request.ready.model.state_dict().values())
     inputs = sum(t.numel() * t.element_size() for batch in request.batches for t in tensors_of(batch))
     hessians = sum(
-        8 * groups_of(request.ready.model, name) * _width(request, name) ** 2 for name in request.candidates
+        8 * weight.groups * _width(request, name) ** 2
+        for name in request.candidates
+        if (weight := request.ready.weights.layers[name]).reads_rows
     )
     return 2 * model + 2 * inputs + min(hessians, HESSIAN_BYTES)
 
 
 def _width(request: Request, layer: str) -> int:
-    return weight_of(request.ready.model, layer)[0].numel()
+    return request.ready.weights.inputs(layer)
 
 
 def _work(request: Request, layer: str) -> int:
     """What rounding a layer by GPTQ costs, in multiplications per format."""
-    return weight_of(request.ready.model, layer).numel() * _width(request, layer)
+    return request.ready.weights[layer].numel() * _width(request, layer)
 
 
 def _rounding_seconds(request: Request) -> float:
     """Rounding time of all layers, scaled from the layer of median work, rounded once on white inputs."""
-    layers = sorted(request.candidates, key=lambda name: _work(request, name))
+    rows = [name for name in request.candidates if request.ready.weights.layers[name].reads_rows]
+    layers = sorted(rows or request.candidates, key=lambda name: _work(request, name))
     name = layers[len(layers) // 2]
-    groups, width = groups_of(request.ready.model, name), _width(request, name)
+    groups, width = request.ready.weights.layers[name].groups, _width(request, name)
     hessian = None
     if request.settings["rounding"] not in WITHOUT_INPUTS:
         hessian = torch.eye(width, dtype=torch.float64).repeat(groups, 1, 1)
     formats = list(dict.fromkeys(s.weight for s in request.candidates[name] if s.weight is not None))
     start = time.perf_counter()
-    quantize_weight(weight_of(request.ready.model, name), formats, hessian, groups, request.settings["rounding"])
+    quantize_weight(request.ready.weights[name], formats, hessian, groups, request.settings["rounding"])
     seconds = time.perf_counter() - start
     return seconds * sum(_work(request, n) for n in layers) / max(1, _work(request, name))

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_flatten
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.program.inputs import Batch, read_batches, split_batches
-from quantkit.program.trace import run_model
+from quantkit.program.record import run_model
 from quantkit.progress import notice
 from quantkit.rounding.weights import WITHOUT_INPUTS
 from quantkit.sensitivity import NO_INPUTS
 from quantkit.targets import Target
-from quantkit.transforms.prepare import Prepared, prepare, prepare_untraced
+from quantkit.transforms.prepare import Prepared, prepare, prepare_unrecorded
 
 BATCH = 128
 _PASS = "Pass calibration=, a few hundred typical inputs; labels are not needed"
@@ -64,7 +64,7 @@ class Inputs:
     ) -> Prepared:
         """The model made ready, and tried on every form of batch."""
         if self.example is None:
-            return prepare_untraced(model, target, keep_float, inplace)
+            return prepare_unrecorded(model, target, keep_float, inplace)
         return prepare(model, self.shown, target, keep_float, inplace)
 
     def require_schemes(self, schemes: Iterable[Scheme]) -> None:

@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.program import Program
 from quantkit.program.segments import whole
-from quantkit.program.tape import Tape
-from quantkit.program.trace import Trace
 from quantkit.progress import notice
 from quantkit.reconstruction.adaquant import learn_layers
 from quantkit.reconstruction.augmentation import changed, harmless
@@ -24,10 +23,18 @@ from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, l
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, scale_layer
 from quantkit.reconstruction.learning import Learned, Schedule
 from quantkit.reconstruction.snapshot import Cache, Snapshot
+from quantkit.sensitivity.damage import SOFTENED, Damage
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import SOFTENED, Damage, rows_of
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, play, room_for
+from quantkit.simulation.playback import (
+    CHUNK,
+    SimulatedProgram,
+    Values,
+    copied_state,
+    float_program,
+    play_output,
+    room_for,
+)
 from quantkit.stages.recording import Recording, some_samples
 from quantkit.transforms.prepare import Prepared
 
@@ -84,40 +91,46 @@ def plan_reconstruction(
     """The reconstruction of a model that is still float, or why there is none."""
     if isinstance(recording, str):
         return recording
-    generator, tape = torch.Generator().manual_seed(seed), recording.tape
+    generator, program = torch.Generator().manual_seed(seed), recording.program
     count = batch_size(recording.samples)
     held = max(2, count // HELD_BACK)
     if count - held < 2:
         return f"{count} samples are too few"
     order = torch.randperm(count, generator=generator)
     training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
-    state = copied_state(tape, ready.model)
+    state = copied_state(program, ready.model)
+    few, measure, rows = some_samples(training, torch.arange(CHUNK)), damage.main, damage.rule.answer.rows
     reference = FloatReference(
         state,
-        _spreads(ready, tape, state, tape.entering(ready.model, some_samples(training, torch.arange(tape.size)))),
-        lambda wanted, found: damage.rows(rows_of(wanted), rows_of(found)),
-        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), SOFTENED),
-        lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
+        {name: ready.weights[name].detach().clone() for name in ready.quantizable},
+        _spreads(ready, program, state, program.entering(ready.model, few)),
+        lambda wanted, found: measure.rows(rows(wanted), rows(found)),
+        lambda wanted, found: measure.smooth_rows(rows(wanted), rows(found), SOFTENED),
+        lambda output, draw: (measure.cotangent(rows(output).detach(), draw) * rows(output)).sum(),
     )
-    floats, every = float_program(ready.model, tape, state), whole(tape, ())
+    floats, every = float_program(ready.model, program, state), whole(program)
 
     def outputs(batch: Batch) -> Tensor:
-        return play(floats, tape.entering(ready.model, batch), every)
+        return play_output(floats, program.entering(ready.model, batch), every)
 
     few = some_samples(training, torch.arange(min(CHANGED_SAMPLES, count - held)))
     changes = harmless(few, outputs, reference.damage, generator)
     if changes:
         notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")
     inputs, held_inputs = (
-        _drawn(tape, ready.model, part, changes, most, generator)
+        _drawn(program, ready.model, part, changes, most, generator)
         for part, most in ((training, DRAWS), (testing, FEW_DRAWS))
     )
-    data = ReconstructionData(inputs, play(floats, inputs, every), held_inputs, play(floats, held_inputs, every))
-    return ReconstructionPlan(recording, reference, data, data.first(FEW_DRAWS * (count - held)), seed, damage.softens)
+    data = ReconstructionData(
+        inputs, play_output(floats, inputs, every), held_inputs, play_output(floats, held_inputs, every)
+    )
+    return ReconstructionPlan(
+        recording, reference, data, data.first(FEW_DRAWS * (count - held)), seed, measure.softens
+    )
 
 
 def _drawn(
-    tape: Tape, model: nn.Module, batch: Batch, changes: Sequence[str], most: int, generator: torch.Generator
+    program: Program, model: nn.Module, batch: Batch, changes: Sequence[str], most: int, generator: torch.Generator
 ) -> Values:
     """Inputs with these changes and pair-mixed, up to ``most`` draws of each where they are small; the inputs
     themselves where neither is possible.
@@ -129,8 +142,8 @@ def _drawn(
         other = changed(batch, changes, generator)
         mix = mixed_pairs([other], generator)
         if mix is None and not changes:
-            return tape.entering(model, batch)
-        values = tape.entering(model, other if mix is None else mix[0])
+            return program.entering(model, batch)
+        values = program.entering(model, other if mix is None else mix[0])
         every = every or {number: room_for(draws * len(x), x) for number, x in values.items()}
         for number, x in values.items():
             every[number][draw * len(x) : (draw + 1) * len(x)] = x
@@ -138,28 +151,30 @@ def _drawn(
 
 
 @torch.no_grad()
-def _spreads(ready: Prepared, tape: Tape, state: dict[str, Tensor], values: dict[int, Tensor]) -> dict[str, Tensor]:
+def _spreads(
+    ready: Prepared, program: Program, state: dict[str, Tensor], values: dict[int, Tensor]
+) -> dict[str, Tensor]:
     """The standard deviation of every layer's output, by channel."""
-    at = {ready.trace.calls[name][0].key: name for name in ready.quantizable}
-    made = {at[step.key]: step.makes[0] for step in tape.steps if step.key in at}
-    outputs = tape.replay(values, state, list(made.values()))
+    at = {program.calls[name][0].key: name for name in ready.quantizable}
+    made = {at[step.key]: step.makes[0] for step in program.steps if step.key in at}
+    outputs = program.replay(values, state, list(made.values()))
     spreads = {}
     for name, output in zip(made, outputs, strict=True):
-        channels_last = output if ready.trace.kinds[name] == "linear" else output.movedim(1, -1)
+        channels_last = output.movedim(1, -1) if program.kinds[name].startswith("conv") else output
         spreads[name] = channels_last.reshape(-1, channels_last.shape[-1]).std(0)
     return spreads
 
 
 def reconstruct(
-    reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Cache
+    reconstruction: ReconstructionPlan, simulated: SimulatedModel, how: str, progress: bool, kept: Cache
 ) -> dict[str, Learned]:
     """Learn as asked ("block" learns the blocks first, then the network); returns the loss on held-back inputs before
     and after each step of it. What is ``kept`` is not learned again.
     """
     if how in ADAQUANT:
-        return _by_layers(reconstruction, simulated, trace, how == "adaquant-parallel", progress, kept)
+        return _by_layers(reconstruction, simulated, how == "adaquant-parallel", progress, kept)
     generator = torch.Generator().manual_seed(reconstruction.seed)
-    runner, blocks = SimulatedProgram(simulated, reconstruction.recording.tape), reconstruction.recording.blocks
+    runner, blocks = SimulatedProgram(simulated, reconstruction.recording.program), reconstruction.recording.blocks
     found = {}
     if how == "block" and len(blocks) > 1:
         found = learn_blocks(
@@ -177,20 +192,19 @@ def reconstruct(
 def _by_layers(
     reconstruction: ReconstructionPlan,
     simulated: SimulatedModel,
-    trace: Trace,
     parallel: bool,
     progress: bool,
     finished: Cache,
 ) -> dict[str, Learned]:
     """AdaQuant, kept where the network as a whole gains: layers learn to be like the float ones, not the output."""
-    tape, data = reconstruction.recording.tape, reconstruction.data
+    program, data = reconstruction.recording.program, reconstruction.data
     generator = torch.Generator().manual_seed(reconstruction.seed)
-    runner, kept = SimulatedProgram(simulated, tape), Snapshot.of(simulated)
+    runner, kept = SimulatedProgram(simulated, program), Snapshot.of(simulated)
     before = mean_damage(runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
     few = reconstruction.block_data.first(LAYER_SAMPLES)
     found = learn_layers(
-        runner, float_program(simulated.model, tape, reconstruction.reference.state), reconstruction.reference, few,
-        trace, reconstruction.recording.blocks, LAYER, generator, parallel, progress, finished,
+        runner, float_program(simulated.model, program, reconstruction.reference.state), reconstruction.reference, few,
+        reconstruction.recording.blocks, LAYER, generator, parallel, progress, finished,
     )  # fmt: skip
     after = mean_damage(runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
     if not after < before:
@@ -200,20 +214,20 @@ def _by_layers(
 
 
 def correct(
-    reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace, how: str, progress: bool, kept: Cache
+    reconstruction: ReconstructionPlan, simulated: SimulatedModel, how: str, progress: bool, kept: Cache
 ) -> dict[str, Learned]:
     """Apply a correction ("auto": all but "confidence" in turn), each kept only where the damage on held-back inputs
     falls; returns that damage before and after each.
     """
     tuning = partial(
-        learn_network, SimulatedProgram(simulated, reconstruction.recording.tape), reconstruction.reference,
+        learn_network, SimulatedProgram(simulated, reconstruction.recording.program), reconstruction.reference,
         reconstruction.data, TUNING, torch.Generator().manual_seed(reconstruction.seed), progress, only_biases=True,
     )  # fmt: skip
     every: dict[str, Callable[[], Learned]] = {
-        "norm": partial(_match, reconstruction, simulated, trace, deviations=True),
-        "bias": partial(_match, reconstruction, simulated, trace, deviations=False),
+        "norm": partial(_match, reconstruction, simulated, deviations=True),
+        "bias": partial(_match, reconstruction, simulated, deviations=False),
         "tuning": tuning,
-        "confidence": partial(_temper, reconstruction, simulated, trace),
+        "confidence": partial(_temper, reconstruction, simulated),
     }
     return {
         name: kept.learned(f"correction {name}", simulated, simulated.weights, work)
@@ -222,33 +236,33 @@ def correct(
     }
 
 
-def _match(reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace, deviations: bool) -> Learned:
+def _match(reconstruction: ReconstructionPlan, simulated: SimulatedModel, deviations: bool) -> Learned:
     """Match statistics of the outputs where that lowers the damage on held-back inputs."""
-    tape, data, damage = reconstruction.recording.tape, reconstruction.data, reconstruction.reference.damage
+    program, data, damage = reconstruction.recording.program, reconstruction.data, reconstruction.reference.damage
     runner, floats = (
-        SimulatedProgram(simulated, tape),
-        float_program(simulated.model, tape, reconstruction.reference.state),
+        SimulatedProgram(simulated, program),
+        float_program(simulated.model, program, reconstruction.reference.state),
     )
     kept = Snapshot.of(simulated)
     before = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
     some = data.first(STATISTICS_SAMPLES).inputs
-    match_outputs(runner, floats, trace, reconstruction.recording.blocks, some, deviations)
+    match_outputs(runner, floats, reconstruction.recording.blocks, some, deviations)
     after = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
     if not after < before:
         kept.put_back(simulated)
     return Learned(before, min(before, after))
 
 
-def _temper(reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace: Trace) -> Learned:
+def _temper(reconstruction: ReconstructionPlan, simulated: SimulatedModel) -> Learned:
     """Make the logits as large as is best for the damage on held-back inputs."""
-    tape, data, damage = reconstruction.recording.tape, reconstruction.data, reconstruction.reference.damage
-    runner = SimulatedProgram(simulated, tape)
+    program, data, damage = reconstruction.recording.program, reconstruction.data, reconstruction.reference.damage
+    runner = SimulatedProgram(simulated, program)
     before = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
-    head = head_of(runner, trace)
+    head = head_of(runner)
     if head is None or not reconstruction.logits:
         return Learned(before, before)
     kept = Snapshot.of(simulated)
-    found = play(runner, data.held_inputs, whole(tape, ()))
+    found = play_output(runner, data.held_inputs, whole(program))
     factor = best_factor(found, lambda outputs: damage(data.held_outputs, outputs))
     scale_layer(simulated, head, factor)
     after = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
@@ -259,14 +273,14 @@ def _temper(reconstruction: ReconstructionPlan, simulated: SimulatedModel, trace
     return Learned(before, after)
 
 
-def require_reconstruction(reconstruction: ReconstructionPlan | str, **asked: str) -> ReconstructionPlan | None:
+def require_reconstruction(planned: ReconstructionPlan | str, /, **asked: str) -> ReconstructionPlan | None:
     """The reconstruction; without one, None where all that was ``asked`` is "auto" or "none", with a notice, otherwise
     InvalidRequest.
     """
-    if isinstance(reconstruction, ReconstructionPlan):
-        return reconstruction
+    if isinstance(planned, ReconstructionPlan):
+        return planned
     for key, value in asked.items():
         if value not in ("auto", "none"):
-            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {reconstruction}. Use 'none'.")
-    notice(f"nothing is learned after rounding: {reconstruction}")
+            raise InvalidRequest(f"{key}={value!r} cannot learn this model: {planned}. Use 'none'.")
+    notice(f"nothing is learned after rounding: {planned}")
     return None

@@ -1,4 +1,4 @@
-"""A model's forward on tape, with all calibration samples as one batch: what rounding and learning play from."""
+"""A model's program with all calibration samples as one batch: what rounding and learning replay from."""
 
 from __future__ import annotations
 
@@ -11,39 +11,48 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.program import Program
+from quantkit.program.replayable import replayable
 from quantkit.program.segments import Segment, blocks_of
-from quantkit.program.tape import Tape, record
-from quantkit.sensitivity.measure import main_output
+from quantkit.simulation.playback import CHUNK
 from quantkit.transforms.prepare import Prepared
-
-SIZE = 64  # samples played at once
 
 
 @dataclass(frozen=True)
-class Recording:
-    """The tape of a model, its blocks, and the calibration samples."""
+class Replay:
+    """The program that stands for a model, and the calibration samples as one batch."""
 
-    tape: Tape
-    blocks: list[Segment]
+    program: Program
     samples: Batch
 
 
-def recording_of(ready: Prepared, batches: Sequence[Batch]) -> Recording | str:
-    """The recording of a model, or why it cannot be recorded."""
-    if not batches:
+@dataclass(frozen=True)
+class Recording(Replay):
+    """A replay with the blocks that the program is cut into."""
+
+    blocks: list[Segment]
+
+
+def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
+    """The replay of a model, or why there is none."""
+    if not batches or ready.example is None:
         return "there is no calibration data"
     samples = _stacked(batches)
     if samples is None:
         return "its inputs cannot be put into batches of one size"
     order = torch.arange(batch_size(samples))
-    size = min(SIZE, len(order))
-    tape = record(
-        ready.model, some_samples(samples, order[:size]), some_samples(samples, order.flip(0)[:size]), main_output
-    )
-    if tape is None:
+    size = min(CHUNK, len(order))
+    others = [some_samples(samples, order[:size]), some_samples(samples, order.flip(0)[:size])]
+    program = replayable(ready.program, ready.model, ready.example, others)
+    if program is None or program.rows.get(program.output) != 0:
         return "what it computes depends on more than its inputs' values and batch size"
-    blocks = blocks_of(tape, ready.trace, ready.quantizable, {site.place for site in ready.sites})
-    return Recording(tape, blocks, samples)
+    return Replay(program, samples)
+
+
+def recording_of(ready: Prepared, replay: Replay) -> Recording:
+    """A replay cut into blocks by the layers to quantize and their sites."""
+    blocks = blocks_of(replay.program, ready.quantizable, {site.place for site in ready.sites})
+    return Recording(replay.program, replay.samples, blocks)
 
 
 def some_samples(batch: Batch, indices: Tensor) -> Batch:

@@ -5,21 +5,19 @@
 tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON with:
 
 - ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
-- ``layers``: layer name -> weight format and shape;
+- ``layers``: layer name -> weight format, shape and where the model holds it;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
-- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
-- ``ranges``: site name -> scale, zero point, bits; without a zero point for logarithmic codes, bits alone for scales
-  that are found token by token.
+- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape, roles;
+- ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``).
 
 Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,17 @@ from torch import Tensor, nn
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
+from quantkit.numbers.kinds import range_of
 from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
-from quantkit.numbers.per_token import range_of
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.intercept import OpKey
+from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.sites import Site
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import write_atomically
 from quantkit.transforms.fold_bn import shape_like_folded
+from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
 MODEL_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -53,13 +53,15 @@ def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str
     tensors = _other_state(simulated)
     for name, weight in simulated.weights.items():
         tensors |= pack_weight(weight).tensors(f"{name}.weight")
+    floats = simulated.floats.layers
     header = {
         "version": MODEL_VERSION,
         "plan": plan.digest(),
-        "layers": {n: {"format": str(w.format), "shape": list(w.codes.shape)} for n, w in simulated.weights.items()},
+        "layers": {n: {"format": str(w.format)} | floats[n].to_dict() for n, w in simulated.weights.items()},
+        "updated": list(simulated.updated),
         "folds": [list(pair) for pair in folds],
         "sites": [asdict(site) for site in simulated.sites],
-        "ranges": {name: asdict(found) for name, found in simulated.ranges.items()},
+        "ranges": {name: found.to_dict() for name, found in simulated.ranges.items()},
     }
     header["digest"] = _digest(header, tensors)
     metadata = {_HEADER: canonical_json(header)}
@@ -83,22 +85,26 @@ def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, P
             f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. "
             "Apply the plan to the model again."
         )
-    own = copy.deepcopy(model).cpu().float().eval()
+    own = copy_with_computed_tensors(model).cpu().float().eval()
+    make_weights_plain(own)
     folds = tuple((layer, norm) for layer, norm in header["folds"])
     try:
         shape_like_folded(own, folds)
-        weights = {name: _weight(name, record, own, tensors) for name, record in header["layers"].items()}
+        layers = {name: LayerWeight.from_dict(record) for name, record in header["layers"].items()}
+        floats = Weights(own, layers, {n: torch.zeros(w.shape) for n, w in layers.items() if w.parameter is None})
+        covered = set(floats.covered(layers))
+        weights = {name: _weight(name, record, floats, tensors) for name, record in header["layers"].items()}
     except AttributeError as error:
         raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
-    _load_state(own, weights, tensors)
+    _load_state(own, covered, tensors)
     sites = [_site(record) for record in header["sites"]]
     ranges = {name: range_of(record) for name, record in header["ranges"].items()}
-    return SimulatedModel(own, sites, weights, ranges), plan, folds
+    return SimulatedModel(own, sites, weights, ranges, floats, header["updated"]), plan, folds
 
 
 def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:
     """The model's state without the weights that are stored as codes."""
-    coded = {f"{name}.weight" for name in simulated.weights}
+    coded = set(simulated.floats.covered(simulated.weights))
     state = simulated.model.state_dict()
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items() if name not in coded}
 
@@ -130,15 +136,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
-def _weight(name: str, record: Mapping[str, Any], model: nn.Module, tensors: dict[str, Tensor]) -> QuantizedWeight:
-    """A layer's codes, taken out of ``tensors``; the layer gets a weight of its own even where the model ties it."""
-    layer, shape = model.get_submodule(name), tuple(record["shape"])
-    if tuple(layer.get_parameter("weight").shape) != shape:
+def _weight(name: str, record: Mapping[str, Any], floats: Weights, tensors: dict[str, Tensor]) -> QuantizedWeight:
+    """A layer's codes, taken out of ``tensors``."""
+    shape = tuple(record["shape"])
+    if (found := tuple(floats[name].shape)) != shape:
         raise InvalidRequest(
-            f"Layer {name!r} has a weight of shape {tuple(layer.get_parameter('weight').shape)} in the model and of "
-            f"{shape} in the saved file: this is not the model that was saved."
+            f"Layer {name!r} has a weight of shape {found} in the model and of {shape} in the saved file: this is not "
+            "the model that was saved."
         )
-    layer.weight = nn.Parameter(torch.empty(shape))
     format = Scheme.parse(record["format"]).weight
     assert format is not None
     packed = PackedWeight.of_tensors(tensors, f"{name}.weight", shape, format)
@@ -147,9 +152,9 @@ def _weight(name: str, record: Mapping[str, Any], model: nn.Module, tensors: dic
     return unpack_weight(packed)
 
 
-def _load_state(model: nn.Module, weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]) -> None:
+def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str, Tensor]) -> None:
     """Load everything but the coded weights; raises InvalidRequest naming what does not fit."""
-    wanted = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in weights}
+    wanted = {n: t for n, t in model.state_dict().items() if n not in covered}
     for name in wanted.keys() ^ tensors.keys():
         where = "the saved weights" if name in tensors else "the model"
         other = list(wanted if name in tensors else tensors)
@@ -172,4 +177,5 @@ def _site(record: Mapping[str, Any]) -> Site:
         echoes=tuple(OpKey(**key) for key in record["echoes"]),
         consumers=tuple(record["consumers"]),
         shape=tuple(record["shape"]),
+        roles=tuple(record.get("roles", ())),
     )

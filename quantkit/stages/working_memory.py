@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from quantkit.program.layers import groups_of, weight_of
 from quantkit.rounding.layer_inputs import positions_wanted
-from quantkit.simulation.playback import SPILL_BYTES
+from quantkit.simulation.playback import CHUNK, SPILL_BYTES
 from quantkit.stages.recording import Recording
 from quantkit.transforms.prepare import Prepared
 
@@ -50,25 +50,27 @@ def working_memory(ready: Prepared, recording: Recording, samples: int, learned:
     Rounding holds what enters a block and makes what leaves it. Learning holds what enters it in the quantized and in
     the float network, what leaves it in both, and what is wanted.
     """
-    sizes = _sizes(ready, recording)
-    edges = [(sum(sizes.get(n, 0) for n in b.entering), sizes.get(b.leaving, 0)) for b in recording.blocks]
+    program = recording.program
+    sizes = {number: _FLOAT * math.prod(shape[1:]) for number, shape in program.shape.items()}
+    edges = [(_together(sizes, b.entering), _together(sizes, b.leaving)) for b in recording.blocks]
     enters, leaves = (max(side) for side in zip(*edges, strict=True))
-    inputs = sum(sizes.get(number, 0) for number in recording.tape.inputs)
+    inputs = _together(sizes, program.inputs)
     values = max(samples * (enters + leaves), learned * inputs + by_blocks * (2 * enters + 3 * leaves))
     state = _FLOAT * sum(t.numel() for t in ready.model.state_dict().values())
-    graph = _GRAPH * recording.tape.size * sum(math.prod(shape[1:]) for shape in ready.trace.shape.values()) * _FLOAT
-    hessian = max(_hessian(ready, recording, name) for name in ready.quantizable)
+    floating = sum(math.prod(program.shape[number][1:]) for number in program.producer)
+    graph = _GRAPH * CHUNK * floating * _FLOAT
+    hessian = max(_hessian(ready, name) for name in ready.quantizable)
     return WorkingMemory(values, _DRAWING * samples * inputs * (learned > 0), hessian, graph, _COPIES * state)
 
 
-def _sizes(ready: Prepared, recording: Recording) -> dict[int, int]:
-    """Bytes of a sample of every value on the tape that the trace has seen."""
-    at = {place: _FLOAT * math.prod(ready.trace.shape[value][1:]) for value, place in ready.trace.producer.items()}
-    return {number: at[place] for number, place in recording.tape.places().items() if place in at}
+def _together(sizes: Mapping[int, int], numbers: Iterable[int]) -> int:
+    return sum(sizes[number] for number in numbers)
 
 
-def _hessian(ready: Prepared, recording: Recording, layer: str) -> int:
+def _hessian(ready: Prepared, layer: str) -> int:
     """Bytes that rounding a layer takes: its Hessian several times, and the inputs of one chunk as a matrix."""
-    width, groups = weight_of(ready.model, layer)[0].numel(), groups_of(ready.model, layer)
-    rows = recording.tape.size * positions_wanted(width)
-    return groups * (_HESSIANS * 8 * width**2 + 3 * _FLOAT * rows * width)
+    weight, width = ready.weights.layers[layer], ready.weights.inputs(layer)
+    if not weight.reads_rows:
+        return 0
+    rows = CHUNK * positions_wanted(width)
+    return weight.groups * (_HESSIANS * 8 * width**2 + 3 * _FLOAT * rows * width)

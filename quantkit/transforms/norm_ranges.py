@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.numbers.uniform import SiteRange
-from quantkit.program.layers import bias_of, weight_of
-from quantkit.program.sites import moves_values
-from quantkit.program.trace import Op, Trace
+from quantkit.program.arguments import SizeRef, SliceRef
+from quantkit.program.codes import moves_values
+from quantkit.program.layers import Weights
+from quantkit.program.program import Program, Step
 from quantkit.ranges.channels import ChannelRanges
 from quantkit.transforms.prepare import Prepared
 
@@ -55,7 +56,7 @@ def rewritable_norms(ready: Prepared) -> tuple[list[Norm], dict[str, str]]:
     """The LayerNorms that can be rewritten, in execution order, and for the others, by name, why not."""
     sites = {site.place: site.name for site in ready.sites}
     found, reasons = [], {}
-    for op in ready.trace.ops:
+    for op in ready.program.steps:
         if op.key.op != "layer_norm" or op.key not in sites:
             continue
         name = op.key.scope
@@ -72,13 +73,13 @@ class _CannotRewrite(Exception):
     """The reason why a norm stays as it is."""
 
 
-def _readers(ready: Prepared, op: Op) -> tuple[str, ...]:
+def _readers(ready: Prepared, op: Step) -> tuple[str, ...]:
     """The layers that read what a norm makes; raises _CannotRewrite."""
-    module, trace = ready.model.get_submodule(op.key.scope), ready.trace
+    module, program = ready.model.get_submodule(op.key.scope), ready.program
     if not isinstance(module, nn.LayerNorm) or module.bias is None or len(module.normalized_shape) != 1:
         raise _CannotRewrite("it has no gain and shift for each channel")
     for kind in ("weight", "bias"):
-        if others := [o.key for o in trace.consumers[trace.stored[f"{op.key.scope}.{kind}"]] if o.key != op.key]:
+        if others := [o.key for o in program.consumers[program.stored[f"{op.key.scope}.{kind}"]] if o.key != op.key]:
             raise _CannotRewrite(f"its {kind} is also read by {others[0]}")
     layers = tuple(dict.fromkeys(_layers_behind(ready, op.outputs[0], op.outputs[0])))
     if not layers:
@@ -88,52 +89,52 @@ def _readers(ready: Prepared, op: Op) -> tuple[str, ...]:
 
 def _layers_behind(ready: Prepared, value: int, made: int) -> Iterator[str]:
     """The layers that read ``value``, which holds channels of ``made``; raises _CannotRewrite for other readers."""
-    trace = ready.trace
-    if value in trace.outputs:
+    program = ready.program
+    if value in program.outputs:
         raise _CannotRewrite("the model returns it")
-    for reader in trace.consumers.get(value, ()):
-        layer = reader.key.scope
-        if layer in ready.quantizable and reader.key in {call.key for call in trace.calls[layer]}:
+    for reader in program.consumers.get(value, ()):
+        layer = program.layer_of.get(reader.key)
+        if layer is not None and layer in ready.quantizable:
             yield _checked(ready, layer, value)
-        elif _keeps_channels(trace, reader, made):
+        elif _keeps_channels(program, reader, made):
             yield from _layers_behind(ready, reader.outputs[0], made)
         else:
             raise _CannotRewrite(f"{reader.key} reads it, which is no quantized linear layer")
 
 
-def _keeps_channels(trace: Trace, op: Op, made: int) -> bool:
+def _keeps_channels(program: Program, op: Step, made: int) -> bool:
     """True for operations that pick or regroup tokens and leave the channels in the last dimension in order."""
     if not moves_values(op) or len(op.inputs) != 1 or len(op.outputs) != 1:
         return False
     if op.key.op == "getitem":
         index = op.arguments[0] if op.arguments else None
         parts = index if isinstance(index, tuple) else (index,)
-        whole = len(parts) < len(trace.shape[op.inputs[0]])  # the last dimension is not indexed
-        return whole and all(isinstance(part, int | slice) for part in parts)
+        whole = len(parts) < len(program.shape[op.inputs[0]])  # the last dimension is not indexed
+        return whole and all(isinstance(part, int | slice | SizeRef | SliceRef) for part in parts)
     regroups = op.key.op in ("reshape", "view", "flatten", "unflatten", "contiguous", "clone", "detach")
-    return regroups and trace.shape[op.outputs[0]][-1] == trace.shape[made][-1]
+    return regroups and program.shape[op.outputs[0]][-1] == program.shape[made][-1]
 
 
 def _checked(ready: Prepared, layer: str, value: int) -> str:
-    if ready.trace.kinds[layer] != "linear":
+    if ready.program.kinds[layer] != "linear":
         raise _CannotRewrite(f"{layer} reads it, which is no linear layer")
-    if any(call.input != value for call in ready.trace.calls[layer]):
+    if any(call.input != value for call in ready.program.calls[layer]):
         raise _CannotRewrite(f"{layer} reads other tensors too")
-    if bias_of(ready.model, layer) is None:
+    if ready.weights.bias(layer) is None:
         raise _CannotRewrite(f"{layer} has no bias to take up the shift")
     return layer
 
 
 @torch.no_grad()
-def rewrite(model: nn.Module, change: Rewrite) -> None:
+def rewrite(weights: Weights, change: Rewrite) -> None:
     """Rewrite a norm and the layers that read it, in place; the model computes what it computed. In float64."""
-    norm = model.get_submodule(change.norm.name)
+    norm = weights.model.get_submodule(change.norm.name)
     assert isinstance(norm, nn.LayerNorm)
     gain, offset = norm.weight.double(), norm.bias.double()
     norm.weight.copy_(gain / change.ratio)
     norm.bias.copy_((offset + change.shift) / change.ratio)
     for name in change.norm.layers:
-        weight, bias = weight_of(model, name), bias_of(model, name)
+        weight, bias = weights[name], weights.bias(name)
         assert bias is not None, "checked when the norm was found"
         bias.copy_(bias.double() - weight.double() @ change.shift)
-        weight.copy_(weight.double() * change.ratio)
+        weights.write(name, weight.double() * change.ratio)

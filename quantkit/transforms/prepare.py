@@ -4,7 +4,8 @@ untouched.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,17 +15,21 @@ from torch.nn.parameter import is_lazy
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
+from quantkit.program.codes import can_hold_codes
 from quantkit.program.inputs import Batch, first_samples
-from quantkit.program.layers import layer_kind, weight_of
-from quantkit.program.sites import Site, can_hold_site, place_sites, token_sites
-from quantkit.program.trace import Trace, trace, untraced
+from quantkit.program.layers import LayerWeight, Weights, layer_kind
+from quantkit.program.program import Program, Step
+from quantkit.program.record import VIEWS, record, unrecorded
+from quantkit.program.replayable import computed_weights
+from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.progress import notice
+from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
-from quantkit.transforms.fold_bn import fold, foldable_pairs
+from quantkit.transforms.fold_bn import fold, foldable_pairs, without_norms
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
 SITE_BYTES = 5  # a float32 scale and a uint8 zero point
-TRACE_SAMPLES = 2
+RECORDED_SAMPLES = 2
 KEPT = "kept float by a rule"
 
 
@@ -32,20 +37,26 @@ KEPT = "kept float by a rule"
 class Prepared:
     """A float32 copy of the model in eval mode with BatchNorm folded, and what is known about it.
 
-    ``folds`` are the (layer, BatchNorm) pairs that were folded. ``layers`` are in execution order, those never called
+    ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm) pairs that were folded. ``layers`` are in execution order, those never called
     last; each is quantizable or carries the reason why not. ``other_bytes`` is what the model stores besides the
     layers' weights: biases, unfolded norms, buffers, and a scale and zero point per site. ``float_bytes`` is all that
     the user's model stores, ``float32_bytes`` the same in float32.
     """
 
     model: nn.Module
-    trace: Trace
+    program: Program
+    example: Batch | None
+    weights: Weights
     folds: tuple[tuple[str, str], ...]
     layers: dict[str, Layer]
     sites: tuple[Site, ...]
     other_bytes: int
     float_bytes: int
     float32_bytes: int
+
+    def float_model(self) -> SimulatedModel:
+        """The model with nothing quantized, called as the quantized one is."""
+        return as_float(self.model, self.weights, self.program.updated)
 
     @property
     def quantizable(self) -> list[str]:
@@ -61,24 +72,48 @@ def prepare(
     rejects, or a model without a quantizable layer.
     """
     own, element_bytes, sizes = _checked_copy(model, inplace)
-    example, found = _first_trace(own, batches[0])
-    folds = foldable_pairs(own, found)
+    example, program = _first_recording(own, batches[0])
+    folds = foldable_pairs(own, program)
     fold(own, folds)
-    found = trace(own, example)
-    layers = _layers(own, found, target, set(keep_float), element_bytes)
-    return _placed(Prepared(own, found, tuple(folds), layers, (), 0, *sizes), target)
+    folded = without_norms(program, folds) if folds else program
+    program = record(own, example) if folded is None else folded
+    return _prepared(
+        own, program, _Request(target, frozenset(keep_float), element_bytes, sizes), example, tuple(folds)
+    )
 
 
-def prepare_untraced(
+@dataclass(frozen=True)
+class _Request:
+    """What a model is prepared for: the layers that a rule keeps float, bytes an element of each of the user's
+    parameters, and the bytes of the user's model, as it is and in float32.
+    """
+
+    target: Target
+    keep_float: frozenset[str]
+    element_bytes: Mapping[str, int]
+    sizes: tuple[int, int]
+
+
+def _prepared(
+    own: nn.Module,
+    program: Program,
+    request: _Request,
+    example: Batch | None = None,
+    folds: tuple[tuple[str, str], ...] = (),
+) -> Prepared:
+    weights = Weights(own, program.weights, computed_weights(own, program))
+    layers = _layers(weights, program, request)
+    return _placed(Prepared(own, program, example, weights, folds, layers, (), 0, *request.sizes), request.target)
+
+
+def prepare_unrecorded(
     model: nn.Module, target: Target, keep_float: Collection[str] = (), inplace: bool = False
 ) -> Prepared:
     """``prepare`` where there is nothing to run the model on: layers in the order of its modules, nothing folded, no
     sites. A layer whose weight the model also holds under another name stays float.
     """
     own, element_bytes, sizes = _checked_copy(model, inplace)
-    found = untraced(own)
-    layers = _layers(own, found, target, set(keep_float), element_bytes)
-    return _placed(Prepared(own, found, (), layers, (), 0, *sizes), target)
+    return _prepared(own, unrecorded(own), _Request(target, frozenset(keep_float), element_bytes, sizes))
 
 
 def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
@@ -88,8 +123,15 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
     activations = [scheme.activation for scheme in schemes if scheme.activation is not None]
     if any(not activation.dynamic for activation in activations):
         return ready
-    sites = token_sites(ready.trace, ready.quantizable) if activations else ()
+    sites = token_sites(ready.program, ready.quantizable) if activations else ()
     other = ready.other_bytes - SITE_BYTES * len(ready.sites)
+    return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
+
+
+def without_sites(ready: Prepared, names: Collection[str]) -> Prepared:
+    """The same with the tensors of these sites in float."""
+    sites = tuple(site for site in ready.sites if site.name not in names)
+    other = ready.other_bytes - SITE_BYTES * (len(ready.sites) - len(sites))
     return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
 
 
@@ -119,14 +161,27 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
     """With the sites that its quantizable layers need, and what is stored besides weights."""
     own, layers = ready.model, ready.layers
     names = [name for name, layer in layers.items() if not layer.reason]
+    coded = [name for name in names if ready.program.weights[name].reads_rows]
     if not names:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
-    sites = place_sites(own, ready.trace, target, names) if ready.trace.ops else ()
+    sites = place_sites(own, ready.program, target, coded) if ready.program.steps else ()
     stored = sum(t.numel() * t.element_size() for t in _stored(own))
-    weights = sum(layer.weights for layer in layers.values()) * 4
-    other = stored - weights + SITE_BYTES * len(sites)
+    other = stored - _held_by_layers(ready) + SITE_BYTES * len(sites)
     return replace(ready, layers=_with_inputs(layers, sites), sites=sites, other_bytes=other)
+
+
+def _held_by_layers(ready: Prepared) -> int:
+    """Bytes of the parameters, or parts of them, that hold the layers' weights in the prepared model."""
+    held: dict[str, int] = {}
+    state = dict(ready.model.named_parameters(remove_duplicate=False))
+    for weight in ready.weights.layers.values():
+        if weight.parameter is None:
+            held |= {name: state[name].numel() for name in weight.sources if name in state and state[name].dim() > 1}
+        else:
+            count = math.prod(weight.shape)
+            held[weight.parameter] = held.get(weight.parameter, 0) + count
+    return 4 * sum(held.values())
 
 
 def _require_plain_model(model: nn.Module) -> None:
@@ -154,15 +209,6 @@ def _own_copy(model: nn.Module, inplace: bool) -> nn.Module:
         notice(f"the model is not on the CPU: measuring and quantizing {'it' if inplace else 'a copy'} there")
     own = own.cpu().float().eval()
     make_weights_plain(own)
-    first: dict[int, str] = {}
-    for name, module in own.named_modules():
-        if layer_kind(module) is None:
-            continue
-        weight = weight_of(module, "")
-        if id(weight) in first:
-            notice(f"{name} shares its weight with {first[id(weight)]}: each gets its own codes")
-            module.weight = nn.Parameter(weight.detach().clone())
-        first[id(module.weight)] = name
     return own
 
 
@@ -176,19 +222,19 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _first_trace(model: nn.Module, batch: Batch) -> tuple[Batch, Trace]:
-    """A trace on a few samples of the batch, and the inputs used; on all of it where the model does not take fewer (as
-    where rows refer to each other) or where the few leave layers out that others reach (as experts).
+def _first_recording(model: nn.Module, batch: Batch) -> tuple[Batch, Program]:
+    """A recording on a few samples of the batch, and the inputs used; on all of it where the model does not take fewer
+    (as where rows refer to each other) or where the few leave layers out that others reach (as experts).
     """
-    example = first_samples(batch, TRACE_SAMPLES)
+    example = first_samples(batch, RECORDED_SAMPLES)
     try:
-        found = trace(model, example)
+        program = record(model, example)
     except InvalidRequest:
-        return batch, trace(model, batch)
-    if len(found.calls) == len(found.kinds):
-        return example, found
-    whole = trace(model, batch)
-    return (batch, whole) if len(whole.calls) > len(found.calls) else (example, found)
+        return batch, record(model, batch)
+    if len(program.calls) == len(program.kinds):
+        return example, program
+    whole = record(model, batch)
+    return (batch, whole) if len(whole.calls) > len(program.calls) else (example, program)
 
 
 def _stored(model: nn.Module) -> list[torch.Tensor]:
@@ -206,56 +252,71 @@ def _require_finite_weights(model: nn.Module) -> None:
         )
 
 
-def _layers(
-    model: nn.Module, found: Trace, target: Target, keep_float: Collection[str], element_bytes: dict[str, int]
-) -> dict[str, Layer]:
-    position = {op.key: i for i, op in enumerate(found.ops)}
-    order = sorted(found.kinds, key=lambda n: position[found.calls[n][0].key] if n in found.calls else len(position))
+def _layers(weights: Weights, program: Program, request: _Request) -> dict[str, Layer]:
+    position = {step.key: i for i, step in enumerate(program.steps)}
+    last = len(position)
+    order = sorted(program.kinds, key=lambda n: position[program.calls[n][0].key] if n in program.calls else last)
     layers = {}
     for name in order:
-        weight, calls = weight_of(model, name), found.calls.get(name, ())
+        weight, calls = weights.layers[name], program.calls.get(name, ())
+        element = request.element_bytes.get(str(weight.parameter or weight.sources[0]), 4)
         layers[name] = Layer(
             name=name,
-            kind=found.kinds[name],
-            shape=tuple(weight.shape),
-            float_bytes=weight.numel() * element_bytes.get(f"{name}.weight", 4),
+            kind=weight.kind,
+            shape=weight.shape,
+            float_bytes=math.prod(weight.shape) * element,
             macs=sum(call.macs for call in calls),
             calls=len(calls),
-            reason=_reason_to_stay_float(name, model, found, target, keep_float),
+            reason=_reason_to_stay_float(name, weights, program, request),
         )
     return layers
 
 
-def _reason_to_stay_float(
-    name: str, model: nn.Module, found: Trace, target: Target, keep_float: Collection[str]
-) -> str:
-    if name in keep_float:
+def _reason_to_stay_float(name: str, weights: Weights, program: Program, request: _Request) -> str:
+    weight, target = weights.layers[name], request.target
+    if name in request.keep_float:
         return KEPT
-    if found.kinds[name] not in target.layers:
-        return f"{found.kinds[name]} is not supported by target {target.name} yet"
-    if not found.ops:
-        return _held_elsewhere(name, model)
-    calls = found.calls.get(name, ())
-    own = {call.key for call in calls}
-    if others := [op.key for op in found.consumers.get(found.stored[f"{name}.weight"], ()) if op.key not in own]:
-        return f"its weight is read by {others[0]}, not only by its own calls"
+    if weight.kind not in target.layers:
+        return f"{weight.kind} is not supported by target {target.name} yet"
+    if not program.steps:
+        return _held_elsewhere(name, weights)
+    calls = program.calls.get(name, ())
+    if others := _other_readers(weight, program):
+        return f"its weight is read by {others[0]}, which is no product"
     if not calls:
-        return "its weight takes part in no call of the traced run"
+        return "its weight takes part in no call of the recorded run"
     read = [call.input for call in calls]
-    if any(v in found.stored.values() for v in read) or all(
-        v in found.makers and v not in found.varying for v in read
+    if not weight.reads_rows:
+        return ""
+    if any(v in program.stored.values() for v in read) or all(
+        v in program.makers and v not in program.varying for v in read
     ):
         return "it reads a constant, not an activation"
-    if not all(can_hold_site(found, v) for v in read):
-        return "it reads a tensor that no traced call made (scripted code, or writing through a view)"
+    if not all(can_hold_codes(program, v) for v in read):
+        return "it reads a tensor that no recorded call made (scripted code, or writing through a view)"
     return ""
 
 
-def _held_elsewhere(name: str, model: nn.Module) -> str:
-    """Why a layer of a model that was not traced stays float: others may compute with its weight."""
-    weight, own = weight_of(model, name), f"{name}.weight" if name else "weight"
+def _other_readers(weight: LayerWeight, program: Program) -> list[str]:
+    """The calls that read a layer's parameter as it is and are none of its own, nor of another layer in it."""
+    if weight.parameter is None or weight.region is not None:
+        return []
+    readers = program.consumers.get(program.stored[weight.parameter], ())
+    return [step.key.op for step in readers if step.key not in program.layer_of and not _only_turns(step)]
+
+
+def _only_turns(step: Step) -> bool:
+    """Whether a call makes a view, or picks rows, of what it reads."""
+    return step.key.op in VIEWS
+
+
+def _held_elsewhere(name: str, weights: Weights) -> str:
+    """Why a layer of a model that was not recorded stays float: others may compute with its weight."""
+    model, layer = weights.model, weights.layers[name]
+    weight, own = weights[name], str(layer.parameter)
     others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != own]
-    same = [n for n in others if model.get_submodule(n.rpartition(".")[0]) is not model.get_submodule(name)]
+    module = model.get_submodule(own.rpartition(".")[0])
+    same = [n for n in others if model.get_submodule(n.rpartition(".")[0]) is not module]
     return f"its weight is also {same[0]}, and without example_inputs nobody knows who reads it" if same else ""
 
 

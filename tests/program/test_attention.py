@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantkit.program.attention import can_decompose, decomposed_attention
+from quantkit.program.composites import decomposed_attention
 from quantkit.program.intercept import OpKey, intercept
+from quantkit.program.record import record
 from quantkit.program.sites import place_sites
-from quantkit.program.trace import trace
 from quantkit.targets import Target
 
 OPTIONS = {
@@ -39,8 +39,8 @@ def test_shared_heads_are_repeated() -> None:
 
 @pytest.mark.parametrize(("args", "kwargs"), [((0, 0, 0, None, 0.1), {}), ((0, 0, 0), {"dropout_p": 0.1})])
 def test_attention_with_dropout_stays_whole(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    assert not can_decompose("scaled_dot_product_attention", args, kwargs)
-    assert can_decompose("scaled_dot_product_attention", (0, 0, 0), {})
+    assert parts_of("scaled_dot_product_attention", args, kwargs) is None
+    assert parts_of("scaled_dot_product_attention", (0, 0, 0), {}) is decomposed_attention
 
 
 class Attention(nn.Module):
@@ -66,7 +66,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("way", ["fused", "matmul", "bmm"])
 def test_products_of_attention_get_sites(way: str) -> None:
     model = Attention(way).eval()
-    found = trace(model, ((torch.randn(2, 5, 8),), {}))
+    found = record(model, ((torch.randn(2, 5, 8),), {}))
     sites = place_sites(model, found, Target.load("onnxruntime-cpu"), ["qkv", "proj"])
     product = "bmm" if way == "bmm" else "matmul"
     assert [site.name for site in sites] == ["input", "qkv", "/softmax", f"/{product}.1"]

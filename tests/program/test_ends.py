@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.program.ends import first_layers, last_layers
-from quantkit.program.trace import trace, untraced
+from quantkit.program.record import record, unrecorded
 from tests.program.models import randn
 from tests.stages.networks import ConvReused, ImageAndFeatures, MobileNet, small
 
@@ -57,10 +57,10 @@ CASES: dict[str, tuple[nn.Module, tuple[Tensor, ...], list[str], list[str]]] = {
 
 @pytest.mark.parametrize(("model", "inputs", "first", "last"), CASES.values(), ids=list(CASES))
 def test_ends(model: nn.Module, inputs: tuple[Tensor, ...], first: list[str], last: list[str]) -> None:
-    found = trace(model, (inputs, {}))
+    found = record(model, (inputs, {}))
     assert (first_layers(found), last_layers(found)) == (first, last)
 
 
 def test_nobody_knows_without_a_trace() -> None:
-    found = untraced(small())
+    found = unrecorded(small())
     assert first_layers(found) == last_layers(found) == []

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from quantkit.operations import Execution, Operation, execute, live_sites, peak_bytes
+from quantkit.plan.operations import Execution, Operation, execute, live_sites, peak_bytes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
 from quantkit.program.sites import place_sites
@@ -35,17 +35,17 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Batch]]] = {
 def test_sites_of_any_mixture_are_those_the_graph_places(name: str) -> None:
     model, batch = NETWORKS[name]()
     ready = prepare(model, [batch], TARGET)
-    operations = operations_of(ready.trace, ready.sites, TARGET)
+    operations = operations_of(ready.program, ready.sites, TARGET)
     draw, layers = random.Random(0), ready.quantizable
     mixtures = [[n for n in layers if draw.random() < share] for share in (0.2, 0.5, 0.5, 0.5, 0.8)]
     for chosen in [[], layers, *mixtures]:
-        placed = place_sites(ready.model, ready.trace, TARGET, chosen)
+        placed = place_sites(ready.model, ready.program, TARGET, chosen)
         assert execute(operations, chosen).coded == {site.name for site in placed}, chosen
 
 
 def test_operations_of_a_residual_network() -> None:
     ready = prepare(NETWORKS["small"]()[0], [NETWORKS["small"]()[1]], TARGET)
-    found = [(op.name, op.kind, op.reads, op.writes) for op in operations_of(ready.trace, ready.sites, TARGET)]
+    found = [(op.name, op.kind, op.reads, op.writes) for op in operations_of(ready.program, ready.sites, TARGET)]
     assert found == [
         ("stem.0", "layer", ("input",), ("stem.2",)),
         ("conv", "layer", ("stem.2",), ("/relu",)),

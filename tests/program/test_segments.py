@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from quantkit.program.program import Program
 from quantkit.program.segments import LAYERS, Segment, blocks_of
-from quantkit.program.tape import Tape, record
-from quantkit.sensitivity.measure import main_output
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.program.models import randn
+from tests.program.replays import program_of
 from tests.stages.networks import ConvReused, MobileNet
 
 
@@ -32,12 +32,12 @@ class Chain(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def cut(model: nn.Module) -> tuple[Prepared, Tape, list[Segment]]:
+def cut(model: nn.Module) -> tuple[Prepared, Program, list[Segment]]:
     batch = (randn(4, 3, 8, 8, seed=1),), {}
     ready = prepare(model, [batch], Target.load("onnxruntime-cpu"))
-    tape = record(ready.model, batch, ((randn(4, 3, 8, 8, seed=2),), {}), main_output)
-    assert tape is not None
-    return ready, tape, blocks_of(tape, ready.trace, ready.quantizable, {site.place for site in ready.sites})
+    program = program_of(ready.model, batch, ((randn(4, 3, 8, 8, seed=2),), {}))
+    assert program is not None
+    return ready, program, blocks_of(program, ready.program, ready.quantizable, {site.place for site in ready.sites})
 
 
 def test_residual_blocks_come_out_as_blocks() -> None:
@@ -51,14 +51,14 @@ def test_residual_blocks_come_out_as_blocks() -> None:
 
 @pytest.mark.parametrize("model", [Chain, MobileNet, ConvReused], ids=lambda model: model.__name__)
 def test_blocks_one_after_the_other_are_the_network(model: type[nn.Module]) -> None:
-    ready, tape, blocks = cut(model().eval())
+    ready, program, blocks = cut(model().eval())
     assert sorted(name for block in blocks for name in block.layers) == sorted(ready.quantizable)
     assert len(blocks) == 1 or min(len(block.layers) for block in blocks) >= LAYERS
     batch = (randn(4, 3, 8, 8, seed=3),), {}
-    values = tape.entering(ready.model, batch)
+    values = program.entering(ready.model, batch)
     with torch.no_grad():
         for block in blocks:
             span = (block.start, block.stop)
-            (value,) = tape.replay(values, tape.state_of(ready.model), [block.leaving], span=span)
+            (value,) = program.replay(values, program.state_of(ready.model), [block.leaving], span=span)
             values = {block.leaving: value}
         torch.testing.assert_close(value, ready.model(*batch[0]))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantkit.program.inputs import Batch
+from quantkit.program.record import record
 from quantkit.program.sites import Site, place_sites
-from quantkit.program.trace import trace
 from quantkit.targets import Target
 from quantkit.transforms.prepare import prepare
 from tests.backends.models import ConvTwice, Residual, TwoInputs
@@ -21,7 +21,7 @@ TARGET = Target.load("onnxruntime-cpu")
 
 
 def sites_of(model: nn.Module, batch: Batch, layers: Sequence[str] | None = None) -> dict[str, Site]:
-    found = trace(model.eval(), batch)
+    found = record(model.eval(), batch)
     placed = place_sites(model, found, TARGET, list(found.calls) if layers is None else layers)
     assert len({site.name for site in placed}) == len({site.place for site in placed}) == len(placed)
     return {site.name: site for site in placed}
@@ -250,7 +250,7 @@ def test_sites_are_the_same_in_every_run_and_at_every_batch_size(case: str) -> N
     first = prepare(model, [inputs(1)], TARGET)
     for samples in (1, 2, 7):
         assert prepare(model, [inputs(samples)], TARGET).sites == first.sites
-        found = trace(first.model, inputs(samples))
+        found = record(first.model, inputs(samples))
         assert place_sites(first.model, found, TARGET, first.quantizable) == first.sites
 
 

@@ -15,8 +15,8 @@ from quantkit.errors import InvalidRequest
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch, split_batches
 from quantkit.program.intercept import OpKey
+from quantkit.program.record import record
 from quantkit.program.sites import Site
-from quantkit.program.trace import trace
 from quantkit.ranges import statistics
 from quantkit.ranges.activations import Extremes, Histogram
 from quantkit.ranges.statistics import in_memory_bound, layer_hessians, site_histograms
@@ -61,7 +61,7 @@ def hessians(
     model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], **site_ranges: SiteRange
 ) -> dict[str, Tensor]:
     sites = [Site("input", OpKey("", "input"))]
-    return layer_hessians(SimulatedModel(model, sites, {}, site_ranges), trace(model, batches[0]), layers, batches)
+    return layer_hessians(SimulatedModel(model, sites, {}, site_ranges), record(model, batches[0]), layers, batches)
 
 
 def captured_inputs(model: nn.Module, layers: Sequence[str], batch: Batch) -> dict[str, list[Tensor]]:
@@ -142,7 +142,7 @@ def test_hessians_see_quantized_sites_and_leave_the_data_alone(model: Mixed) -> 
 
 def test_forward_stops_at_the_last_layer_asked_for(model: Mixed) -> None:
     batches = split_batches([image_batch()], 4)
-    structure = trace(model, batches[0])
+    structure = record(model, batches[0])
     simulated = SimulatedModel(model, (), {}, {})
     for layers, runs in ((["twice", "stem"], 0), (["tail", "stem"], 3)):
         model.tail_runs = 0

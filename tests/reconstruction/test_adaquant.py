@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
-from quantkit.program.layers import bias_of, groups_of, weight_of
 from quantkit.ranges.activations import mse_range
 from quantkit.ranges.statistics import site_histograms
-from quantkit.reconstruction.adaquant import LayerCall, Task, calls_of, learn_layer, learn_layers
+from quantkit.reconstruction.adaquant import Task, TaskCall, calls_of, learn_layer, learn_layers
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import HALF
 from quantkit.reconstruction.learning import Learned, Schedule, shuffled
@@ -44,7 +43,7 @@ class Case:
 
     def learn(self, parallel: bool, schedule: Schedule) -> dict[str, Learned]:
         return learn_layers(
-            self.runner, self.floats, self.reference, self.data, self.ready.trace, self.recording.blocks, schedule,
+            self.runner, self.floats, self.reference, self.data, self.recording.blocks, schedule,
             torch.Generator().manual_seed(0), parallel, progress=False,
         )  # fmt: skip
 
@@ -53,20 +52,20 @@ def case_of(model: nn.Module, batch: Batch, format: WeightFormat, bits: int) -> 
     ready = prepare(model, [batch], Target.load("onnxruntime-cpu"))
     recording = recording_of(ready, [batch])
     assert isinstance(recording, Recording)
-    state = copied_state(recording.tape, ready.model)
-    floats = float_program(ready.model, recording.tape, state)
-    inputs = recording.tape.entering(ready.model, recording.samples)
+    state = copied_state(recording.program, ready.model)
+    floats = float_program(ready.model, recording.program, state)
+    inputs = recording.program.entering(ready.model, recording.samples)
     unused = torch.zeros(len(next(iter(inputs.values()))))
     data = ReconstructionData(inputs, unused, inputs, unused)
-    spread = {name: torch.ones(len(weight_of(ready.model, name))) for name in ready.quantizable}
+    spread = {name: torch.ones(len(ready.weights[name])) for name in ready.quantizable}
     reference = FloatReference(state, spread, lambda a, b: a - b, lambda a, b: a - b, lambda a, b: a)
     histograms = site_histograms(ready.model, ready.sites, [batch], progress=False)
     simulated = SimulatedModel(ready.model, ready.sites, {}, {n: mse_range(h, bits) for n, h in histograms.items()})
     for name in ready.quantizable:
-        weight, groups = weight_of(ready.model, name), groups_of(ready.model, name)
+        weight, groups = ready.weights[name], ready.weights.layers[name].groups
         rounded = quantize_weight(weight, [format], groups=groups, rounding="nearest")
         simulated.set_weight(name, rounded.weights[format])
-    return Case(ready, recording, SimulatedProgram(simulated, recording.tape), floats, reference, data)
+    return Case(ready, recording, SimulatedProgram(simulated, recording.program), floats, reference, data)
 
 
 @dataclass
@@ -142,8 +141,8 @@ def test_it_learns_what_gradients_written_out_by_hand_do(text: str) -> None:
         Schedule(steps=12, batch=64, code_rate=5e-3, checks=1),
     )
     case = case_of(model, ((x,), {}), format, 3)
-    (call,) = calls_of(case.runner, case.ready.trace, case.recording.blocks[0], "0")
-    assert call == LayerCall(0, 2, call.reads, call.makes, "input", call.place)
+    (call,) = calls_of(case.runner, case.ready.program, case.recording.blocks[0], "0")
+    assert call == TaskCall(0, 2, call.reads, call.makes, "input", call.place)
     wanted = torch.relu(model[0](x)).detach()
     task = Task(call, x, wanted, x, wanted)
     simulated = case.runner.model
@@ -160,7 +159,7 @@ def test_it_learns_what_gradients_written_out_by_hand_do(text: str) -> None:
         now["codes"] != quantize_weight(case.reference.state["0.weight"], [format]).weights[format].codes.numpy()
     ).any()
     np.testing.assert_allclose(found.scale.numpy(), now["scale"], rtol=1e-4)
-    np.testing.assert_allclose(bias_of(simulated.model, "0").detach().numpy(), now["bias"], atol=1e-4)
+    np.testing.assert_allclose(simulated.model[0].bias.detach().numpy(), now["bias"], atol=1e-4)
     assert site.scale == pytest.approx(float(now["step"]), rel=1e-4) and site.zero_point == now["step zero"]
     if format.zero_point:
         assert np.array_equal(found.zero_point.numpy(), now["zero"])
@@ -202,7 +201,7 @@ def layer_errors(case: Case, batch: Batch) -> dict[str, float]:
         ranges = [case.runner.model.ranges[site] for site in case.ready.layers[name].inputs]
         with torch.no_grad():
             made = modules[name](ranges[0].fake_quantize(x))
-        (call,) = (c for block in case.recording.blocks for c in calls_of(case.runner, case.ready.trace, block, name))
+        (call,) = (c for block in case.recording.blocks for c in calls_of(case.runner, block, name))
         both = (made, wanted) if call.stop == call.start + 1 else (made.relu(), wanted.relu())
         errors[name] = float((both[0] - both[1]).double().square().sum())
     return errors
@@ -239,7 +238,7 @@ def test_a_layer_that_runs_twice_is_learned_from_both_calls() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     case = case_of(ConvReused().eval(), ((x,), {}), Scheme.parse("w3").weight, 4)
-    calls = [c for b in case.recording.blocks for c in calls_of(case.runner, case.ready.trace, b, "step")]
+    calls = [c for b in case.recording.blocks for c in calls_of(case.runner, case.ready.program, b, "step")]
     assert len(calls) == 2 and len({call.site for call in calls}) == 2
     before = dict(case.runner.model.ranges)
     learned = case.learn(False, Schedule(steps=100, batch=64, checks=20))

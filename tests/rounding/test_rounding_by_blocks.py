@@ -8,42 +8,42 @@ from torch import Tensor, nn
 
 from quantkit.formats import Scheme
 from quantkit.numbers.uniform import SiteRange
+from quantkit.program.program import Program
 from quantkit.program.segments import Segment, blocks_of
-from quantkit.program.tape import Tape, record
 from quantkit.ranges.statistics import layer_hessians
 from quantkit.rounding.by_blocks import moments, round_by_blocks
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
-from quantkit.sensitivity.measure import main_output
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, play
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.program.models import randn
+from tests.program.replays import program_of
 from tests.program.test_segments import Chain
 from tests.stages.networks import ConvReused, MobileNet
 
 
-def recorded(model: nn.Module, x: Tensor) -> tuple[Prepared, Tape, list[Segment]]:
+def recorded(model: nn.Module, x: Tensor) -> tuple[Prepared, Program, list[Segment]]:
     ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
-    tape = record(ready.model, ((x[:8],), {}), ((x[8:16],), {}), main_output)
-    assert tape is not None
-    return ready, tape, blocks_of(tape, ready.trace, ready.quantizable, {s.place for s in ready.sites})
+    program = program_of(ready.model, ((x[:8],), {}), ((x[8:16],), {}))
+    assert program is not None
+    return ready, program, blocks_of(program, ready.program, ready.quantizable, {s.place for s in ready.sites})
 
 
 @pytest.mark.parametrize("build", [Chain, MobileNet, ConvReused], ids=lambda build: build.__name__)
 def test_hessians_are_those_of_whole_forwards(build: type[nn.Module]) -> None:
     x = randn(21, 3, 8, 8, seed=1)
-    ready, tape, blocks = recorded(build().eval(), x)
+    ready, program, blocks = recorded(build().eval(), x)
     ranges = {site.name: SiteRange(0.0037, 60) for site in ready.sites}
     simulated = SimulatedModel(ready.model, ready.sites, {}, ranges)
-    wanted = layer_hessians(simulated, ready.trace, ready.quantizable, [((x[:12],), {}), ((x[12:],), {})])
-    values = tape.entering(ready.model, ((x,), {}))
+    wanted = layer_hessians(simulated, ready.program, ready.quantizable, [((x[:12],), {}), ((x[12:],), {})])
+    values = program.entering(ready.model, ((x,), {}))
     for block in blocks:
         for name in block.layers:
-            found = moments(SimulatedProgram(simulated, tape), ready.trace, block, name, values).hessian
+            found = moments(SimulatedProgram(simulated, program), ready.program, block, name, values).hessian
             assert float((found - wanted[name]).norm() / wanted[name].norm()) < 5e-3, name  # sums on a tie tip a code
-        values = {block.leaving: play(SimulatedProgram(simulated, tape), values, block)}
+        values = {block.leaving: play(SimulatedProgram(simulated, program), values, block)}
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
@@ -52,15 +52,15 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
     found = []
     for by_blocks in (False, True):
         torch.manual_seed(0)
-        ready, tape, blocks = recorded(Chain().eval(), x)
+        ready, program, blocks = recorded(Chain().eval(), x)
         simulated = SimulatedModel(ready.model, ready.sites, {}, {s.name: SiteRange(0.05, 60) for s in ready.sites})
         formats = {name: Scheme.parse("w3").weight for name in ready.quantizable[1:-1]}
         if by_blocks:
-            inputs = tape.entering(ready.model, ((x,), {}))
-            runner = SimulatedProgram(simulated, tape)
-            how = round_by_blocks(runner, ready.trace, blocks, formats, inputs, rounding, progress=False)
+            inputs = program.entering(ready.model, ((x,), {}))
+            runner = SimulatedProgram(simulated, program)
+            how = round_by_blocks(runner, ready.program, blocks, formats, inputs, rounding, progress=False)
         else:
-            how = round_in_sequence(simulated, ready.trace, formats, [((x,), {})], rounding, progress=False)
+            how = round_in_sequence(simulated, ready.program, formats, [((x,), {})], rounding, progress=False)
         found.append((simulated.weights, how))
     (one, said), (other, said_too) = found
     assert said == said_too and set(said) == set(formats)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import QuantizedWeight, dequantize, quantize
-from quantkit.program.layers import groups_of, weight_of
 from quantkit.ranges.statistics import layer_hessians
 from quantkit.ranges.weights import mse_range
 from quantkit.rounding.hqq import POWER, hqq_range
@@ -41,11 +40,11 @@ def network(name: str) -> tuple[Prepared, dict[str, Tensor]]:
     batches = [((x,), {})]
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
     simulated = SimulatedModel(ready.model, (), {}, {})
-    return ready, layer_hessians(simulated, ready.trace, ready.quantizable, batches)
+    return ready, layer_hessians(simulated, ready.program, ready.quantizable, batches)
 
 
 def rounded(ready: Prepared, name: str, hessian: Tensor, format: WeightFormat, rounding: str) -> QuantizedWeight:
-    weight, groups = weight_of(ready.model, name), groups_of(ready.model, name)
+    weight, groups = ready.weights[name], ready.weights.layers[name].groups
     found = quantize_weight(weight, [format], None if rounding == "nearest" else hessian, groups, rounding)
     assert found.rounding == rounding
     return found.weights[format]
@@ -63,7 +62,7 @@ def test_the_output_error_is_below_nearest_on_every_layer(name: str, text: str, 
     ready, hessians = network(name)
     format = Scheme.parse(text).weight
     for layer, hessian in hessians.items():
-        weight = weight_of(ready.model, layer).detach()
+        weight = ready.weights[layer].detach()
         errors = [
             output_error(weight, rounded(ready, layer, hessian, format, way), hessian) for way in ("nearest", rounding)
         ]
@@ -83,9 +82,9 @@ def test_and_on_trained_networks(name: str, rounding: str, data_dir: Path) -> No
     batches = [((recipe.preprocess(np.load(data_dir / file)[array][:32]),), {})]
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
     simulated = SimulatedModel(ready.model, (), {}, {})
-    hessians, format = layer_hessians(simulated, ready.trace, ready.quantizable, batches), Scheme.parse("w3").weight
+    hessians, format = layer_hessians(simulated, ready.program, ready.quantizable, batches), Scheme.parse("w3").weight
     for layer, hessian in hessians.items():
-        weight = weight_of(ready.model, layer).detach()
+        weight = ready.weights[layer].detach()
         nearest, learned = (rounded(ready, layer, hessian, format, way) for way in ("nearest", rounding))
         assert output_error(weight, learned, hessian) < output_error(weight, nearest, hessian), layer
 

@@ -14,8 +14,8 @@ from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey
+from quantkit.program.record import record
 from quantkit.program.sites import Site
-from quantkit.program.trace import trace
 from quantkit.rounding.in_sequence import LARGEST_BIAS, round_biases, round_in_sequence
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
@@ -45,7 +45,7 @@ def formats(texts: Mapping[str, str]) -> dict[str, WeightFormat]:
 def in_sequence(batches: list[Batch], rounding: str = "auto") -> tuple[SimulatedModel, dict[str, str]]:
     model = network()
     simulated = SimulatedModel(model, SITES, {}, RANGES)
-    how = round_in_sequence(simulated, trace(model, batches[0]), formats(FORMATS), batches, rounding, progress=False)
+    how = round_in_sequence(simulated, record(model, batches[0]), formats(FORMATS), batches, rounding, progress=False)
     return simulated, how
 
 
@@ -83,7 +83,7 @@ def test_inputs_of_the_float_network_would_give_other_codes(batches: list[Batch]
 
 def test_nearest_needs_no_forward(batches: list[Batch]) -> None:
     model = network()
-    structure = trace(model, batches[0])
+    structure = record(model, batches[0])
     simulated = SimulatedModel(model, SITES, {}, RANGES)
     model.register_forward_pre_hook(lambda _module, _args: pytest.fail("the model ran"))
     how = round_in_sequence(simulated, structure, formats(FORMATS), batches, "nearest", progress=False)
@@ -97,7 +97,7 @@ def test_layer_without_a_usable_hessian_is_named_and_the_others_go_on(
     batches: list[Batch], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = network()
-    structure = trace(model, batches[0])
+    structure = record(model, batches[0])
     model[2].register_forward_hook(lambda _module, _args, output: output * torch.nan)
     simulated = SimulatedModel(model, (), {}, {})
     with caplog.at_level(logging.WARNING, logger="quantkit"):
@@ -113,7 +113,7 @@ def test_grouped_convolution_is_rounded_group_by_group() -> None:
     batch = (torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0)),), {}
     simulated = SimulatedModel(model, (), {}, {})
     format = Scheme.parse("w3").weight
-    round_in_sequence(simulated, trace(model, batch), {"0": format}, [batch], progress=False)
+    round_in_sequence(simulated, record(model, batch), {"0": format}, [batch], progress=False)
     for g in range(2):
         patches = F.unfold(batch[0][0][:, 2 * g : 2 * g + 2], 3).transpose(1, 2).reshape(-1, 18).double()
         alone = quantize_weight(weight[3 * g : 3 * g + 3], [format], (patches.T @ patches)[None]).weights[format]

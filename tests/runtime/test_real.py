@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.formats import WeightFormat
-from quantkit.program.layers import weight_of
 from quantkit.runtime.real import PackedLayer, RealModel
 from quantkit.simulation.model import SimulatedModel
 from tests.backends.helpers import prepared, simulate
@@ -61,7 +60,7 @@ def test_weights_take_the_bytes_of_their_formats(bits: int) -> None:
     wanted = 0
     for name, module in model.model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            shape = weight_of(model.model, name).shape
+            shape = model.floats[name].shape
             wanted += WeightFormat(str(bits)).storage_bytes(shape) if name in model.weights else 4 * shape.numel()
     real, expanded = RealModel(model), RealModel(model, expand=True)
     assert real.weight_bytes == expanded.weight_bytes == wanted
@@ -70,7 +69,7 @@ def test_weights_take_the_bytes_of_their_formats(bits: int) -> None:
     assert all(
         f"{name}.weight" not in dict(real.model.named_parameters()) or p.is_meta
         for name in model.weights
-        for p in [weight_of(real.model, name)]
+        for p in [real.floats[name]]
     )
     assert sum(p.nbytes for p in held.values()) < sum(p.nbytes for p in model.parameters())
 

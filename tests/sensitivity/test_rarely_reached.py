@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import weight_of
 from quantkit.sensitivity.kl import kl
 from quantkit.sensitivity.rarely_reached import FEW, reached_by_few, with_fallback
 from tests.sensitivity.networks import classifier, inputs, perturbed, request_of, subject_of
@@ -87,7 +86,7 @@ def test_guess_is_the_median_damage_per_error_of_the_same_format() -> None:
             continue
 
         def error(one) -> float:
-            weight = weight_of(request.ready.model, one.owner).detach()
+            weight = request.ready.weights[one.owner].detach()
             return float(((one.change.dequantize() - weight) ** 2).sum() / (weight**2).sum())
 
         others = [(scores.damage[m], q) for m, q in enumerate(changes) if (q.owner, q.format) in _others(p.format)]

@@ -11,17 +11,18 @@ import quantkit
 from quantkit import Result
 from quantkit.errors import InvalidRequest
 from quantkit.program.segments import whole
-from quantkit.program.tape import record
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, output_spread
 from quantkit.reconstruction.learning import Schedule
 from quantkit.reconstruction.snapshot import Snapshot
 from quantkit.rounding.in_sequence import round_in_sequence
-from quantkit.sensitivity.measure import KLDamage, main_output
+from quantkit.sensitivity.damage import KLDamage
+from quantkit.sensitivity.measure import KLDamage
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages import reconstruct
 from quantkit.targets import Target
 from quantkit.transforms.prepare import prepare
+from tests.program.replays import program_of
 from tests.stages.networks import images, small
 from tests.stages.test_reconstruct import SMALL, damage, digits, layers
 
@@ -55,22 +56,22 @@ def test_codes_stay_and_the_damage_on_unseen_inputs_falls(correction: str) -> No
 def test_every_channel_gets_its_statistics_back(deviations: bool) -> None:
     x = images(40)
     ready = prepare(small(), [((x,), {})], Target.load("onnxruntime-cpu"))
-    tape = record(ready.model, ((x[:16],), {}), ((x[16:32],), {}), main_output)
-    assert tape is not None
-    float_state = {name: tensor.clone() for name, tensor in tape.state_of(ready.model).items()}
+    program = program_of(ready.model, ((x[:16],), {}), ((x[16:32],), {}))
+    assert program is not None
+    float_state = {name: tensor.clone() for name, tensor in program.state_of(ready.model).items()}
     simulated = SimulatedModel(ready.model, (), {}, {})
     formats = {name: quantkit.Scheme.parse("w2").weight for name in ready.quantizable}
-    round_in_sequence(simulated, ready.trace, formats, [((x,), {})], "nearest", progress=False)
+    round_in_sequence(simulated, ready.program, formats, [((x,), {})], "nearest", progress=False)
     codes = {name: weight.codes.clone() for name, weight in simulated.weights.items()}
     runner, floats = (
-        SimulatedProgram(simulated, tape),
-        SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), tape, fixed=float_state),
+        SimulatedProgram(simulated, program),
+        SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), program, fixed=float_state),
     )
-    blocks, inputs = [whole(tape, ready.quantizable)], tape.entering(ready.model, ((x,), {}))
-    match_outputs(runner, floats, ready.trace, blocks, inputs, deviations)
+    blocks, inputs = [whole(program, ready.quantizable)], program.entering(ready.model, ((x,), {}))
+    match_outputs(runner, floats, ready.program, blocks, inputs, deviations)
     for name in ready.quantizable:
-        wanted = output_spread(floats, ready.trace, blocks[0], name, inputs)
-        found = output_spread(runner, ready.trace, blocks[0], name, inputs)
+        wanted = output_spread(floats, ready.program, blocks[0], name, inputs)
+        found = output_spread(runner, ready.program, blocks[0], name, inputs)
         torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-4, atol=1e-5)
         ratio = found.deviation / wanted.deviation
         if deviations:  # but for channels that rounding made too flat or too steep to trust
@@ -128,9 +129,9 @@ def test_head_is_the_layer_that_makes_the_output() -> None:
     behind = (torch.nn.ReLU(), torch.nn.ReLU(inplace=True))  # the latter's output is the tensor the head made
     for model, name in ((small(), "head"), *((torch.nn.Sequential(small(), act), None) for act in behind)):
         ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
-        tape = record(ready.model, ((x[:16],), {}), ((x[16:32],), {}), main_output)
-        assert tape is not None
+        program = program_of(ready.model, ((x[:16],), {}), ((x[16:32],), {}))
+        assert program is not None
         simulated = SimulatedModel(ready.model, (), {}, {})
         formats = {n: quantkit.Scheme.parse("w4").weight for n in ready.quantizable}
-        round_in_sequence(simulated, ready.trace, formats, [((x,), {})], "nearest", progress=False)
-        assert head_of(SimulatedProgram(simulated, tape), ready.trace) == name
+        round_in_sequence(simulated, ready.program, formats, [((x,), {})], "nearest", progress=False)
+        assert head_of(SimulatedProgram(simulated, program), ready.program) == name

@@ -37,7 +37,7 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     widest = 12 * 9  # inputs of an output of the second convolution
     assert rounding.hessian == 6 * 8 * widest**2 + 3 * 4 * 40 * 128 * widest
     assert rounding.peak_bytes == rounding.values + max(rounding.hessian, rounding.graph) + rounding.copies
-    made = sum(torch.Size(shape[1:]).numel() for shape in ready.trace.shape.values())
+    made = sum(torch.Size(shape[1:]).numel() for shape in ready.program.shape.values())
     assert rounding.graph == 3 * 4 * 40 * made
 
 
@@ -57,8 +57,8 @@ def leaving(count: int) -> Tensor:
     ready = prepare(small(), [batch], Target.load("onnxruntime-cpu"))
     recording = recording_of(ready, [batch])
     assert isinstance(recording, Recording)
-    floats = float_program(ready.model, recording.tape, copied_state(recording.tape, ready.model))
-    return play(floats, recording.tape.entering(ready.model, recording.samples), whole(recording.tape, ()))
+    floats = float_program(ready.model, recording.program, copied_state(recording.program, ready.model))
+    return play(floats, recording.program.entering(ready.model, recording.samples), whole(recording.program, ()))
 
 
 def test_values_on_disk_are_those_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 import quantkit
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
-from quantkit.program.tape import record
 from quantkit.reconstruction.learning import Schedule
 from quantkit.rounding.by_blocks import moments
-from quantkit.sensitivity.measure import main_output
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages import reconstruct
 from tests.program.models import randn
+from tests.program.replays import program_of
 from tests.rounding.test_rounding_by_blocks import recorded
 from tests.stages.networks import small
 
@@ -120,18 +119,18 @@ def test_a_tape_knows_which_values_have_a_row_per_sample() -> None:
     for case, cuts in (("two names", True), ("sequence first", False), ("frames", False)):
         build, inputs = NETWORKS[case]
         model, x = build().eval(), inputs()
-        tape = record(model, ((x[:8],), {}), ((x[8:16],), {}), main_output)
-        assert tape is not None
-        layers = [i for i, step in enumerate(tape.steps) if step.key.op == "linear" and step.key.scope != "head"]
-        assert all((i in tape.lone_values()) == cuts for i in layers)
-        assert {tape.output, *tape.inputs} <= tape.rows
+        program = program_of(model, ((x[:8],), {}), ((x[8:16],), {}))
+        assert program is not None
+        layers = [i for i, step in enumerate(program.steps) if step.key.op == "linear" and step.key.scope != "head"]
+        assert all((i in program.lone_values()) == cuts for i in layers)
+        assert {program.output, *program.inputs} <= program.rows
 
 
 def test_all_frames_of_all_samples_are_rounded_on() -> None:
     x = randn(21, 4, 3, 8, 8)
-    ready, tape, (block,) = recorded(Frames().eval(), x)
-    runner = SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), tape)
-    found = moments(runner, ready.trace, block, "one", tape.entering(ready.model, ((x,), {})))
+    ready, program, (block,) = recorded(Frames().eval(), x)
+    runner = SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), program)
+    found = moments(runner, ready.program, block, "one", program.entering(ready.model, ((x,), {})))
     windows = x.flatten(0, 1).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27).double()
     torch.testing.assert_close(found.hessian[0], windows.T @ windows, rtol=1e-4, atol=1e-2)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, own_inputs
-from quantkit.program.trace import _results_of
+from quantkit.program.record import results_of
 from quantkit.ranges.activations import minmax_range
 from quantkit.ranges.statistics import site_histograms
 from quantkit.simulation.model import SimulatedModel
@@ -27,7 +27,7 @@ TARGET = Target.load("onnxruntime-cpu")
 def outputs_of(model: nn.Module, batch: Batch, grad: bool = False) -> list[Tensor]:
     args, kwargs = own_inputs(*batch)
     with torch.set_grad_enabled(grad):
-        return [t.detach().clone() for t in _results_of(model(*args, **kwargs))]
+        return [t.detach().clone() for t in results_of(model(*args, **kwargs))]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def test_layers_that_stay_float_say_why(case: Case) -> None:
 
 def test_every_call_of_a_quantized_layer_reads_the_codes_of_a_site(case: Case) -> None:
     ready = case.ready
-    calls = {call.key: name for name in ready.quantizable for call in ready.trace.calls[name]}
+    calls = {call.key: name for name in ready.quantizable for call in ready.program.calls[name]}
     read = set()
 
     def before(key: OpKey, args: Any, kwargs: Any) -> None:

@@ -25,8 +25,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, 
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
-from quantkit.program.layers import layer_kind
-from quantkit.program.sites import Site
+from quantkit.program.layers import Weights
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, run_with
 
@@ -81,9 +80,10 @@ def _mark(kind: str, tensor: Tensor, **attributes: str) -> Tensor:
 class _WeightMarks(TorchFunctionMode):
     """Marks the layers' weights wherever a torch call reads them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, floats: Weights) -> None:
         super().__init__()
-        self.names = {id(m.weight): name for name, m in model.named_modules() if layer_kind(m) is not None}
+        whole = {name: w for name, w in floats.layers.items() if w.parameter is not None and w.region is None}
+        self.names = {id(floats.tensor(str(w.parameter))): name for name, w in whole.items()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,10 +98,10 @@ class _WeightMarks(TorchFunctionMode):
 class _MarkedModel(nn.Module):
     """A model as a function from its input tensors to its output tensors, with marks."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], leaves: Sequence[Any], spec: TreeSpec) -> None:
+    def __init__(self, simulated: SimulatedModel, leaves: Sequence[Any], spec: TreeSpec) -> None:
         super().__init__()
-        self.model = model
-        self.places = {place: site.name for site in sites for place in (site.place, *site.echoes)}
+        self.model, self.floats = simulated.model, simulated.floats
+        self.places = {place: site.name for site in simulated.sites for place in (site.place, *site.echoes)}
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.spec = spec
@@ -111,7 +111,7 @@ class _MarkedModel(nn.Module):
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        with _WeightMarks(self.model):
+        with _WeightMarks(self.floats):
             return tuple(tensors_of(run_with(self.model, self._change, args, kwargs)))
 
     def _change(self, place: OpKey, tensor: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _summary(error: Exception) -> str:
 
 def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool]) -> ir.Model:
     leaves, spec = tree_flatten(example)
-    marked = _MarkedModel(simulated.model, simulated.sites, leaves, spec).eval()
+    marked = _MarkedModel(simulated, leaves, spec).eval()
     tensors = tuple(tensors_of(example))
     dims = tuple({0: torch.export.Dim(BATCH)} if dynamic else {} for dynamic in batched)
     with torch.no_grad(), _quiet():

@@ -1,0 +1,116 @@
+"""A program computes what the model computes, from the start and from every place a forward can be cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quantkit.program.inputs import Batch
+from quantkit.program.outputs import main_output
+from quantkit.program.program import Program
+from tests.program.models import randn
+from tests.program.replays import program_of
+from tests.stages.networks import ConvReused, FunctionalReLU, ImageAndFeatures, MobileNet, small
+
+
+def image_batch(seed: int, channels: int = 3) -> Batch:
+    return (randn(4, channels, 8, 8, seed=seed),), {}
+
+
+def image_and_features(seed: int) -> Batch:
+    return (), {"features": randn(4, 5, seed=seed), "image": randn(4, 3, 8, 8, seed=seed)}
+
+
+MODELS = {
+    "residual": (small, lambda seed: image_batch(seed, 2)),
+    "depthwise": (lambda: MobileNet().eval(), image_batch),
+    "in place": (lambda: FunctionalReLU().eval(), image_batch),
+    "keywords": (lambda: ImageAndFeatures().eval(), image_and_features),
+    "reused": (lambda: ConvReused().eval(), image_batch),
+}
+
+
+@pytest.fixture(params=MODELS, ids=str)
+def case(request) -> tuple[nn.Module, Program, Batch]:
+    build, batch = MODELS[request.param]
+    torch.manual_seed(0)
+    model = build()
+    program = program_of(model, batch(1), batch(2))
+    assert program is not None
+    return model, program, batch(3)
+
+
+def output_of(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return main_output(model(*(t.clone() for t in batch[0]), **{k: t.clone() for k, t in batch[1].items()}))
+
+
+def test_a_replay_computes_what_the_model_computes_on_other_inputs(case: tuple[nn.Module, Program, Batch]) -> None:
+    model, program, batch = case
+    with torch.no_grad():
+        (found,) = program.replay(program.entering(model, batch), program.state_of(model), [program.output])
+    torch.testing.assert_close(found, output_of(model, batch))
+
+
+def test_a_forward_can_be_cut_at_every_lone_value(case: tuple[nn.Module, Program, Batch]) -> None:
+    model, program, batch = case
+    state, cuts = program.state_of(model), program.lone_values()
+    assert cuts
+    for after, number in cuts.items():
+        with torch.no_grad():
+            (value,) = program.replay(program.entering(model, batch), state, [number], span=(0, after + 1))
+            (found,) = program.replay({number: value}, state, [program.output], span=(after + 1, len(program.steps)))
+        torch.testing.assert_close(found, output_of(model, batch))
+
+
+def test_other_parameters_may_take_the_place_of_the_models() -> None:
+    model = small()
+    program = program_of(model, image_batch(1, 2), image_batch(2, 2))
+    assert program is not None
+    batch = image_batch(3, 2)
+    state = program.state_of(model) | {"head.bias": torch.full((10,), 7.0)}
+    with torch.no_grad():
+        (found,) = program.replay(program.entering(model, batch), state, [program.output])
+    torch.testing.assert_close(found, output_of(model, batch) - model.head.bias + 7)
+
+
+class Viewing(nn.Module):
+    """Flattens by ``view``, which refuses channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4 * 6 * 6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def test_the_layout_is_the_one_a_model_can_run_in() -> None:
+    model = Viewing().eval()
+    program = program_of(model, image_batch(1), image_batch(2))
+    assert program is not None and not program.channels_last
+    batch = image_batch(3)
+    with torch.no_grad():
+        (found,) = program.replay(program.entering(model, batch), program.state_of(model), [program.output])
+    torch.testing.assert_close(found, output_of(model, batch))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) if x.mean() > 0 else x * 2
+
+
+class Unseen(nn.Module):
+    """Computes where no torch call is seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy() * 2) + 1
+
+
+@pytest.mark.parametrize("model", [Branching(), Unseen()], ids=["branching", "unseen"])
+def test_no_tape_where_a_replay_would_compute_something_else(model: nn.Module) -> None:
+    high, low = ((torch.ones(4, 3),), {}), ((-torch.ones(4, 3),), {})
+    assert program_of(model, high, low) is None

@@ -30,13 +30,14 @@ _READ_OUT = frozenset(
 
 # Calls whose result may share the memory of what they read.
 VIEWS = frozenset(
-    "view view_as reshape reshape_as getitem select narrow expand expand_as t T mT transpose permute squeeze unsqueeze "
-    "chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold as_strided".split()
+    "view view_as reshape reshape_as getitem select narrow expand expand_as t T mT transpose permute squeeze "
+    "unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal "
+    "unfold as_strided".split()
 )
 
 
 class _Numbers:
-    """Numbers for tensors: by identity, held weakly, so that a recording keeps no activation alive."""
+    """Numbers for tensors by identity, held weakly, so that a recording keeps no activation alive."""
 
     def __init__(self) -> None:
         self.of_tensor: Any = WeakTensorKeyDictionary()
@@ -151,7 +152,8 @@ class Recorder:
         if number is None or not (number in self.varying or number in self.sized):
             return result
         if isinstance(result, torch.Size):
-            return torch.Size([following(size, Extent(number, i), self) for i, size in enumerate(result)])
+            sizes: list[Any] = [following(size, Extent(number, i), self) for i, size in enumerate(result)]
+            return torch.Size(sizes)
         asked = axis[0] if axis else named["dim"]
         return following(result, Extent(number, int(asked) % tensor.dim()), self)
 
@@ -250,11 +252,6 @@ class Recorder:
             self.calls[name].append(
                 LayerCall(call.key, source, self.number(made), macs, position, call.inputs.index(source))
             )
-
-
-def results_of(value: Any) -> list[Tensor]:
-    """All tensors of what a model returned."""
-    return [tensor for _, tensor in named_tensors(value)]
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:

@@ -13,20 +13,24 @@ from torch import Tensor, nn
 @contextmanager
 def plain_mode(model: nn.Module) -> Iterator[None]:
     """Run the block without gradients, inference mode and autocast, whatever the caller's code is wrapped in."""
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(model):
         yield
 
 
-def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(name, the dictionary that holds it, its key) of every tensor of a model but its parameters: buffers, and plain
-    attributes of modules.
+def without_autocast(model: nn.Module) -> torch.autocast:
+    """A block that computes in the types of its tensors, on the device of a model."""
+    return torch.autocast(next((p.device.type for p in model.parameters() if not p.is_meta), "cpu"), enabled=False)
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+    """(name, the dictionary that holds it, its key, the tensor) of every tensor of a model but its parameters:
+    buffers, and plain attributes of modules.
     """
     for name, module in model.named_modules():
         for holder in (module._buffers, vars(module)):
             for key, value in holder.items():
                 if isinstance(value, Tensor):
-                    yield (f"{name}.{key}" if name else key), holder, key
+                    yield (f"{name}.{key}" if name else key), holder, key, value
 
 
 @contextmanager
@@ -36,8 +40,8 @@ def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator
     Yields a list that has, after the block, the names of those that had changed.
     """
     before = [
-        (name, holder, key, holder[key], holder[key]._version if not holder[key].is_inference() else -1)
-        for name, holder, key in _holders(model)
+        (name, holder, key, tensor, -1 if tensor.is_inference() else tensor._version)
+        for name, holder, key, tensor in _holders(model)
         if names is None or name in names
     ]
     copies = {name: tensor.detach().clone() for name, _, _, tensor, _ in before}

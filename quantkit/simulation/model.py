@@ -23,7 +23,7 @@ from quantkit.program.arguments import replaced
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
 from quantkit.program.layers import Operands, Weights
 from quantkit.program.sites import Site, coded_sites
-from quantkit.program.updates import restored
+from quantkit.program.updates import restored, without_autocast
 
 
 def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) -> Callable[[OpKey, Tensor], Tensor]:
@@ -69,8 +69,7 @@ def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
     def enter(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return change_inputs(model, args, kwargs, watch.change)
 
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    with torch.autocast(device, enabled=False), intercept(model, watch.handle, enter_model=enter):
+    with without_autocast(model), intercept(model, watch.handle, enter_model=enter):
         yield
 
 

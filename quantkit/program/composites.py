@@ -35,21 +35,14 @@ def parts_of(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Funct
     return None
 
 
-def decomposed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def decomposed_attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
     """What ``torch.nn.functional.scaled_dot_product_attention`` computes, by its documented definition, in separate
     calls. Scores are scaled after the product, so that codes of queries and keys are multiplied as they are.
     """
-    assert not dropout_p, "checked by parts_of"
-    if enable_gqa:
+    given = dict(zip(_ATTENTION[3:], more, strict=False)) | options
+    attn_mask, is_causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
+    assert not given.get("dropout_p"), "checked by parts_of"
+    if given.get("enable_gqa"):
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     scores = torch.matmul(query, key.transpose(-2, -1))

@@ -31,8 +31,9 @@ _READ_OUT = frozenset(
 
 # Calls whose result may share the memory of what they read.
 VIEWS = frozenset(
-    "view view_as reshape reshape_as getitem select narrow expand expand_as t T mT transpose permute squeeze unsqueeze "
-    "chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold as_strided".split()
+    "view view_as reshape reshape_as getitem select index_select narrow expand expand_as t T mT transpose permute "
+    "squeeze unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold "
+    "as_strided".split()
 )
 
 
@@ -176,6 +177,7 @@ class Recorder:
         if makes or written or (key.op in _READ_OUT and not isinstance(result, Tensor)):
             step = Step(key, func, call.args, call.kwargs, call.inputs, makes, outputs, tuple(rewrites), call.constant)
             self.steps.append(step)
+        self.owners.follow(key.op, args, result)
         if outputs:
             self._record_layers(call, args, kwargs, result)
         return result
@@ -230,11 +232,15 @@ class Recorder:
 
     def _record_layers(self, call: _Call, args: Any, kwargs: Any, result: Any) -> None:
         def fixed(tensor: Tensor) -> bool:
-            return (number := self.number(tensor)) not in self.varying and bool(self.sources.get(number))
+            return (
+                tensor in self.owners.picked
+                or (number := self.number(tensor)) not in self.varying
+                and bool(self.sources.get(number))
+            )
 
         for product in products_of(call.key.op, args, kwargs, fixed):
             source = None if product.source is None else self.number(product.source)
-            computing = not call.varies and source is not None and source in self.sources
+            computing = not call.varies and source in self.sources and source in self.floating
             if computing or (not call.varies and product.kind == "matmul"):
                 continue  # parameters alone: the weight of some other call may be made so
             number = self.number(product.weight)

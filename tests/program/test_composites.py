@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quantkit.program.composites import decomposed_attention, einsum_terms, parts_of
+from quantkit.program.composites import decomposed_attention, einsum_steps, parts_of
 from quantkit.program.intercept import OpKey, intercept
 
 SAMPLES, HEADS, WIDTH, QUERIES, KEYS = 2, 2, 8, 3, 4
@@ -161,14 +161,58 @@ def test_einsum_of_two_operands_is_a_product(data: st.DataObject) -> None:
     torch.testing.assert_close(found, torch.einsum(equation, left, right), **TOLERANCE)
 
 
-@pytest.mark.parametrize("equation", ["ij,jk", "ba, ac -> bc", "ij,ij->", "kj,ik"])
-def test_einsum_as_it_may_be_written(equation: str) -> None:
-    left, right = randn(3, 3), randn(3, 3, seed=1)
-    parts = parts_of("einsum", (equation, left, right), {})
+SHAPES = {"v": (3,), "m": (3, 3), "c": (2, 3, 3), "t": (4, 2, 3, 3)}
+NOTATIONS = {
+    "ij,jk": "mm",
+    "ba, ac -> bc": "mm",
+    "ij,ij->": "mm",
+    "kj,ik": "mm",
+    "...i,ij->...j": "tm",
+    "i...,ij": "mm",
+    "...ij,...jk->...ik": "tt",
+    "b...i,...ij->b...j": "cm",
+    "...ij,jk,kl->...il": "tmm",
+    "nhts,nshd,hdc->ntc": "tttt",
+    "i,ij,j->": "vmv",
+}
+
+
+def _operands(equation: str, kinds: str) -> list[Tensor]:
+    if equation == "nhts,nshd,hdc->ntc":
+        return [randn(2, 3, 4, 5), randn(2, 5, 3, 6, seed=1), randn(3, 6, 7, seed=2)]
+    return [randn(*SHAPES[kind], seed=seed) for seed, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize(("equation", "kinds"), NOTATIONS.items(), ids=NOTATIONS.keys())
+def test_einsum_as_it_may_be_written(equation: str, kinds: str) -> None:
+    operands = _operands(equation, kinds)
+    parts = parts_of("einsum", (equation, *operands), {})
     assert parts is not None
-    torch.testing.assert_close(parts(equation, left, right), torch.einsum(equation, left, right), **TOLERANCE)
+    torch.testing.assert_close(parts(equation, *operands), torch.einsum(equation, *operands), **TOLERANCE)
 
 
-@pytest.mark.parametrize("equation", ["ii,ij->j", "...i,ij->...j", "i,j->ij", "ij,jk->i", "ij,ij->ij"])
-def test_einsum_that_is_no_product_stays_whole(equation: str) -> None:
-    assert einsum_terms((equation, randn(3, 3), randn(3, 3))) is None
+@pytest.mark.parametrize(
+    ("equation", "kinds"),
+    [("ii,ij->j", "mm"), ("i,j->ij", "vv"), ("ij,jk->i", "mm"), ("ij,ij->ij", "mm"), ("ij,jk,kj->i", "mmm")],
+)
+def test_einsum_that_is_no_product_stays_whole(equation: str, kinds: str) -> None:
+    assert einsum_steps((equation, *_operands(equation, kinds))) is None
+
+
+def test_einsum_that_repeats_an_operand_stays_whole() -> None:
+    one, two = randn(1, 3), randn(3, 3)
+    torch.einsum("ij,ij->", one, two)
+    assert einsum_steps(("ij,ij->", one, two)) is None
+
+
+@pytest.mark.parametrize("dims", [1, 2, ([0], [1]), ([1, -1], [0, -1]), ((2, 0), (1, 0))], ids=str)
+def test_tensordot_is_a_product(dims: object) -> None:
+    left, right = randn(3, 3, 3), randn(3, 3, 3, 2, seed=1).movedim(-1, 2 if dims == ([1, -1], [0, -1]) else 3)
+    parts = parts_of("tensordot", (left, right), {"dims": dims})
+    assert parts is not None
+    found = parts(left, right, dims=dims)
+    torch.testing.assert_close(found, torch.tensordot(left, right, dims=dims), **TOLERANCE)
+
+
+def test_tensordot_that_sums_nothing_stays_whole() -> None:
+    assert parts_of("tensordot", (randn(2), randn(3), 0), {}) is None

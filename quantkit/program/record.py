@@ -319,7 +319,7 @@ def _program(recorder: Recorder, inputs: list[int], outputs: list[int], updated:
     steps = _with_written_made_anew(recorder)
     needed = {n for step in steps if not step.constant for n in step.inputs} | set(outputs)
     weights = dict(recorder.weights)
-    held = {recorder.stored[w.parameter] for w in weights.values() if w.parameter is not None}
+    held = {recorder.stored[name] for w in weights.values() for name in ([w.parameter] if w.parameter else w.sources)}
     never_called = {name: w for name, w in recorder.modules.items() if recorder.stored[str(w.parameter)] not in held}
     weights |= {name: w for name, w in never_called.items() if name not in weights}
     return Program(

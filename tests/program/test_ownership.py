@@ -1,0 +1,112 @@
+"""Every number that a model stores has one owner, nearly all weights are quantizable, and quantizing all of them works."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantkit.formats import WeightFormat
+from quantkit.program.ownership import FLOAT, LAYER, OTHER, Owned, ownership
+from quantkit.program.record import record
+from quantkit.program.updates import restored
+from quantkit.rounding.weights import quantize_weight
+from quantkit.simulation.model import SimulatedModel
+from quantkit.targets import Target
+from quantkit.transforms.prepare import Prepared, prepare
+from tests.program.architectures import ARCHITECTURES, Architecture, float_elements
+
+# Tables of position biases that small networks compute from coordinates alone, and experts of which copies are read.
+PARTLY = {"torchvision_swin_v2": 0.95, "experts_gathered": 0.5}
+EVERY_KIND = (
+    *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)),
+    *("linear", "matmul", "embedding", "embedding_bag", "recurrent"),
+)
+W8 = WeightFormat("8")
+
+
+def all_kinds() -> Target:
+    return replace(Target.load("onnxruntime-cpu"), layers=EVERY_KIND)
+
+
+def prepared(entry: Architecture) -> Prepared:
+    return prepare(entry.build(), [entry.batch(2)], all_kinds())
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """The slow twin: all places in memory, each byte once."""
+    return len({x.data_ptr() + i for x in [*model.parameters(), *model.buffers()] for i in range(x.nbytes)})
+
+
+def share_of_layers(model: nn.Module, owned: list[Owned], entry: Architecture) -> float:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    of_layers = sum(part.elements for part in owned if part.owner == LAYER and part.name in parameters)
+    return of_layers / float_elements(model, entry.added_tables)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_owners_share_the_bytes_of_the_model(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    model = entry.build()
+    owned = ownership(model, record(model, entry.batch(2)))
+    assert sum(part.bytes for part in owned) == stored_bytes(model)
+    for part in owned:
+        assert part.elements > 0
+        assert bool(part.reason) == (part.owner == FLOAT)
+        assert part.owner in (LAYER, FLOAT, OTHER)
+        assert part.layer or part.owner != LAYER
+
+    ready = prepared(entry)
+    assert sum(part.bytes for part in ready.ownership()) == stored_bytes(ready.model)
+    assert {part.layer for part in ready.ownership() if part.owner == LAYER} == set(ready.quantizable)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nearly_all_weights_are_quantizable(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    model = entry.build()
+    owned = ownership(model, record(model, entry.batch(2)))
+    assert share_of_layers(model, owned, entry) >= PARTLY.get(name, 0.99)
+    ready = prepared(entry)
+    assert share_of_layers(ready.model, ready.ownership(), entry) >= PARTLY.get(name, 0.99)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_tables_that_are_only_added_say_so(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    model = entry.build()
+    owned = {part.name: part for part in ownership(model, record(model, entry.batch(2)))}
+    for table in entry.added_tables:
+        assert owned[table].owner == FLOAT
+        resized = name == "vit_interpolated" and table.endswith("position_embeddings")
+        assert ("interpolate" if resized else "element by element") in owned[table].reason
+
+
+def outputs_of(model: nn.Module, entry: Architecture) -> list[Tensor]:
+    args, kwargs = entry.batch(3, None, 7)
+    with torch.no_grad(), restored(model):
+        return entry.output(model(*args, **kwargs))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_layer_computes_with_eight_bits(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    ready = prepared(entry)
+    wanted = outputs_of(ready.model, entry)
+    before = {layer: ready.weights[layer].clone() for layer in ready.quantizable}
+    codes = {
+        layer: quantize_weight(weight, [W8], groups=1, rounding="nearest").weights[W8]
+        for layer, weight in before.items()
+    }
+    model = SimulatedModel(ready.model, (), codes, {}, ready.weights, ready.program.updated)
+
+    for layer, weight in before.items():
+        found = model.floats[layer]
+        assert torch.equal(found, codes[layer].dequantize())
+        assert not torch.equal(found, weight)
+        assert (found - weight).norm() <= 0.02 * weight.norm()
+    for found, expected in zip(outputs_of(model, entry), wanted, strict=True):
+        assert not torch.equal(found, expected)
+        assert (found - expected).norm() <= 0.15 * expected.norm()

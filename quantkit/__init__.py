@@ -1,15 +1,13 @@
 """Mixed-precision post-training quantization: your model, your limit, a file you can deploy."""
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.front import pareto
+from quantkit.allocation.pareto import pareto
+from quantkit.api import apply, profile, quantize
 from quantkit.budget import Budget
 from quantkit.errors import QuantkitError
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 from quantkit.recipe.run import load
-from quantkit.stages.apply import apply
-from quantkit.stages.profile import profile
-from quantkit.stages.quantize import quantize
 from quantkit.stages.result import Result, export_onnx
 from quantkit.targets import Target
 from quantkit.version import VERSION as __version__

@@ -1,4 +1,4 @@
-"""Budgets: any number of limits a plan must meet, read from what users write (DESIGN section 2).
+"""Budgets: any number of limits a plan must meet, read from what users write.
 
     "4 bits"    "300 KB"    "25%"    "4 bits, 300 KB"    "latency=60%, size=1 MiB"    {"size": "300 KB",
 "average_bits": 4}

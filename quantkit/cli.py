@@ -194,7 +194,7 @@ def _with_times(profile: Profile, target: str) -> Profile:
 
 
 def _front(profile: Profile, options: argparse.Namespace) -> None:
-    from quantkit.allocation.front import pareto
+    from quantkit.allocation.pareto import pareto
     from quantkit.report.front import front_table, save_csv, save_picture
 
     front = pareto(profile, schemes=options.schemes)

@@ -1,4 +1,4 @@
-"""Number formats and schemes: the one place that parses, prints and counts them (DESIGN section 2). Pure arithmetic.
+"""Number formats and schemes: the one place that parses, prints and counts them. Pure arithmetic.
 
 A *scheme* says how one layer computes: its weight format and its input's format, written as the field does::
 

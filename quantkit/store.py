@@ -10,13 +10,16 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from quantkit.errors import InvalidRequest
+
+T = TypeVar("T")
+Arrays = Mapping[str, np.ndarray]
 
 
 def write_atomically(path: str | Path, write: Callable[[str], Any]) -> Path:
@@ -51,13 +54,33 @@ def require_writable(folder: str | Path) -> Path:
 
 
 @dataclass(frozen=True)
+class Codec(Generic[T]):
+    """A value as arrays and a note, and the same value again."""
+
+    encode: Callable[[T], tuple[Arrays, str]]
+    decode: Callable[[Arrays, str], T]
+
+
+@dataclass(frozen=True)
 class Artefacts:
-    """Arrays of finished pieces of work, a file for each, so that a run that was killed does not repeat them.
+    """Results of finished pieces of work, a file for each, so that a run that was killed does not repeat them.
 
     ``folder`` belongs to one request: its name holds a digest of everything the work depends on. None keeps nothing.
     """
 
     folder: Path | None = None
+
+    def cached(self, name: str, key: Any, compute: Callable[[], T], codec: Codec[T]) -> T:
+        """The value kept under ``name`` for this ``key``; where there is none, what ``compute`` returns, kept as soon
+        as it is there. Without a folder nothing is encoded.
+        """
+        kept = self.find(name, key)
+        if kept is not None:
+            return codec.decode(*kept)
+        value = compute()
+        if self.folder is not None:
+            self.keep(name, key, *codec.encode(value))
+        return value
 
     def find(self, name: str, key: Any) -> tuple[dict[str, np.ndarray], str] | None:
         """The arrays and the note kept under ``name``; None where there are none, or not whole, or for another
@@ -75,7 +98,7 @@ class Artefacts:
         except (OSError, SafetensorError):
             return None
 
-    def keep(self, name: str, key: Any, arrays: Mapping[str, np.ndarray], note: str = "") -> None:
+    def keep(self, name: str, key: Any, arrays: Arrays, note: str = "") -> None:
         """Write the arrays of a finished piece; they are found under the same name and key from now on."""
         if self.folder is None:
             return

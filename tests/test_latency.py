@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from quantkit.errors import InvalidRequest
-from quantkit.latency import LatencyTable, OperationTime, SiteTime
-from quantkit.operations import Execution
+from quantkit.plan.latency import LatencyTable, OperationTime, SiteTime
+from quantkit.plan.operations import Execution
 
 TABLE = LatencyTable(
     model="0123",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.check_layout import MAX_FILE_LINES, MAX_FUNCTION_LINES, check, main
+from tools.check_layout import MAX_FILE_LINES, MAX_FUNCTION_LINES, check, code_lines, main
 
 
 def written(root: Path, files: dict[str, str]) -> Path:
@@ -119,8 +119,106 @@ def test_function_length_leaves_the_docstring_out(tmp_path: Path, indent: str, e
     assert check(root) == (expected if extra else [])
 
 
+QUANTIZERS = {
+    "quantkit/program/__init__.py": "",
+    "quantkit/numbers/quantizer.py": "class Quantizer: ...",
+    "quantkit/numbers/uniform.py": (
+        "from quantkit.numbers.quantizer import Quantizer\n\n\nclass Even(Quantizer): ...\n\n\nclass Plain: ...\n"
+    ),
+    "quantkit/numbers/kinds.py": (
+        "from quantkit.numbers.uniform import Even, Plain\n\nEither = Even | Plain\nassert isinstance(1, Even)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("isinstance(x, Even)", "Even"),
+        ("isinstance(x, numbers.uniform.Even)", "Even"),
+        ("isinstance(x, int | Even)", "Even"),
+        ("not isinstance(x, (Plain, Quantizer))", "Quantizer"),
+        ("isinstance(x, Either)", "Either"),
+        ("issubclass(x, Even)", "Even"),
+        ("type(x) is Even", "Even"),
+        ("isinstance(x, Plain)", None),
+        ("type(x) is Plain", None),
+        ("x.kind == Even.kind", None),
+    ],
+)
+def test_quantizers_are_told_apart_in_one_folder(tmp_path: Path, line: str, named: str | None) -> None:
+    source = f"def tell(x):\n    return {line}\n"
+    found = check(written(tmp_path, QUANTIZERS | {"quantkit/program/tape.py": source}))
+    place = "quantkit/program/tape.py:2: asks whether a quantizer is"
+    assert [message.startswith(f"{place} {named}, ") for message in found] == ([] if named is None else [True])
+
+
+def test_a_pattern_tells_quantizers_apart_too(tmp_path: Path) -> None:
+    source = "match 1:\n    case Even():\n        pass\n    case Plain():\n        pass\n"
+    (message,) = check(written(tmp_path, QUANTIZERS | {"quantkit/program/tape.py": source}))
+    assert message.startswith("quantkit/program/tape.py:2: asks whether a quantizer is Even, ")
+
+
+MANY = {
+    "function": ("def many(a, b, c, /, d, *, e, f, g): ...", 7),
+    "stars": ("async def many(a, b, c, d, e, *args, **kwargs): ...", 7),
+    "method": ("class Holder:\n    def many(self, a, b, c, d, e, f, g): ...", 7),
+    "class method": ("class Holder:\n    @classmethod\n    def many(cls, a, b, c, d, e, f, g, h): ...", 8),
+    "inside": ("def few():\n    def many(a, b, c, d, e, f, g): ...", 7),
+    "a verb's name": ("class Holder:\n    def quantize(self, a, b, c, d, e, f, g): ...", 7),
+    "self is left out": ("class Holder:\n    def many(self, a, b, c, d, e, f): ...", None),
+    "kernel": ("@triton.jit\ndef many(a, b, c, d, e, f, g): ...", None),
+    "tuned kernel": ("@triton.jit(debug=True)\ndef many(a, b, c, d, e, f, g): ...", None),
+    "fields": (
+        "class Holder:\n    a: int\n    b: int\n    c: int\n    d: int\n    e: int\n    f: int\n    g: int",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "count"), MANY.values(), ids=MANY.keys())
+def test_parameters_are_counted_where_asked(tmp_path: Path, source: str, count: int | None) -> None:
+    root = written(tmp_path, {"quantkit/errors.py": source})
+    assert check(root) == []
+    found = check(root, strict=True)
+    assert [f" has {count} parameters, at most 6, " in message for message in found] == (
+        [] if count is None else [True]
+    )
+
+
+def test_public_verbs_may_have_many_parameters(tmp_path: Path) -> None:
+    source = "def verb(a, b, c, d, e, f, g): ...\n\n\ndef helper(a, b, c, d, e, f, g): ...\n"
+    files = {"quantkit/__init__.py": "from quantkit.stages import verb", "quantkit/stages.py": source}
+    (message,) = check(written(tmp_path, files), strict=True)
+    assert message.startswith("quantkit/stages.py:4: helper has 7 parameters")
+
+
+def test_code_is_counted_without_what_explains_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = '''"""A module.
+
+    Of one class.
+    """
+
+# a comment
+class Holder:
+    """Holds."""
+
+    text = """not a docstring,
+    which counts"""  # a comment behind code
+
+    def held(self):
+        """Return it."""
+        return self.text
+'''
+    assert code_lines(source) == 5
+    assert main([str(written(tmp_path, {"quantkit/errors.py": source}))]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "5 lines of code"
+
+
 def test_the_command_tells_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(written(tmp_path, {"quantkit/cli.py": "", "quantkit/errors.py": "import quantkit.cli"}))]) == 1
     assert "errors stands below cli" in capsys.readouterr().out
+    assert main(["--strict", str(written(tmp_path / "many", {"quantkit/cli.py": MANY["function"][0]}))]) == 1
+    assert "many has 7 parameters" in capsys.readouterr().out
     assert main([str(tmp_path / "elsewhere")]) == 1
     assert "pass the repository's root" in capsys.readouterr().err

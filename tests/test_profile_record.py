@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from quantkit.errors import CorruptFile, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
-from quantkit.operations import Operation
 from quantkit.plan import Layer, Plan, Profile, SiteRecord, average_bits
+from quantkit.plan.operations import Operation
 from tests.test_latency import TABLE
 
 LAYERS = {

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quantkit import store
 from quantkit.errors import InvalidRequest
-from quantkit.store import Artefacts, require_writable, write_atomically
+from quantkit.store import Artefacts, Codec, require_writable, write_atomically
 
 
 def below_a_file(folder: Path) -> Path:
@@ -154,3 +155,85 @@ def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch) -> None:
     assert Artefacts().find("layer", []) is None
     Artefacts().remove()
     assert os.listdir(tmp_path) == []
+
+
+def pair_codec() -> Codec[tuple[list[float], str]]:
+    return Codec(
+        lambda value: ({"numbers": np.array(value[0])}, value[1]),
+        lambda arrays, note: (arrays["numbers"].tolist(), note),
+    )
+
+
+class Work:
+    """Computes a value and counts how often."""
+
+    def __init__(self, value: tuple[list[float], str] = ([0.1, 2.0], "a note")) -> None:
+        self.value, self.count = value, 0
+
+    def __call__(self) -> tuple[list[float], str]:
+        self.count += 1
+        return self.value
+
+
+def test_a_cached_value_is_computed_once_and_read_by_another_process_as_it_was(tmp_path: Path) -> None:
+    work = Work()
+    for _ in range(3):
+        assert Artefacts(tmp_path).cached("layer a/b", ["w4", 1], work, pair_codec()) == ([0.1, 2.0], "a note")
+    assert work.count == 1
+
+
+@pytest.mark.parametrize(("name", "key"), [("layer", 2), ("layer", [1]), ("layer", "1"), ("layer ", 1)])
+def test_a_cached_value_of_another_name_or_key_is_computed_again(name: str, key: object, tmp_path: Path) -> None:
+    first, second = Work(), Work(([7.0], ""))
+    Artefacts(tmp_path).cached("layer", 1, first, pair_codec())
+    assert Artefacts(tmp_path).cached(name, key, second, pair_codec()) == ([7.0], "")
+    assert Artefacts(tmp_path).cached(name, key, first, pair_codec()) == ([7.0], "")
+    assert (first.count, second.count) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: b"", lambda d: d[:-1], lambda d: d[: len(d) // 2], lambda d: b"\xff" * 64]
+)
+def test_a_cached_value_that_is_not_whole_is_computed_again_and_mended(tmp_path: Path, damage) -> None:
+    work = Work()
+    Artefacts(tmp_path).cached("layer", 1, work, pair_codec())
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    for _ in range(2):
+        assert Artefacts(tmp_path).cached("layer", 1, work, pair_codec()) == work.value
+    assert work.count == 2
+
+
+@pytest.mark.parametrize("where", ["computing", "encoding", "writing"])
+def test_killed_before_a_value_is_kept_nothing_is_left(where: str, tmp_path: Path, monkeypatch) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    codec = pair_codec()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if where == "writing":
+            patch.setattr(store, "save_file", killed)
+        codec = Codec(killed, codec.decode) if where == "encoding" else codec
+        Artefacts(tmp_path).cached("layer", 1, killed if where == "computing" else Work(), codec)
+    assert os.listdir(tmp_path) == []
+    work = Work()
+    assert Artefacts(tmp_path).cached("layer", 1, work, pair_codec()) == work.value
+    assert work.count == 1
+
+
+def test_killed_between_pieces_only_the_missing_ones_are_computed(tmp_path: Path) -> None:
+    works = [Work(([float(k)], str(k))) for k in range(5)]
+    for upto in (2, 4, 5):  # each run gets further than the one before
+        for k in range(upto):
+            assert Artefacts(tmp_path).cached(f"piece {k}", k, works[k], pair_codec()) == works[k].value
+    assert [work.count for work in works] == [1] * 5
+
+
+def test_without_a_folder_a_value_is_computed_every_time_and_never_encoded() -> None:
+    work, codec = Work(), Codec(lambda value: pytest.fail("encoded"), pair_codec().decode)
+    for _ in range(2):
+        assert Artefacts().cached("layer", 1, work, codec) == work.value
+    assert work.count == 2

@@ -1,13 +1,16 @@
 """Do the solvers agree with brute force, how fast are they, and how close to the optimum?
 
     python tools/bench_solvers.py [--problems 3000] [--feasibility 10000] [--large] [--quadratic] [--tabu-seconds 600]
+    python tools/bench_solvers.py --problems 0 --feasibility 0 --compare [PROFILE ...]
 
 * ``--problems``: random problems with groups and 1 to 4 limits, small enough to look at every combination: PuLP, HiGHS
-  and the dynamic program must find the least sum of damages, the quadratic solver the least objective with pair terms,
+  and the dynamic program must find the least sum of damages, ``auto`` the least objective with pair terms,
   and what has no answer must be refused with the least that can be reached.
 * ``--feasibility``: plans of every solver on larger problems, counted again here: how many are over a limit?
 * ``--large``: 500 layers x 8 formats x 3 limits, processor time and gap.
 * ``--quadratic``: 12 x 4 with pair terms against brute force, and 40 x 5 against a long tabu search.
+* ``--compare``: every solver on the stored programs of HAWQ-V3, on the problems of stored profiles at several budgets
+  and on generated ones: how far above the best that any solver finds, and processor time.
 
 On a machine that does other work too, set OPENBLAS_NUM_THREADS=1: threads on small matrices wait for each other.
 """
@@ -15,11 +18,14 @@ On a machine that does other work too, set OPENBLAS_NUM_THREADS=1: threads on sm
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +33,17 @@ import numpy as np
 
 from quantkit.allocation.allocate import gap_for
 from quantkit.allocation.feasibility import OutOfReach
+from quantkit.allocation.from_profile import allocation_problem
 from quantkit.allocation.problem import Problem, Solution
 from quantkit.allocation.registry import PAIR_SOLVERS, SOLVERS, Settings, SolverGaveUp
 from quantkit.allocation.solve import solve
+from quantkit.budget import Budget
 from quantkit.errors import QuantkitError
+from quantkit.plan import Profile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the twin stands beside the tests that need it
 from tests.allocation.helpers import Listed, everything, optimum, random_problem
+from tests.allocation.test_hawqv3 import problem_of
 
 PRECISION = 1e-9
 EXACT = ("pulp", "highs", "dp")
@@ -58,9 +68,9 @@ def within_reach(seed: int, count: int, **kinds: object) -> Iterator[Problem]:
             return
 
 
-def counted(problem: Problem, found: Solution) -> bool:
+def counted(problem: Problem, solution: Solution) -> bool:
     """Whether a solution meets every limit, added up here."""
-    taken = [choice.options[k] for choice, k in zip(problem.choices, found.assignment, strict=True)]
+    taken = [choice.options[k] for choice, k in zip(problem.choices, solution.assignment, strict=True)]
     return all(sum(option.costs[k] for option in taken) <= limit for k, (_, limit) in enumerate(problem.limits))
 
 
@@ -69,7 +79,7 @@ def disagreement(problem: Problem, listed: Listed, name: str) -> str:
     inside = listed.within([limit for _, limit in problem.limits])
     values = listed.objectives if name in PAIR_SOLVERS else listed.sums
     try:
-        found = solve(problem if name in PAIR_SOLVERS else replace(problem, pairs=None), name)
+        solution = solve(problem if name in PAIR_SOLVERS else replace(problem, pairs=None), name)
     except OutOfReach as refused:
         return _blamed_wrongly(problem, listed, refused) or ("refused, but there is a plan" if inside.any() else "")
     except SolverGaveUp as refused:
@@ -78,10 +88,10 @@ def disagreement(problem: Problem, listed: Listed, name: str) -> str:
         return "found a plan where there is none"
     best = float(values[inside].min())
     rounding = PRECISION * max(option.damage for choice in problem.choices for option in choice.options)
-    if not counted(problem, found):
+    if not counted(problem, solution):
         return "is over a limit"
-    if abs(found.objective - best) > rounding or found.bound > best + rounding:
-        return f"objective {found.objective}, bound {found.bound}, brute force {best}"
+    if abs(solution.objective - best) > rounding or solution.bound > best + rounding:
+        return f"objective {solution.objective}, bound {solution.bound}, brute force {best}"
     return ""
 
 
@@ -100,7 +110,7 @@ def agreement(count: int, seed: int) -> int:
     for k, problem in enumerate(problems(seed, count, limits=(1, 4), pairs=True)):
         listed = everything(problem)
         infeasible += not listed.within([limit for _, limit in problem.limits]).any()
-        for name in (*EXACT, "quadratic"):
+        for name in (*EXACT, "auto"):
             if name == "dp" and len(problem.limits) > 1:
                 continue
             runs[name] += 1
@@ -151,10 +161,10 @@ def large(seed: int) -> int:
         for problem in within_reach(seed + 2, 3, choices=(500, 500), options=(8, 8), limits=(3, 3), groups=groups):
             for name in ("pulp", "highs"):
                 start = processor_seconds()
-                found = solve(problem, name, Settings(gap=gap_for(problem)))
+                solution = solve(problem, name, Settings(gap=gap_for(problem)))
                 seconds = processor_seconds() - start
-                failed += seconds > 10 or found.gap > 1e-3 or not counted(problem, found)
-                print(f"  {name:<6} groups {groups!s:<6} {seconds:5.2f} s, gap {found.gap:.1e}", flush=True)
+                failed += seconds > 10 or solution.gap > 1e-3 or not counted(problem, solution)
+                print(f"  {name:<6} groups {groups!s:<6} {seconds:5.2f} s, gap {solution.gap:.1e}", flush=True)
     return failed
 
 
@@ -167,14 +177,14 @@ def quadratic_small(seed: int) -> int:
         kinds = {"choices": (choices, choices), "options": (4, 4), "limits": (1, 3), "pairs": True, "groups": False}
         for problem in within_reach(seed + 3, count, **kinds):
             start = time.perf_counter()
-            found = solve(problem, settings=Settings(gap=gap_for(problem)))
+            solution = solve(problem, settings=Settings(gap=gap_for(problem)))
             slowest = max(slowest, time.perf_counter() - start)
             best = optimum(problem)
             assert best is not None
-            proven += found.proven
+            proven += solution.proven
             # Where shifts cancel, the sum of pair terms is no more precise than they are.
             rounding = PRECISION * abs(best) + 1e-15 * float(np.abs(problem.pairs).max())
-            confirmed += abs(found.objective - best) <= rounding
+            confirmed += abs(solution.objective - best) <= rounding
         failed += 2 * count - proven - confirmed
         print(
             f"quadratic {choices} x 4: {proven} of {count} proven optimal, {confirmed} confirmed by brute force, "
@@ -192,17 +202,78 @@ def quadratic_large(seed: int, tabu_seconds: float, instances: int) -> int:
         limits = 2 - number % 2
         problem = next(within_reach(seed + 4 + number, 1, limits=(limits, limits), **kinds))
         start = time.perf_counter()
-        found = solve(problem, settings=Settings(gap=gap_for(problem)))
+        solution = solve(problem, settings=Settings(gap=gap_for(problem)))
         seconds = time.perf_counter() - start
         searched = Tabu(problem, np.random.default_rng(seed)).search(tabu_seconds)
-        worse = found.objective / searched - 1
-        failed += worse > 0.01 or seconds > 60 or not counted(problem, found)
+        worse = solution.objective / searched - 1
+        failed += worse > 0.01 or seconds > 60 or not counted(problem, solution)
         print(
-            f"quadratic 40 x 5, {limits} limits: {found.objective:.6g} in {seconds:.1f} s, reported gap "
-            f"{found.gap:.2%}; tabu search of {tabu_seconds:.0f} s: {searched:.6g}; ours is {worse:+.3%} against it",
+            f"pair terms, 40 x 5, {limits} limits: {solution.objective:.6g} in {seconds:.1f} s, reported gap "
+            f"{solution.gap:.2%}; tabu search of {tabu_seconds:.0f} s: {searched:.6g}; ours is {worse:+.3%} of that",
             flush=True,
         )
     return failed
+
+
+def hawqv3_problems() -> list[Problem]:
+    """The stored programs of HAWQ-V3; none where the benchmark data is absent."""
+    path = Path(os.environ.get("QUANTKIT_DATA", "../shared/data")) / "hawqv3_ilp.json"
+    models = json.loads(path.read_text())["models"].values() if path.is_file() else ()
+    return [problem_of(model, configuration) for model in models for configuration in model["published"]]
+
+
+def profile_problems(path: str) -> list[Problem]:
+    """The problems of a stored profile at several budgets, one of them with a second limit."""
+    profile = Profile.load(path)
+    bops = 24 * sum(layer.macs for layer in profile.layers.values())
+    budgets = [*(Budget(average_bits=bits) for bits in (2.5, 3, 4, 6)), Budget(average_bits=4, bops=bops)]
+    return [allocation_problem(profile, budget.limits(profile)).problem for budget in budgets]
+
+
+def compare(paths: Sequence[str], seed: int) -> int:
+    """Print for every solver how far above the best found its objectives are, and its processor time; 0."""
+    sums = {"groups": False, "pairs": False}
+    families = {"HAWQ-V3 (18 programs)": hawqv3_problems()}
+    for path in paths:
+        family = profile_problems(path)
+        families[f"profile {Path(path).stem}"] = family
+        families[f"profile {Path(path).stem}, damages alone"] = [replace(one, pairs=None) for one in family]
+    generated = {
+        "20 x 5, 1 limit": {"choices": (20, 20), "limits": (1, 1), **sums},
+        "50 x 5, 1 limit": {"choices": (50, 50), "limits": (1, 1), **sums},
+        "50 x 5, 3 limits, groups": {"choices": (50, 50), "limits": (3, 3)},
+        "12 x 5, pair terms": {"choices": (12, 12), "limits": (1, 2), "pairs": True, "groups": False},
+        "40 x 5, pair terms": {"choices": (40, 40), "limits": (1, 2), "pairs": True, "groups": False},
+    }
+    for title, kinds in generated.items():
+        families[title] = list(within_reach(seed + 9, 5, options=(5, 5), **kinds))
+    for title, family in families.items():
+        print(f"{title}:\n  {'solver':<10} {'plans':>5} {'best':>5} {'mean excess':>12} {'worst':>10} {'s each':>9}")
+        rows = {name: [timed_solution(problem, name) for problem in family] for name in SOLVERS}
+        best = [min(found for found, _ in column) for column in zip(*rows.values(), strict=True)]
+        for name, row in rows.items():
+            print(f"  {name:<10} {summary(row, best)}", flush=True)
+    return 0
+
+
+def timed_solution(problem: Problem, name: str) -> tuple[float, float]:
+    """(objective, processor seconds); the objective is infinite where the solver gives up."""
+    start = processor_seconds()
+    try:
+        objective = solve(problem, name, Settings(gap=gap_for(problem))).objective
+    except QuantkitError:
+        objective = math.inf
+    return objective, processor_seconds() - start
+
+
+def summary(row: Sequence[tuple[float, float]], best: Sequence[float]) -> str:
+    """Plans, how many of them are the best of all solvers, mean and worst excess over the best, mean time."""
+    excess = [found / least - 1 for (found, _), least in zip(row, best, strict=True) if found < math.inf]
+    seconds = sum(spent for _, spent in row) / len(row) if row else 0.0
+    if not excess:
+        return f"{0:>5} {0:>5} {'':>12} {'':>10} {seconds:>9.4f}"
+    wins = sum(one <= 1e-6 for one in excess)
+    return f"{len(excess):>5} {wins:>5} {np.mean(excess):>12.2%} {max(excess):>10.2%} {seconds:>9.4f}"
 
 
 class Tabu:
@@ -292,6 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--feasibility", type=int, default=10000, metavar="N", help="plans counted again")
     parser.add_argument("--large", action="store_true", help="500 layers x 8 formats x 3 limits")
     parser.add_argument("--quadratic", action="store_true", help="12 x 4 proven, 40 x 5 against a tabu search")
+    parser.add_argument("--compare", nargs="*", metavar="PROFILE", help="quality and time of every solver")
     parser.add_argument("--tabu-seconds", type=float, default=600.0, metavar="S")
     parser.add_argument("--instances", type=int, default=1, metavar="N", help="of 40 x 5, 2 limits and 1 in turn")
     parser.add_argument("--seed", type=int, default=0)
@@ -299,6 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = agreement(asked.problems, asked.seed) if asked.problems else 0
     failed += feasibility(asked.feasibility, asked.seed) if asked.feasibility else 0
     failed += large(asked.seed) if asked.large else 0
+    failed += compare(asked.compare, asked.seed) if asked.compare is not None else 0
     if asked.quadratic:
         failed += quadratic_small(asked.seed) + quadratic_large(asked.seed, asked.tabu_seconds, asked.instances)
     print("everything as it should be" if not failed else f"{failed} not as it should be")

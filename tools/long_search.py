@@ -1,4 +1,4 @@
-"""How good can a plan get? A long search on measured damage, to hold quick ways of choosing bits against.
+"""How good can a plan get? A long search on measured damage, as a yardstick for quick ones.
 
     python tools/long_search.py [--models resnet20] [--rounding gptq nearest] [--bits 2.25 2.5 3 3.5 4]
 
@@ -6,7 +6,7 @@ Weights only, formats of 2, 3, 4, 6 and 8 bits. From several starts (the profile
 the formats of a few layers at a time, keeps the size within the limit, and keeps what lowers the damage that
 ``effort`` compares plans by (of softened outputs, on mixed, mirrored and shifted calibration images): sixteen
 variations on an eighth of them, the best four of those on a half, the best on all. A start is given up after
-``--patience`` rounds without a gain, the search after ``--evaluations`` plans. For the best plan found it prints the
+``--patience`` rounds without a gain, the search after ``--evaluations`` plans. For the best of all plans it prints the
 damage it was chosen by and the KL divergence on evaluation images.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from study_allocation import BITS, Study, add_arguments, studies
 
 from quantkit.allocation.allocate import plan_of, recount
-from quantkit.allocation.from_profile import AllocationProblem, assignment_of, question
+from quantkit.allocation.from_profile import AllocationProblem, allocation_problem, assignment_of
 from quantkit.allocation.problem import Assignment
 from quantkit.budget import Budget
 from quantkit.plan import Plan
@@ -34,10 +34,10 @@ STARTS = ("profile", "greedy", "uniform")
 
 @dataclass
 class LongSearch:
-    """Where the search stands. Levels are positions in a layer's options, which go from few bits to many."""
+    """The state of the search. Levels are positions in a layer's options, which go from few bits to many."""
 
     study: Study
-    asked: AllocationProblem
+    allocation: AllocationProblem
     measurements: PlanDamage
     draw: np.random.Generator
     evaluations: int = 0
@@ -46,10 +46,10 @@ class LongSearch:
     def measured(self, levels: Sequence[Assignment], share: float = 1.0) -> list[float]:
         self.evaluations += len(levels)
         profile = self.study.profile
-        return self.measurements.plans([profile.chosen(*self.asked.answer(one)) for one in levels], share)
+        return self.measurements.plans([profile.chosen(*self.allocation.decode(one)) for one in levels], share)
 
     def used(self, levels: Sequence[int]) -> int:
-        options = [c.options[k] for c, k in zip(self.asked.problem.choices, levels, strict=True)]
+        options = [c.options[k] for c, k in zip(self.allocation.problem.choices, levels, strict=True)]
         return sum(option.costs[0] for option in options)
 
     def variation(self, levels: Assignment) -> Assignment:
@@ -58,7 +58,7 @@ class LongSearch:
         for layer in self.draw.permutation(len(changed))[: int(self.draw.integers(1, 4))]:
             step = 1 if changed[layer] == 0 else -1 if changed[layer] == top else int(self.draw.choice((-1, 1)))
             changed[layer] += step
-        limit = self.asked.problem.limits[0][1]
+        limit = self.allocation.problem.limits[0][1]
         while self.used(changed) > limit:
             changed[self.draw.choice([i for i, level in enumerate(changed) if level > 0])] -= 1
         for layer in self.draw.permutation(len(changed)):
@@ -75,12 +75,12 @@ class LongSearch:
         for share, keep in zip(PARTS, (SECOND, 1), strict=True):
             if not few:
                 return levels, damage
-            here, *found = self.measured([levels, *few], share)
-            few = [few[k] for k in np.argsort(found, kind="stable")[:keep] if found[k] < here]
+            here, *damages = self.measured([levels, *few], share)
+            few = [few[k] for k in np.argsort(damages, kind="stable")[:keep] if damages[k] < here]
         if not few:
             return levels, damage
-        (found,) = self.measured(few)
-        return (few[0], found) if found < damage else (levels, damage)
+        (lowest,) = self.measured(few)
+        return (few[0], lowest) if lowest < damage else (levels, damage)
 
     def _some(self, levels: Sequence[Assignment]) -> list[Assignment]:
         return [levels[k] for k in self.draw.choice(len(levels), VARIATIONS, replace=False)]
@@ -90,26 +90,28 @@ class LongSearch:
         levels, damage = start, self.measured([start])[0]
         idle = 0
         while idle < patience and self.evaluations < most:
-            better, found = self.round(levels, damage)
+            better, lower = self.round(levels, damage)
             idle = idle + 1 if better == levels else 0
-            levels, damage = better, found
+            levels, damage = better, lower
         return levels, damage
 
 
 def search(study: Study, bits: float, patience: int, most: int, seed: int) -> tuple[Plan, float, int]:
-    """(the best plan found, its measured damage, plans measured)."""
+    """(the best plan, its measured damage, plans measured)."""
     limits = Budget(average_bits=bits).limits(study.profile)
-    asked = question(study.profile, limits)
-    measurements = measurements_of(study.bench, seed, progress=False)
-    walk = LongSearch(study, asked, measurements, np.random.default_rng(seed))
+    allocation = allocation_problem(study.profile, limits)
+    measurements = measurements_of(study.evaluator, seed, progress=False)
+    walk = LongSearch(study, allocation, measurements, np.random.default_rng(seed))
     best, lowest = None, np.inf
     for name in STARTS:
-        levels, damage = walk.climb(assignment_of(study.profile, asked, study.plan(name, bits, seed)), patience, most)
+        levels, damage = walk.climb(
+            assignment_of(study.profile, allocation, study.plan(name, bits, seed)), patience, most
+        )
         notice(f"{bits} bits from {name}: damage {damage:.5f} after {walk.evaluations} plans")
         if damage < lowest:
             best, lowest = levels, damage
     assert best is not None
-    plan = plan_of(study.profile, asked, best)
+    plan = plan_of(study.profile, allocation, best)
     recount(plan, study.profile, limits)
     return plan, lowest, walk.evaluations
 

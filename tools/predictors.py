@@ -30,7 +30,7 @@ AROUND_BASE = {"Gram around a base plan": True, "sum of KL around a base plan": 
 PROBES = 16  # for Hessian traces; the estimator's own limit is higher than a study of three networks can afford
 MOST_PAIRS = 2000
 # name in the table -> (estimator, plain or mixed inputs, samples at most)
-WAYS = {
+PREDICTORS = {
     DEFAULT: ("gram", "mixed", 1 << 30),
     "Fisher": ("fisher", "mixed", 1 << 30),
     TRACE: ("hessian-trace", "mixed", 16),
@@ -99,10 +99,10 @@ class Lab:
         folder = subject.artefacts.folder
         resumed = folder is not None and folder.exists()
         once = min(_seconds(lambda: list(replace(subject, base=()).outputs())) for _ in range(2))
-        found: list[Scores] = []
+        measured: list[Scores] = []
         generator = torch.Generator().manual_seed(self.seed)
-        spent = _seconds(lambda: found.append(ESTIMATORS[estimator](subject, changes, True, generator)))
-        scores = found[0]
+        spent = _seconds(lambda: measured.append(ESTIMATORS[estimator](subject, changes, True, generator)))
+        scores = measured[0]
         arrays = {"damage": scores.damage, "bend": np.array([scores.saturation, scores.growth])}
         arrays["forwards"] = np.array(np.nan if resumed else spent / once)
         arrays["base_damage"] = np.array(scores.notes.get("base_damage", 0.0))
@@ -144,7 +144,7 @@ def predictors(
     artefacts: Artefacts,
     names: Collection[str] = (),
 ) -> list[Predictor]:
-    """Every way of predicting, or those of ``names``, the default first; pairs of all formats only where they are
+    """All predictors, or those of ``names``, the default first; pairs of all formats only where they are
     few.
     """
     mixed = mixed_pairs(batches, torch.Generator().manual_seed(seed))
@@ -152,22 +152,22 @@ def predictors(
     lab = Lab(model, {"plain": batches, "mixed": mixed}, changes, seed, artefacts)
     entries = {(p.owner, p.format): k for k, p in enumerate(changes)}
     available = sum(len(args[0]) for args, _ in batches)
-    found: list[Predictor] = []
+    chosen: list[Predictor] = []
     hessian_trace.MOST_PROBES = PROBES
-    for name, (estimator, inputs, most) in WAYS.items():
+    for name, (estimator, inputs, most) in PREDICTORS.items():
         too_many = estimator == "pairwise" and len(changes) ** 2 / 2 > MOST_PAIRS
         if too_many or (names and not {name, ALONE if name == DEFAULT else name} & set(names)):
             continue
         samples = min(most, available)
         scores, forwards = lab.scores(estimator, inputs, samples)
-        found.append(Predictor(name, entries, {"": scores}, samples, forwards))
+        chosen.append(Predictor(name, entries, {"": scores}, samples, forwards))
         if name == DEFAULT:
-            found.append(Predictor(ALONE, entries, {"": scores}, samples, forwards, with_pairs=False))
+            chosen.append(Predictor(ALONE, entries, {"": scores}, samples, forwards, with_pairs=False))
     if names and not set(AROUND_BASE) & set(names):
-        return found
+        return chosen
     samples = min(AROUND_SAMPLES, available)
     around = {base: lab.scores("gram", "mixed", samples, base, formats) for base, formats in AROUND.items()}
     scores_around, forwards = {b: s for b, (s, _) in around.items()}, sum(f for _, f in around.values())
     for name, pairs in AROUND_BASE.items():
-        found.append(Predictor(name, entries, scores_around, samples, forwards, pairs))
-    return found
+        chosen.append(Predictor(name, entries, scores_around, samples, forwards, pairs))
+    return chosen

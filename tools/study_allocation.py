@@ -33,7 +33,7 @@ from quantkit.sensitivity.blocks import layer_order
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Scores, Subject
 from quantkit.stages.operating_point import EFFORTS, refine
-from quantkit.stages.profile import Bench
+from quantkit.stages.profile import Evaluator
 
 BITS = (2, 3, 4, 6, 8)
 # way of choosing -> (inputs, estimator, solver)
@@ -53,13 +53,13 @@ IMPROVED = [effort for effort, allowed in EFFORTS.items() if allowed]
 @dataclass(frozen=True)
 class Study:
     """A network with its profiles, one per (inputs, estimator), the orders of the estimators that only rank, and the
-    bench the improving efforts measure on.
+    evaluator the improving efforts measure on.
     """
 
     case: Case
     profiles: Mapping[tuple[str, str], Profile]
     orders: Mapping[tuple[str, str], tuple[str, ...]]
-    bench: Bench
+    evaluator: Evaluator
 
     @property
     def profile(self) -> Profile:
@@ -108,7 +108,7 @@ def study_of(name: str, rounding: str, data: Path, samples: int, seed: int, ways
             orders[inputs, estimator] = layer_order(case.changes, scores)
         else:
             profiles[inputs, estimator] = profile_of(case, scores)
-    return Study(case, profiles, orders, Bench(subjects["mixed"], case.changes, {}, batches))
+    return Study(case, profiles, orders, Evaluator(subjects["mixed"], case.changes, {}, batches))
 
 
 def row(study: Study, bits: float, seed: int) -> str:
@@ -116,7 +116,7 @@ def row(study: Study, bits: float, seed: int) -> str:
     cells = [f"{study.unseen(study.plan(way, bits, seed)):.4f}" for way in WAYS]
     start = study.plan("profile", bits, seed)
     for effort in IMPROVED:
-        better = refine(start, study.profile, Budget(average_bits=bits), study.bench, effort, seed, progress=True)
+        better = refine(start, study.profile, Budget(average_bits=bits), study.evaluator, effort, seed, progress=True)
         cells.append(f"{study.unseen(better):.4f} ({better.provenance['operating_point']['measurements']:.0f})")
     return f"{bits:<5}" + "".join(f" {cell:>12}" for cell in cells)
 

@@ -31,7 +31,7 @@ from quantkit.allocation.allocate import allocate
 from quantkit.backends.onnxruntime.marks import MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.node_times import clock
 from quantkit.backends.onnxruntime.sessions import feeds, open_session
-from quantkit.backends.onnxruntime.writer import export_float, export_onnx
+from quantkit.backends.onnxruntime.writer import ExportOptions, export_float, export_onnx
 from quantkit.errors import InfeasibleBudget
 from quantkit.plan import Plan, Profile
 from quantkit.program.inputs import Batch, first_samples
@@ -123,7 +123,8 @@ def exported(own: Network, plans: Mapping[str, Plan], target: Target, folder: Pa
             own.model, free, own.images, target=target, rounding="nearest", reconstruction="none", progress=False
         )
         path = folder / f"{k}.onnx"
-        export_onnx(result.simulated(), result.example(), path, check=[first_samples(result.example(), 16)], plan=plan)
+        options = ExportOptions(result.instruction_set, [first_samples(result.example(), 16)], plan=plan)
+        export_onnx(result.simulated(), result.example(), path, options)
         found[name] = path, result
     return found
 

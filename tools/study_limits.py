@@ -18,7 +18,7 @@ from typing import Any
 from study_sensitivity import REPOSITORY
 
 import quantkit
-from quantkit.allocation.count import counted
+from quantkit.allocation.plan_costs import counted
 from quantkit.errors import AccuracyNotMet
 from quantkit.recipe.read import read_recipe
 from quantkit.recipe.run import inputs_of, items_of

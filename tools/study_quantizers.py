@@ -36,7 +36,7 @@ import quantkit
 from quantkit.backends.onnxruntime.onnx_model import OnnxModel
 from quantkit.program.layers import layer_kind
 from quantkit.sensitivity import NO_INPUTS
-from quantkit.sensitivity.measure import kl_rows
+from quantkit.sensitivity.damage import kl_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHUNK = 250

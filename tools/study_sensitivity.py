@@ -30,7 +30,8 @@ from quantkit.formats import Scheme
 from quantkit.program.inputs import Batch, split_batches
 from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject
+from quantkit.sensitivity.damage import KLDamage
+from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import weight_perturbations
 from quantkit.store import Artefacts
 from quantkit.targets import Target
@@ -68,7 +69,7 @@ class Case:
         found = []
         for plan in track(plans, title):
             outputs = self.unseen.outputs([chosen[entry] for entry in plan.items()])
-            rows = [KLDamage().rows(a, b) for a, b in zip(reference, outputs, strict=True)]
+            rows = [KLDamage().rows(a, b) for (a,), (b,) in zip(reference, outputs, strict=True)]
             found.append(float(torch.cat(rows).mean()))
         return found
 

@@ -6,10 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantkit.allocation.boundaries import choose_execution, needs_execution, separable
-from quantkit.allocation.count import costs_of_execution, counted
+from quantkit.allocation.execution_problem import choose_execution, needs_execution, separable
 from quantkit.allocation.feasibility import OutOfReach
-from quantkit.allocation.from_profile import AllocationProblem, Fixed, candidates, fixed_cost, question, with_float
+from quantkit.allocation.from_profile import (
+    AllocationProblem,
+    FixedChoices,
+    allocation_problem,
+    candidates,
+    fixed_cost,
+    with_float,
+)
+from quantkit.allocation.plan_costs import costs_of_execution, counted
 from quantkit.allocation.problem import Assignment, Problem
 from quantkit.allocation.reasons import explain_latency, reasons
 from quantkit.allocation.registry import Settings
@@ -17,8 +24,8 @@ from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
-from quantkit.latency import FULL_BITS
 from quantkit.plan import Plan, Profile, average_bits
+from quantkit.plan.latency import FULL_BITS
 
 GAP, GAP_OF_LARGE = 1e-6, 1e-4  # relative distance to the bound that counts as optimal
 LARGE = 2000  # options: beyond, the last digits of the proof take most of the time
@@ -48,14 +55,16 @@ def allocate(
     limit = Budget.parse(budget)
     limits = limit.limits(profile)
     wanted = None if schemes is None else [Scheme.parse(s) for s in schemes]
+
     settings = Settings(seed=seed, gap=GAP, order=order)
     try:
-        asked = _asked(profile, limits, wanted, settings)
-        solution = solve(asked.problem, solver, replace(settings, gap=gap_for(asked.problem)))
+        allocation = _allocation_of(profile, limits, wanted, settings)
+        solution = solve(allocation.problem, solver, replace(settings, gap=gap_for(allocation.problem)))
     except OutOfReach as error:
         raise _in_asked_unit(error, limit, profile, wanted) from error
-    plan = plan_of(profile, asked, solution.assignment)
-    recount(plan, profile, limits)
+
+    plan = plan_of(profile, allocation, solution.assignment)
+    recount(plan, profile, limits)  # a budget is a postcondition, whatever a solver said
     plan = explain_latency(plan, profile, wanted)
     provenance = {
         "budget": str(limit),
@@ -65,7 +74,7 @@ def allocate(
         "bound": solution.bound,
         "gap": solution.gap,
         "proven": solution.proven,
-        "separable_damage": asked.problem.separable_objective(solution.assignment),
+        "separable_damage": allocation.problem.separable_objective(solution.assignment),
         "seed": seed,
         "profile": profile.digest(),
         "target": profile.target,
@@ -74,46 +83,47 @@ def allocate(
     return replace(plan, provenance=provenance | plan.provenance)
 
 
-def _asked(
+def _allocation_of(
     profile: Profile, limits: Mapping[str, int], schemes: Sequence[Scheme] | None, settings: Settings
 ) -> AllocationProblem:
     """The problem to solve. Where a limit depends on which layers run on codes, that is decided first, by the sum of
     the damages; what is left are the widths of the weights.
     """
     if not needs_execution(limits):
-        return question(profile, limits, schemes)
+        return allocation_problem(profile, limits, schemes)
     allowed = with_float(profile, candidates(profile, schemes), schemes)
     if "latency" in limits:
         allowed = timed(allowed)
     fixed = choose_execution(profile, limits, allowed, settings)
-    return question(profile, separable(limits), schemes, fixed)
+    return allocation_problem(profile, separable(limits), schemes, fixed)
 
 
 def timed(allowed: Mapping[str, Sequence[Scheme]]) -> dict[str, tuple[Scheme, ...]]:
     """The candidates that a latency table has times for: codes of narrower activations are clipped on the way, and
     weights alone are expanded, which saves no time. Raises InvalidRequest where a layer has none, or none but float.
     """
-    found = {
+    narrowed = {
         name: tuple(s for s in options if s.is_float or (s.activation and s.activation.bits == FULL_BITS))
         for name, options in allowed.items()
     }
-    for name, options in found.items():
+    for name, options in narrowed.items():
         if not options or (all(s.is_float for s in options) and not all(s.is_float for s in allowed[name])):
             raise InvalidRequest(
                 f"A limit on latency is met with {FULL_BITS}-bit activations so far, and layer {name!r} may be "
                 f"{', '.join(map(str, allowed[name]))}. Add a scheme such as 'w4a{FULL_BITS}'."
             )
-    return found
+    return narrowed
 
 
-def question_around(profile: Profile, limits: Mapping[str, int], plan: Plan) -> AllocationProblem:
+def problem_around(profile: Profile, limits: Mapping[str, int], plan: Plan) -> AllocationProblem:
     """The problem in which a plan may be improved: what runs on codes stays where a limit depends on it."""
-    return question(profile, separable(limits), None, Fixed.of(plan) if needs_execution(limits) else None)
+    fixed = FixedChoices.of(plan) if needs_execution(limits) else None
+    return allocation_problem(profile, separable(limits), None, fixed)
 
 
-def plan_of(profile: Profile, asked: AllocationProblem, assignment: Assignment) -> Plan:
+def plan_of(profile: Profile, allocation: AllocationProblem, assignment: Assignment) -> Plan:
     """The plan of an assignment, its sizes counted from the formats."""
-    chosen, sites = asked.answer(assignment)
+    chosen, sites = allocation.decode(assignment)
     schemes = {name: chosen.get(name, Scheme()) for name in profile.layers}
     size = sum(layer.weight_bytes(schemes[name]) for name, layer in profile.layers.items())
     return Plan(
@@ -123,13 +133,13 @@ def plan_of(profile: Profile, asked: AllocationProblem, assignment: Assignment) 
         total_bytes=size + profile.other_bytes,
         average_bits=average_bits(profile.layers, size),
         predicted_damage=profile.predict(chosen, sites),
-        why=reasons(profile, asked, assignment),
+        why=reasons(profile, allocation, assignment),
         provenance={key: value for key, value in profile.provenance.items() if key == "first_last"},
     )
 
 
 def recount(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> None:
-    """Count the plan itself against the limits: a budget is a postcondition, whatever a solver said."""
+    """Count the plan itself against the limits; raises QuantkitError where it is over one."""
     for name, limit in limits.items():
         used = counted(profile, plan.schemes, plan.sites, name)
         if used > limit:

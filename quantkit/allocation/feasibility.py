@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from quantkit.allocation.arrays import Arrays
 from quantkit.allocation.highs import highs
-from quantkit.allocation.problem import Choice, Problem
-from quantkit.allocation.reduce import Reduced
+from quantkit.allocation.presolve import Presolved
+from quantkit.allocation.problem import Option, Problem
+from quantkit.allocation.problem_arrays import ProblemArrays
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 from quantkit.errors import InfeasibleBudget
 
@@ -15,7 +15,7 @@ from quantkit.errors import InfeasibleBudget
 @dataclass(frozen=True)
 class Conflict:
     """The limit ``name`` cannot be met while those of ``held`` hold; ``smallest`` is the least its cost can be then,
-    counted as the problem asked counts it."""
+    in the units of the original problem."""
 
     name: str
     smallest: int
@@ -32,11 +32,11 @@ class OutOfReach(InfeasibleBudget):
 
 def out_of_reach(problem: Problem) -> list[int]:
     """The limits of a reduced problem that lie below the least their cost can be."""
-    arrays = Arrays.of(problem)
+    arrays = ProblemArrays.of(problem)
     return [k for k, (_, limit) in enumerate(problem.limits) if arrays.smallest(k) > limit]
 
 
-def blame(reduced: Reduced) -> Conflict:
+def blame(reduced: Presolved) -> Conflict:
     """A limit that cannot be met while all others hold, one out of reach by itself first. Where there is none, the
     first that cannot be met with those before it.
 
@@ -44,8 +44,8 @@ def blame(reduced: Reduced) -> Conflict:
     problem = reduced.problem
     names, count = [name for name, _ in problem.limits], len(problem.limits)
     alone = out_of_reach(problem)
-    ways = [(k, [j for j in range(count) if j != k]) for k in [*alone, *range(count)]]
-    for k, held in [*ways, *((k, list(range(k))) for k in range(count))]:
+    attempts = [(k, [j for j in range(count) if j != k]) for k in [*alone, *range(count)]]
+    for k, held in [*attempts, *((k, list(range(k))) for k in range(count))]:
         least = smallest_given(problem, k, held)
         if least is not None and least > problem.limits[k][1]:
             return Conflict(names[k], reduced.asked_cost(k, least), tuple(names[j] for j in held))
@@ -55,16 +55,12 @@ def blame(reduced: Reduced) -> Conflict:
 def smallest_given(problem: Problem, limit: int, held: list[int]) -> int | None:
     """The least total cost under one limit while those of ``held`` hold; None when they cannot hold together."""
     if not held:
-        return Arrays.of(problem).smallest(limit)
-    choices = tuple(
-        Choice(
-            one.name,
-            tuple(
-                replace(o, damage=float(o.costs[limit]), costs=tuple(o.costs[k] for k in held)) for o in one.options
-            ),
-        )
-        for one in problem.choices
-    )
+        return ProblemArrays.of(problem).smallest(limit)
+
+    def costing(_: int, option: Option) -> Option:
+        return replace(option, damage=float(option.costs[limit]), costs=tuple(option.costs[k] for k in held))
+
+    choices = tuple(one.with_options(costing) for one in problem.choices)
     least = replace(problem, choices=choices, limits=tuple(problem.limits[k] for k in held), pairs=None)
     try:
         return problem.cost(highs(least, Settings()).assignment)[limit]

@@ -11,9 +11,9 @@ import numpy as np
 from quantkit.allocation.problem import Assignment, Choice, Floats, Option, Problem
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
-from quantkit.latency import LatencyTable
-from quantkit.operations import execute
 from quantkit.plan import Layer, Plan, Profile
+from quantkit.plan.latency import LatencyTable
+from quantkit.plan.operations import execute
 
 FLOAT_BITS = 32
 FLOAT = "float"
@@ -42,7 +42,7 @@ class AllocationProblem:
     layers: tuple[str, ...]
     sites: tuple[str, ...]
 
-    def answer(self, assignment: Assignment) -> tuple[dict[str, Scheme], dict[str, str]]:
+    def decode(self, assignment: Assignment) -> tuple[dict[str, Scheme], dict[str, str]]:
         """(layer -> scheme, site -> format) of an assignment."""
         names = [option.name for option in self.problem.chosen(assignment)]
         split = len(self.layers)
@@ -50,10 +50,10 @@ class AllocationProblem:
         return schemes, dict(zip(self.sites, names[split:], strict=True))
 
 
-def assignment_of(profile: Profile, asked: AllocationProblem, plan: Plan) -> Assignment:
+def assignment_of(profile: Profile, allocation: AllocationProblem, plan: Plan) -> Assignment:
     """The assignment that gives this plan; raises InvalidRequest where a choice offers no such option."""
-    found = []
-    for owner, choice in zip([*asked.layers, *asked.sites], asked.problem.choices, strict=True):
+    options = []
+    for owner, choice in zip([*allocation.layers, *allocation.sites], allocation.problem.choices, strict=True):
         if choice.name == owner:
             scheme = plan.schemes.get(owner, Scheme())
             read = [plan.sites[site] for site in profile.layers[owner].inputs if site in plan.sites]
@@ -63,8 +63,8 @@ def assignment_of(profile: Profile, asked: AllocationProblem, plan: Plan) -> Ass
         offered = [(option.name, option.tag) for option in choice.options]
         if wanted not in offered:
             raise InvalidRequest(f"The plan gives {owner!r} {wanted[0]}, which is not among its candidates.")
-        found.append(offered.index(wanted))
-    return tuple(found)
+        options.append(offered.index(wanted))
+    return tuple(options)
 
 
 def candidates(profile: Profile, schemes: Iterable[str | Scheme] | None = None) -> dict[str, tuple[Scheme, ...]]:
@@ -97,11 +97,11 @@ def candidates(profile: Profile, schemes: Iterable[str | Scheme] | None = None) 
     return allowed
 
 
-def question(
+def allocation_problem(
     profile: Profile,
     limits: Mapping[str, int],
     schemes: Iterable[str | Scheme] | None = None,
-    fixed: Fixed | None = None,
+    fixed: FixedChoices | None = None,
 ) -> AllocationProblem:
     """The problem of choosing schemes for all layers and formats for all sites within ``limits`` (of
     ``Budget.limits``).
@@ -118,31 +118,26 @@ def question(
     choices = [Choice(name, _layer_options(profile, index, name, tags[name], tuple(limits))) for name in allowed]
     choices += [Choice(f"site {s}", _site_options(profile, index, s, formats[s], len(limits))) for s in sites]
     agree = [tuple(([f"site {s}"] if formats[s] else []) + readers[s]) for s in profile.sites if readers[s]]
-    rest = {name: limit - fixed_cost(profile, allowed, name, fixed) for name, limit in limits.items()}
-    return AllocationProblem(
-        Problem(
-            choices=tuple(choices),
-            limits=tuple(rest.items()),
-            pairs=_pairs(profile, choices, [*allowed, *sites]),
-            same=tuple(
-                group for names in profile.same_scheme if len(group := tuple(n for n in names if n in allowed)) > 1
-            ),
-            agree=tuple(group for group in agree if len(group) > 1),
-        ),
-        tuple(allowed),
-        tuple(sites),
+    same = [tuple(name for name in names if name in allowed) for names in profile.same_scheme]
+    problem = Problem(
+        choices=tuple(choices),
+        limits=tuple((name, most - fixed_cost(profile, allowed, name, fixed)) for name, most in limits.items()),
+        pairs=_pairs(profile, choices, [*allowed, *sites]),
+        same=tuple(group for group in same if len(group) > 1),
+        agree=tuple(group for group in agree if len(group) > 1),
     )
+    return AllocationProblem(problem, tuple(allowed), tuple(sites))
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedChoices:
     """What runs how: the layers that are quantized, and the format of every site that holds codes."""
 
     quantized: frozenset[str]
     sites: Mapping[str, str]
 
     @classmethod
-    def of(cls, plan: Plan) -> Fixed:
+    def of(cls, plan: Plan) -> FixedChoices:
         """As a plan has it."""
         quantized = frozenset(name for name, scheme in plan.schemes.items() if not scheme.is_float)
         return cls(quantized, {name: fmt for name, fmt in plan.sites.items() if fmt != FLOAT})
@@ -186,7 +181,7 @@ def _layer_cost(profile: Profile, limit: str, layer: Layer, scheme: Scheme) -> i
 
 
 def fixed_cost(
-    profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str, fixed: Fixed | None = None
+    profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], limit: str, fixed: FixedChoices | None = None
 ) -> int:
     """What counts towards a limit whatever is chosen: layers that stay float, and what is stored besides weights.
     ``fixed``: what runs on codes, for a limit on latency.
@@ -240,12 +235,10 @@ def _layer_options(
 ) -> tuple[Option, ...]:
     layer, options = profile.layers[name], []
     for scheme, tag in tagged:
-        damage = (
-            0.0 if scheme.weight is None else float(profile.damage[_entry(profile, index, name, str(scheme.weight))])
-        )
-        options.append(
-            Option(str(scheme), damage, tuple(_layer_cost(profile, limit, layer, scheme) for limit in limits), tag)
-        )
+        entry = None if scheme.weight is None else _entry(profile, index, name, str(scheme.weight))
+        damage = 0.0 if entry is None else float(profile.damage[entry])
+        costs = tuple(_layer_cost(profile, limit, layer, scheme) for limit in limits)
+        options.append(Option(str(scheme), damage, costs, tag))
     return tuple(options)
 
 

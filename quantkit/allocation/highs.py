@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantkit.allocation.problem import Floats, Found, Integers, Problem
-from quantkit.allocation.program import minimize_sum
+from quantkit.allocation.constraint_rows import ConstraintRows
+from quantkit.allocation.integer_program import minimize_sum
+from quantkit.allocation.problem import Floats, Integers, Problem, SolverResult
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp, solver
-from quantkit.allocation.rows import Rows
 
 _INFEASIBLE = 2
 _TOLERANCE = 1e-6
 
 
 @solver("highs")
-def highs(problem: Problem, settings: Settings) -> Found:
+def highs(problem: Problem, settings: Settings) -> SolverResult:
     """Minimize the sum of damages; stops at a gap or a number of nodes."""
 
-    def run(rows: Rows, scores: Floats, most: Integers) -> tuple[Floats, float]:
+    def run(rows: ConstraintRows, scores: Floats, most: Integers) -> tuple[Floats, float]:
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         equal, right, below = rows.matrices()
@@ -34,7 +34,7 @@ def highs(problem: Problem, settings: Settings) -> Found:
             raise NoAssignment("HiGHS: no assignment meets the limits.")
         if result.x is None:
             raise SolverGaveUp(
-                f"HiGHS found no assignment within {settings.nodes} nodes. Try solver='swaps' or a looser budget."
+                f"HiGHS has no assignment within {settings.nodes} nodes. Try solver='swaps' or a looser budget."
             )
         return result.x, float(result.mip_dual_bound) - _TOLERANCE
 

@@ -1,12 +1,12 @@
-"""Re-measure where you stand: a plan improved by what is measured around it, not around the float model.
+"""Improvement of a plan by what is measured around it, not around the float model.
 
-Below four bits the second order at the float point mispredicts (METHODS b). Rounds: measure every single change of the
-plan, solve again within a trust region, accept only what lowers the measured damage. Then exchanges (one format up,
-one down) judged by measured damage alone, many on a part of the inputs and the best of them on all, as EvoPress
-selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many plans looks better
-than it is: better is what is better by two standard errors of the difference, input by input, and what no other
-measure finds worse; where one draw of the inputs leaves that open, more draws are asked. What is measured comes
-through ``Measurements``; nothing here knows a model.
+Below four bits the second order at the float point mispredicts (docs/methods/operating-point.md). Rounds: measure
+every single change of the plan, solve again within a trust region, accept only what lowers the measured damage. Then
+exchanges (one format up, one down) chosen by measured damage alone, many on a part of the inputs and the best of them
+on all, as EvoPress selects (arXiv 2410.14649). A few hundred inputs differ by more than plans do, and the best of many
+plans looks better than it is: better is what is better by two standard errors of the difference, input by input, and
+what no other measure finds worse; where one draw of the inputs leaves that open, more draws are measured. What is
+measured comes through ``Measurements``; nothing here depends on a model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from quantkit.allocation.from_profile import AllocationProblem, option_entries, with_nothing
+from quantkit.allocation.local_search import LocalSearch
+from quantkit.allocation.presolve import Presolved, presolve
 from quantkit.allocation.problem import Assignment, Choice, Floats, Integers, Problem
-from quantkit.allocation.reduce import Reduced, reduce
-from quantkit.allocation.search import Search
 from quantkit.plan import Profile
 
 KICKS = 60
@@ -39,7 +39,7 @@ class Measurements(Protocol):
     def draws(self) -> int: ...
 
     def rows(self, many: Sequence[Sequence[int]], share: float = 1.0, draw: int = 0) -> list[Floats]:
-        """Damage of each plan as one or more judges see it, the first of whom decides: (judges, samples), for a share
+        """Damage of each plan by one or more measures, the first of which decides: (measures, samples), for a share
         of a draw of the inputs (the same ones every time). Costs ``share`` of a measurement each.
         """
 
@@ -68,7 +68,7 @@ class Ledger:
 
 def improve(
     profile: Profile,
-    asked: AllocationProblem,
+    allocation: AllocationProblem,
     start: Assignment,
     measurements: Measurements,
     allowed: float,
@@ -77,7 +77,7 @@ def improve(
     """The best assignment found with at most ``allowed`` measurements; never one that measures worse than
     ``start``.
     """
-    walk = _Walk(profile, asked, start, measurements, Ledger(allowed), np.random.default_rng(seed))
+    walk = _Walk(profile, allocation, start, measurements, Ledger(allowed), np.random.default_rng(seed))
     while walk.look_around():
         moved = walk.jump()
         if not walk.exchange() and not moved:
@@ -92,13 +92,13 @@ class _Walk:
     """
 
     profile: Profile
-    asked: AllocationProblem
+    allocation: AllocationProblem
     assignment: Assignment
     measurements: Measurements
     ledger: Ledger
     generator: np.random.Generator
     local: Problem | None = None
-    rows: list[Floats] = field(default_factory=list)  # of the plan, draw by draw as far as they were asked for
+    rows: list[Floats] = field(default_factory=list)  # of the plan, draw by draw, as far as measured
 
     @property
     def damage(self) -> float:
@@ -106,7 +106,7 @@ class _Walk:
         return _decisive(self.rows[0])
 
     def entries(self, assignment: Assignment) -> list[int]:
-        return self.profile.chosen(*self.asked.answer(assignment))
+        return self.profile.chosen(*self.allocation.decode(assignment))
 
     def look_around(self) -> bool:
         """Measure the plan and every single change of it; False when that is no longer affordable."""
@@ -120,8 +120,9 @@ class _Walk:
         terms = pairs.copy()
         np.fill_diagonal(terms, 2 * (damage - damage[chosen[0]]))
         terms[chosen, chosen] = 0.0
-        rows = option_entries(self.profile, self.asked.problem.choices, [*self.asked.layers, *self.asked.sites])
-        self.local = replace(self.asked.problem, pairs=with_nothing(terms)[np.ix_(rows, rows)])
+        owners = [*self.allocation.layers, *self.allocation.sites]
+        rows = option_entries(self.profile, self.allocation.problem.choices, owners)
+        self.local = replace(self.allocation.problem, pairs=with_nothing(terms)[np.ix_(rows, rows)])
         self.ledger.spent += cost
         self.ledger.note("look around", self.damage, True)
         return True
@@ -129,7 +130,7 @@ class _Walk:
     def jump(self) -> bool:
         """Solve again within a trust region, halved until what it proposes measures better."""
         assert self.local is not None
-        radius = max(2, len(self.asked.layers) // 2)
+        radius = max(2, len(self.allocation.layers) // 2)
         while radius >= 2 and self.ledger.affords(1):
             proposed = self._solve_within(radius)
             if proposed == self.assignment:
@@ -142,21 +143,21 @@ class _Walk:
         return False
 
     def _moved(self, step: str, proposed: Assignment, rows: Floats) -> bool:
-        """Go to a plan with this damage on the first draw, if it is better than the present one and not by chance. Of
+        """Move to a plan with this damage on the first draw, if it is better than the present one, not by chance. Of
         a plan that might be, both are measured on more draws, sample by sample, as long as that is affordable.
         """
-        found, gains = [rows], [self.rows[0] - rows]
+        drawn, gains = [rows], [self.rows[0] - rows]
         while not (sure := _sure(gains)) and self._worth_another(gains):
-            draw = len(found)
-            asked = [proposed] if draw < len(self.rows) else [proposed, self.assignment]
-            theirs, *ours = self.measurements.rows([self.entries(one) for one in asked], draw=draw)
-            self.ledger.spent += len(asked)
+            draw = len(drawn)
+            measured = [proposed] if draw < len(self.rows) else [proposed, self.assignment]
+            theirs, *ours = self.measurements.rows([self.entries(one) for one in measured], draw=draw)
+            self.ledger.spent += len(measured)
             self.rows += ours
-            found.append(theirs)
+            drawn.append(theirs)
             gains.append(self.rows[draw] - theirs)
         self.ledger.note(step, _decisive(rows), sure)
         if sure:
-            self.assignment, self.rows = proposed, found
+            self.assignment, self.rows = proposed, drawn
         return sure
 
     def _worth_another(self, gains: Sequence[Floats]) -> bool:
@@ -166,18 +167,16 @@ class _Walk:
     def _solve_within(self, radius: int) -> Assignment:
         """The least predicted damage with at most ``radius`` choices changed, by swaps from where the walk stands."""
         assert self.local is not None
-        choices = tuple(
-            Choice(
-                choice.name,
-                tuple(replace(o, costs=(*o.costs, int(k != now))) for k, o in enumerate(choice.options)),
-            )
-            for choice, now in zip(self.local.choices, self.assignment, strict=True)
-        )
+
+        def counting(choice: Choice, now: int) -> Choice:
+            return choice.with_options(lambda k, option: replace(option, costs=(*option.costs, int(k != now))))
+
+        choices = tuple(map(counting, self.local.choices, self.assignment))
         limited = replace(self.local, choices=choices, limits=(*self.local.limits, ("changes", radius)))
-        reduced = reduce(limited)
-        search = Search(reduced.problem)
-        found = search.improve([_positions(reduced, self.assignment)], self.generator, KICKS)
-        return reduced.expand(search.arrays.assignment(found))
+        reduced = presolve(limited)
+        search = LocalSearch(reduced.problem)
+        positions = search.improve([_positions(reduced, self.assignment)], self.generator, KICKS)
+        return reduced.expand(search.arrays.assignment(positions))
 
     def exchange(self) -> bool:
         """The best of the most promising exchanges, measured on a part of the inputs first; whether one was taken."""
@@ -206,26 +205,26 @@ class _Walk:
     def _promising(self, count: int) -> Iterator[Assignment]:
         """The exchanges (one choice, or two) within the limits with the least predicted change."""
         assert self.local is not None
-        reduced = reduce(self.local)
-        search = Search(reduced.problem)
+        reduced = presolve(self.local)
+        search = LocalSearch(reduced.problem)
         search.place(_positions(reduced, self.assignment))
         for options in search.best_moves(count):
             yield reduced.expand(search.arrays.assignment(search.with_options(options)))
 
 
 def _decisive(rows: Floats) -> float:
-    """Damage of all samples as the first measure sees it."""
+    """Mean damage by the first measure."""
     return float(rows[0].mean())
 
 
 def _sure(gains: Sequence[Floats]) -> bool:
-    """Whether gains, a draw each, (measures, samples), are above zero and not by chance, and none sees a loss."""
+    """Whether gains, a draw each, (measures, samples), are above zero, not by chance, with no other measure worse."""
     gain, *others = np.mean(gains, axis=0)
     error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
     return bool(gain.mean() > SURE * error and all(other.mean() >= 0 for other in others))
 
 
-def _positions(reduced: Reduced, assignment: Assignment) -> Integers:
+def _positions(reduced: Presolved, assignment: Assignment) -> Integers:
     """Positions of the reduced problem's options that stand for an assignment of the original one."""
     options = [
         next(k for k, origin in enumerate(back) if all(assignment[i] == option for i, option in origin))

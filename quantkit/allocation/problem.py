@@ -1,13 +1,13 @@
 """The decision as pure numbers: one option per choice, total damage as small as the limits allow.
 
 A multiple-choice knapsack with any number of limits (HAWQ-V3, arXiv 2011.10680, section 3.4). With ``pairs`` the
-objective is the quadratic form of the Gram matrix of output shifts instead of a sum. Nothing here knows what a layer
-or a format is."""
+objective is the quadratic form of the Gram matrix of output shifts instead of a sum. Layers and formats are
+matters of ``from_profile``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,7 +24,7 @@ _LARGEST_TOTAL = 2**62
 
 @dataclass(frozen=True)
 class Option:
-    """One way to take a choice: its damage and what it costs under each limit. ``tag`` is what ``agree`` compares."""
+    """One alternative of a choice: its damage and its cost under each limit. ``tag`` is what ``agree`` compares."""
 
     name: str
     damage: float
@@ -38,6 +38,10 @@ class Choice:
 
     name: str
     options: tuple[Option, ...]
+
+    def with_options(self, change: Callable[[int, Option], Option]) -> Choice:
+        """The choice with every option, given with its index, changed."""
+        return Choice(self.name, tuple(change(k, option) for k, option in enumerate(self.options)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +150,7 @@ def _check_pairs(pairs: Floats, count: int) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class SolverResult:
     """What a solver returns: an assignment, and a lower bound of what it minimized (-inf where it has none)."""
 
     assignment: Assignment

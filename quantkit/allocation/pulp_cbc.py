@@ -8,13 +8,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from quantkit.allocation.problem import Floats, Found, Integers, Problem
-from quantkit.allocation.program import minimize_sum
+from quantkit.allocation.constraint_rows import ConstraintRows
+from quantkit.allocation.integer_program import minimize_sum
+from quantkit.allocation.problem import Floats, Integers, Problem, SolverResult
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp, solver
-from quantkit.allocation.rows import Rows
 
 _TOLERANCE = 1e-6
-# Fixed seeds; CBC's default is to overlook improvements below 1e-5.
+# FixedChoices seeds; CBC's default is to overlook improvements below 1e-5.
 _OPTIONS = ("randomSeed 1", "randomCbcSeed 1", "increment 1e-9")
 # Its preprocessing (2.10.3) calls answers optimal that are not, in about one of a thousand small problems.
 _SOUND = (*_OPTIONS, "preprocess off")
@@ -25,10 +25,10 @@ class _Crashed(Exception):
 
 
 @solver("pulp")
-def pulp_cbc(problem: Problem, settings: Settings) -> Found:
+def pulp_cbc(problem: Problem, settings: Settings) -> SolverResult:
     """Minimize the sum of damages; stops at a gap or a number of nodes."""
 
-    def run(rows: Rows, scores: Floats, most: Integers) -> tuple[Floats, float]:
+    def run(rows: ConstraintRows, scores: Floats, most: Integers) -> tuple[Floats, float]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # PuLP 3.3 announces 4.0, which setup.cfg excludes
             values, optimal = _run(rows, scores.tolist(), most.tolist(), settings)
@@ -38,7 +38,7 @@ def pulp_cbc(problem: Problem, settings: Settings) -> Found:
     return minimize_sum(problem, run)
 
 
-def _run(rows: Rows, scores: list[float], most: list[int], settings: Settings) -> tuple[Floats, bool]:
+def _run(rows: ConstraintRows, scores: list[float], most: list[int], settings: Settings) -> tuple[Floats, bool]:
     """(variable values, whether they are optimal)."""
     try:
         return _attempt(rows, scores, most, settings, _SOUND)
@@ -51,7 +51,7 @@ def _run(rows: Rows, scores: list[float], most: list[int], settings: Settings) -
 
 
 def _attempt(
-    rows: Rows, scores: list[float], most: list[int], settings: Settings, options: tuple[str, ...]
+    rows: ConstraintRows, scores: list[float], most: list[int], settings: Settings, options: tuple[str, ...]
 ) -> tuple[Floats, bool]:
     """(variable values, whether CBC calls them optimal)."""
     import pulp
@@ -72,7 +72,7 @@ def _attempt(
             raise _Crashed(str(error)) from error
     if status == pulp.LpStatusInfeasible:
         raise NoAssignment("CBC: no assignment meets the limits.")
-    found = (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
-    if model.sol_status not in found or any(variable.value() is None for variable in variables):
+    usable = (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    if model.sol_status not in usable or any(variable.value() is None for variable in variables):
         raise SolverGaveUp(f"CBC ended ({pulp.LpStatus[status]}) without an assignment. Try solver='highs'.")
     return np.array([variable.value() for variable in variables]), model.sol_status == pulp.LpSolutionOptimal

@@ -1,5 +1,5 @@
-"""The quadratic objective, exactly where that can be: branch and bound on the convex relaxation, enumeration at the
-leaves.
+"""The quadratic objective, exact where that is affordable: branch and bound on the convex relaxation, enumeration at
+the leaves.
 
 Swaps find the assignment; the search proves it, or improves it, or reports how far the best bound still is. At every
 node the relaxation drops the options that no better assignment can take; what is left is often small enough to be
@@ -13,13 +13,12 @@ import math
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.enumerate_halves import can_enumerate, enumerate_halves
-from quantkit.allocation.problem import Found, Problem
-from quantkit.allocation.registry import NoAssignment, Settings, solver
+from quantkit.allocation.enumeration import can_enumerate, enumerate_halves
+from quantkit.allocation.problem import Problem, SolverResult
+from quantkit.allocation.problem_arrays import ProblemArrays
+from quantkit.allocation.registry import NoAssignment, Settings
 from quantkit.allocation.relaxation import relax
-from quantkit.allocation.restrict import Mask, original, restricted
-from quantkit.allocation.separable import least_sum
+from quantkit.allocation.subproblem import Mask, original, subproblem
 from quantkit.allocation.swaps import swaps
 
 _AT_A_LEAF = 2**16
@@ -27,14 +26,11 @@ _NODES = 400
 _OPTIONS_AT_ALL_NODES = 250
 
 
-@solver("quadratic", pairs=True)
-def quadratic(problem: Problem, settings: Settings) -> Found:
+def quadratic(problem: Problem, settings: Settings) -> SolverResult:
     """The proven optimum up to 2**25 combinations (12 choices of 4 options); beyond, swaps and a limited tree
-    search. Without pair terms the integer program.
+    search.
     """
-    if problem.pairs is None:
-        return least_sum(problem, settings)
-    if can_enumerate(Arrays.of(problem)):
+    if can_enumerate(ProblemArrays.of(problem)):
         return enumerate_halves(problem)
     affordable = int(_NODES * min(1.0, (_OPTIONS_AT_ALL_NODES / problem.offsets[-1]) ** 3))
     return _Tree(problem, swaps(problem, settings), min(settings.nodes, affordable)).search()
@@ -45,11 +41,11 @@ class _Tree:
 
     A node is a set of options and a lower bound of what they allow."""
 
-    def __init__(self, problem: Problem, found: Found, nodes: int) -> None:
-        self.problem, self.nodes, self.root_bound = problem, nodes, found.bound
-        self.best, self.lowest = found.assignment, problem.objective(found.assignment)
+    def __init__(self, problem: Problem, start: SolverResult, nodes: int) -> None:
+        self.problem, self.nodes, self.root_bound = problem, nodes, start.bound
+        self.best, self.lowest = start.assignment, problem.objective(start.assignment)
 
-    def search(self) -> Found:
+    def search(self) -> SolverResult:
         """The best assignment and the least bound of what was not looked at."""
         heap: list[tuple[float, int, Mask]] = [(self.root_bound, 0, np.ones(self.problem.offsets[-1], dtype=bool))]
         pushed = 0
@@ -59,23 +55,23 @@ class _Tree:
             for child_bound, child in self._children(bound, mask):
                 pushed += 1
                 heapq.heappush(heap, (child_bound, pushed, child))
-        return Found(self.best, min(self.lowest, heap[0][0] if heap else math.inf))
+        return SolverResult(self.best, min(self.lowest, heap[0][0] if heap else math.inf))
 
     def _children(self, bound: float, mask: Mask) -> list[tuple[float, Mask]]:
         """The node split by the options of its least decided choice, without what cannot be better than the best."""
-        smaller = restricted(self.problem, mask)
+        smaller = subproblem(self.problem, mask)
         if smaller is None:
             return []
         part, mask = smaller
-        relaxation = relax(part, Arrays.of(part))
+        relaxation = relax(part, ProblemArrays.of(part))
         forced, weight = np.zeros(len(mask)), np.zeros(len(mask))
         forced[mask], weight[mask] = relaxation.forced, relaxation.point
-        smaller = restricted(self.problem, mask & (forced < self.lowest))
+        smaller = subproblem(self.problem, mask & (forced < self.lowest))
         if smaller is None:
             return []
         part, mask = smaller
-        if can_enumerate(Arrays.of(part), _AT_A_LEAF):
-            self._look_at_all(part, mask)
+        if can_enumerate(ProblemArrays.of(part), _AT_A_LEAF):
+            self._enumerate(part, mask)
             return []
         starts = self.problem.offsets[:-1]
         decided = np.maximum.reduceat(np.where(mask, weight, 0.0), starts)
@@ -88,7 +84,7 @@ class _Tree:
             children.append((max(bound, float(forced[option])), child))
         return children
 
-    def _look_at_all(self, part: Problem, mask: Mask) -> None:
+    def _enumerate(self, part: Problem, mask: Mask) -> None:
         try:
             assignment = original(self.problem, mask, enumerate_halves(part).assignment)
         except NoAssignment:

@@ -7,24 +7,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from quantkit.allocation.count import latency_of
 from quantkit.allocation.from_profile import AllocationProblem, candidates, with_float
+from quantkit.allocation.plan_costs import latency_of
 from quantkit.allocation.problem import Assignment, Option, Problem
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 
 
-def reasons(profile: Profile, asked: AllocationProblem, assignment: Assignment) -> dict[str, str]:
+def reasons(profile: Profile, allocation: AllocationProblem, assignment: Assignment) -> dict[str, str]:
     """A sentence per layer. Changes of the damage are those of the plan as it stands, pair terms included."""
-    group_of = {name: group for group in asked.problem.same for name in group}
+    group_of = {name: group for group in allocation.problem.same for name in group}
     why = {name: f"float: {layer.reason}" for name, layer in profile.layers.items() if layer.reason}
-    for name in asked.layers:
-        why[name] = _sentence(profile, asked, assignment, group_of.get(name, (name,)))
+    for name in allocation.layers:
+        why[name] = _sentence(profile, allocation, assignment, group_of.get(name, (name,)))
     return {name: why[name] + _position(profile, name) for name in profile.layers if name in why}
 
 
 def _position(profile: Profile, name: str) -> str:
-    """What is said of a first or last layer; nothing of others, and where nobody knows."""
+    """The treatment of a first or last layer; empty for others, and where it is not recorded."""
     known = profile.provenance.get("first_last", {})
     position = " and ".join(end for end in ("first", "last") if name in known.get(end, ()))
     if not position:
@@ -36,9 +36,9 @@ def _position(profile: Profile, name: str) -> str:
     return f"; {position} layer: {said}"
 
 
-def _sentence(profile: Profile, asked: AllocationProblem, assignment: Assignment, group: tuple[str, ...]) -> str:
-    problem = asked.problem
-    members = [asked.layers.index(name) for name in group]
+def _sentence(profile: Profile, allocation: AllocationProblem, assignment: Assignment, group: tuple[str, ...]) -> str:
+    problem = allocation.problem
+    members = [allocation.layers.index(name) for name in group]
     now = problem.choices[members[0]].options[assignment[members[0]]]
     alone = sum(problem.choices[i].options[assignment[i]].damage for i in members)
     size_now = _bytes(profile, group, now)
@@ -82,8 +82,8 @@ def _change(problem: Problem, assignment: Assignment, members: list[int], option
 
 
 def explain_latency(plan: Plan, profile: Profile, schemes: Iterable[Scheme] | None = None) -> Plan:
-    """The plan with what the other way to run each layer would change of the predicted latency, conversions
-    included.
+    """The plan with the change of predicted latency, conversions included, if each layer ran in float instead of on
+    codes, or the reverse.
     """
     if profile.latency is None:
         return plan
@@ -93,6 +93,6 @@ def explain_latency(plan: Plan, profile: Profile, schemes: Iterable[Scheme] | No
         other = next((s for s in options if s.is_float != is_float), None)
         if other is not None:
             change = (latency_of(profile, {**plan.schemes, name: other}) - now) / 1e3
-            way = "integer kernels" if is_float else "float"
-            why[name] = f"{why[name]}; in {way} it would change the latency by {change:+,.1f} microseconds"
+            instead = "integer kernels" if is_float else "float"
+            why[name] = f"{why[name]}; in {instead} it would change the latency by {change:+,.1f} microseconds"
     return replace(plan, why=why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quantkit.allocation.problem import Found, Problem
+from quantkit.allocation.problem import Problem, SolverResult
 from quantkit.errors import QuantkitError
 
 
@@ -19,7 +19,7 @@ class NoAssignment(QuantkitError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What solvers may be told: where their randomness starts, when to stop, and an order of choices for ``by-rank``.
+    """Options of the solvers: the seed, when to stop, and an order of choices for ``by-rank``.
 
     ``gap`` is the relative distance to the bound that counts as optimal, ``nodes`` the most branch-and-bound nodes:
     limits in nodes, not in seconds, so that the same request gives the same answer on any machine. ``order``: choice
@@ -31,14 +31,13 @@ class Settings:
     order: Sequence[str] = ()
 
 
-Solver = Callable[[Problem, Settings], Found]
+Solver = Callable[[Problem, Settings], SolverResult]
 SOLVERS: dict[str, Solver] = {}
 PAIR_SOLVERS: set[str] = set()
 
 
 def solver(name: str, pairs: bool = False) -> Callable[[Solver], Solver]:
-    """Register a function (reduced problem, settings) -> Found under ``name``; ``pairs``: it minimizes pair terms
-    too."""
+    """Register a solver of presolved problems under ``name``; ``pairs``: it minimizes pair terms too."""
 
     def register(function: Solver) -> Solver:
         SOLVERS[name] = function

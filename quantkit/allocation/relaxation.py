@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantkit.allocation.arrays import Arrays
-from quantkit.allocation.interior import relaxed_optimum
+from quantkit.allocation.constraint_rows import ConstraintRows, rescaled
+from quantkit.allocation.interior_point import QuadraticProgram
 from quantkit.allocation.problem import Floats, Problem
-from quantkit.allocation.rows import Rows, rescaled
+from quantkit.allocation.problem_arrays import ProblemArrays
 
 _LARGEST_EIGENPROBLEM = 1200
 _SAFETY = 1e-9
@@ -36,7 +36,7 @@ class Relaxation:
     point: Floats
 
 
-def relax(problem: Problem, arrays: Arrays) -> Relaxation:
+def relax(problem: Problem, arrays: ProblemArrays) -> Relaxation:
     """The relaxation of a reduced problem, quadratic or separable."""
     most = arrays.limits.astype(np.float64)
     if problem.pairs is None:
@@ -54,11 +54,11 @@ def relax(problem: Problem, arrays: Arrays) -> Relaxation:
     return Relaxation(total + constant - safety, forced + constant - safety, point)
 
 
-def linear_optimum(arrays: Arrays) -> tuple[Floats, Floats]:
+def linear_optimum(arrays: ProblemArrays) -> tuple[Floats, Floats]:
     """(point, prices of the limits) of the linear program; some point and no prices where HiGHS has none."""
     from scipy.optimize import linprog
 
-    rows = Rows.of(arrays)
+    rows = ConstraintRows.of(arrays)
     scores, scale, _ = rescaled(arrays)
     equal, right, below = rows.matrices()
     costs = np.concatenate([scores, np.zeros(rows.size - len(scores))])
@@ -69,9 +69,9 @@ def linear_optimum(arrays: Arrays) -> tuple[Floats, Floats]:
     return result.x[: len(scores)], np.maximum(-result.ineqlin.marginals, 0.0) / scale
 
 
-def _quadratic_optimum(curved: Floats, linear: Floats, arrays: Arrays) -> tuple[Floats, Floats]:
+def _quadratic_optimum(curved: Floats, linear: Floats, arrays: ProblemArrays) -> tuple[Floats, Floats]:
     """(point, prices of the limits) near the optimum; limits that hold whatever is chosen have no price."""
-    rows, options = Rows.of(arrays), len(linear)
+    rows, options = ConstraintRows.of(arrays), len(linear)
     equal, right, below = rows.matrices()
     binding = np.maximum.reduceat(arrays.costs, arrays.offsets[:-1]).sum(axis=0) > arrays.limits
     whole = np.zeros((rows.size, rows.size))
@@ -80,19 +80,20 @@ def _quadratic_optimum(curved: Floats, linear: Floats, arrays: Arrays) -> tuple[
     start = np.full(rows.size, 0.5)
     start[:options] = 1.0 / np.diff(arrays.offsets)[arrays.choice]
     most, price = arrays.limits.astype(np.float64), np.zeros(len(binding))
-    point, price[binding] = relaxed_optimum(whole, costs, equal.toarray(), right, below[binding], most[binding], start)
+    program = QuadraticProgram(whole, costs, equal.toarray(), right, below[binding], most[binding])
+    point, price[binding] = program.optimum(start)
     shares = point[:options] / np.add.reduceat(point[:options], arrays.offsets[:-1])[arrays.choice]
     return shares, price
 
 
-def _convexified(pairs: Floats, arrays: Arrays) -> tuple[Floats, Floats]:
+def _convexified(pairs: Floats, arrays: ProblemArrays) -> tuple[Floats, Floats]:
     """(P, q) with x'Px / 2 + q'x equal to the objective at every assignment, and P convex along changes of choices."""
     diagonal = np.diag(pairs)
     share = _movable_share(pairs, diagonal, arrays)
     return pairs - share * np.diag(diagonal), 0.5 * share * diagonal
 
 
-def _movable_share(pairs: Floats, diagonal: Floats, arrays: Arrays) -> float:
+def _movable_share(pairs: Floats, diagonal: Floats, arrays: ProblemArrays) -> float:
     """The largest s for which pairs - s diag(pairs) stays positive semi-definite along changes inside the choices.
 
     Changes lead away from the least damaging option of each choice and are divided by their own damage: the

@@ -1,16 +1,16 @@
-"""The least sum of damages by the first solver that has an answer."""
+"""The least sum of damages by the first solver that succeeds."""
 
 from __future__ import annotations
 
-from quantkit.allocation.dp import dp
+from quantkit.allocation.dynamic_program import dp
 from quantkit.allocation.highs import highs
-from quantkit.allocation.problem import Found, Problem
+from quantkit.allocation.problem import Problem, SolverResult
 from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 
 
-def least_sum(problem: Problem, settings: Settings) -> Found:
-    """CBC's answer; HiGHS', then that of the dynamic program, where a solver gives up or calls a problem infeasible.
+def least_sum(problem: Problem, settings: Settings) -> SolverResult:
+    """CBC's result; HiGHS', then that of the dynamic program, where a solver gives up or calls a problem infeasible.
 
     Raises NoAssignment only when no solver finds an assignment and one of them proves that there is none."""
     refusals: list[NoAssignment | SolverGaveUp] = []

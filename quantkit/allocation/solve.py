@@ -1,4 +1,4 @@
-"""The one door to the solvers: nothing leaves it that was not recounted."""
+"""The one entry to the solvers: whatever they return is recounted in exact integers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from quantkit.allocation import baq, by_rank, greedy, lagrangian, swaps, uniform  # noqa: F401  # registered by name
-from quantkit.allocation.arrays import Arrays
+from quantkit.allocation import greedy, ranking, swaps, uniform  # noqa: F401  # registered by name
 from quantkit.allocation.feasibility import Conflict, OutOfReach, blame, out_of_reach
-from quantkit.allocation.problem import Found, Problem, Solution
+from quantkit.allocation.presolve import Presolved, presolve
+from quantkit.allocation.problem import Problem, Solution, SolverResult
+from quantkit.allocation.problem_arrays import ProblemArrays
 from quantkit.allocation.quadratic import quadratic
-from quantkit.allocation.reduce import Reduced, reduce
 from quantkit.allocation.registry import PAIR_SOLVERS, SOLVERS, NoAssignment, Settings, solver
 from quantkit.allocation.relaxation import relax
 from quantkit.allocation.separable import least_sum
@@ -22,7 +22,7 @@ PROVEN_GAP = 1e-8
 
 
 @solver("auto", pairs=True)
-def auto(problem: Problem, settings: Settings) -> Found:
+def auto(problem: Problem, settings: Settings) -> SolverResult:
     """An integer program on the damages alone; with pair terms the exact quadratic where small enough, else swaps."""
     return least_sum(problem, settings) if problem.pairs is None else quadratic(problem, settings)
 
@@ -38,28 +38,31 @@ def require_solver(name: str) -> None:
 def solve(problem: Problem, solver: str = "auto", settings: Settings | None = None) -> Solution:
     """The assignment with the least objective a solver finds within the limits, verified in exact integers.
 
-    Solvers that know only sums minimize the damages alone; objective, bound and gap are those of the problem asked.
+    Solvers of sums minimize the damages alone; objective, bound and gap are those of the problem asked.
     Raises OutOfReach (an InfeasibleBudget) with the limit that cannot be met, SolverGaveUp when the solver ended
     without an answer, InvalidRequest for an unknown solver."""
     require_solver(solver)
     settings = settings or Settings()
-    reduced = reduce(problem)
+    reduced = presolve(problem)
     if out_of_reach(reduced.problem):
         raise _infeasible(problem, blame(reduced))
     if not problem.choices:
         return Solution((), 0.0, 0.0, 0.0, solver, True)
-    knows_objective = problem.pairs is None or solver in PAIR_SOLVERS
-    asked = reduced.problem if knows_objective else replace(reduced.problem, pairs=None)
+
+    whole_objective = problem.pairs is None or solver in PAIR_SOLVERS
+    solved = reduced.problem if whole_objective else replace(reduced.problem, pairs=None)
     try:
-        found = SOLVERS[solver](asked, replace(settings, order=_order(problem, reduced, settings.order)))
+        result = SOLVERS[solver](solved, replace(settings, order=_order(problem, reduced, settings.order)))
     except NoAssignment:
         raise _infeasible(problem, blame(reduced)) from None
-    assignment = reduced.expand(found.assignment)
+    assignment = reduced.expand(result.assignment)
     if not problem.feasible(assignment):
         raise QuantkitError(f"Solver {solver!r} returned a plan that breaks a limit or a group. Please report this.")
-    bound = found.bound if knows_objective else -math.inf
+
+    # A solver that saw the damages alone has bounded another objective; the relaxation bounds the one asked for.
+    bound = result.bound if whole_objective else -math.inf
     if bound == -math.inf:
-        bound = relax(reduced.problem, Arrays.of(reduced.problem)).bound
+        bound = relax(reduced.problem, ProblemArrays.of(reduced.problem)).bound
     objective = problem.objective(assignment)
     bound = min(bound, objective)
     gap = 0.0 if bound == objective else (objective - bound) / max(abs(objective), 1e-300)
@@ -77,7 +80,7 @@ def _infeasible(problem: Problem, conflict: Conflict) -> OutOfReach:
     )
 
 
-def _order(problem: Problem, reduced: Reduced, order: Sequence[str]) -> tuple[str, ...]:
+def _order(problem: Problem, reduced: Presolved, order: Sequence[str]) -> tuple[str, ...]:
     """An order of choices as one of merged choices, each ranked by its first member."""
     owner = {
         problem.choices[i].name: new.name

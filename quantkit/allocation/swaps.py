@@ -7,23 +7,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from quantkit.allocation.problem import Found, Problem
+from quantkit.allocation.local_search import LocalSearch
+from quantkit.allocation.problem import Problem, SolverResult
 from quantkit.allocation.registry import Settings, solver
 from quantkit.allocation.relaxation import relax
-from quantkit.allocation.search import Search
 from quantkit.allocation.separable import least_sum
 
 KICKS = 150
 
 
 @solver("swaps", pairs=True)
-def swaps(problem: Problem, settings: Settings) -> Found:
+def swaps(problem: Problem, settings: Settings) -> SolverResult:
     """Swap from the integer program's answer, the relaxation's and random ones; lower bound from the convex
     relaxation."""
-    search = Search(problem)
+    search = LocalSearch(problem)
     relaxation = relax(problem, search.arrays)
     program = least_sum(replace(problem, pairs=None), settings).assignment
     _, rounded = search.arrays.best(-relaxation.point)
     starts = [np.array(problem.positions(program), dtype=np.int64), rounded]
     best = search.improve(starts, np.random.default_rng(settings.seed), KICKS)
-    return Found(search.arrays.assignment(best), relaxation.bound)
+    return SolverResult(search.arrays.assignment(best), relaxation.bound)

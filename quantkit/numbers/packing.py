@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CorruptFile
-from quantkit.formats import SCALE_BYTES, bit_planes, packed_bytes
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.formats import bit_planes, packed_bytes
 
 
 def split_planes(codes: Tensor, bits: int) -> list[tuple[int, Tensor]]:
@@ -69,15 +68,3 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         unsigned = plane if width == 8 else (unsigned << width) | plane
         start += size
     return (unsigned - (1 << bits - 1)).view(torch.int8).reshape(shape)  # modulo 256 again
-
-
-def packed_weight_bytes(weight: QuantizedWeight) -> int:
-    """Bytes of a weight as it is stored: packed codes, scales and packed zero points, counted from the packed
-    tensors.
-    """
-    zeros = 0 if weight.zero_point is None else pack(weight.zero_point, weight.format.bits).numel()
-    return (
-        pack(weight.codes, weight.format.bits).numel()
-        + SCALE_BYTES[weight.format.scale] * weight.scale.numel()
-        + zeros
-    )

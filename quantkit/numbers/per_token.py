@@ -6,37 +6,33 @@ the top code: scale = max |x| / (2^(bits - 1) - 1), code = round(x / scale), whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.uniform import SiteRange
+from quantkit.formats import ActivationFormat
+from quantkit.numbers.quantizer import Codes, Quantizer
 
 SMALLEST_STEP = torch.finfo(torch.float32).tiny  # rows of zeros need one too
 
 
-class _StraightThroughRows(torch.autograd.Function):
-    """Fake quantization whose gradient is 1: nothing is clipped."""
-
-    @staticmethod
-    def forward(ctx, x, found):
-        scale = found.scales(x)
-        return torch.round(x / scale).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
 @dataclass(frozen=True)
-class TokenRange:
+class TokenRange(Quantizer):
     """The quantizer of a site that finds a scale for every row by itself; codes of ``bits`` bits."""
 
     bits: int = 8
+
+    kind: ClassVar[str] = "per-token"
+    stored: ClassVar[Literal[False]] = False
+    static: ClassVar[Literal[False]] = False
+    integer: ClassVar[Literal[True]] = True
+    clips: ClassVar[bool] = False
+
+    @property
+    def format(self) -> ActivationFormat:
+        return ActivationFormat(str(self.bits), dynamic=True)
 
     @property
     def high(self) -> int:
@@ -47,16 +43,9 @@ class TokenRange:
         """The scale of every row of ``x``, with a last dimension of one."""
         return (x.detach().abs().amax(-1, keepdim=True) / self.high).clamp(min=SMALLEST_STEP)
 
-    def fake_quantize(self, x: Tensor) -> Tensor:
-        """``x`` as the runtime sees it, with straight-through gradients."""
-        return _StraightThroughRows.apply(x, self)
+    def quantize(self, x: Tensor) -> Codes:
+        scale = self.scales(x)
+        return Codes(torch.round(x / scale), scale)
 
-
-AnyRange = SiteRange | LogRange | TokenRange
-
-
-def range_of(record: Mapping[str, Any]) -> AnyRange:
-    """The quantizer whose fields a file holds."""
-    if "scale" not in record:
-        return TokenRange(**record)
-    return SiteRange(**record) if "zero_point" in record else LogRange(**record)
+    def dequantize(self, codes: Codes) -> Tensor:
+        return codes.codes * codes.scale

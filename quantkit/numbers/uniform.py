@@ -6,12 +6,15 @@ packs, exports or executes codes is checked against these few lines.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from quantkit.formats import WeightFormat
+from quantkit.formats import ActivationFormat, Scheme, WeightFormat
+from quantkit.numbers.quantizer import Codes, Quantizer
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -49,7 +52,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: 
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class QuantizedWeight(Quantizer):
     """A layer's weight as it ships: int8 ``codes`` in the weight's shape, ``scale`` (O, groups) float32,
     ``zero_point`` (O, groups) int8 or None, and the format they obey."""
 
@@ -58,27 +61,80 @@ class QuantizedWeight:
     zero_point: Tensor | None
     format: WeightFormat
 
-    def dequantize(self) -> Tensor:
-        """The float32 weight these codes stand for, in the weight's shape."""
-        grouped = self.codes.reshape(*self.scale.shape, -1).float()
+    kind: ClassVar[str] = "weight"
+    stored: ClassVar[Literal[True]] = True
+    static: ClassVar[Literal[True]] = True
+    integer: ClassVar[Literal[True]] = True
+
+    @property
+    def bits(self) -> int:
+        return self.format.bits
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, to be broadcast over (O, groups, inputs of a group)."""
         zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
-        return dequantize(grouped, self.scale.unsqueeze(-1), zero.unsqueeze(-1)).reshape(self.codes.shape)
+        return self.scale.unsqueeze(-1), zero.unsqueeze(-1)
+
+    def quantize(self, x: Tensor) -> Codes:
+        """The nearest codes of another weight of this shape, on the grid of this one."""
+        codes = quantize(x.reshape(*self.scale.shape, -1), *self.grid(), *self.format.code_range)
+        return Codes(codes.reshape(x.shape).to(torch.int8), self.scale)
+
+    def dequantize(self, codes: Codes | None = None) -> Tensor:
+        """The float32 weight that codes on this grid stand for, by default its own, in the weight's shape."""
+        found = self.codes if codes is None else codes.codes
+        return dequantize(found.reshape(*self.scale.shape, -1).float(), *self.grid()).reshape(found.shape)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        grouped = x.reshape(*self.scale.shape, -1)
+        return fake_quantize(grouped, *self.grid(), *self.format.code_range).reshape(x.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors under their names, the zero points None where there are none."""
+        return super().to_dict() | {"format": str(self.format)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> QuantizedWeight:
+        format = Scheme.parse(record["format"]).weight
+        assert format is not None, "written by to_dict"
+        return cls(record["codes"], record["scale"], record.get("zero_point"), format)
+
+    def fingerprint(self) -> bytes:
+        held = (self.codes, self.scale, self.zero_point)
+        return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in held if t is not None)
 
 
 @dataclass(frozen=True)
-class SiteRange:
+class SiteRange(Quantizer):
     """The quantizer of one site: unsigned codes of ``bits`` bits, one scale and zero point for the whole tensor."""
 
     scale: float
     zero_point: int
     bits: int = 8
 
+    kind: ClassVar[str] = "uniform"
+    stored: ClassVar[Literal[False]] = False
+    static: ClassVar[Literal[True]] = True
+    integer: ClassVar[Literal[True]] = True
+
+    @property
+    def format(self) -> ActivationFormat:
+        return ActivationFormat(str(self.bits))
+
     @property
     def high(self) -> int:
         return (1 << self.bits) - 1
 
+    def _grid(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        scale = torch.tensor(self.scale, dtype=torch.float32, device=device)
+        return scale, torch.tensor(float(self.zero_point), dtype=torch.float32, device=device)
+
+    def quantize(self, x: Tensor) -> Codes:
+        scale, zero = self._grid(x.device)
+        return Codes(quantize(x, scale, zero, 0, self.high), scale)
+
+    def dequantize(self, codes: Codes) -> Tensor:
+        return dequantize(codes.codes, *self._grid(codes.codes.device))
+
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """``x`` as the integer runtime sees it, with straight-through gradients."""
-        scale = torch.tensor(self.scale, dtype=torch.float32, device=x.device)
-        zero = torch.tensor(float(self.zero_point), device=x.device)
-        return fake_quantize(x, scale, zero, 0, self.high)
+        return fake_quantize(x, *self._grid(x.device), 0, self.high)

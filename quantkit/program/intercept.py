@@ -92,8 +92,9 @@ class _Calls(TorchFunctionMode):
         op = operation_name(func)
         if op is None:
             result = func(*args, **kwargs)
-            of_shape = self.read_shape is not None and getattr(func, "__self__", None) is Tensor.shape
-            return self.read_shape(args[0], result) if of_shape else result
+            if self.read_shape is not None and getattr(func, "__self__", None) is Tensor.shape:
+                return self.read_shape(args[0], result)
+            return result
         if (parts := parts_of(op, args, kwargs)) is not None:
             with self:
                 return parts(*args, **kwargs)

@@ -1,8 +1,10 @@
-"""Which tensor of a model's result it is judged by."""
+"""The tensors of a model's result: their names, which of them count, and which one is the model's answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,14 +12,59 @@ from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
 
+_CARRIED = "loss|past_key_values|cache|mems|hidden_states|attentions|router_logits"
+_ALWAYS_CARRIED = re.compile(rf"(?:^|[._])(?:{_CARRIED})(?:$|[.\[])")
+_CARRIED_BESIDE_LOGITS = re.compile(r"(?:^|[._])(?:hidden_state|pooler_output)$")
+
 
 def main_output(result: Any) -> Tensor:
-    """The tensor the damage is measured on: ``logits`` of a dict or record, else the first floating-point tensor."""
-    named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
-    candidates = [named] if isinstance(named, Tensor) else tree_flatten(result)[0]
-    for tensor in candidates:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            return tensor
-    raise InvalidRequest(
-        "The model returns no floating-point tensor, so there is nothing to compare with the float model."
-    )
+    """The tensor that is the model's answer: ``logits`` of a dict or record, else the first that counts."""
+    tensors = counted(result)
+    return tensors[position_of_answer([name for name, _ in tensors])][1]
+
+
+def counted(result: Any) -> list[tuple[str, Tensor]]:
+    """The outputs that count, with their names; raises InvalidRequest where there are none."""
+    every = [(name, tensor) for name, tensor in named_tensors(result) if tensor.is_floating_point()]
+    if not every:
+        raise InvalidRequest(
+            "The model returns no floating-point tensor, so there is nothing to compare with the float model."
+        )
+    own = [(name, tensor) for name, tensor in every if not _ALWAYS_CARRIED.search(name)]
+    if any(is_logits(name) for name, _ in own):
+        own = [(name, tensor) for name, tensor in own if not _CARRIED_BESIDE_LOGITS.search(name)]
+    return own or every
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in a result: "output" for one alone, keys and fields of records, "output[1]" for tuples."""
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        for i, part in enumerate(value):
+            yield from named_tensors(part, f"{name or 'output'}[{i}]")
+    else:
+        for key, part in _fields(value):
+            yield from named_tensors(part, f"{name}.{key}" if name else key)
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), part) for key, part in value.items())
+    elif isinstance(value, tuple):
+        yield from zip(value._fields, value, strict=True)  # type: ignore[attr-defined]
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from ((field.name, getattr(value, field.name)) for field in fields(value))
+    elif isinstance(getattr(value, "logits", None), Tensor):
+        yield "logits", value.logits
+    else:
+        leaves = tree_flatten(value)[0]
+        yield from ((str(i), leaf) for i, leaf in enumerate(leaves) if leaf is not value)
+
+
+def is_logits(name: str) -> bool:
+    return "logits" in re.split(r"[._\[\]]", name)
+
+
+def position_of_answer(names: Sequence[str]) -> int:
+    return names.index("logits") if "logits" in names else 0

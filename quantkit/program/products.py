@@ -185,7 +185,7 @@ class Owners:
     def _view(self, name: str, product: Product, bias: str | None) -> tuple[str, LayerWeight] | None:
         """The layer of a view of a parameter."""
         parameter, weight = self.named[name], product.weight
-        offset = weight.storage_offset() - parameter.storage_offset()
+        offset = int(weight.storage_offset() - parameter.storage_offset())
         order: tuple[int, ...] | None = (*product.outputs, *product.inputs)
         shape = _joined(weight, product)
         size, stride, label = tuple(weight.shape), weight.stride(), self._layer_name(name)

@@ -77,7 +77,7 @@ class Program:
     tensor that is read and not made; ``varying`` are the values that depend on the model's inputs, ``floating`` those
     of floating-point tensors, ``rows`` maps values with one row per sample to the axis of the samples. ``updated`` are the tensors that a forward leaves
     changed in the model. ``channels_last``: whether a replay may use that layout. ``output`` is the one of ``outputs``
-    that damage is measured on.
+    that is the model's answer, ``output_names`` are the names of all of them.
     """
 
     size: int
@@ -98,6 +98,7 @@ class Program:
     rows: Mapping[int, int] = field(default_factory=dict)
     channels_last: bool = True
     output: int = -1
+    output_names: tuple[str, ...] = ()
 
     @cached_property
     def makers(self) -> dict[int, Step]:
@@ -141,7 +142,7 @@ class Program:
             if not step.constant:
                 made.update(step.makes, (new for _, new in step.rewrites))
         read = {n for step in self.steps[start:] if not step.constant for n in step.reads}
-        return sorted(made & (read | {self.output}))
+        return sorted(made & (read | set(self.outputs)))
 
     def first_use(self, weight: LayerWeight) -> int:
         """The position of the first step that reads a layer's weight, or the parameter that holds it."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantkit.errors import InvalidRequest, QuantkitError
@@ -17,7 +16,7 @@ from quantkit.program.arguments import SizeRef, frozen, leaves_of
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import OpKey, change_inputs, intercept, own_inputs, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layers
-from quantkit.program.outputs import main_output
+from quantkit.program.outputs import main_output, named_tensors
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
 from quantkit.program.sizes import Extent, following
@@ -260,14 +259,8 @@ class Recorder:
 
 
 def results_of(value: Any) -> list[Tensor]:
-    """All tensors of what a model returned, also those in dataclasses."""
-    found = []
-    for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += results_of([getattr(leaf, field.name) for field in fields(leaf)])
-    return found
+    """All tensors of what a model returned."""
+    return [tensor for _, tensor in named_tensors(value)]
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
@@ -309,15 +302,16 @@ def recorded(model: nn.Module, batch: Batch) -> tuple[Program, Any]:
         inputs = [recorder.number_of_input(tensor) for tensor in tensors_of((args, kwargs))]
         with intercept(model, recorder, recorder.read_shape):
             result = _called(model, args, kwargs)
-        outputs = [recorder.number(tensor) for tensor in results_of(result)]
-        floating = any(tensor.is_floating_point() for tensor in results_of(result))
+        named = dict(named_tensors(result))
+        outputs = {name: recorder.number(tensor) for name, tensor in named.items()}
+        floating = any(tensor.is_floating_point() for tensor in named.values())
         output = recorder.number(main_output(result)) if floating else -1
     return replace(_program(recorder, inputs, outputs, updated), output=output), result
 
 
-def _program(recorder: Recorder, inputs: list[int], outputs: list[int], updated: list[str]) -> Program:
+def _program(recorder: Recorder, inputs: list[int], outputs: dict[str, int], updated: list[str]) -> Program:
     steps = _with_written_made_anew(recorder)
-    needed = {n for step in steps if not step.constant for n in step.inputs} | set(outputs)
+    needed = {n for step in steps if not step.constant for n in step.inputs} | set(outputs.values())
     weights = dict(recorder.weights)
     held = {recorder.stored[name] for w in weights.values() for name in ([w.parameter] if w.parameter else w.sources)}
     never_called = {name: w for name, w in recorder.modules.items() if recorder.stored[str(w.parameter)] not in held}
@@ -327,7 +321,8 @@ def _program(recorder: Recorder, inputs: list[int], outputs: list[int], updated:
         steps=steps,
         inputs=tuple(inputs),
         dtypes=tuple(recorder.dtypes[number] for number in inputs),
-        outputs=tuple(outputs),
+        outputs=tuple(outputs.values()),
+        output_names=tuple(outputs),
         producer=recorder.producer,
         shape=recorder.shape,
         calls={name: tuple(calls) for name, calls in recorder.calls.items()},

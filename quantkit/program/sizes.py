@@ -77,7 +77,7 @@ class Ratio(float):
         return float, (float(self),)
 
 
-def following(value: float, expression: Extent | Computed, recording: object) -> Size | Ratio:
+def following(value: float, expression: Extent | Computed, recording: object) -> Any:
     """A number that remembers its expression."""
     number = Size(value) if isinstance(value, int) else Ratio(value)
     number.expression, number.recording = expression, recording

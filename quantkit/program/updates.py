@@ -47,7 +47,8 @@ def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator
     finally:
         for name, holder, key, tensor, version in before:
             written = tensor.is_inference() or tensor._version != version
-            if holder.get(key) is tensor and not (written and not torch.equal(tensor, copies[name])):
+            same = holder.get(key) is tensor
+            if same and not (written and not torch.equal(tensor, copies[name])):
                 continue
             changed.append(name)
             holder[key] = tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import SiteRange, dequantize, quantize
+from quantkit.numbers.uniform import SiteRange
 
 BINS = 2048
 TAIL = 1e-4  # share of the values a percentile range leaves out on either side
@@ -88,8 +88,7 @@ def mse_range(histogram: Histogram, bits: int) -> SiteRange:
     values, counts = histogram.centres(), histogram.counts.double()
 
     def error(found: SiteRange) -> float:
-        scale, zero = torch.tensor(found.scale).double(), torch.tensor(float(found.zero_point)).double()
-        rounded = dequantize(quantize(values, scale, zero, 0, found.high), scale, zero)
+        rounded = found.dequantize(found.quantize(values))
         return float((counts * (rounded - values).square()).sum())
 
     edges = histogram.extremes.with_zero()

@@ -13,7 +13,7 @@ from quantkit.rounding.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, RANKINGS
 from quantkit.stages.first_last import FIRST_LAST
 from quantkit.stages.operating_point import EFFORTS
-from quantkit.stages.reparameterize import REPARAMETERIZATIONS
+from quantkit.stages.options import REPARAMETERIZATIONS
 from quantkit.targets import Target, target_names
 
 

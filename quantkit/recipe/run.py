@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from quantkit.allocation.solve import require_solver
+from quantkit.api import profile, quantize
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan, Profile
@@ -27,9 +28,8 @@ from quantkit.stages.inputs import calibration_batches
 from quantkit.stages.measure_plans import measured_damages
 from quantkit.stages.metric import metric_of
 from quantkit.stages.operating_point import EFFORTS
-from quantkit.stages.profile import profile
-from quantkit.stages.quantize import quantize
-from quantkit.stages.request import CHOICES, DEFAULT_TARGET, choose
+from quantkit.stages.options import CHOICES, choose
+from quantkit.stages.request import DEFAULT_TARGET
 from quantkit.stages.result import Result, load_result
 from quantkit.store import require_writable, write_atomically
 from quantkit.targets import Target
@@ -172,13 +172,14 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     from quantkit.backends.onnxruntime.latency import measure_latency_ratio
     from quantkit.backends.onnxruntime.marks import mark_graph
     from quantkit.backends.onnxruntime.onnx_model import OnnxModel
-    from quantkit.backends.onnxruntime.writer import export_float, export_onnx
+    from quantkit.backends.onnxruntime.writer import ExportOptions, export_float, export_onnx
 
     example = result.example()
     simulated = result.simulated()
     graph = mark_graph(simulated, example)
     checked = result.calibration[:CHECKED_BATCHES]
-    report = export_onnx(simulated, example, path, check=checked, plan=result.plan, graph=graph)
+    options = ExportOptions(result.instruction_set, checked, plan=result.plan, graph=graph)
+    report = export_onnx(simulated, example, path, options)
     metrics = dict(result.metrics)
     if inputs.evaluate is not None:
         metrics["onnx"] = metric_of(inputs.evaluate, OnnxModel(path))

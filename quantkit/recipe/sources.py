@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map
 from quantkit.errors import CorruptFile, InvalidRequest, QuantkitError, did_you_mean
 from quantkit.plan import digest_of
 from quantkit.program.inputs import Batch, as_batch, batch_size, split_batches
+from quantkit.program.outputs import main_output
 from quantkit.recipe.read import Recipe
-from quantkit.sensitivity.measure import main_output
 from quantkit.stages.metric import Evaluate
 
 BATCH = 128

@@ -16,11 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.codes import root_of
 from quantkit.program.intercept import OpKey, read_place
 from quantkit.program.program import Part, Program
 from quantkit.program.segments import Segment
-from quantkit.program.sites import root_of
 from quantkit.progress import track
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through
@@ -243,8 +243,8 @@ def learn_layer(
 
 
 def _ranges(model: SimulatedModel, sites: set[str]) -> dict[str, LearnedRange]:
-    starts = [(site, model.ranges.get(site)) for site in sorted(sites)]
-    return {site: LearnedRange(start, joint=True) for site, start in starts if isinstance(start, SiteRange)}
+    starts = [(site, model.ranges[site]) for site in sorted(sites & model.ranges.keys())]
+    return {site: LearnedRange(start, joint=True) for site, start in starts if start.static and start.integer}
 
 
 def _rated(weight: JointWeight, ranges: Mapping[str, LearnedRange], schedule: Schedule) -> list[tuple[Tensor, float]]:

@@ -10,6 +10,7 @@ teach little.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from quantkit.program.inputs import Batch
 
+T = TypeVar("T")
 LEAST_SIDE = 8  # pixels: what is smaller is no image
 SHIFT = 8  # images move by up to one part in so many of their height and width
 HARMLESS = 0.1  # of the damage of another sample's output
@@ -62,17 +64,17 @@ def changed(batch: Batch, names: Sequence[str], generator: torch.Generator) -> B
 
 def harmless(
     batch: Batch,
-    outputs: Callable[[Batch], Tensor],
-    damage: Callable[[Tensor, Tensor], Tensor],
+    outputs: Callable[[Batch], T],
+    damage: Callable[[T, T], Tensor],
     generator: torch.Generator,
 ) -> tuple[str, ...]:
-    """The changes that do at most ``HARMLESS`` of the ``damage`` to the ``outputs`` (samples, ...) of a batch that
-    giving each sample the output of another one does.
+    """The changes that do at most ``HARMLESS`` of the ``damage`` to the ``outputs`` of a batch, a tensor (samples,
+    ...) or several, that giving each sample the output of another one does.
     """
     if not any(_is_image(tensor) for tensor in tree_flatten(batch)[0]):
         return ()
     reference = outputs(batch)
-    most = HARMLESS * float(damage(reference, reference.roll(1, 0)).mean())
+    most = HARMLESS * float(damage(reference, tree_map(lambda one: one.roll(1, 0), reference)).mean())
     return tuple(
         name for name in CHANGES if float(damage(reference, outputs(changed(batch, [name], generator))).mean()) <= most
     )

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import SiteRange
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment, whole
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
@@ -86,7 +85,7 @@ def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collectio
     inside = (made | entering) - {program.producer.get(segment.output)}
     for site in model.sites:
         found = model.ranges.get(site.name)
-        if isinstance(found, SiteRange) and found.bits < EIGHT_BITS and site.place in inside:
+        if found is not None and found.static and found.integer and found.bits < EIGHT_BITS and site.place in inside:
             runner.ranges[site.name] = LearnedRange(found)
 
 

@@ -82,10 +82,9 @@ class LearnedWeight:
     def __init__(self, weight: Tensor, start: QuantizedWeight, bias: Tensor | None, unit: Tensor) -> None:
         self.start, self.unit = start, unit
         rows = (*start.scale.shape, -1)
-        zero = torch.zeros_like(start.scale) if start.zero_point is None else start.zero_point.float()
-        self.zero = zero.unsqueeze(-1)
+        scale, self.zero = start.grid()
         codes = start.codes.reshape(rows).float()
-        exact = weight.detach().reshape(rows) / start.scale.unsqueeze(-1) + self.zero
+        exact = weight.detach().reshape(rows) / scale + self.zero
         self.code = (codes + (exact - codes).clamp(-HALF, HALF)).requires_grad_()
         self.log_factor = torch.zeros_like(start.scale).requires_grad_()
         self.bias_start = bias if bias is None else bias.detach().clone()

@@ -7,34 +7,34 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.per_token import AnyRange, range_of
+from quantkit.numbers.kinds import AnyRange, range_of
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.reconstruction.learning import Learned
 from quantkit.simulation.model import SimulatedModel
-from quantkit.store import Artefacts
+from quantkit.store import Arrays, Artefacts, Codec
 
-Arrays = Mapping[str, np.ndarray]
+Rounded = tuple[QuantizedWeight, str]  # codes, and how they were rounded
 _GENERATOR = "generator"
+_PARTS = ("codes", "scale", "zero_point")
 
 
 def arrays_of(weight: QuantizedWeight, name: str) -> dict[str, np.ndarray]:
     """The codes, scales and zero points of a weight as arrays named after ``name``."""
-    parts = {"codes": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
-    return {f"{name} {part}": tensor.numpy() for part, tensor in parts.items() if tensor is not None}
+    held = weight.to_dict()
+    return {f"{name} {part}": held[part].numpy() for part in _PARTS if held[part] is not None}
 
 
 def weight_of_arrays(arrays: Arrays, name: str, format: WeightFormat) -> QuantizedWeight:
     """The weight that ``arrays_of`` took apart."""
-    codes, scale, zero = (arrays.get(f"{name} {part}") for part in ("codes", "scale", "zero_point"))
-    assert codes is not None and scale is not None, "written together"
-    zeros = None if zero is None else torch.from_numpy(zero)
-    return QuantizedWeight(torch.from_numpy(codes), torch.from_numpy(scale), zeros, format)
+    held = {part: torch.from_numpy(arrays[key]) for part in _PARTS if (key := f"{name} {part}") in arrays}
+    return QuantizedWeight.from_dict(held | {"format": str(format)})
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,31 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """A finished piece of learning: its figures, the part of the model it changed, and where its draws ended."""
+
+    learned: Learned
+    after: Snapshot
+    draws: Tensor | None
+
+
+@dataclass(frozen=True)
 class Cache:
     """The pieces of work on one model that are finished, by this run or by one that was killed."""
 
     artefacts: Artefacts = field(default_factory=Artefacts)
 
-    def rounded(self, layer: str, format: WeightFormat) -> tuple[QuantizedWeight, str] | None:
-        """A layer's codes and the note on how it was rounded; None where that is still to be done."""
+    def rounding(self, layer: str, format: WeightFormat, compute: Callable[[], Rounded]) -> Rounded:
+        """A layer's codes and the note on how it was rounded."""
+        return self.artefacts.cached(f"rounded: {layer}", str(format), compute, _rounded_codec(layer, format))
+
+    def rounded(self, layer: str, format: WeightFormat) -> Rounded | None:
+        """What is kept of a layer's rounding; None where that is still to be done."""
         kept = self.artefacts.find(f"rounded: {layer}", str(format))
-        return None if kept is None else (weight_of_arrays(kept[0], layer, format), kept[1])
+        return None if kept is None else _rounded_codec(layer, format).decode(*kept)
 
     def keep_rounded(self, layer: str, weight: QuantizedWeight, note: str) -> None:
-        self.artefacts.keep(f"rounded: {layer}", str(weight.format), arrays_of(weight, layer), note)
+        self.rounding(layer, weight.format, lambda: (weight, note))
 
     def learned(
         self,
@@ -85,31 +98,55 @@ class Cache:
         work: Callable[[], Learned],
         generator: torch.Generator | None = None,
     ) -> Learned:
-        """What ``work()`` finds. Where it is finished, the model gets what was learned of ``layers`` and of ranges,
+        """What ``work()`` learns. Where it is finished, the model gets what was learned of ``layers`` and of ranges,
         and ``generator`` the state it was left in, instead.
         """
-        names = list(layers)
-        kept = self.artefacts.find(f"learned: {piece}", names)
-        if kept is None:
-            found = work()
-            self._keep(piece, Snapshot.of(model, names), found, generator)
-            return found
-        arrays, note = kept[0], json.loads(kept[1])
-        weights = {name: weight_of_arrays(arrays, name, model.weights[name].format) for name in names}
-        biases = {name: torch.from_numpy(arrays[f"{name} bias"]) for name in names if f"{name} bias" in arrays}
-        ranges = {site: range_of(record) for site, record in note["ranges"].items()}
-        Snapshot(weights, biases, ranges).put_back(model)
-        if generator is not None:
-            generator.set_state(torch.from_numpy(arrays[_GENERATOR]))
-        return Learned(**note["learned"])
+        formats = {name: model.weights[name].format for name in layers}
 
-    def _keep(self, piece: str, kept: Snapshot, learned: Learned, generator: torch.Generator | None) -> None:
-        arrays: dict[str, np.ndarray] = {}
-        for name, weight in kept.weights.items():
-            arrays |= arrays_of(weight, name)
-        arrays |= {f"{name} bias": bias.numpy() for name, bias in kept.biases.items()}
-        if generator is not None:
-            arrays[_GENERATOR] = generator.get_state().numpy()
-        ranges = {name: asdict(found) for name, found in kept.ranges.items()}
-        note = json.dumps({"learned": asdict(learned), "ranges": ranges})
-        self.artefacts.keep(f"learned: {piece}", list(kept.weights), arrays, note)
+        def compute() -> _Piece:
+            learned = work()
+            return _Piece(learned, Snapshot.of(model, formats), None if generator is None else generator.get_state())
+
+        codec = Codec(_encode, partial(_decode, formats))
+        done = self.artefacts.cached(f"learned: {piece}", list(formats), compute, codec)
+        done.after.put_back(model)
+        if generator is not None and done.draws is not None:
+            generator.set_state(done.draws)
+        return done.learned
+
+
+def weights_codec(formats: Mapping[str, WeightFormat]) -> Codec[tuple[dict[str, QuantizedWeight], str]]:
+    """Named weights of these formats, with a note."""
+    return Codec(
+        lambda value: (_arrays_of_all(value[0]), value[1]),
+        lambda arrays, note: ({name: weight_of_arrays(arrays, name, f) for name, f in formats.items()}, note),
+    )
+
+
+def _rounded_codec(layer: str, format: WeightFormat) -> Codec[Rounded]:
+    return Codec(
+        lambda value: (arrays_of(value[0], layer), value[1]),
+        lambda arrays, note: (weight_of_arrays(arrays, layer, format), note),
+    )
+
+
+def _arrays_of_all(weights: Mapping[str, QuantizedWeight]) -> dict[str, np.ndarray]:
+    return {key: array for name, weight in weights.items() for key, array in arrays_of(weight, name).items()}
+
+
+def _encode(piece: _Piece) -> tuple[Arrays, str]:
+    kept, arrays = piece.after, _arrays_of_all(piece.after.weights)
+    arrays |= {f"{name} bias": bias.numpy() for name, bias in kept.biases.items()}
+    if piece.draws is not None:
+        arrays[_GENERATOR] = piece.draws.numpy()
+    ranges = {name: found.to_dict() for name, found in kept.ranges.items()}
+    return arrays, json.dumps({"learned": asdict(piece.learned), "ranges": ranges})
+
+
+def _decode(formats: Mapping[str, WeightFormat], arrays: Arrays, text: str) -> _Piece:
+    note = json.loads(text)
+    weights = {name: weight_of_arrays(arrays, name, format) for name, format in formats.items()}
+    biases = {name: torch.from_numpy(arrays[f"{name} bias"]) for name in formats if f"{name} bias" in arrays}
+    ranges = {site: range_of(record) for site, record in note["ranges"].items()}
+    draws = torch.from_numpy(arrays[_GENERATOR]) if _GENERATOR in arrays else None
+    return _Piece(Learned(**note["learned"]), Snapshot(weights, biases, ranges), draws)

@@ -18,10 +18,10 @@ Measured = Sequence[float] | None
 
 def rows(front: Sequence[Plan], measured: Measured = None) -> list[tuple[float, ...]]:
     """(average bits, bytes of everything stored, predicted damage, and measured where it was) of each plan."""
-    found: list[tuple[float, ...]] = [
+    table: list[tuple[float, ...]] = [
         (plan.average_bits, plan.total_bytes, float(plan.predicted_damage or 0)) for plan in front
     ]
-    return found if measured is None else [(*row, one) for row, one in zip(found, measured, strict=True)]
+    return table if measured is None else [(*row, one) for row, one in zip(table, measured, strict=True)]
 
 
 def front_table(front: Sequence[Plan], measured: Measured = None) -> str:
@@ -41,9 +41,9 @@ def save_csv(front: Sequence[Plan], path: str | Path, measured: Measured = None)
     """Write the figures of the table, one row per plan."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    found = rows(front, measured)
-    writer.writerow([title.replace(" ", "_") for title in HEAD[: len(found[0]) if found else len(HEAD)]])
-    writer.writerows(found)
+    table = rows(front, measured)
+    writer.writerow([title.replace(" ", "_") for title in HEAD[: len(table[0]) if table else len(HEAD)]])
+    writer.writerows(table)
     return write_atomically(path, lambda temporary: Path(temporary).write_text(text.getvalue(), encoding="utf-8"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.latency import LatencyTable
+from quantkit.plan.latency import LatencyTable
 
 
 def latency_summary(table: LatencyTable) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange, quantize
+from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.program import Program
 from quantkit.progress import track
 from quantkit.ranges.statistics import layer_hessians
@@ -45,7 +45,7 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
     for name, weight in list(simulated.weights.items()):
         bias = simulated.floats.bias(name)
         site = simulated.ranges.get(inputs[name][0]) if len(inputs[name]) == 1 else None
-        if bias is None or not isinstance(site, SiteRange) or weight.scale.shape[1] != 1:
+        if bias is None or site is None or weight.scale.shape[1] != 1 or not (site.static and site.integer):
             continue
         input_scale = site.scale
         with torch.no_grad():
@@ -60,6 +60,5 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
 def _coarser(weight: QuantizedWeight, least: Tensor) -> QuantizedWeight:
     """``weight`` with scales (O, 1) of at least ``least``, its codes rounded again where that changes them."""
     scale = torch.where(weight.scale < 0, -1.0, 1.0) * torch.maximum(weight.scale.abs(), least)
-    zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
-    codes = quantize(weight.dequantize().flatten(1), scale, zero, *weight.format.code_range)
-    return replace(weight, codes=codes.reshape(weight.codes.shape).to(torch.int8), scale=scale)
+    coarser = replace(weight, scale=scale)
+    return replace(coarser, codes=coarser.quantize(weight.dequantize()).codes)

@@ -82,7 +82,7 @@ def real_layer(
     try:
         if site is None:
             raise InvalidRequest("its input has no single quantizer")
-        if isinstance(site, TokenRange):
+        if not site.static:
             if kind == "linear" and site.bits == KERNEL_BITS:
                 return IntLinear(weight, bias, None, expand)
             raise InvalidRequest(f"its kernel quantizes tokens to {KERNEL_BITS} bits, not {site.bits}")
@@ -133,14 +133,15 @@ class RealModel(nn.Module):
         """The one quantizer of a layer's input, None where it has several or none; all calls share that of tokens."""
         read = [self.ranges.get(site.name) for site in self.sites if name in site.consumers]
         first = read[0] if read else None
-        if isinstance(first, TokenRange) and set(read) == {first}:
-            return first
-        return first if isinstance(first, SiteRange) and len(read) == 1 else None
+        if first is None or not first.integer:
+            return None
+        alone = len(read) == 1 if first.static else set(read) == {first}
+        return first if alone else None
 
     def _is_quantized(self, site: Site) -> bool:
         """Whether a site is quantized where it is: tokens of integer layers are, by their kernels."""
         found = self.ranges.get(site.name)
-        inside = isinstance(found, TokenRange) and isinstance(self.layers[site.consumers[0]], IntLinear)
+        inside = found is not None and not found.static and isinstance(self.layers[site.consumers[0]], IntLinear)
         return found is not None and not inside
 
     @property
@@ -225,4 +226,6 @@ class RealModel(nn.Module):
         except AttributeError:
             if name.startswith("__"):
                 raise
-            return quantizing_method(super().__getattr__("model"), name, self.computing)
+            model = super().__getattr__("model")
+            assert isinstance(model, nn.Module)
+            return quantizing_method(model, name, self.computing)

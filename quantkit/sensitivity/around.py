@@ -1,7 +1,7 @@
 """Measured damage of whole plans, and of every single change of one: what improving a plan asks for.
 
 The second order around a plan, not around the float model: with q the outputs of the plan, its metric weighs the
-shifts that changes of the plan make (DESIGN 5.4).
+shifts that changes of the plan make (docs/methods/operating-point.md).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.progress import track
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject, damage_for
-from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms, sample_numbers
+from quantkit.sensitivity.damage import Reference, RunningDamage
+from quantkit.sensitivity.measure import Perturbation, Subject
+from quantkit.sensitivity.outputs import Outputs, joined
+from quantkit.sensitivity.pair_terms import Shifts, metric_lengths, pair_terms
 from quantkit.sensitivity.replay import variations
-from quantkit.sensitivity.sketch import sketch_for
+from quantkit.sensitivity.sketch import Sketches
 
 
 class PlanDamage:
@@ -35,8 +37,8 @@ class PlanDamage:
     ) -> None:
         self.subject, self.perturbations, self.progress = subject, perturbations, progress
         self.temperature = temperature
-        self.reference = list(subject.float_outputs())
-        self.damage = damage_for(subject.loss, torch.cat(self.reference))
+        self.reference = Reference.of(subject)
+        self.damage = self.reference.damage
 
     def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
         """Mean damage of each plan, of which ``rows`` are the parts."""
@@ -57,55 +59,56 @@ class PlanDamage:
         """
         part = replace(self.subject, batches=_first_part(self.subject.batches, share))
         chosen = [[self.perturbations[k] for k in entries] for entries in many]
-        rows: list[list[Tensor]] = [[] for _ in many]
+        rows = [[RunningDamage(self.damage) for _ in temperatures] for _ in many]
+        counts: list[list[int]] = []
         steps = len(many) * len(part.batches)
-        for batch, plan, output in track(variations(part, chosen), "measuring plans", steps, enabled=self.progress):
-            rows[plan].append(torch.stack([self._rows(batch, output, t) for t in temperatures]))
-        numbers = sample_numbers([one.shape[1] for one in rows[0]], [batch_size(b) for b in part.batches])
-        sums = torch.zeros(len(temperatures), int(numbers.max()) + 1).double()
-        scale = sums.shape[1] / len(numbers)
-        return [(scale * sums.index_add(1, numbers, torch.cat(one, 1))).numpy() for one in rows]
+        for batch, plan, outputs in track(variations(part, chosen), "measuring plans", steps, enabled=self.progress):
+            if plan == 0:
+                counts.append([len(one) for one in outputs])
+            for running, temperature in zip(rows[plan], temperatures, strict=True):
+                running.update(self._float(batch, outputs), outputs, temperature)
+        numbers = self.damage.rule.samples(part.batches, counts)
+        return [np.stack([_by_sample(running, numbers) for running in one]) for one in rows]
 
     def around(self, entries: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(damage (K,) of the plan with each entry in place of its owner's, pair terms (K, K) of the changes)."""
         place = {self.perturbations[k].place: k for k in entries}
         others = [k for k in range(len(self.perturbations)) if k not in set(entries)]
         plans = [[*entries], *([*(place | {self.perturbations[k].place: k}).values()] for k in others)]
-        sketch = sketch_for(
-            self.reference,
-            len(self.perturbations),
-            isinstance(self.damage, KLDamage),
-            torch.Generator().manual_seed(0),
-        )
-        kept: list[list[Tensor]] = [[] for _ in plans]
-        rows: list[list[Tensor]] = [[] for _ in plans]
+        sketches = Sketches.of(self.reference, len(self.perturbations), torch.Generator().manual_seed(0))
+        kept: list[list[Outputs]] = [[] for _ in plans]
+        rows = [RunningDamage(self.damage) for _ in plans]
         measured = variations(self.subject, [[self.perturbations[k] for k in plan] for plan in plans])
-        steps = len(plans) * len(self.reference)
-        for batch, plan, output in track(measured, "measuring around the plan", steps, enabled=self.progress):
-            rows[plan].append(self._rows(batch, output, self.temperature))
-            kept[plan].append(output if sketch is None else sketch(batch, output))
-        means = [float(torch.cat(one).mean()) for one in rows]
-        damage = np.full(len(self.perturbations), means[0])
-        damage[others] = means[1:]
-        here = torch.cat(kept[0])
-        shifts = torch.zeros(len(self.perturbations), *here.shape)
-        for k, one in zip(others, kept[1:], strict=True):
-            shifts[k] = torch.cat(one) - here
-        samples = sample_numbers([len(r) for r in self.reference], [batch_size(b) for b in self.subject.batches])
-        return damage, self._pair_terms(here, shifts, samples if sketch is None else sketch.of_kept(samples))
+        steps = len(plans) * len(self.reference.outputs)
+        for batch, plan, outputs in track(measured, "measuring around the plan", steps, enabled=self.progress):
+            rows[plan].update(self._float(batch, outputs), outputs, self.temperature)
+            kept[plan].append(sketches(batch, outputs))
+        damage = np.full(len(self.perturbations), rows[0].mean)
+        damage[others] = [one.mean for one in rows[1:]]
+        here = joined(kept[0])
+        shifts = [torch.zeros(len(self.perturbations), *one.shape) for one in here]
+        for k, batches in zip(others, kept[1:], strict=True):
+            for o, one in enumerate(joined(batches)):
+                shifts[o][k] = one - here[o]
+        samples = sketches.of_kept(self.reference.samples())
+        moved = [Shifts(*one) for one in zip(self.damage.measures, here, shifts, samples, strict=True)]
+        pairs = pair_terms(moved, [p.owner for p in self.perturbations])
+        lengths = metric_lengths(moved, self.temperature)
+        return damage, pairs.cosines * np.outer(lengths, lengths)
 
-    def _rows(self, batch: int, output: Tensor, temperature: float) -> Tensor:
-        """Damage of each row of a batch, or of its first rows, float64."""
-        reference = self.reference[batch][: len(output)]
-        if temperature == 1:
-            return self.damage.rows(reference, output).double()
-        return self.damage.smooth_rows(reference, output, temperature).double()
+    def _float(self, batch: int, outputs: Outputs) -> Outputs:
+        """The float model's outputs for a batch, or for its first samples."""
+        return tuple(a[: len(b)] for a, b in zip(self.reference.outputs[batch], outputs, strict=True))
 
-    def _pair_terms(self, here: Tensor, shifts: Tensor, samples: Tensor) -> np.ndarray:
-        """Trusted cosines, with the lengths that the metric at the plan gives the shifts."""
-        pairs = pair_terms(self.damage, here, shifts, [p.owner for p in self.perturbations], samples)
-        lengths = metric_lengths(self.damage, here, shifts, self.temperature)
-        return pairs.cosines * np.outer(lengths, lengths)
+
+def _by_sample(running: RunningDamage, numbers: Sequence[Tensor]) -> np.ndarray:
+    """The damage by sample, given the sample of each row, by output; its mean is that over the rows."""
+    count = 1 + max(int(every.max()) for every in numbers)
+    found = [
+        count / len(every) * torch.zeros(count).double().index_add(0, every, rows)
+        for rows, every in zip(running.rows, numbers, strict=True)
+    ]
+    return torch.stack(found).sum(0).numpy()
 
 
 def _first_part(batches: Sequence[Batch], share: float) -> list[Batch]:

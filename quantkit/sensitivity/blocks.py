@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.errors import InvalidRequest
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.intercept import tensors_of
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 
@@ -36,7 +35,7 @@ class Block:
 
 def layers_of(perturbations: Iterable[Perturbation]) -> list[str]:
     """The layers whose weights are perturbed, in order."""
-    return list(dict.fromkeys(p.owner for p in perturbations if isinstance(p.change, QuantizedWeight)))
+    return list(dict.fromkeys(p.owner for p in perturbations if not p.at_site))
 
 
 def find_blocks(subject: Subject, layers: Sequence[str]) -> list[Block]:
@@ -137,7 +136,7 @@ def ranking(
     least = min(importance.values(), default=0.0)
 
     def of(p: Perturbation) -> float:
-        if isinstance(p.change, QuantizedWeight):
+        if not p.at_site:
             return importance[p.owner]
         return max((importance[c] for c in subject.sites[p.owner].consumers if c in importance), default=least)
 
@@ -149,6 +148,6 @@ def layer_order(perturbations: Sequence[Perturbation], scores: Scores) -> tuple[
     """Layers by their highest score, highest first; what comes first in the model comes first among equals."""
     highest: dict[str, float] = {}
     for p, score in zip(perturbations, scores.damage, strict=True):
-        if isinstance(p.change, QuantizedWeight):
+        if not p.at_site:
             highest[p.owner] = max(float(score), highest.get(p.owner, float("-inf")))
     return tuple(sorted(highest, key=highest.__getitem__, reverse=True))

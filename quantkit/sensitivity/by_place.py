@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.progress import track
 from quantkit.sensitivity.measure import Perturbation, Place, Subject
+from quantkit.store import Codec
 
 Found = Mapping[str, np.ndarray]
 
@@ -37,21 +36,19 @@ def by_place(
 def _places(
     subject: Subject, perturbations: Sequence[Perturbation], estimator: str, measure: Callable[[int], Found]
 ) -> Iterator[tuple[int, Found]]:
-    for place, members in members_of(perturbations).items():
+    def measured(place: Place, members: Sequence[int]) -> list[Found]:
         name = f"{estimator}: {'site' if place[1] else 'layer'} {place[0]}"
         key = [digest_changes([perturbations[k] for k in members]), digest_changes(subject.base)]
-        kept = subject.artefacts.find(name, key)
-        if kept is not None:
-            arrays = kept[0]
-            yield from ((k, {n: a[i] for n, a in arrays.items()}) for i, k in enumerate(members))
-            continue
-        found = []
-        for k in members:
-            found.append({n: np.asarray(a) for n, a in measure(k).items()})
-            if k != members[-1]:
-                yield k, found[-1]
-        subject.artefacts.keep(name, key, {n: np.stack([f[n] for f in found]) for n in found[0]})
-        yield members[-1], found[-1]
+        return subject.artefacts.cached(name, key, lambda: [measure(k) for k in members], ROWS)
+
+    for place, members in members_of(perturbations).items():
+        yield from zip(members, measured(place, members), strict=True)
+
+
+ROWS: Codec[list[Found]] = Codec(
+    lambda rows: ({name: np.stack([row[name] for row in rows]) for name in rows[0]}, ""),
+    lambda arrays, note: [dict(zip(arrays, row, strict=True)) for row in zip(*arrays.values(), strict=True)],
+)
 
 
 def members_of(perturbations: Iterable[Perturbation]) -> dict[Place, list[int]]:
@@ -67,10 +64,5 @@ def digest_changes(perturbations: Iterable[Perturbation]) -> str:
     hasher = hashlib.sha256()
     for p in perturbations:
         hasher.update(repr((p.owner, p.format)).encode())
-        if isinstance(p.change, QuantizedWeight):
-            for tensor in (p.change.codes, p.change.scale, p.change.zero_point):
-                if tensor is not None:
-                    hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        else:
-            hasher.update(repr(p.change).encode())
+        hasher.update(p.change.fingerprint())
     return hasher.hexdigest()[:16]

@@ -1,10 +1,10 @@
 """A subject's damage as a function to differentiate: by the weights of its layers and by the tensors at its sites.
 
-The damage of the float model has zero gradient and, as its Hessian, the Fisher information (METHODS 0.1). A site's
-tensor is not cut out of the graph: zeros are added to it, and derivatives are taken by these. Everything is float32,
-in eval mode, without autocast, and with attention computed by plain products: fused attention has no second
-derivative (METHODS a4). ``torch.autograd.grad`` is used throughout, since gradients that ``backward`` would store keep
-their graph alive.
+The damage of the float model has zero gradient and, as its Hessian, the Fisher information (docs/methods/damage.md). A
+site's tensor is not cut out of the graph: zeros are added to it, and derivatives are taken by these. Everything is
+float32, in eval mode, without autocast, and with attention computed by plain products: fused attention has no second
+derivative (docs/methods/hessian-trace.md). ``torch.autograd.grad`` is used throughout, since gradients that
+``backward`` would store keep their graph alive.
 """
 
 from __future__ import annotations
@@ -13,26 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantkit.errors import InvalidRequest
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.inputs import split_batches
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
-from quantkit.sensitivity.measure import (
-    Perturbation,
-    Place,
-    Subject,
-    applied,
-    damage_for,
-    main_output,
-    rows_of,
-    swapped_weights,
-    without_autocast,
-)
+from quantkit.sensitivity.damage import Reference
+from quantkit.sensitivity.measure import Perturbation, Place, Subject, applied, swapped_weights, without_autocast
+from quantkit.sensitivity.outputs import Outputs
 from quantkit.simulation.model import at_sites, run_with
 
 GRAPH_SAMPLES = 64  # a graph of second derivatives holds every activation of its samples several times
@@ -43,16 +35,16 @@ AtOutput = Callable[[OpKey, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Point:
-    """One batch with its graph: ``loss`` is the batch's share of the mean damage, ``output`` and ``reference`` are
-    (rows, classes).
+    """One batch with its graph: ``loss`` is the batch's share of the mean damage, ``outputs`` and ``reference`` are
+    (rows, classes) for each output that counts.
 
     ``variables``: what the loss can be differentiated by, a weight or the zeros added to a site's tensor; places the
     batch does not reach have none. ``raw`` and ``here``: a site's tensor before and after the base plan's quantizer.
     """
 
     loss: Tensor
-    output: Tensor
-    reference: Tensor
+    outputs: Outputs
+    reference: Outputs
     variables: Mapping[Place, Tensor]
     raw: Mapping[str, Tensor] = field(default_factory=dict)
     here: Mapping[str, Tensor] = field(default_factory=dict)
@@ -73,9 +65,9 @@ class Landscape:
         self.members: dict[Place, list[int]] = {(name, False): [] for name in layers}
         for k, p in enumerate(perturbations):
             self.members.setdefault(p.place, []).append(k)
-        self.reference = list(self.subject.float_outputs())
-        self.damage = damage_for(subject.loss, torch.cat(self.reference))
-        self.rows = sum(len(r) for r in self.reference)
+        reference = Reference.of(self.subject)
+        self.reference, self.damage = reference.outputs, reference.damage
+        self.rows = self.damage.counts[0]
         self.base_weights, self.base_sites = applied(subject.base)
 
     def __len__(self) -> int:
@@ -90,6 +82,12 @@ class Landscape:
                 "do not follow yet. Choose 'gram', 'kl' or another estimator that only runs the model forward."
             )
         return weight
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The share of all rows that each batch has, by its mean over the outputs."""
+        counts = np.array([[len(rows) for rows in outputs] for outputs in self.reference])
+        return (counts / np.array(self.damage.counts)).mean(1)
 
     @property
     def layers(self) -> list[Place]:
@@ -137,23 +135,23 @@ class Landscape:
         changed = at_sites(watched, change)
         both = changed if at_output is None else lambda key, x: changed(key, at_output(key, x))
         args, kwargs = self.subject.batches[i]
-        output = rows_of(main_output(run_with(self.subject.model, both, args, kwargs, before=before)))
-        if torch.is_grad_enabled() and self.members and not output.requires_grad:
+        result = run_with(self.subject.model, both, args, kwargs, before=before)
+        outputs = self.damage.rule.rows(result, (args, kwargs))
+        if torch.is_grad_enabled() and self.members and not any(o.requires_grad for o in outputs):
             raise InvalidRequest(
                 "The model cannot be differentiated: its output does not depend on any layer or site under study by "
                 "operations that have a gradient (is its forward wrapped in torch.no_grad?). Choose 'gram', 'kl' or "
                 "another estimator that only runs the model forward."
             )
         reference = self.reference[i]
-        loss = self.damage.smooth_rows(reference, output).sum() / self.rows
-        return Point(loss, output, reference, variables, raw, here)
+        return Point(self.damage.share(reference, outputs), outputs, reference, variables, raw, here)
 
     def displacement(self, k: int, point: Point) -> Tensor | None:
         """How perturbation ``k`` moves its weight or its site's tensor away from the base; None where the batch does
         not reach the site.
         """
         one = self.perturbations[k]
-        if isinstance(one.change, QuantizedWeight):
+        if one.change.stored:
             weight = self.weight(one.owner).detach()
             return one.change.dequantize().to(weight) - weight
         if one.owner not in point.raw:

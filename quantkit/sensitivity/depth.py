@@ -1,6 +1,6 @@
 """How a network uses its depth: what each sublayer adds to the residual stream, and what skipping it does.
 
-Csordas et al., "Do Language Models Use Their Depth Efficiently?" (METHODS g5): the relative contribution
+Csordas et al., "Do Language Models Use Their Depth Efficiently?" (docs/methods/depth.md): the relative contribution
 ||sublayer|| / ||stream||, its cosine with the stream, and the damage when its contribution is left out. Layers rank by
 the last. A ranking: leaving a sublayer out is in the damage's unit, but is no format's damage.
 """
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from quantkit.progress import track
 from quantkit.sensitivity.blocks import Block, layers_of, ranking, require_blocks, watched
-from quantkit.sensitivity.measure import Perturbation, Scores, Subject, damage_for, damage_rows, rows_of
+from quantkit.sensitivity.damage import Reference
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
+from quantkit.sensitivity.outputs import rows_of
 from quantkit.sensitivity.registry import Cost, estimator
 
 
@@ -44,8 +46,7 @@ def depth(
 
 def skip_damage(subject: Subject, blocks: Sequence[Block], progress: bool = True) -> dict[str, float]:
     """Mean damage when a block returns what it was given, and when a sublayer returns zeros."""
-    reference = list(subject.float_outputs())
-    damage = damage_for(subject.loss, torch.cat(reference))
+    reference = Reference.of(subject)
     names = [name for block in blocks for name in (block.name, *block.sublayers)]
     whole = {block.name for block in blocks}
 
@@ -55,7 +56,7 @@ def skip_damage(subject: Subject, blocks: Sequence[Block], progress: bool = True
     found = {}
     for name in track(names, "skipping sublayers", enabled=progress):
         with watched(subject.model, [name], skip):
-            found[name] = float(damage_rows(damage, reference, subject.outputs()).mean())
+            found[name] = reference.damage_of(subject.outputs()).mean
     return found
 
 

@@ -1,8 +1,8 @@
 """First order: |<g, d>|, what LLM-MQ spends bits by. For comparison only.
 
 At the float model the damage has no gradient, so one has to be made up: that of the cross entropy to the model's own
-most likely classes. At a trained optimum it is mostly noise (METHODS h). Around a base plan the damage itself has a
-gradient, and <g, d> is the first-order increase, with its sign.
+most likely classes. At a trained optimum it is mostly noise (docs/methods/first-order.md). Around a base plan the
+damage itself has a gradient, and <g, d> is the first-order increase, with its sign.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from quantkit.errors import InvalidRequest
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point, gradients, inner
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Scores, Subject
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
 
@@ -29,7 +29,7 @@ def first_order(
     classes. The standard error is over batches.
     """
     land = Landscape(subject, perturbations)
-    if not subject.base and not isinstance(land.damage, KLDamage):
+    if not subject.base and not any(measure.softens for measure in land.damage.measures):
         raise InvalidRequest(
             "sensitivity='first-order' takes the gradient of a cross entropy, and this model's outputs are no class "
             "scores. Choose another estimator, 'gram' or 'kl' say."
@@ -37,15 +37,21 @@ def first_order(
     value = _cross_entropy if not subject.base else _damage
     with land.opened():
         parts = [slopes(land, i, value) for i in track(range(len(land)), "gradients", enabled=progress)]
-    shares = np.array([len(r) / land.rows for r in land.reference])
     slope = np.sum(parts, axis=0)
-    spread = np.sqrt(np.sum((np.array(parts) - shares[:, None] * slope) ** 2, axis=0))
+    spread = np.sqrt(np.sum((np.array(parts) - land.shares[:, None] * slope) ** 2, axis=0))
     damage = slope if subject.base else np.abs(slope)
     return Scores(damage, spread, notes={"damage": land.damage.name})
 
 
 def _cross_entropy(land: Landscape, point: Point) -> Tensor:
-    return functional.cross_entropy(point.output, point.reference.argmax(-1), reduction="sum") / land.rows
+    """Of the outputs that are classes; the others have no gradient at the float model, whatever is made up."""
+    parts = zip(land.damage.measures, land.damage.counts, point.outputs, point.reference, strict=True)
+    losses = [
+        functional.cross_entropy(output, reference.argmax(-1), reduction="sum") / count
+        for measure, count, output, reference in parts
+        if measure.softens
+    ]
+    return torch.stack(losses).sum()
 
 
 def _damage(land: Landscape, point: Point) -> Tensor:

@@ -1,10 +1,11 @@
 """Fisher information along each perturbation: 1/2 E <g_n, dy_n>^2, one backward for all formats.
 
 g_n is the gradient of the log-likelihood of a label by a layer's whole output for sample n, dy_n the shift that the
-perturbed weight makes in it: their inner product is taken before squaring (METHODS 0.2; squares of single elements
-ignore how elements work together and rank far worse). Labels are drawn from the model's own distribution, which gives
-the true Fisher information, the Hessian of the divergence; true labels would give the empirical one. A sample's rows
-get independent labels, so cross terms vanish on average and the sum over its rows may be squared as a whole.
+perturbed weight makes in it: their inner product is taken before squaring (docs/methods/fisher.md; squares of single
+elements ignore how elements work together and rank far worse). Labels are drawn from the model's own distribution,
+which gives the true Fisher information, the Hessian of the divergence; true labels would give the empirical one. A
+sample's rows get independent labels, so cross terms vanish on average and the sum over its rows may be squared as a
+whole.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from quantkit.program.inputs import batch_size
 from quantkit.program.intercept import OpKey
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, Point
+from quantkit.sensitivity.damage import mean_and_error
 from quantkit.sensitivity.first_order import slopes
-from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject, mean_and_error
+from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
 DRAWS = 4
@@ -108,12 +110,13 @@ def _slopes(
     """Gradients of the log-likelihood of labels drawn anew, summed over the rows, a first dimension for the draws."""
     found = []
     for _ in range(DRAWS):
-        drawn = land.damage.cotangent(point.output.detach(), generator)
+        drawn = land.damage.cotangent(tuple(output.detach() for output in point.outputs), generator)
+        live = [(output, c) for output, c in zip(point.outputs, drawn, strict=True) if output.requires_grad]
         found.append(
             torch.autograd.grad(
-                point.output,
+                [output for output, _ in live],
                 list(variables.values()),
-                drawn,
+                [c for _, c in live],
                 retain_graph=True,
                 allow_unused=True,
                 materialize_grads=True,

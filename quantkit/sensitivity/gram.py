@@ -3,7 +3,7 @@
 Quantize one layer (or site) and record the shift u of the outputs. The inner products of these shifts, in the metric
 of the damage, are the Gauss-Newton estimate of every second-order term d_i^T H d_j, at the cost of the forwards that
 single damages need anyway ("Augmenting Hessians with Inter-Layer Dependencies", Schaefer et al., arXiv 2306.04879; the
-Gram form is METHODS b, estimator 3). Only their cosines C are used (``pair_terms``); lengths come from the measured
+Gram form: docs/methods/gram.md). Only their cosines C are used (``pair_terms``); lengths come from the measured
 damage: G = D C D with D_k = sqrt(2 damage_k), positive semi-definite, and half the sum of G over a plan predicts its
 damage, after ``saturation`` has weakened and bent it. Around a base plan, where damage may fall, the lengths are those
 of the shifts in the metric at the base, and G is left as it is.
@@ -18,23 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.program.inputs import batch_size
 from quantkit.sensitivity.by_place import Found, by_place
-from quantkit.sensitivity.measure import (
-    Damage,
-    KLDamage,
-    Perturbation,
-    Scores,
-    Subject,
-    damage_for,
-    damage_rows,
-    mean_and_error,
-    notes_on,
-)
-from quantkit.sensitivity.pair_terms import metric_lengths, pair_terms, sample_numbers
+from quantkit.sensitivity.damage import Reference, RunningDamage, notes_on
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
+from quantkit.sensitivity.outputs import Outputs, joined
+from quantkit.sensitivity.pair_terms import Shifts, metric_lengths, pair_terms
 from quantkit.sensitivity.registry import Cost, estimator
 from quantkit.sensitivity.saturation import fitted, measured_plans, plans_measured, random_plans
-from quantkit.sensitivity.sketch import Sketch, sketch_for
+from quantkit.sensitivity.sketch import Sketches
 
 
 @estimator("gram", Cost(lambda work: work.formats + 1 + plans_measured(work.formats), keeps_shifts=True))
@@ -48,45 +39,44 @@ def gram(
     K x (output rows x classes) float32, or ``sketch.SHIFT_BYTES`` where that is less: larger outputs are sketched,
     with seed 0 where no ``generator`` is given, and the notes say how far that falsifies single damages.
     """
-    reference = list(subject.float_outputs())
-    outputs = list(subject.outputs()) if subject.base else reference
-    damage = damage_for(subject.loss, torch.cat(reference))
-    before = damage_rows(damage, reference, outputs)
+    reference = Reference.of(subject)
+    outputs = list(subject.outputs()) if subject.base else reference.outputs
+    before = reference.damage_of(outputs)
     draw = generator or torch.Generator().manual_seed(0)
-    sketch = sketch_for(reference, len(perturbations), isinstance(damage, KLDamage), draw)
-    small = outputs if sketch is None else [sketch(i, o) for i, o in enumerate(outputs)]
-    here = torch.cat(small)
-    shifts = torch.empty(len(perturbations), *here.shape)
+    sketches = Sketches.of(reference, len(perturbations), draw)
+    here = joined([sketches(i, one) for i, one in enumerate(outputs)])
+    shifts = [torch.empty(len(perturbations), *rows.shape) for rows in here]
     means, errors = np.zeros(len(perturbations)), np.zeros(len(perturbations))
 
     def measure(k: int) -> Found:
-        rows, kept = _measure(subject, perturbations[k], reference, damage, sketch)
-        return {"found": np.array(mean_and_error(rows - before)), "outputs": kept.numpy()}
+        damage, kept = _measure(subject, perturbations[k], reference, sketches)
+        found = {f"output {o}": rows.numpy() for o, rows in enumerate(kept)}
+        return {"found": np.array(damage.since(before).mean_and_error)} | found
 
     for k, found in by_place(subject, perturbations, "gram", progress, measure):
         means[k], errors[k] = found["found"]
-        torch.sub(torch.from_numpy(found["outputs"]), here, out=shifts[k])
-    samples = sample_numbers([len(o) for o in outputs], [batch_size(b) for b in subject.batches])
-    samples = samples if sketch is None else sketch.of_kept(samples)
-    pairs = pair_terms(damage, here, shifts, [p.owner for p in perturbations], samples)
-    lengths = np.sqrt(2 * means) if not subject.base else metric_lengths(damage, here, shifts)
+        for o, rows in enumerate(here):
+            torch.sub(torch.from_numpy(found[f"output {o}"]), rows, out=shifts[o][k])
+    every = zip(reference.damage.measures, here, shifts, sketches.of_kept(reference.samples()), strict=True)
+    moved = [Shifts(*one) for one in every]
+    pairs = pair_terms(moved, [p.owner for p in perturbations])
+    lengths = np.sqrt(2 * means) if not subject.base else metric_lengths(moved)
     matrix = pairs.cosines * np.outer(lengths, lengths)
     np.fill_diagonal(matrix, 2 * means)
-    notes = notes_on(subject, damage, before)
+    notes = notes_on(subject, reference.damage, before)
     notes |= {"temperature": pairs.temperature, "reliability": pairs.reliability}
-    if sketch is not None:
-        float_outputs = torch.cat([sketch(i, r) for i, r in enumerate(reference)])
-        notes["sketch"] = _sketch_error(damage, float_outputs, here, shifts, means) | {"rows": sketch.share}
+    if sketches.share is not None:
+        floats = joined([sketches(i, one) for i, one in enumerate(reference.outputs)])
+        notes["sketch"] = _sketch_error(floats, moved, means) | {"rows": sketches.share}
     scores = Scores(means, errors, matrix, notes)
-    return scores if subject.base else _with_saturation(scores, subject, perturbations, damage, reference, progress)
+    return scores if subject.base else _with_saturation(scores, subject, perturbations, reference, progress)
 
 
 def _with_saturation(
     scores: Scores,
     subject: Subject,
     perturbations: Sequence[Perturbation],
-    damage: Damage,
-    reference: Sequence[Tensor],
+    reference: Reference,
     progress: bool,
 ) -> Scores:
     """Scores with pair terms as strong as they show themselves, and an end to damage, from whole plans measured on the
@@ -96,7 +86,7 @@ def _with_saturation(
     plans = random_plans(perturbations, plans_measured(len(perturbations)), torch.Generator().manual_seed(0))
 
     def damage_of(chosen: Sequence[Perturbation]) -> float:
-        return float(damage_rows(damage, reference, subject.outputs(chosen)).mean())
+        return reference.damage_of(subject.outputs(chosen)).mean
 
     measured = measured_plans(subject, perturbations, plans, damage_of, progress)
     fit = fitted(scores.damage, scores.gram, plans, measured)
@@ -113,22 +103,26 @@ def _with_saturation(
 
 
 def _measure(
-    subject: Subject, one: Perturbation, reference: Sequence[Tensor], damage: Damage, sketch: Sketch | None
-) -> tuple[Tensor, Tensor]:
-    """Damage per row (float64), and the outputs (rows, classes), sketched or not."""
-    losses, kept = [], []
-    for i, (before, after) in enumerate(zip(reference, subject.outputs([one]), strict=True)):
-        losses.append(damage.rows(before, after).double())
-        kept.append(after if sketch is None else sketch(i, after))
-    return torch.cat(losses), torch.cat(kept)
+    subject: Subject, one: Perturbation, reference: Reference, sketches: Sketches
+) -> tuple[RunningDamage, Outputs]:
+    """The damage, and the outputs, each (rows, classes), sketched or not."""
+    running, kept = RunningDamage(reference.damage), []
+    for i, (before, after) in enumerate(zip(reference.outputs, subject.outputs([one]), strict=True)):
+        running.update(before, after)
+        kept.append(sketches(i, after))
+    return running, joined(kept)
 
 
-def _sketch_error(
-    damage: Damage, reference: Tensor, here: Tensor, shifts: Tensor, full: np.ndarray
-) -> dict[str, float]:
+def _sketch_error(reference: Outputs, moved: Sequence[Shifts], full: np.ndarray) -> dict[str, float]:
     """How many classes are left, and the median relative error of single damages measured on what was kept."""
-    before = damage.rows(reference, here).double().mean()
-    kept = np.array([float(damage.rows(reference, here + s).double().mean() - before) for s in shifts])
-    moved = full != 0
-    error = np.abs(kept - full)[moved] / np.abs(full[moved])
-    return {"classes": float(here.shape[1]), "relative_error": float(np.median(error)) if moved.any() else 0.0}
+
+    def damage(*shifts: Tensor | float) -> float:
+        parts = zip(moved, reference, shifts, strict=True)
+        return sum(float(one.damage.rows(rows, one.here + shift).double().mean()) for one, rows, shift in parts)
+
+    before = damage(*[0.0] * len(moved))
+    kept = np.array([damage(*shifts) - before for shifts in zip(*(one.shifts for one in moved), strict=True)])
+    changed = full != 0
+    error = np.abs(kept - full)[changed] / np.abs(full[changed])
+    classes = max(one.here.shape[1] for one in moved)
+    return {"classes": float(classes), "relative_error": float(np.median(error)) if changed.any() else 0.0}

@@ -1,9 +1,9 @@
 """HAWQ: half the largest eigenvalue of a layer's Hessian times the squared error of its weight.
 
-Power iteration per layer on its own block H_ii (Dong et al., arXiv 1905.03696; METHODS a1). Half of
-Omega_i = lambda_i ||Q(W_i) - W_i||^2 is the most damage an error of that length can do to second order. Notes carry
-lambda_i, the bit order (lambda_i / n_i, descending) and the order Omega in which blocks are to be reconstructed. Sites
-have a block per sample, so each sample has its own eigenvalue, found for all samples of a batch at once.
+Power iteration per layer on its own block H_ii (Dong et al., arXiv 1905.03696; docs/methods/hessian-eigenvalue.md).
+Half of Omega_i = lambda_i ||Q(W_i) - W_i||^2 is the most damage an error of that length can do to second order. Notes
+carry lambda_i, the bit order (lambda_i / n_i, descending) and the order Omega in which blocks are to be reconstructed.
+Sites have a block per sample, so each sample has its own eigenvalue, found for all samples of a batch at once.
 """
 
 from __future__ import annotations

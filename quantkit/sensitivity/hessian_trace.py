@@ -1,10 +1,10 @@
 """HAWQ-V2: half the mean eigenvalue of a layer's Hessian times the squared error of its weight.
 
-Omega_i(b) = 1/2 Tr(H_ii) / n_i ||Q_b(W_i) - W_i||^2 (Dong et al., arXiv 1911.03852; METHODS a2), the expected damage
-where the error points in no particular direction inside a layer; structured rounding breaks this. For a site the same
-with the mean trace over samples by its tensor, matrix-free: in eval mode samples do not interact, so one probe of the
-whole tensor is the sum of a probe per sample. Traces are Hutchinson's estimates z^T H z with random signs z, which
-have the least variance, drawn anew for every batch, so that every batch is a probe of the whole.
+Omega_i(b) = 1/2 Tr(H_ii) / n_i ||Q_b(W_i) - W_i||^2 (Dong et al., arXiv 1911.03852; docs/methods/hessian-trace.md),
+the expected damage where the error points in no particular direction inside a layer; structured rounding breaks this.
+For a site the same with the mean trace over samples by its tensor, matrix-free: in eval mode samples do not interact,
+so one probe of the whole tensor is the sum of a probe per sample. Traces are Hutchinson's estimates z^T H z with
+random signs z, which have the least variance, drawn anew for every batch, so that every batch is a probe of the whole.
 """
 
 from __future__ import annotations
@@ -28,6 +28,18 @@ IMPRECISE = 0.10  # above this share after joint probes, a layer gets probes of 
 
 
 Probe = Callable[[Landscape, int, list[Place]], dict[Place, float]]
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How traces are probed: by what, until every standard error is at most ``goal`` of its trace, at ``most`` so many
+    times; ``together``: all places at once, so that none is left out for being precise enough.
+    """
+
+    probe: Probe
+    goal: float
+    most: int
+    together: bool
 
 
 @dataclass(frozen=True)
@@ -80,31 +92,28 @@ def hutchinson(land: Landscape, generator: torch.Generator, progress: bool, most
     """The trace of every place's block: joint probes until every standard error is small, then probes of their own
     for places where it stays large. A joint probe's variance holds that of all other blocks of its rows.
     """
-    everywhere = list(land.members)
-    joint = _estimate(land, partial(_joint_probe, generator=generator), everywhere, PRECISE, most, progress, True)
+    jointly = Probing(partial(_joint_probe, generator=generator), PRECISE, most, together=True)
+    joint = _estimate(land, jointly, list(land.members), progress)
     vague = [place for place, t in joint.items() if t.relative_error > IMPRECISE]
-    alone = _estimate(land, partial(_own_probes, generator=generator), vague, IMPRECISE, most, progress, False)
+    one_by_one = Probing(partial(_own_probes, generator=generator), IMPRECISE, most, together=False)
+    alone = _estimate(land, one_by_one, vague, progress)
     better = {p: Trace(t.mean, t.standard_error, joint[p].probes + t.probes, True) for p, t in alone.items()}
     return joint | {p: t for p, t in better.items() if t.standard_error < joint[p].standard_error}
 
 
-def _estimate(
-    land: Landscape, probe: Probe, places: list[Place], goal: float, most: int, progress: bool, together: bool
-) -> dict[Place, Trace]:
-    """Probe batch after batch, all of them at least once, until every place's standard error is at most ``goal`` of
-    its trace. Places that are precise enough are left out of further probes unless ``together``: they cost nothing.
-    """
+def _estimate(land: Landscape, how: Probing, places: list[Place], progress: bool) -> dict[Place, Trace]:
+    """Probe batch after batch, all of them at least once, until all places are precise enough."""
     samples: dict[Place, list[float]] = {p: [] for p in places}
-    least = max(min(LEAST_PROBES, most), len(land))
+    least = max(min(LEAST_PROBES, how.most), len(land))
     probed = places
-    for n in track(range(max(most, len(land))), "Hessian traces", enabled=progress):
-        found = probe(land, n % len(land), probed)
+    for n in track(range(max(how.most, len(land))), "Hessian traces", enabled=progress):
+        found = how.probe(land, n % len(land), probed)
         for p in probed:
             samples[p].append(found.get(p, 0.0))
         if n + 1 >= least:
             traces = {p: _trace(land, samples[p]) for p in probed}
-            vague = [p for p, t in traces.items() if t.standard_error > goal * abs(t.mean)]
-            probed = probed if together and vague else vague
+            vague = [p for p, t in traces.items() if t.standard_error > how.goal * abs(t.mean)]
+            probed = probed if how.together and vague else vague
         if not probed:
             break
     return {p: _trace(land, found) for p, found in samples.items()}
@@ -115,7 +124,7 @@ def _trace(land: Landscape, samples: Sequence[float]) -> Trace:
     one of the whole, so that the spread of the data counts too.
     """
     values, count = np.array(samples), len(land)
-    shares = np.array([len(r) / land.rows for r in land.reference])[np.arange(len(values)) % count]
+    shares = land.shares[np.arange(len(values)) % count]
     mean = sum(float(values[i::count].mean()) for i in range(count))
     if len(values) == 1:
         return Trace(mean, abs(mean), 1)

@@ -1,8 +1,8 @@
 """Exact second order: every pair term d_i(b)^T H d_j(b') by Hessian-vector products.
 
-One product r = H d_i(b) over all weights and sites gives its inner products with every other displacement
-("Augmenting Hessians with Inter-Layer Dependencies", arXiv 2306.04879; METHODS b, estimator 1). Damage and pair terms
-are those of the quadratic form itself, exact where damage is small: the matrix is positive semi-definite at the float
+One product r = H d_i(b) over all weights and sites gives its inner products with every other displacement ("Augmenting
+Hessians with Inter-Layer Dependencies", arXiv 2306.04879; docs/methods/exact-pairs.md). Damage and pair terms are
+those of the quadratic form itself, exact where damage is small: the matrix is positive semi-definite at the float
 model, up to rounding.
 """
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from quantkit.progress import track
 from quantkit.sensitivity.curvature import Landscape, gradients, hessian_product, inner
+from quantkit.sensitivity.damage import mean_and_error
 from quantkit.sensitivity.first_order import slopes
-from quantkit.sensitivity.measure import Perturbation, Scores, Subject, mean_and_error
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
 
@@ -37,8 +38,7 @@ def hvp_pairs(
     damage = 0.5 * np.diag(matrix) + linear
     if not subject.base:
         damage = np.maximum(damage, 0)
-    shares = np.array([len(r) / land.rows for r in land.reference])
-    singles = torch.tensor(np.array([0.5 * np.diag(part) for part in parts]) / shares[:, None])
+    singles = torch.tensor(np.array([0.5 * np.diag(part) for part in parts]) / land.shares[:, None])
     errors = np.array([mean_and_error(column)[1] for column in singles.T])
     np.fill_diagonal(matrix, 2 * damage)
     return Scores(damage, errors, matrix, {"damage": land.damage.name})

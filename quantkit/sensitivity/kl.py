@@ -8,31 +8,23 @@ import numpy as np
 import torch
 
 from quantkit.sensitivity.by_place import Found, by_place
-from quantkit.sensitivity.measure import (
-    Perturbation,
-    Scores,
-    Subject,
-    damage_for,
-    damage_rows,
-    mean_and_error,
-    notes_on,
-)
+from quantkit.sensitivity.damage import Reference, notes_on
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
 
 @estimator("kl", Cost(lambda work: work.formats + 1))
 def kl(subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator) -> Scores:
     """Measure all perturbations: K forwards of the sample set, one perturbation in memory. Nothing is drawn."""
-    reference = list(subject.float_outputs())
-    damage = damage_for(subject.loss, torch.cat(reference))
-    here = damage_rows(damage, reference, subject.outputs())
+    reference = Reference.of(subject)
+    here = reference.damage_of(subject.outputs())
 
     def measure(k: int) -> Found:
-        increase = damage_rows(damage, reference, subject.outputs([perturbations[k]])) - here
-        return {"found": np.array(mean_and_error(increase))}
+        increase = reference.damage_of(subject.outputs([perturbations[k]])).since(here)
+        return {"found": np.array(increase.mean_and_error)}
 
     found = np.zeros((len(perturbations), 2))
     for k, one in by_place(subject, perturbations, "kl", progress, measure):
         found[k] = one["found"]
     means, errors = found.T.copy()
-    return Scores(means, errors, notes=notes_on(subject, damage, here))
+    return Scores(means, errors, notes=notes_on(subject, reference.damage, here))

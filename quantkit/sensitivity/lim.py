@@ -1,7 +1,7 @@
 """LIM: how much a block changes what flows through it, minus the cosine between its input and its output.
 
-LayerwiseQuant (arXiv 2406.17415; METHODS e): averaged over tokens and samples; higher is more important. A ranking, in
-no unit. ``lim-layer`` takes the same of single layers, where input and output have one shape.
+LayerwiseQuant (arXiv 2406.17415; docs/methods/lim.md): averaged over tokens and samples; higher is more important. A
+ranking, in no unit. ``lim-layer`` takes the same of single layers, where input and output have one shape.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from quantkit.progress import track
 from quantkit.sensitivity.blocks import layers_of, ranking, require_blocks, watched
-from quantkit.sensitivity.measure import Perturbation, Scores, Subject, rows_of
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
+from quantkit.sensitivity.outputs import rows_of
 from quantkit.sensitivity.registry import Cost, estimator
 
 HIGHEST = 1.0  # a layer outside all blocks ranks first: first and last layers matter most

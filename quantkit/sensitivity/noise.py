@@ -1,8 +1,8 @@
 """Damage of uniform noise as wide as a format's step: sensitivity to a format whatever its rounding.
 
-Rounding to nearest moves a value by at most half a step, about uniformly: w + step * eta with eta uniform in
-[-0.5, 0.5], variance step^2 / 12 (QuantNAS; METHODS g2). The step is the format's own, (max - min) / (2^b - 1) of each
-range it covers: per output channel or group for weights, per tensor for sites. What clipping costs is not seen.
+Rounding to nearest moves a value by at most half a step, about uniformly: w + step * eta with eta uniform in [-0.5,
+0.5], variance step^2 / 12 (QuantNAS; docs/methods/noise.md). The step is the format's own, (max - min) / (2^b - 1) of
+each range it covers: per output channel or group for weights, per tensor for sites. What clipping costs is not seen.
 """
 
 from __future__ import annotations
@@ -14,19 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.numbers.per_token import AnyRange, TokenRange
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.sensitivity.by_place import Found, by_place
-from quantkit.sensitivity.measure import (
-    Perturbation,
-    Scores,
-    Subject,
-    applied,
-    damage_for,
-    damage_rows,
-    mean_and_error,
-    notes_on,
-)
+from quantkit.sensitivity.damage import Reference, average, mean_and_error, notes_on
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject, applied
+from quantkit.sensitivity.outputs import Outputs
 from quantkit.sensitivity.registry import Cost, estimator
 
 DRAWS = 4
@@ -40,30 +33,29 @@ def noise(
 
     The standard error joins that over samples with that over draws.
     """
-    reference = list(subject.float_outputs())
-    damage = damage_for(subject.loss, torch.cat(reference))
-    here = damage_rows(damage, reference, subject.outputs())
+    reference = Reference.of(subject)
+    here = reference.damage_of(subject.outputs())
     seeds = torch.randint(1 << 62, (len(perturbations),), generator=generator).tolist()
 
     def measure(k: int) -> Found:
         own = torch.Generator().manual_seed(seeds[k])
         noisy = [_noisy_outputs(subject, perturbations[k], own) for _ in range(DRAWS)]
-        draws = [damage_rows(damage, reference, outputs) - here for outputs in noisy]
-        mean, over_samples = mean_and_error(torch.stack(draws).mean(0))
-        _, over_draws = mean_and_error(torch.stack([rows.mean() for rows in draws]))
+        draws = [reference.damage_of(outputs).since(here) for outputs in noisy]
+        mean, over_samples = average(draws).mean_and_error
+        _, over_draws = mean_and_error(torch.tensor([one.mean for one in draws], dtype=torch.float64))
         return {"found": np.array([mean, np.hypot(over_samples, over_draws)])}
 
     found = np.zeros((len(perturbations), 2))
     for k, one in by_place(subject, perturbations, "noise", progress, measure):
         found[k] = one["found"]
     means, errors = found.T.copy()
-    return Scores(means, errors, notes=notes_on(subject, damage, here) | {"draws": DRAWS})
+    return Scores(means, errors, notes=notes_on(subject, reference.damage, here) | {"draws": DRAWS})
 
 
-def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generator) -> Iterator[Tensor]:
+def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generator) -> Iterator[Outputs]:
     """Outputs with noise in place of one perturbation; the rest of the base plan stays."""
     weights, at = applied(p for p in subject.base if p.place != one.place)
-    if isinstance(one.change, QuantizedWeight):
+    if one.change.stored:
         weights[one.owner] = noisy_weight(subject.floats[one.owner], one.change, generator)
     else:
         at[one.owner] = partial(_noisy_site, found=one.change, generator=generator)
@@ -71,7 +63,7 @@ def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generat
 
 
 def _noisy_site(x: Tensor, found: AnyRange, generator: torch.Generator) -> Tensor:
-    return _with_noise(x, found.scales(x) if isinstance(found, TokenRange) else found.scale, generator)
+    return _with_noise(x, found.scale if found.static else found.scales(x), generator)
 
 
 def noisy_weight(weight: Tensor, codes: QuantizedWeight, generator: torch.Generator) -> Tensor:

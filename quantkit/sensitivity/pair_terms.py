@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.sensitivity.measure import Damage
+from quantkit.sensitivity.damage import RowDamage
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RELIABLE = 0.9
@@ -34,36 +33,47 @@ class PairTerms:
     reliability: float
 
 
-def pair_terms(damage: Damage, reference: Tensor, shifts: Tensor, owners: Sequence[str], samples: Tensor) -> PairTerms:
-    """Cosines between the shifts (K, rows, classes) of the outputs ``reference`` (rows, classes).
+@dataclass(frozen=True)
+class Shifts:
+    """What perturbations do to one output: the ``shifts`` (K, rows, classes) from ``here`` (rows, classes), and the
+    sample that each row belongs to, ``samples`` (rows,).
+    """
+
+    damage: RowDamage
+    here: Tensor
+    shifts: Tensor
+    samples: Tensor
+
+
+def pair_terms(outputs: Sequence[Shifts], owners: Sequence[str]) -> PairTerms:
+    """Cosines between the shifts of all outputs together, each in the metric of its own damage.
 
     ``owners`` (K) tell which entries exclude each other: only pairs of different owners count for the reliability.
-    ``samples`` (rows): the number of the sample that a row belongs to. Every other sample goes to one half, however
-    they came in batches; the rows of one sample, which are alike, stay together.
+    Every other sample goes to one half, however they came in batches; the rows of one sample, which are alike, stay
+    together.
     """
     apart = np.array([[a != b for b in owners] for a in owners]).reshape(len(owners), len(owners))
-    halves = [(samples % 2 == parity).nonzero().flatten() for parity in (0, 1)]
+    halves = [[(one.samples % 2 == parity).nonzero().flatten() for one in outputs] for parity in (0, 1)]
     for temperature in TEMPERATURES:
-        grams = [gram_matrix(damage, reference, shifts, temperature, half) for half in halves]
+        grams = [_gram_of_all(outputs, temperature, half) for half in halves]
         reliability = split_half_reliability(*(_cosines(one)[apart] for one in grams))
-        if reliability >= RELIABLE or not damage.softens:
+        if reliability >= RELIABLE or not any(one.damage.softens for one in outputs):
             break
     shrunk = reliability * _cosines(grams[0] + grams[1])
     np.fill_diagonal(shrunk, 1)
     return PairTerms(shrunk, temperature, reliability)
 
 
-def sample_numbers(rows: Sequence[int], samples: Sequence[int]) -> Tensor:
-    """For every row of an output the number of its sample, from the counts of rows and of samples in each batch; a
-    single sample counts as two, its first rows and its last.
-    """
-    if sum(samples) == 1:
-        rows, samples = [sum(rows)], [2]
-    starts = accumulate(samples, initial=0)
-    return torch.cat([start + torch.arange(r) * n // r for r, n, start in zip(rows, samples, starts, strict=False)])
+def _gram_of_all(outputs: Sequence[Shifts], temperature: float, rows: Sequence[Tensor]) -> np.ndarray:
+    """Inner products over some rows of each output, which weigh as if it had as many rows as the first."""
+    parts = [
+        len(outputs[0].here) / len(one.here) * gram_matrix(one.damage, one.here, one.shifts, temperature, some)
+        for one, some in zip(outputs, rows, strict=True)
+    ]
+    return np.sum(parts, axis=0)
 
 
-def gram_matrix(damage: Damage, reference: Tensor, shifts: Tensor, temperature: float, rows: Tensor) -> np.ndarray:
+def gram_matrix(damage: RowDamage, reference: Tensor, shifts: Tensor, temperature: float, rows: Tensor) -> np.ndarray:
     """All inner products (K, K) of the shifts (K, rows, classes) in the metric of the damage, over some ``rows``.
 
     Summed in float64, some rows at a time to bound memory.
@@ -77,9 +87,10 @@ def gram_matrix(damage: Damage, reference: Tensor, shifts: Tensor, temperature: 
     return total.numpy()
 
 
-def metric_lengths(damage: Damage, here: Tensor, shifts: Tensor, temperature: float = 1.0) -> np.ndarray:
-    """Lengths (K) of the shifts in the metric at the outputs ``here``."""
-    return np.sqrt(np.diag(gram_matrix(damage, here, shifts, temperature, torch.arange(len(here)))) / len(here))
+def metric_lengths(outputs: Sequence[Shifts], temperature: float = 1.0) -> np.ndarray:
+    """Lengths (K) of the shifts in the metric where they start."""
+    every = [torch.arange(len(one.here)) for one in outputs]
+    return np.sqrt(np.diag(_gram_of_all(outputs, temperature, every)) / len(outputs[0].here))
 
 
 def split_half_reliability(first: np.ndarray, second: np.ndarray) -> float:

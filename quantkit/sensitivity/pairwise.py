@@ -1,6 +1,6 @@
 """CLADO: pair terms by forward differences, I_kl = L(k, l) - L(k) - L(l) + L(neither).
 
-Exact on a quadratic, gradient included (Deng et al., arXiv 2307.05657; METHODS b, estimator 2), and it sees what
+Exact on a quadratic, gradient included (Deng et al., arXiv 2307.05657; docs/methods/exact-pairs.md), and it sees what
 second order does not; but it costs a forward of the sample set per pair, and the matrix is indefinite. It is projected
 to the nearest positive semi-definite one by zeroing negative eigenvalues, and scaled back to the measured damages on
 its diagonal, which keeps it so.
@@ -15,15 +15,8 @@ import torch
 
 from quantkit.errors import InvalidRequest
 from quantkit.sensitivity.by_place import Found, by_place
-from quantkit.sensitivity.measure import (
-    Perturbation,
-    Scores,
-    Subject,
-    damage_for,
-    damage_rows,
-    mean_and_error,
-    notes_on,
-)
+from quantkit.sensitivity.damage import Reference, RunningDamage, notes_on
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
 MOST_FORWARDS = 20_000
@@ -40,19 +33,18 @@ def pairwise(
         (k, m) for m, b in enumerate(perturbations) for k, a in enumerate(perturbations[:m]) if a.place != b.place
     ]
     _require_affordable(len(perturbations), len(pairs))
-    reference = list(subject.float_outputs())
-    damage = damage_for(subject.loss, torch.cat(reference))
-    here = damage_rows(damage, reference, subject.outputs())
+    reference = Reference.of(subject)
+    here = reference.damage_of(subject.outputs())
 
-    def increase(*chosen: Perturbation) -> torch.Tensor:
-        return damage_rows(damage, reference, subject.outputs(chosen)) - here
+    def increase(*chosen: Perturbation) -> RunningDamage:
+        return reference.damage_of(subject.outputs(chosen)).since(here)
 
     def measure(m: int) -> Found:
         together = np.zeros(len(perturbations))
         for k in range(m):
             if perturbations[k].place != perturbations[m].place:
-                together[k] = float(increase(perturbations[k], perturbations[m]).mean())
-        return {"alone": np.array(mean_and_error(increase(perturbations[m]))), "together": together}
+                together[k] = increase(perturbations[k], perturbations[m]).mean
+        return {"alone": np.array(increase(perturbations[m]).mean_and_error), "together": together}
 
     alone, together = np.zeros((len(perturbations), 2)), np.zeros((len(perturbations), len(perturbations)))
     for m, found in by_place(subject, perturbations, "pairwise", progress, measure):
@@ -61,7 +53,7 @@ def pairwise(
     matrix = np.diag(2 * means)
     for k, m in pairs:
         matrix[k, m] = matrix[m, k] = together[m, k] - means[k] - means[m]
-    notes = notes_on(subject, damage, here)
+    notes = notes_on(subject, reference.damage, here)
     if not subject.base:
         matrix, notes["projected_away"] = projected(matrix, 2 * means)
     return Scores(means, errors, matrix, notes)

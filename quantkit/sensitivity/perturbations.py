@@ -5,6 +5,7 @@ be.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from quantkit.program.inputs import Batch
 from quantkit.progress import track
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.statistics import in_memory_bound, layer_hessians, site_histograms
-from quantkit.reconstruction.snapshot import arrays_of, weight_of_arrays
+from quantkit.reconstruction.snapshot import weights_codec
 from quantkit.rounding.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
 from quantkit.sensitivity.measure import Perturbation
 from quantkit.simulation.model import as_float
-from quantkit.store import Artefacts
+from quantkit.store import Arrays, Artefacts, Codec
 from quantkit.transforms.prepare import Prepared
 
 
@@ -39,36 +40,30 @@ def weight_perturbations(
     kept = artefacts or Artefacts()
     observed = as_float(ready.model, ready.weights)
     formats = {n: list(dict.fromkeys(s.weight for s in c if s.weight is not None)) for n, c in candidates.items()}
-    done = {name: found for name in formats if (found := _find(kept, name, formats[name])) is not None}
+    pieces = {name: (f"rounding: layer {name}", list(map(str, own))) for name, own in formats.items()}
+    codecs = {name: weights_codec({str(f): f for f in own}) for name, own in formats.items()}
+    done = {n: codecs[n].decode(*found) for n in formats if (found := kept.find(*pieces[n])) is not None}
+
+    # One pass over the batches collects the Hessians of as many layers as fit into memory.
     for run in in_memory_bound(ready.weights, [name for name in formats if name not in done]):
         hessians = {}
         if rounding not in WITHOUT_INPUTS:
             hessians = layer_hessians(observed, ready.program, run, track(batches, "layer inputs", enabled=progress))
         for name in track(run, "rounding", enabled=progress):
-            weight, hessian = ready.weights.layers[name], hessians.pop(name, None)
-            how = rounding if weight.reads_rows or rounding in WITHOUT_INPUTS else "nearest"
-            rounded = quantize_weight(ready.weights[name], formats[name], hessian, weight.groups, how)
-            done[name] = rounded.weights, rounding_note(name, rounded, how)
-            _keep(kept, name, *done[name])
-    rounded_as = [Perturbation(n, str(f), done[n][0][f]) for n, fs in formats.items() for f in fs]
+            compute = partial(_rounded, ready, name, formats[name], hessians.pop(name, None), rounding)
+            done[name] = kept.cached(*pieces[name], compute, codecs[name])
+    rounded_as = [Perturbation(n, str(f), done[n][0][str(f)]) for n, fs in formats.items() for f in fs]
     return rounded_as, {name: done[name][1] for name in formats}
 
 
-Codes = dict[WeightFormat, QuantizedWeight]
-
-
-def _keep(artefacts: Artefacts, layer: str, weights: Codes, note: str) -> None:
-    arrays: dict[str, np.ndarray] = {}
-    for format, weight in weights.items():
-        arrays |= arrays_of(weight, str(format))
-    artefacts.keep(f"rounding: layer {layer}", list(map(str, weights)), arrays, note)
-
-
-def _find(artefacts: Artefacts, layer: str, formats: Sequence[WeightFormat]) -> tuple[Codes, str] | None:
-    kept = artefacts.find(f"rounding: layer {layer}", list(map(str, formats)))
-    if kept is None:
-        return None
-    return {f: weight_of_arrays(kept[0], str(f), f) for f in formats}, kept[1]
+def _rounded(
+    ready: Prepared, layer: str, formats: Sequence[WeightFormat], hessian: torch.Tensor | None, rounding: str
+) -> tuple[dict[str, QuantizedWeight], str]:
+    """A layer's codes in every format, and how they were rounded."""
+    weight = ready.weights.layers[layer]
+    how = rounding if weight.reads_rows or rounding in WITHOUT_INPUTS else "nearest"
+    rounded = quantize_weight(ready.weights[layer], formats, hessian, weight.groups, how)
+    return {str(f): codes for f, codes in rounded.weights.items()}, rounding_note(layer, rounded, how)
 
 
 def site_perturbations(
@@ -97,14 +92,14 @@ def _histograms(
     ready: Prepared, batches: Sequence[Batch], progress: bool, artefacts: Artefacts
 ) -> dict[str, Histogram]:
     names = [site.name for site in ready.sites]
-    kept = artefacts.find("ranges: all sites", names)
-    if kept is not None:
-        pairs = zip(kept[0]["extremes"].tolist(), kept[0]["counts"], strict=True)
-        found = [Histogram(Extremes(*extremes), torch.from_numpy(counts)) for extremes, counts in pairs]
-        return dict(zip(names, found, strict=True))
-    histograms = site_histograms(ready.model, ready.sites, batches, progress)
-    if histograms:
+
+    def encode(histograms: dict[str, Histogram]) -> tuple[Arrays, str]:
         extremes = np.array([(h.extremes.low, h.extremes.high) for h in histograms.values()])
-        counts = np.stack([h.counts.numpy() for h in histograms.values()])
-        artefacts.keep("ranges: all sites", names, {"extremes": extremes, "counts": counts})
-    return histograms
+        return {"extremes": extremes, "counts": np.stack([h.counts.numpy() for h in histograms.values()])}, ""
+
+    def decode(arrays: Arrays, note: str) -> dict[str, Histogram]:
+        pairs = zip(names, arrays["extremes"].tolist(), arrays["counts"], strict=True)
+        return {name: Histogram(Extremes(*ends), torch.from_numpy(counts)) for name, ends, counts in pairs}
+
+    compute = partial(site_histograms, ready.model, ready.sites, batches, progress)
+    return artefacts.cached("ranges: all sites", names, compute, Codec(encode, decode)) if names else {}

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.layers import Weights
 from quantkit.progress import warn
 from quantkit.sensitivity.measure import Perturbation, Scores
@@ -62,7 +61,7 @@ def _alike(perturbations: Sequence[Perturbation], k: int, known: np.ndarray) -> 
 
 def _relative_error(floats: Weights, one: Perturbation) -> float:
     """Squared error of a weight over its square; 0 for sites."""
-    if not isinstance(one.change, QuantizedWeight):
+    if not one.change.stored:
         return 0.0
     weight = floats[one.owner].detach().double()
     return float((one.change.dequantize().double() - weight).square().sum() / weight.square().sum().clamp(min=1e-30))

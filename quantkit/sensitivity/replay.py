@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quantkit.numbers.per_token import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyQuantizer
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey
 from quantkit.program.program import Part, Program
 from quantkit.program.updates import plain_mode
-from quantkit.sensitivity.measure import Perturbation, Place, Subject, rows_of
+from quantkit.sensitivity.measure import Perturbation, Place, Subject
+from quantkit.sensitivity.outputs import OutputRule, Outputs
 
-Changes = Mapping[Place, QuantizedWeight | AnyRange]
+Changes = Mapping[Place, AnyQuantizer]
 
 
-def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Tensor]]:
-    """(batch, plan, output (rows, classes)) of every plan on every batch, batch after batch.
+def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, int, Outputs]]:
+    """(batch, plan, outputs, each (rows, classes)) of every plan on every batch, batch after batch.
 
     The first plan is the one that the others vary; what a plan leaves out is as in the subject's base. Memory: the
     values that are alive at the first changes of the plans, for one batch.
@@ -35,7 +35,7 @@ def variations(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> Ite
                 yield number, k, next(replace(subject, batches=[batch]).outputs(plan))
             continue
         replays = _Replays(subject, replace(subject.program, channels_last=False), batch)
-        yield from ((number, k, rows_of(output)) for k, output in replays.outputs(plans))
+        yield from ((number, k, outputs) for k, outputs in replays.outputs(plans))
 
 
 @dataclass
@@ -46,18 +46,30 @@ class _Replays:
     program: Program
     batch: Batch
 
-    def outputs(self, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, Tensor]]:
+    def outputs(self, plans: Sequence[Sequence[Perturbation]]) -> Iterator[tuple[int, Outputs]]:
+        """(plan, outputs) of every plan, the first one first."""
         states: list[Changes] = [{p.place: p.change for p in [*self.subject.base, *plan]} for plan in plans]
         starts = [self._first_change(states[0], state) for state in states]
         with plain_mode(self.subject.model):
             kept, base = self._base(states[0], sorted(set(starts[1:])))
-        yield 0, base
+        yield 0, self.rule.rows_of(base, self.batch)
         for k in range(1, len(plans)):
             with plain_mode(self.subject.model):
-                output = self._from(starts[k], kept, states[k], base)
-            yield k, output
+                tensors = self._from(starts[k], kept, states[k], base)
+            yield k, self.rule.rows_of(tensors, self.batch)
 
-    def _base(self, state: Changes, starts: Sequence[int]) -> tuple[dict[int, dict[int, Tensor]], Tensor]:
+    @property
+    def rule(self) -> OutputRule:
+        assert self.subject.rule is not None, "the float model was run before"
+        return self.subject.rule
+
+    @property
+    def wanted(self) -> list[int]:
+        """The numbers of the outputs that count."""
+        numbers = dict(zip(self.program.output_names, self.program.outputs, strict=True))
+        return [numbers[output.name] for output in self.rule.outputs]
+
+    def _base(self, state: Changes, starts: Sequence[int]) -> tuple[dict[int, dict[int, Tensor]], list[Tensor]]:
         """The values alive at each of ``starts``, and the output, of the first plan."""
         values = self.program.entering(self.subject.model, self.batch)
         weights, at = self._weights(state), 0
@@ -68,14 +80,15 @@ class _Replays:
             found = self._replay(values, weights, state, alive, Part(at, start, self.shapes))
             values, at = dict(zip(alive, found, strict=True)), start
             kept[start] = {number: x.clone() for number, x in values.items()}
-        (output,) = self._replay(values, weights, state, [self.program.output], self._rest(at))
-        return kept, output
+        return kept, self._replay(values, weights, state, self.wanted, self._rest(at))
 
-    def _from(self, start: int, kept: Mapping[int, Mapping[int, Tensor]], state: Changes, output: Tensor) -> Tensor:
+    def _from(
+        self, start: int, kept: Mapping[int, Mapping[int, Tensor]], state: Changes, base: list[Tensor]
+    ) -> list[Tensor]:
         if start == len(self.program.steps):
-            return output
+            return base
         values = {number: x.clone() for number, x in kept[start].items()}  # calls may work in place
-        return self._replay(values, self._weights(state), state, [self.program.output], self._rest(start))[0]
+        return self._replay(values, self._weights(state), state, self.wanted, self._rest(start))
 
     def _rest(self, start: int) -> Part:
         return Part(start, len(self.program.steps), self.shapes)
@@ -88,7 +101,7 @@ class _Replays:
         wanted: Sequence[int],
         part: Part,
     ) -> list[Tensor]:
-        at = {self.subject.sites[name].place: c for (name, at_site), c in state.items() if at_site}
+        at = {self.subject.sites[name].place: c for (name, _), c in state.items() if not c.stored}
 
         def change(place: OpKey, x: Tensor) -> Tensor:
             return at[place].fake_quantize(x) if place in at else x
@@ -101,8 +114,8 @@ class _Replays:
     def _weights(self, state: Changes) -> dict[str, Tensor]:
         """The model's state with the layers' weights of a plan."""
         floats, found = self.subject.floats, self.program.state_of(self.subject.model)
-        for (name, at_site), change in state.items():
-            if not at_site and isinstance(change, QuantizedWeight):
+        for (name, _), change in state.items():
+            if change.stored:
                 found |= floats.placed(name, change.dequantize(), found)
         return found
 

@@ -19,16 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
 import torch
 
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import saturated
 from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes, members_of
 from quantkit.sensitivity.measure import Perturbation, Subject
+from quantkit.store import Codec
 
 MOST_PLANS = 40
 FORMATS_PER_PLAN = 4  # a plan is measured for so many formats, which bounds what it adds to a profile
@@ -55,7 +56,7 @@ def random_plans(perturbations: Sequence[Perturbation], count: int, generator: t
         plan = []
         for (_, at_sites), options in members.items():
             low, high = windows[at_sites]
-            inside = [k for k in options if low <= bits_of(perturbations[k]) <= high] or options
+            inside = [k for k in options if low <= perturbations[k].change.bits <= high] or options
             plan.append(inside[int(torch.randint(len(inside), (1,), generator=generator))])
         found.append(plan)
     return found
@@ -64,16 +65,16 @@ def random_plans(perturbations: Sequence[Perturbation], count: int, generator: t
 def _window(
     perturbations: Sequence[Perturbation], at_sites: bool, number: int, generator: torch.Generator
 ) -> tuple[int, int]:
-    widths = sorted({bits_of(p) for p in perturbations if p.place[1] is at_sites})
+    widths = sorted({p.change.bits for p in perturbations if p.at_site is at_sites})
     if len(widths) < 2:
         return 0, 1 << 30
     low = number % (len(widths) - 1)
     return widths[low], widths[int(torch.randint(low + 1, len(widths), (1,), generator=generator))]
 
 
-def bits_of(one: Perturbation) -> int:
-    """The width of a perturbation's codes."""
-    return one.change.format.bits if isinstance(one.change, QuantizedWeight) else one.change.bits
+DAMAGE: Codec[float] = Codec(
+    lambda damage: ({"damage": np.asarray(damage)}, ""), lambda arrays, note: float(arrays["damage"])
+)
 
 
 def measured_plans(
@@ -88,10 +89,7 @@ def measured_plans(
     for number, plan in enumerate(track(plans, "measuring whole plans", enabled=progress)):
         chosen = [perturbations[k] for k in plan]
         name, key = f"whole plan {number}", digest_changes(chosen)
-        kept = subject.artefacts.find(name, key)
-        found[number] = damage_of(chosen) if kept is None else float(kept[0]["damage"])
-        if kept is None:
-            subject.artefacts.keep(name, key, {"damage": found[number]})
+        found[number] = subject.artefacts.cached(name, key, partial(damage_of, chosen), DAMAGE)
     return found
 
 

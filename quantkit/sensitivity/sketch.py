@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.sensitivity.damage import Reference
+from quantkit.sensitivity.outputs import Outputs
+
 MOST_CLASSES = 2000
 TOP, BUCKETS = 192, 64
 SHIFT_BYTES = 1 << 31
@@ -50,14 +53,57 @@ class Sketch:
         return torch.cat([own, summed.clamp(min=torch.finfo(kept.dtype).tiny).log() + highest], dim=1)
 
 
-def sketch_for(reference: Sequence[Tensor], copies: int, merge: bool, generator: torch.Generator) -> Sketch | None:
-    """How to make ``copies`` of the outputs ``reference`` fit into ``SHIFT_BYTES``; None where they do as they are and
-    there are at most ``MOST_CLASSES`` classes. ``merge``: outputs are logits, whose classes may be merged.
+@dataclass(frozen=True)
+class Sketches:
+    """A sketch of each output, None where it is kept as it is."""
+
+    parts: tuple[Sketch | None, ...]
+
+    @classmethod
+    def of(cls, reference: Reference, copies: int, generator: torch.Generator) -> Sketches:
+        """How to make ``copies`` of the shifts of all outputs fit into ``SHIFT_BYTES``."""
+        columns, measures = list(zip(*reference.outputs, strict=True)), reference.damage.measures
+        merges = [measure.softens for measure in measures]
+        sizes = [_bytes(column, copies, merge) for column, merge in zip(columns, merges, strict=True)]
+        return cls(
+            tuple(
+                sketch_for(column, copies, merge, generator, sum(sizes) - size)
+                for column, merge, size in zip(columns, merges, sizes, strict=True)
+            )
+        )
+
+    def __call__(self, i: int, outputs: Outputs) -> Outputs:
+        """The outputs of batch ``i``, made small."""
+        pairs = zip(self.parts, outputs, strict=True)
+        return tuple(rows if sketch is None else sketch(i, rows) for sketch, rows in pairs)
+
+    def of_kept(self, numbers: Sequence[Tensor]) -> list[Tensor]:
+        """Of one number per row, by output, those of the rows that are kept."""
+        pairs = zip(self.parts, numbers, strict=True)
+        return [every if sketch is None else sketch.of_kept(every) for sketch, every in pairs]
+
+    @property
+    def share(self) -> float | None:
+        """The share of the rows that is kept; None where everything is kept as it is."""
+        return min((sketch.share for sketch in self.parts if sketch is not None), default=None)
+
+
+def _bytes(reference: Sequence[Tensor], copies: int, merge: bool) -> int:
+    classes = reference[0].shape[-1]
+    width = TOP + BUCKETS if merge and classes > MOST_CLASSES else classes
+    return 4 * copies * width * sum(map(len, reference))
+
+
+def sketch_for(
+    reference: Sequence[Tensor], copies: int, merge: bool, generator: torch.Generator, others: int = 0
+) -> Sketch | None:
+    """How to make ``copies`` of the output ``reference`` fit into ``SHIFT_BYTES``, beside the bytes of all ``others``;
+    None where they do as they are and there are at most ``MOST_CLASSES`` classes. ``merge``: outputs are logits, whose
+    classes may be merged.
     """
-    total, classes = sum(len(r) for r in reference), reference[0].shape[-1]
+    classes = reference[0].shape[-1]
+    share = SHIFT_BYTES / max(1, _bytes(reference, copies, merge) + others)
     merge = merge and classes > MOST_CLASSES
-    width = TOP + BUCKETS if merge else classes
-    share = SHIFT_BYTES / max(1, 4 * copies * total * width)
     if share >= 1 and not merge:
         return None
     counts = [len(r) for r in reference]

@@ -2,9 +2,9 @@
 
 From a random start of unit length, k steps of Lanczos give a small tridiagonal matrix T; its eigenvalues, weighed by
 the squares of the first elements of its eigenvectors, are a quadrature of the spectrum (Ghorbani et al., arXiv
-1901.10159; Yao et al., arXiv 1912.07145; METHODS g4). Every new vector is made orthogonal to all before it, twice:
-without, rounding lets found eigenvalues return as ghosts. What to see: a bulk at zero, and a few outliers, about as
-many as there are classes.
+1901.10159; Yao et al., arXiv 1912.07145; docs/methods/spectrum.md). Every new vector is made orthogonal to all before
+it, twice: without, rounding lets found eigenvalues return as ghosts. What to see: a bulk at zero, and a few outliers,
+about as many as there are classes.
 """
 
 from __future__ import annotations

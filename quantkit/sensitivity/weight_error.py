@@ -6,8 +6,8 @@ channel relative to its square is that of its weights. Networks scale every chan
 over layers: noise of layers in a row adds up. Folding BatchNorm changes none of it. In no unit of the loss.
 
 "weight-error-zd" divides it by the layer's ZD (LayerwiseQuant, arXiv 2406.17415), taken in units of each channel's own
-deviation: heavy tails count more. They widen a channel's step and are in its error already; tools/README.md has what
-that does to plans.
+deviation: heavy tails count more. They widen a channel's step and are in its error already;
+docs/results/without-data.md has what that does to plans.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InvalidRequest
-from quantkit.numbers.per_token import TokenRange
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.registry import Cost, estimator
 
@@ -71,15 +69,11 @@ def _scores(
     """``error`` of every weight and what it is rounded to. Inputs that are quantized as they come count nothing where
     there is one format for all of them, so that nothing is to be decided.
     """
-    inputs = [p for p in perturbations if not isinstance(p.change, QuantizedWeight)]
-    decided = {p.format for p in inputs if isinstance(p.change, TokenRange)}
-    if inputs and (len(decided) > 1 or not all(isinstance(p.change, TokenRange) for p in inputs)):
+    inputs = [p for p in perturbations if p.at_site]
+    if len({p.format for p in inputs}) > 1 or any(p.change.static for p in inputs):
         raise InvalidRequest(
             f"The error of weights says nothing of activations, and {inputs[0].owner!r} would be {inputs[0].format}. "
             "Use weight-only schemes such as 'w4', or another sensitivity."
         )
-    damage = [
-        error(subject.floats[p.owner], p.change.dequantize()) if isinstance(p.change, QuantizedWeight) else 0
-        for p in perturbations
-    ]
+    damage = [error(subject.floats[p.owner], p.change.dequantize()) if p.change.stored else 0 for p in perturbations]
     return Scores(np.array(damage, dtype=float), np.zeros(len(damage)), notes={"damage": name})

@@ -1,8 +1,8 @@
 """ZD: the share of a block's weights more than one standard deviation above their mean; lower is more important.
 
-LayerwiseQuant (arXiv 2406.17415; METHODS e). A normal distribution gives 15.87 %; heavy tails widen the deviation and
-leave fewer weights above it, and are hard to quantize. Data-free, a ranking, in no unit. On a small convolutional
-network it hardly ranked at all (METHODS v).
+LayerwiseQuant (arXiv 2406.17415; docs/methods/zd.md). A normal distribution gives 15.87 %; heavy tails widen the
+deviation and leave fewer weights above it, and are hard to quantize. Data-free, a ranking, in no unit. On a small
+convolutional network it hardly ranked at all (docs/results/allocation.md).
 """
 
 from __future__ import annotations

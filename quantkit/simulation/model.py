@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from quantkit.numbers.per_token import AnyRange
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.arguments import replaced
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
 from quantkit.program.layers import Operands, Weights
-from quantkit.program.sites import Site
+from quantkit.program.sites import Site, coded_sites
 from quantkit.program.updates import restored
 
 
@@ -144,8 +144,8 @@ class SimulatedModel(nn.Module):
     @contextmanager
     def quantizing(self, before: Callable[[OpKey, Any, Any], None] | None = None) -> Iterator[None]:
         """The wrapped module computes quantized inside the block."""
-        quantized = [site for site in self.sites if site.name in self.ranges]
-        change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
+        coded = coded_sites(self.sites, self.ranges)
+        change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         watch = Watch(change, before, operands=self.floats.operands(self.weights))
         with restored(self.model, self.updated), watching(self.model, watch):
             yield
@@ -156,7 +156,9 @@ class SimulatedModel(nn.Module):
         except AttributeError:
             if name.startswith("__"):
                 raise  # how Python copies or pickles the wrapped module is not how this one is
-            return quantizing_method(super().__getattr__("model"), name, self.quantizing)
+            model = super().__getattr__("model")
+            assert isinstance(model, nn.Module)
+            return quantizing_method(model, name, self.quantizing)
 
 
 def quantizing_method(model: nn.Module, name: str, quantizing: Callable[[], AbstractContextManager[None]]) -> Any:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from quantkit.allocation.allocate import allocate, plan_of
-from quantkit.allocation.bisection import (
+from quantkit.allocation.accuracy_search import (
     AccuracyGate,
     Metric,
     along_front,
@@ -27,15 +26,15 @@ from quantkit.allocation.bisection import (
     first_that_meets,
     rising,
 )
-from quantkit.allocation.count import COUNTED, counted
-from quantkit.allocation.from_profile import FLOAT_BITS, assignment_of, candidates, question
-from quantkit.allocation.front import pareto
+from quantkit.allocation.allocate import allocate, plan_of
+from quantkit.allocation.from_profile import FLOAT_BITS, allocation_problem, assignment_of, candidates
+from quantkit.allocation.pareto import pareto
+from quantkit.allocation.plan_costs import COUNTED, counted
+from quantkit.allocation.presolve import presolve
 from quantkit.allocation.problem import Problem
-from quantkit.allocation.reduce import reduce
 from quantkit.budget import Budget
 from quantkit.errors import AccuracyNotMet, InvalidRequest
 from quantkit.formats import Scheme
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
 from quantkit.sensitivity.augmented import augmented_scores
@@ -71,15 +70,19 @@ def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: 
         raise InvalidRequest(f"minimize={limit.minimize} is not supported yet; supported: {', '.join(COUNTED)}.")
 
 
-def meet_accuracy(
-    request: Request,
-    profile: Profile,
-    evaluator: Evaluator,
-    limit: Budget,
-    evaluate: Evaluate,
-    finish: Callable[[Plan], Result],
-    effort: str,
-) -> Result:
+@dataclass(frozen=True)
+class AccuracySearch:
+    """What a plan that keeps the accuracy is looked for by."""
+
+    request: Request
+    profile: Profile
+    evaluator: Evaluator
+    limit: Budget
+    evaluate: Evaluate | None
+    effort: str
+
+
+def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> Result:
     """The applied result of the cheapest plan found that meets the limit, all other limits included.
 
     Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
@@ -88,6 +91,9 @@ def meet_accuracy(
     AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
     InfeasibleBudget when the other limits alone cannot be met.
     """
+    request, profile, evaluator, limit = search.request, search.profile, search.evaluator, search.limit
+    evaluate, effort = search.evaluate, search.effort
+    assert evaluate is not None, "checked before"
     reference = outcome_of(evaluate, request.ready.float_model())
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)
@@ -162,7 +168,7 @@ def _by_levels(profile: Profile, evaluator: Evaluator, gate: AccuracyGate) -> No
     scores = augmented_scores(
         evaluator.perturbations, Scores(profile.damage, np.zeros(len(profile.damage)), profile.gram)
     )
-    asked = question(profile, {"size": 0})
+    asked = allocation_problem(profile, {"size": 0})
     kept = _agreeing(asked.problem)
     possible = {n: [s for s in found if (n, str(s)) in kept] for n, found in candidates(profile).items()}
     wide = {name: _widest_first(schemes) for name, schemes in possible.items()}
@@ -178,7 +184,7 @@ def _by_levels(profile: Profile, evaluator: Evaluator, gate: AccuracyGate) -> No
 
 def _agreeing(problem: Problem) -> set[tuple[str, str]]:
     """(choice, option) by name of what can be taken together: readers of one tensor agree on its format."""
-    origins = (origin for options in reduce(problem).back for option in options for origin in option)
+    origins = (origin for options in presolve(problem).back for option in options for origin in option)
     return {(problem.choices[i].name, problem.choices[i].options[k].name) for i, k in origins}
 
 
@@ -227,7 +233,7 @@ def _cost(profile: Profile, plan: Plan, name: str) -> int:
 def _simulated(request: Request, evaluator: Evaluator, profile: Profile, plan: Plan) -> SimulatedModel:
     """A copy of the model with the plan's formats, in the codes and ranges the profile was measured with."""
     chosen = [evaluator.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
-    weights = {p.owner: p.change for p in chosen if isinstance(p.change, QuantizedWeight)}
-    ranges = {p.owner: p.change for p in chosen if not isinstance(p.change, QuantizedWeight)}
+    weights = {p.owner: p.change for p in chosen if p.change.stored}
+    ranges = {p.owner: p.change for p in chosen if not p.change.stored}
     ready, own = request.ready, copy.deepcopy(request.ready.model)
     return SimulatedModel(own, ready.sites, weights, ranges, ready.weights.on(own), ready.program.updated)

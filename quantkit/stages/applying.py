@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from quantkit.formats import ActivationFormat, Scheme, WeightFormat
+from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import AnyRange, TokenRange
+from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
-from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.inputs import batch_size
 from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
@@ -23,10 +19,11 @@ from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.by_blocks import round_by_blocks
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
 from quantkit.rounding.request import RoundingRequest
-from quantkit.sensitivity.measure import damage_for
+from quantkit.sensitivity.damage import Reference
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
-from quantkit.stages.inputs import Inputs
+from quantkit.stages.formatted import Formatted
+from quantkit.stages.options import ApplyOptions
 from quantkit.stages.reconstruct import (
     ADAQUANT,
     ReconstructionPlan,
@@ -37,9 +34,8 @@ from quantkit.stages.reconstruct import (
     require_reconstruction,
     worth_learning,
 )
-from quantkit.stages.recording import Recording, recording_of
+from quantkit.stages.recording import Recording
 from quantkit.stages.reparameterize import Reparameterization, reparameterization_of
-from quantkit.stages.request import require_choices
 from quantkit.stages.working_memory import working_memory
 from quantkit.transforms.prepare import Prepared
 
@@ -52,98 +48,53 @@ def holds_probabilities(site: Site) -> bool:
 
 
 @dataclass(frozen=True)
-class ApplyOptions:
-    """How a plan is met, by the names in ``CHOICES``."""
-
-    rounding: str
-    ranges: str
-    reconstruction: str
-    correction: str
-    loss: str
-    seed: int
-    reparameterization: str
-
-    def __post_init__(self) -> None:
-        names = ("rounding", "ranges", "reconstruction", "correction", "loss", "reparameterization")
-        require_choices(**{name: getattr(self, name) for name in names})
-
-    def with_inputs(self, inputs: Inputs, schemes: Iterable[Scheme]) -> ApplyOptions:
-        """The options for ``schemes``, given the data at hand; raises InvalidRequest for what needs data that is not
-        there.
-        """
-        inputs.require_schemes(schemes)
-        inputs.require_none(
-            reconstruction=self.reconstruction,
-            correction=self.correction,
-            reparameterization=self.reparameterization,
-        )
-        return replace(self, rounding=inputs.rounding(self.rounding))
-
-
-@dataclass(frozen=True)
 class PlanApplication:
-    """A float model with the formats of its layers and sites, and what was kept of it to work from."""
+    """A float model with formats, and what was kept of it to work from."""
 
-    ready: Prepared
-    weights: Mapping[str, WeightFormat]
-    sites: Mapping[str, ActivationFormat]
-    batches: Sequence[Batch]
+    formatted: Formatted
     recording: Recording | str
     reconstruction: ReconstructionPlan | None
     options: ApplyOptions
     rewritten: Reparameterization
 
+    @property
+    def ready(self) -> Prepared:
+        return self.formatted.ready
+
     @classmethod
     def of(
         cls,
-        ready: Prepared,
-        weights: Mapping[str, WeightFormat],
-        sites: Mapping[str, ActivationFormat],
-        batches: Sequence[Batch],
-        reference: Sequence[Tensor],
+        formatted: Formatted,
+        recording: Recording | str,
+        reference: Reference,
         options: ApplyOptions,
         finished: Cache,
     ) -> PlanApplication:
-        """Rewrites the model of ``ready`` where that is asked for; it computes what it computed. ``reference`` are its
-        outputs. What is ``finished`` is not found again. Raises InvalidRequest where learning is asked for and cannot
-        be.
+        """Rewrites the model where that is asked for; it computes what it computed. ``reference`` are its outputs.
+        What is ``finished`` is not found again. Raises InvalidRequest where learning is asked for and cannot be.
         """
-        rewritten = reparameterization_of(
-            ready,
-            weights,
-            sites,
-            batches,
-            options.reparameterization,
-            options.ranges,
-            options.seed,
-            finished.artefacts,
-        )
+        ready, batches = formatted.ready, formatted.batches
+        rewritten = reparameterization_of(formatted, options, finished.artefacts)
         rewritten.rewrite(ready.weights)
-        recording, reconstruction = recording_of(ready, batches), None
-        bits = [w.bits for w in weights.values()], [a.bits for a in sites.values()]
+        reconstruction = None
+        bits = [w.bits for w in formatted.weights.values()], [a.bits for a in formatted.sites.values()]
         worth = worth_learning(*bits, batches)
         asked = {"reconstruction": options.reconstruction, "correction": options.correction}
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
-            damage = damage_for(options.loss, torch.cat(list(reference)))
-            reconstruction = require_reconstruction(
-                plan_reconstruction(ready, recording, damage, options.seed), **asked
-            )
-        how = (
-            "none"
-            if options.reconstruction == "auto" and not worth
-            else method_to_learn(options.reconstruction, *bits)
-        )
-        decided = replace(options, reconstruction=how)
-        return cls(ready, weights, sites, batches, recording, reconstruction, decided, rewritten)
+            planned = plan_reconstruction(ready, recording, reference.damage, options.seed)
+            reconstruction = require_reconstruction(planned, **asked)
+        untouched = options.reconstruction == "auto" and not worth
+        how = "none" if untouched else method_to_learn(options.reconstruction, *bits)
+        return cls(formatted, recording, reconstruction, replace(options, reconstruction=how), rewritten)
 
     def moved_to(self, ready: Prepared) -> PlanApplication:
         """The same for another copy of the float model, which is rewritten too."""
         self.rewritten.rewrite(ready.weights)
-        return replace(self, ready=ready)
+        return replace(self, formatted=replace(self.formatted, ready=ready))
 
     def quantized(self, progress: bool, finished: Cache) -> tuple[SimulatedModel, dict[str, Any]]:
         """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again."""
-        ready, weights = self.ready, self.weights
+        ready, weights = self.ready, self.formatted.weights
         simulated = SimulatedModel(
             ready.model, ready.sites, {}, self._site_ranges(progress), ready.weights, ready.program.updated
         )
@@ -172,21 +123,21 @@ class PlanApplication:
             learned = len(self.reconstruction.data) + held
             if self.options.reconstruction in ("block", *ADAQUANT):
                 by_blocks = len(self.reconstruction.block_data) + held
-        samples = sum(map(batch_size, self.batches))
+        samples = sum(map(batch_size, self.formatted.batches))
         memory = working_memory(self.ready, self.recording, samples, learned, by_blocks)
         notice(str(memory))
         return {"working_bytes": memory.peak_bytes}
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
         ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
-        ranges |= {name: TokenRange(asked.bits) for name, asked in self.sites.items() if asked.dynamic}
+        ranges |= {name: TokenRange(asked.bits) for name, asked in self.formatted.sites.items() if asked.dynamic}
         others = [site for site in self.ready.sites if site.name not in ranges]
-        histograms = site_histograms(self.ready.model, others, self.batches, progress)
+        histograms = site_histograms(self.ready.model, others, self.formatted.batches, progress)
         return ranges | {site.name: self._range_of(site, histograms[site.name]) for site in others if histograms}
 
     def _range_of(self, site: Site, histogram: Histogram) -> SiteRange | LogRange:
         """A site's range; of probabilities the logarithmic one where the plan says so, or may and that errs less."""
-        asked = self.sites[site.name]
+        asked = self.formatted.sites[site.name]
         uniform = RANGES[self.options.ranges](histogram, asked.bits)
         if not holds_probabilities(site) or asked.bits != LOG_BITS:
             return uniform
@@ -198,8 +149,11 @@ class PlanApplication:
 
     def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
         """Give every layer its codes; returns how."""
-        recording, request = self.recording, RoundingRequest(self.weights, self.options.rounding, progress, finished)
+        recording, request = (
+            self.recording,
+            RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished),
+        )
         if isinstance(recording, str):
-            return round_in_sequence(simulated, self.ready.program, self.batches, request)
+            return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
         inputs = recording.program.entering(self.ready.model, recording.samples)
         return round_by_blocks(SimulatedProgram(simulated, recording.program), recording.blocks, inputs, request)

@@ -16,10 +16,10 @@ from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme, WeightFormat
-from quantkit.latency import FULL_BITS, LatencyTable
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
-from quantkit.operations import Operation, execute
 from quantkit.plan import digest_shapes
+from quantkit.plan.latency import FULL_BITS, LatencyTable
+from quantkit.plan.operations import Operation, execute
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.operations import operations_of
 from quantkit.program.sites import place_sites
@@ -61,7 +61,7 @@ def bench(
     for name, value in {"threads": threads, "batch": batch}.items():
         if value < 1:
             raise InvalidRequest(f"{name}={value}: at least 1.")
-    goal = Target.load(target)
+    goal = Target.load(target).resolved()
     example = calibration_batches(model, calibration, max(batch, 2))[0]
     rig = _timing_rig(prepare(model, [example], goal), goal, example, progress)
     mixtures = mixtures_of(rig.ready.quantizable, rig.widths, seed)
@@ -161,7 +161,10 @@ def _table(
         execute(operations, mixture, [name for name, bits in mixture.items() if bits >= FULL_BITS])
         for mixture in mixtures
     ]
-    paths = [write_unchecked(rig.simulated(m), marked, folder / f"{k}.onnx") for k, m in enumerate(mixtures)]
+    paths = [
+        write_unchecked(rig.simulated(mixture), marked, rig.target.instruction_set, folder / f"{k}.onnx")
+        for k, mixture in enumerate(mixtures)
+    ]
     measured = measure_files(paths, inputs, threads, seconds)
     names = [op.name for op in operations if op.kind != "float"]
     elements = {site.name: Size(site.shape).numel() for site in ready.sites}

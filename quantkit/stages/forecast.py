@@ -15,7 +15,7 @@ from quantkit.ranges.statistics import HESSIAN_BYTES
 from quantkit.rounding.weights import WITHOUT_INPUTS, quantize_weight
 from quantkit.sensitivity import COSTS
 from quantkit.sensitivity.curvature import GRAPH_SAMPLES
-from quantkit.sensitivity.measure import main_output, rows_of
+from quantkit.sensitivity.outputs import OutputRule
 from quantkit.sensitivity.registry import Workload
 from quantkit.sensitivity.sketch import SHIFT_BYTES
 from quantkit.stages.request import Request
@@ -27,7 +27,7 @@ GRAPH_COPIES = 4  # how often a graph of second derivatives holds every activati
 @dataclass(frozen=True)
 class Forecast:
     """``forwards`` of the ``samples`` that the profile takes for so many ``formats``, seconds for them and for
-    rounding, peak bytes beyond one forward.
+    rounding, peak bytes beyond one forward, and ``rule``, by which outputs are compared.
     """
 
     formats: int
@@ -36,6 +36,7 @@ class Forecast:
     forward_seconds: float
     rounding_seconds: float
     peak_bytes: int
+    rule: OutputRule
 
     @property
     def seconds(self) -> float:
@@ -57,16 +58,17 @@ def forecast(request: Request) -> Forecast:
         seconds = math.inf
         for _ in range(2):  # the first run of a new shape also finds its kernels
             start = time.perf_counter()
-            output = main_output(run_model(request.ready.model, batch))
+            result = run_model(request.ready.model, batch)
             seconds = min(seconds, (time.perf_counter() - start) * samples / batch_size(batch))
     formats = len(request.entries())
     cost = COSTS[request.settings["sensitivity"]]
     work = Workload(formats, len(request.candidates) + len(request.ready.sites), samples)
-    outputs = 4 * rows_of(output).numel() * samples // batch_size(batch)
+    rule = OutputRule.of(request.ready.model, result, batch, request.settings["loss"])
+    outputs = 4 * sum(rows.numel() for rows in rule.rows(result, batch)) * samples // batch_size(batch)
     held = _held_bytes(request) + outputs
     held += min(formats * outputs, SHIFT_BYTES) if cost.keeps_shifts else 0
     held += _graph_bytes(request) if cost.keeps_graph else 0
-    return Forecast(formats, math.ceil(cost.forwards(work)), samples, seconds, _rounding_seconds(request), held)
+    return Forecast(formats, math.ceil(cost.forwards(work)), samples, seconds, _rounding_seconds(request), held, rule)
 
 
 def _graph_bytes(request: Request) -> int:

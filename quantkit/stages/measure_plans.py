@@ -10,6 +10,7 @@ from torch import nn
 from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity.around import PlanDamage
+from quantkit.stages.options import Run
 from quantkit.stages.profile import evaluator_of
 from quantkit.stages.request import make_ready
 
@@ -36,6 +37,6 @@ def measured_damages(
             f"The profile was not measured by this request: {', '.join(changed)} differ. Profile again, or measure "
             "with the recipe the profile came from."
         )
-    evaluator = evaluator_of(request, progress)
+    evaluator = evaluator_of(request, Run(progress))
     damage = PlanDamage(evaluator.subject, evaluator.perturbations, progress)
     return damage.plans([profile.chosen(plan.schemes, plan.sites) for plan in plans])

@@ -4,7 +4,7 @@ Compared by the damage of softened outputs: on the inputs that decide, the damag
 the network hesitates, and says less of other inputs. But it is what counts in the end: a plan with more of it is not
 taken. Measured on the inputs of the profile; images are also mirrored and shifted, where the float network hardly
 minds, as searching finds what is good for these very inputs, which the network may have been trained on. What that
-gains on other inputs, and where it does not, is in tools/README.md.
+gains on other inputs, and where it does not, is in docs/results/allocation.md.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from quantkit.allocation.allocate import plan_of, question_around, recount
+from quantkit.allocation.allocate import plan_of, problem_around, recount
 from quantkit.allocation.from_profile import assignment_of
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
@@ -25,8 +24,10 @@ from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.reconstruction.augmentation import changed, harmless
 from quantkit.sensitivity.around import PlanDamage
+from quantkit.sensitivity.damage import SOFTENED, Reference
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import SOFTENED, Subject, damage_for
+from quantkit.sensitivity.measure import Subject
+from quantkit.sensitivity.outputs import Outputs
 from quantkit.stages.profile import Evaluator
 
 # Measurements (forwards of the sample set with a whole plan in place) allowed per profiled format.
@@ -35,14 +36,12 @@ JUDGES = (SOFTENED, 1.0)  # temperatures: the first decides, and the damage itse
 DRAWS = 4  # of the inputs, where it takes so many to tell whether a plan is better
 
 
-def refine(
-    plan: Plan, profile: Profile, budget: Budget, evaluator: Evaluator, effort: str, seed: int, progress: bool
-) -> Plan:
+def refine(plan: Plan, profile: Profile, budget: Budget, evaluator: Evaluator, effort: str, progress: bool) -> Plan:
     """The plan that ``effort`` finds from ``plan``, never one that measures worse; what it took is in its
     provenance.
     """
-    limits = budget.limits(profile)
-    asked = question_around(profile, limits, plan)
+    limits, seed = budget.limits(profile), int(profile.provenance["seed"])
+    asked = problem_around(profile, limits, plan)
     start = assignment_of(profile, asked, plan)
     measurements = draws_of(evaluator, seed, progress)
     allowed = EFFORTS[effort] * len(profile.entries)
@@ -94,11 +93,11 @@ def measurements_of(evaluator: Evaluator, seed: int, progress: bool) -> PlanDama
 def _with_changed_images(subject: Subject, generator: torch.Generator) -> Subject:
     """Measured on the same inputs with their images changed in the ways that the first batch says are harmless."""
 
-    def outputs(batch: Batch) -> Tensor:
-        return torch.cat(list(replace(subject, batches=[batch]).float_outputs()))
+    def outputs(batch: Batch) -> Outputs:
+        return next(replace(subject, batches=[batch]).float_outputs())
 
-    first = subject.batches[0]
-    changes = harmless(first, outputs, damage_for(subject.loss, outputs(first)).rows, generator)
+    first = Reference.of(replace(subject, batches=subject.batches[:1]))
+    changes = harmless(subject.batches[0], outputs, first.damage.mean, generator)
     if not changes:
         return subject
     return replace(subject, batches=[changed(batch, changes, generator) for batch in subject.batches])

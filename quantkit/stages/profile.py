@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from quantkit.errors import CorruptFile
 from quantkit.plan import Profile, digest_of
@@ -21,60 +20,17 @@ from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.sensitivity.rarely_reached import reached_by_few, with_fallback
 from quantkit.stages.forecast import forecast
-from quantkit.stages.recording import recording_of
-from quantkit.stages.request import DEFAULT_TARGET, Request, Schemes, TargetName, make_ready
-from quantkit.store import Artefacts, require_writable
-from quantkit.targets.rules import Rules
+from quantkit.stages.options import Run
+from quantkit.stages.request import Request
+from quantkit.store import Artefacts
 
 
-def profile(
-    model: nn.Module,
-    calibration: Any = None,
-    *,
-    example_inputs: Any = None,
-    schemes: Schemes | None = None,
-    samples: int | None = None,
-    loss: str = "auto",
-    target: TargetName = DEFAULT_TARGET,
-    rules: Rules | None = None,
-    first_last: str = "same",
-    sensitivity: str = "auto",
-    rounding: str = "auto",
-    ranges: str = "mse",
-    seed: int = 0,
-    progress: bool = True,
-    workdir: str | Path | None = None,
-) -> Profile:
-    """Measure what each format of each layer and site costs, alone and in pairs.
-
-    ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
-    it. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
-    then lets the model be traced, which folds BatchNorm and counts operations. ``schemes``: candidate schemes, default
-    the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``first_last``: "8 bits" gives
-    layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
-    "same" they are as all others; either way the plan says so. ``loss``: "kl", "mse" or "auto".
-    With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
-    changed; until it is complete, every finished layer is, so that a run that was killed resumes. Raises
-    InvalidRequest before any measuring when the request cannot be carried out.
+def measure(request: Request, run: Run, evaluator: Evaluator | None = None) -> Profile:
+    """The profile of a request: the one kept in the working directory, or a new one, which is kept there.
+    ``evaluator`` is passed where there is one already.
     """
-    if workdir is not None:
-        require_writable(workdir)
-    request = make_ready(
-        model, calibration, example_inputs=example_inputs, schemes=schemes, samples=samples, loss=loss,
-        target=target, rules=rules, first_last=first_last, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
-        seed=seed,
-    )  # fmt: skip
-    return measure(request, progress, workdir)
-
-
-def measure(
-    request: Request, progress: bool, workdir: str | Path | None, evaluator: Evaluator | None = None
-) -> Profile:
-    """The profile of a request: the one kept in ``workdir``, or a new one, which is kept there. ``evaluator`` is
-    passed where there is one already.
-    """
-    kept = None if workdir is None else Path(workdir) / f"profile-{digest_of(request.settings)}.safetensors"
-    artefacts = artefacts_of(request, workdir)
+    kept = None if run.workdir is None else run.workdir / f"profile-{digest_of(request.settings)}.safetensors"
+    artefacts = artefacts_of(request, run.workdir)
     if kept is not None and kept.exists():
         try:
             found = Profile.load(kept)
@@ -85,19 +41,21 @@ def measure(
             artefacts.remove()
             return request.with_latency(found)
     if request.batches:
-        notice(str(forecast(request)))
-    measured = _measure(request, progress, evaluator or evaluator_of(request, progress, workdir))
+        expected = forecast(request)
+        notice(str(expected))
+        notice(f"damage: {expected.rule}")
+    measured = _measure(request, run.progress, evaluator or evaluator_of(request, run))
     if kept is not None:
         measured.save(kept)
         artefacts.remove()
     return measured
 
 
-def artefacts_of(request: Request, workdir: str | Path | None) -> Artefacts:
+def artefacts_of(request: Request, workdir: Path | None) -> Artefacts:
     """Where a run keeps each finished layer until its profile is complete, keyed by all that decides the figures."""
     if workdir is None:
         return Artefacts()
-    return Artefacts(Path(workdir) / f"layers-{digest_of(request.settings | {'torch': torch.__version__})}")
+    return Artefacts(workdir / f"layers-{digest_of(request.settings | {'torch': torch.__version__})}")
 
 
 @dataclass(frozen=True)
@@ -112,12 +70,12 @@ class Evaluator:
     batches: Sequence[Batch]
 
 
-def evaluator_of(request: Request, progress: bool, workdir: str | Path | None = None) -> Evaluator:
+def evaluator_of(request: Request, run: Run) -> Evaluator:
     """Round every candidate format, find every range, and draw the inputs to measure on; what an earlier run left in
-    ``workdir`` is not done again.
+    the working directory is not done again.
     """
     ready, batches, settings = request.ready, request.batches, request.settings
-    artefacts = artefacts_of(request, workdir)
+    artefacts, progress = artefacts_of(request, run.workdir), run.progress
     perturbations, rounded = weight_perturbations(
         ready, request.candidates, batches, settings["rounding"], progress, artefacts
     )
@@ -126,8 +84,8 @@ def evaluator_of(request: Request, progress: bool, workdir: str | Path | None = 
     if batches:
         notice(f"measuring on {'pair-mixed calibration inputs' if inputs else 'the calibration inputs as they are'}")
     sites = {site.name: site for site in ready.sites}
-    recording = recording_of(ready, batches)
-    program = None if isinstance(recording, str) else recording.program
+    replay = request.session.replay
+    program = None if isinstance(replay, str) else replay.program
     subject = Subject(ready.model, inputs or batches, sites, settings["loss"], (), artefacts, ready.weights, program)
     samples = sum(batch_size(b) for b in batches)
     notes = {
@@ -146,4 +104,6 @@ def _measure(request: Request, progress: bool, evaluator: Evaluator) -> Profile:
     if request.batches:
         rows = rows_seen(ready.float_model(), ready.program, ready.quantizable, subject.batches)
         scores = with_fallback(scores, changes, ready.weights, reached_by_few(rows, evaluator.notes["samples"]))
-    return request.profile([(p.owner, p.format) for p in changes], scores, evaluator.notes | dict(scores.notes))
+    rule = {} if subject.rule is None else {"outputs": subject.rule.record()}
+    notes = evaluator.notes | rule | dict(scores.notes)
+    return request.profile([(p.owner, p.format) for p in changes], scores, notes)

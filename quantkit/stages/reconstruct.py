@@ -23,8 +23,8 @@ from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, l
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, scale_layer
 from quantkit.reconstruction.learning import Learned, Schedule
 from quantkit.reconstruction.snapshot import Cache, Snapshot
+from quantkit.sensitivity.damage import SOFTENED, Damage
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import SOFTENED, Damage, rows_of
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import (
     CHUNK,
@@ -99,14 +99,14 @@ def plan_reconstruction(
     order = torch.randperm(count, generator=generator)
     training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
     state = copied_state(program, ready.model)
-    few = some_samples(training, torch.arange(CHUNK))
+    few, measure, rows = some_samples(training, torch.arange(CHUNK)), damage.main, damage.rule.answer.rows
     reference = FloatReference(
         state,
         {name: ready.weights[name].detach().clone() for name in ready.quantizable},
         _spreads(ready, program, state, program.entering(ready.model, few)),
-        lambda wanted, found: damage.rows(rows_of(wanted), rows_of(found)),
-        lambda wanted, found: damage.smooth_rows(rows_of(wanted), rows_of(found), SOFTENED),
-        lambda output, draw: (damage.cotangent(rows_of(output).detach(), draw) * rows_of(output)).sum(),
+        lambda wanted, found: measure.rows(rows(wanted), rows(found)),
+        lambda wanted, found: measure.smooth_rows(rows(wanted), rows(found), SOFTENED),
+        lambda output, draw: (measure.cotangent(rows(output).detach(), draw) * rows(output)).sum(),
     )
     floats, every = float_program(ready.model, program, state), whole(program)
 
@@ -124,7 +124,9 @@ def plan_reconstruction(
     data = ReconstructionData(
         inputs, play_output(floats, inputs, every), held_inputs, play_output(floats, held_inputs, every)
     )
-    return ReconstructionPlan(recording, reference, data, data.first(FEW_DRAWS * (count - held)), seed, damage.softens)
+    return ReconstructionPlan(
+        recording, reference, data, data.first(FEW_DRAWS * (count - held)), seed, measure.softens
+    )
 
 
 def _drawn(

@@ -19,16 +19,22 @@ from quantkit.transforms.prepare import Prepared
 
 
 @dataclass(frozen=True)
-class Recording:
-    """The program of a model, its blocks, and the calibration samples."""
+class Replay:
+    """The program that stands for a model, and the calibration samples as one batch."""
 
     program: Program
-    blocks: list[Segment]
     samples: Batch
 
 
-def recording_of(ready: Prepared, batches: Sequence[Batch]) -> Recording | str:
-    """The recording of a model, or why there is none."""
+@dataclass(frozen=True)
+class Recording(Replay):
+    """A replay with the blocks that the program is cut into."""
+
+    blocks: list[Segment]
+
+
+def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
+    """The replay of a model, or why there is none."""
     if not batches or ready.example is None:
         return "there is no calibration data"
     samples = _stacked(batches)
@@ -40,8 +46,13 @@ def recording_of(ready: Prepared, batches: Sequence[Batch]) -> Recording | str:
     program = replayable(ready.program, ready.model, ready.example, others)
     if program is None or program.rows.get(program.output) != 0:
         return "what it computes depends on more than its inputs' values and batch size"
-    blocks = blocks_of(program, ready.quantizable, {site.place for site in ready.sites})
-    return Recording(program, blocks, samples)
+    return Replay(program, samples)
+
+
+def recording_of(ready: Prepared, replay: Replay) -> Recording:
+    """A replay cut into blocks by the layers to quantize and their sites."""
+    blocks = blocks_of(replay.program, ready.quantizable, {site.place for site in ready.sites})
+    return Recording(replay.program, replay.samples, blocks)
 
 
 def some_samples(batch: Batch, indices: Tensor) -> Batch:

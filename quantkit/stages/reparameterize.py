@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantkit.formats import ActivationFormat, WeightFormat
+from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
 from quantkit.program.layers import Weights
@@ -21,11 +22,12 @@ from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.channels import HELD_BACK, clipped_ranges, mse_ranges
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import at_sites, run_with
-from quantkit.store import Artefacts
+from quantkit.stages.formatted import Formatted
+from quantkit.stages.options import ApplyOptions
+from quantkit.store import Arrays, Artefacts, Codec
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
 from quantkit.transforms.prepare import Prepared
 
-REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
 AUTO = "clip+softmax"
 ROWS = 8192  # of each norm's output that ranges are found on
 ROW_BYTES = 1 << 28  # held at once
@@ -50,23 +52,15 @@ class Reparameterization:
         return {change.norm.site: change.found for change in self.rewrites}
 
 
-def reparameterization_of(
-    ready: Prepared,
-    weights: Mapping[str, WeightFormat],
-    sites: Mapping[str, ActivationFormat],
-    batches: Sequence[Batch],
-    asked: str,
-    ranges: str,
-    seed: int,
-    artefacts: Artefacts | None = None,
-) -> Reparameterization:
-    """What ``asked`` (one of REPARAMETERIZATIONS) comes to for a model that is still float; the model stays as it is.
+def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Artefacts) -> Reparameterization:
+    """What the options come to for a model that is still float; the model stays as it is.
 
     A norm is rewritten only where that lowers the error behind the layers that read it, with their weights rounded to
-    nearest, on rows that were held back: scaling columns makes weights harder to quantize. Norms found in
-    ``artefacts`` are not looked at again.
+    nearest, on rows that were held back: scaling columns makes weights harder to quantize. Norms that are
+    ``kept`` are not looked at again.
     """
-    kept = artefacts or Artefacts()
+    ready, batches, seed, asked = formatted.ready, formatted.batches, options.seed, options.reparameterization
+    weights, sites, ranges = formatted.weights, formatted.sites, options.ranges
     parts = (AUTO if asked == "auto" else asked).split("+")
     log = "softmax" in parts and bool(batches)
     if not batches or not sites or not {"norm", "clip"} & set(parts):
@@ -74,14 +68,16 @@ def reparameterization_of(
     norms, notes = rewritable_norms(ready)
     notes = {name: f"not rewritten: {reason}" for name, reason in notes.items()}
     rewrites = []
+
+    def measured(norm: Norm, rows: Tensor) -> tuple[Rewrite, float, float]:
+        bits = sites[norm.site].bits
+        change = _change(ready.weights, norm, rows, bits, "clip" in parts, seed)
+        before = _error(ready.weights, rows, weights, norm, _one_range(rows, bits, ranges))
+        return change, before, _error(ready.weights, rows, weights, norm, change)
+
     for norm, rows in _outputs_of(ready, norms, batches, seed):
-        judged = _find(kept, norm)
-        if judged is None:
-            change = _change(ready.weights, norm, rows, sites[norm.site].bits, "clip" in parts, seed)
-            before = _error(ready.weights, rows, weights, norm, _one_range(rows, sites[norm.site].bits, ranges))
-            judged = change, before, _error(ready.weights, rows, weights, norm, change)
-            _keep(kept, *judged)
-        change, before, after = judged
+        compute = partial(measured, norm, rows)
+        change, before, after = kept.cached(f"norm: {norm.name}", norm.layers, compute, _codec(norm))
         notes[norm.name] = f"error behind it {after / before:.2f} of that with one range" if before else "exact"
         if after < before:
             rewrites.append(change)
@@ -90,19 +86,19 @@ def reparameterization_of(
     return Reparameterization(tuple(rewrites), log, notes)
 
 
-def _keep(artefacts: Artefacts, change: Rewrite, before: float, after: float) -> None:
-    arrays = {"ratio": change.ratio.numpy(), "shift": change.shift.numpy()}
-    note = json.dumps({"found": asdict(change.found), "before": before, "after": after})
-    artefacts.keep(f"norm: {change.norm.name}", change.norm.layers, arrays, note)
-
-
-def _find(artefacts: Artefacts, norm: Norm) -> tuple[Rewrite, float, float] | None:
+def _codec(norm: Norm) -> Codec[tuple[Rewrite, float, float]]:
     """The rewrite of a norm, and the errors behind it without and with it."""
-    kept = artefacts.find(f"norm: {norm.name}", norm.layers)
-    if kept is None:
-        return None
-    note, ratio, shift = json.loads(kept[1]), *(torch.from_numpy(kept[0][name]) for name in ("ratio", "shift"))
-    return Rewrite(norm, ratio, shift, SiteRange(**note["found"])), note["before"], note["after"]
+
+    def encode(measured: tuple[Rewrite, float, float]) -> tuple[Arrays, str]:
+        change, before, after = measured
+        note = json.dumps({"found": change.found.to_dict(), "before": before, "after": after})
+        return {"ratio": change.ratio.numpy(), "shift": change.shift.numpy()}, note
+
+    def decode(arrays: Arrays, text: str) -> tuple[Rewrite, float, float]:
+        note, ratio, shift = json.loads(text), *(torch.from_numpy(arrays[name]) for name in ("ratio", "shift"))
+        return Rewrite(norm, ratio, shift, SiteRange.from_dict(note["found"])), note["before"], note["after"]
+
+    return Codec(encode, decode)
 
 
 def _outputs_of(
@@ -150,11 +146,11 @@ def _error(
 ) -> float:
     """Squared error of all layers behind a norm on held-back rows, its output and their weights quantized."""
     rows = rows[::HELD_BACK]
-    if isinstance(found, SiteRange):
-        quantized, ratio = found.fake_quantize(rows), torch.ones_like(rows[0])
-    else:
+    if isinstance(found, Rewrite):
         ratio, shift = found.ratio.to(rows), found.shift.to(rows)
         quantized = found.found.fake_quantize((rows + shift) / ratio) * ratio - shift
+    else:
+        quantized, ratio = found.fake_quantize(rows), torch.ones_like(rows[0])
     total = 0.0
     for name in norm.layers:
         weight = floats[name].detach()

@@ -3,57 +3,50 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Size, nn
 
-from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.plan import Profile, SiteRecord, digest_of, digest_shapes
-from quantkit.program.inputs import Batch, digest_batches, digest_model
+from quantkit.plan import Profile, SiteRecord, digest_shapes
+from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
-from quantkit.program.program import Program
-from quantkit.ranges.activations import RANGES
-from quantkit.reconstruction.blocks import RECONSTRUCTIONS
-from quantkit.reconstruction.corrections import CORRECTIONS
-from quantkit.rounding.weights import ROUNDINGS
-from quantkit.sensitivity import ESTIMATORS, require_additive
-from quantkit.sensitivity.measure import LOSSES, Scores
-from quantkit.stages.first_last import FIRST_LAST, SAME, policy_record, with_policy
-from quantkit.stages.inputs import Inputs, require_accepted, tell_what_is_missing
-from quantkit.stages.reparameterize import REPARAMETERIZATIONS
+from quantkit.sensitivity import require_additive
+from quantkit.sensitivity.measure import Scores
+from quantkit.session import Session
+from quantkit.stages.first_last import policy_record, with_policy
+from quantkit.stages.inputs import Inputs, tell_what_is_missing
+from quantkit.stages.options import ProfileOptions, chosen
 from quantkit.targets import Target
 from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes, require_kinds, weights_only
 from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
-from quantkit.version import VERSION
 
 DEFAULT_TARGET = "onnxruntime-cpu"
-Schemes = Iterable[str | Scheme]
 TargetName = str | os.PathLike[str] | Target
-CHOICES: dict[str, tuple[str, ...]] = {
-    "sensitivity": ("auto", *ESTIMATORS),
-    "rounding": ROUNDINGS,
-    "ranges": tuple(RANGES),
-    "reconstruction": RECONSTRUCTIONS,
-    "correction": CORRECTIONS,
-    "reparameterization": REPARAMETERIZATIONS,
-    "loss": ("auto", *LOSSES),
-    "first_last": FIRST_LAST,
-}
 
 
 @dataclass(frozen=True)
 class Request:
-    """The prepared model, its inputs, the candidates of every layer, and what else decides the result."""
+    """A session with the layers and sites that the candidates of a profile leave to be quantized, and what else
+    decides the result.
+    """
 
+    session: Session
     ready: Prepared
-    inputs: Inputs
     candidates: dict[str, tuple[Scheme, ...]]
-    target: Target
     settings: dict[str, Any]
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.session.inputs
+
+    @property
+    def target(self) -> Target:
+        return self.session.target
 
     @property
     def batches(self) -> list[Batch]:
@@ -120,48 +113,45 @@ def make_ready(
     calibration: Any,
     *,
     example_inputs: Any = None,
-    schemes: Schemes | None = None,
     samples: int | None = None,
-    loss: str = "auto",
     target: TargetName = DEFAULT_TARGET,
-    rules: Rules | None = None,
-    first_last: str = SAME,
-    sensitivity: str = "auto",
-    rounding: str = "auto",
-    ranges: str = "mse",
-    seed: int = 0,
+    **options: Any,
 ) -> Request:
-    """Check a request and prepare the model. Raises InvalidRequest, cheapest checks first."""
-    goal = Target.load(target)
-    asked = {"sensitivity": sensitivity, "rounding": rounding, "ranges": ranges, "loss": loss}
-    require_choices(first_last=first_last, **asked)
-    require_additive(sensitivity)
-    wanted = parse_schemes(schemes, goal)
+    """Check a request, whose ``options`` are fields of ProfileOptions, and prepare the model. Raises InvalidRequest,
+    cheapest checks first.
+    """
+    goal, asked = Target.load(target), ProfileOptions(**options)
+    require_additive(asked.sensitivity)
+    wanted = parse_schemes(asked.schemes, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
-    if schemes is None and not inputs.batches:
+    if asked.schemes is None and not inputs.batches:
         wanted = weights_only(wanted)
-    asked |= {"sensitivity": inputs.sensitivity(sensitivity), "rounding": inputs.rounding(rounding)}
-    ready = inputs.prepared(model, goal)
-    require_accepted(ready.model, inputs.batches)
-    every_rule = with_policy(first_last, ready, wanted, rules)
-    ready, allowed = _with_candidates(ready, inputs, wanted, every_rule, goal)
-    require_own_table(goal, ready)
+    asked = replace(asked, sensitivity=inputs.sensitivity(asked.sensitivity), rounding=inputs.rounding(asked.rounding))
+    return request_of(Session.open(model, inputs, goal), wanted, asked)
+
+
+def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptions) -> Request:
+    """The request for ``wanted`` candidates. Raises InvalidRequest for what the model or the target cannot do."""
+    rules = with_policy(options.first_last, session.prepared, wanted, options.rules)
+    ready, allowed = _with_candidates(session, wanted, rules)
+    require_own_table(session.target, ready)
     settings: dict[str, Any] = {
         "schemes": [str(s) for s in wanted],
-        "rules": repr(rules),
-        "first_last": policy_record(first_last, ready.program, allowed, rules),
-        "target": digest_of(asdict(replace(goal, latency=None))),
-        "seed": seed,
-        **identity_of(model, inputs, ready.program),
-        **asked,
+        "rules": repr(options.rules),
+        "first_last": policy_record(options.first_last, ready.program, allowed, options.rules),
+        "target": session.target.digest(),
+        "seed": options.seed,
+        **session.identity,
+        **{name: value for name, value in chosen(options).items() if name != "first_last"},
     }
-    return Request(ready, inputs, {name: allowed[name] for name in ready.quantizable}, goal, settings)
+    return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings)
 
 
 def _with_candidates(
-    ready: Prepared, inputs: Inputs, wanted: Sequence[Scheme], rules: Rules | None, target: Target
+    session: Session, wanted: Sequence[Scheme], rules: Rules | None
 ) -> tuple[Prepared, dict[str, tuple[Scheme, ...]]]:
     """The model with what its candidates leave float left float, and the candidates of every layer."""
+    ready, inputs, target = session.prepared, session.inputs, session.target
     allowed = candidate_schemes(ready.layers, wanted, rules, target)
     require_kinds(ready.layers, allowed, target)
     offered = [scheme for options in allowed.values() for scheme in options]
@@ -178,39 +168,3 @@ def require_own_table(target: Target, ready: Prepared) -> None:
     if target.latency is not None:
         sites = [site.name for site in ready.sites]
         target.latency.require(digest_shapes(ready.layers), list(ready.quantizable), sites)
-
-
-def identity_of(model: nn.Module, inputs: Inputs, program: Program) -> dict[str, str]:
-    """What every figure and every code depends on, whatever is asked for: the model, the data and this version."""
-    return {
-        "model": digest_model(model),
-        "operations": _digest_operations(program),
-        "calibration": digest_batches(inputs.shown),
-        "quantkit": VERSION,
-    }
-
-
-def _digest_operations(program: Program) -> str:
-    """Identifies what a model computes: its class and weights stay the same while its ``forward`` is being edited."""
-    return digest_of(
-        [[str(op.key), op.inputs, op.outputs, [repr(a) for a in op.arguments if _is_plain(a)]] for op in program.steps]
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    """True for what prints the same in every process."""
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> None:
-    """Raise InvalidRequest, with the known names, for a name that is none of them."""
-    if value not in (names := list(known)):
-        raise InvalidRequest(f"Unknown {name} {value!r}; known: {', '.join(names)}.{did_you_mean(str(value), names)}")
-
-
-def require_choices(**asked: str) -> None:
-    """Raise InvalidRequest for a name that is not among the ``CHOICES`` of its argument."""
-    for name, value in asked.items():
-        choose(name, value, CHOICES[name])

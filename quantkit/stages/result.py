@@ -15,6 +15,7 @@ from quantkit.program.inputs import Batch, as_batch
 from quantkit.runtime.real import RealModel
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import require_writable
+from quantkit.targets.instruction_sets import INSTRUCTION_SET, detected_instruction_set
 
 if TYPE_CHECKING:
     from quantkit.backends.onnxruntime.parity import Tolerance
@@ -68,13 +69,21 @@ class Result:
         compare on (default: the example). Raises ParityError, and leaves no file, when they differ by more than
         ``tolerance``; InvalidRequest when the model cannot be exported.
         """
-        from quantkit.backends.onnxruntime.writer import export_onnx
+        from quantkit.backends.onnxruntime.parity import DEFAULT_TOLERANCE
+        from quantkit.backends.onnxruntime.writer import ExportOptions, export_onnx
 
         require_writable(Path(path).parent)
         batch = self.example() if example is None else as_batch(example)
-        options: dict[str, Any] = {} if tolerance is None else {"tolerance": tolerance}
         checked = [as_batch(item) for item in check]
-        return export_onnx(self.simulated(), batch, path, check=checked, plan=self.plan, **options)
+        options = ExportOptions(self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan)
+        return export_onnx(self.simulated(), batch, path, options)
+
+    @property
+    def instruction_set(self) -> str:
+        """That of the CPUs that files are written for: the plan's, or this machine's where an earlier version made
+        the plan.
+        """
+        return str(self.plan.provenance.get(INSTRUCTION_SET) or detected_instruction_set())
 
     def example(self) -> Batch:
         """The first calibration batch; raises InvalidRequest where the result was loaded without data."""

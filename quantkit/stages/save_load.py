@@ -7,9 +7,8 @@ tensor of the model's state under its own name. Its header has one entry, ``quan
 - ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
 - ``layers``: layer name -> weight format, shape and where the model holds it;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
-- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape;
-- ``ranges``: site name -> scale, zero point, bits; without a zero point for logarithmic codes, bits alone for scales
-  that are found token by token.
+- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape, roles;
+- ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``).
 
 Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
 """
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
+from quantkit.numbers.kinds import range_of
 from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
-from quantkit.numbers.per_token import range_of
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.intercept import OpKey
@@ -62,7 +61,7 @@ def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str
         "updated": list(simulated.updated),
         "folds": [list(pair) for pair in folds],
         "sites": [asdict(site) for site in simulated.sites],
-        "ranges": {name: asdict(found) for name, found in simulated.ranges.items()},
+        "ranges": {name: found.to_dict() for name, found in simulated.ranges.items()},
     }
     header["digest"] = _digest(header, tensors)
     metadata = {_HEADER: canonical_json(header)}
@@ -178,4 +177,5 @@ def _site(record: Mapping[str, Any]) -> Site:
         echoes=tuple(OpKey(**key) for key in record["echoes"]),
         consumers=tuple(record["consumers"]),
         shape=tuple(record["shape"]),
+        roles=tuple(record.get("roles", ())),
     )

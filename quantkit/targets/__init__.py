@@ -1,9 +1,10 @@
-"""What a runtime can run: formats per layer kind, fusion rules and defaults, read from a data file beside this one."""
+"""What a runtime can run: formats per layer kind, fusion rules, roles, defaults, from its backend's data file."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ import yaml
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.latency import LatencyTable
+from quantkit.plan import digest_of
+from quantkit.plan.latency import LatencyTable
 from quantkit.store import write_atomically
+from quantkit.targets.instruction_sets import AUTO, INSTRUCTION_SETS, detected_instruction_set
+from quantkit.targets.roles import CANNOT, CODES, MAY, MUST, ROLES
 
+# Name of a target -> its data file among the backends, which are not imported for it.
+DATA_FILES = {"onnxruntime-cpu": "onnxruntime/target.yaml"}
 SUFFIXES = (".yaml", ".yml", ".json")
 _HEAD = "# Times of one model on one machine, measured by `quantkit bench`. Pass this file as target.\n"
 
@@ -25,8 +31,9 @@ class Target:
     write codes; ``integer_ops`` the element-wise operations it runs on codes, ``integer_products`` the products of two
     activations; ``fused_activations`` what it fuses into layers and element-wise operations; ``weight_only``: it
     expands stored codes and computes in float; ``dynamic_layers`` the kinds whose inputs it can quantize token by
-    token. ``latency``: what a model's parts take on a machine, where that was
-    measured.
+    token. ``instruction_set`` is that of the CPUs that files are written for, ``roles`` whether tensors must, may or
+    cannot hold codes in each role; they may in one that is not named. ``latency``: what a model's parts take on a
+    machine, where that was measured.
     """
 
     name: str
@@ -43,33 +50,48 @@ class Target:
     integer_products: tuple[str, ...] = ()
     weight_only: bool = False
     dynamic_layers: tuple[str, ...] = ()
+    instruction_set: str = AUTO
+    roles: Mapping[str, str] = field(default_factory=dict)
     latency: LatencyTable | None = None
+
+    def __post_init__(self) -> None:
+        if self.instruction_set not in INSTRUCTION_SETS:
+            raise InvalidRequest(
+                f"Target {self.name} has no instruction set {self.instruction_set!r}; known: "
+                f"{', '.join(INSTRUCTION_SETS)}.{did_you_mean(str(self.instruction_set), INSTRUCTION_SETS)}"
+            )
+        for role, codes in self.roles.items():
+            if role not in ROLES or codes not in CODES:
+                raise InvalidRequest(
+                    f"Target {self.name} says {codes!r} of the role {role!r}; roles: {', '.join(ROLES)}; each "
+                    f"{', '.join(CODES)} hold codes."
+                )
 
     @classmethod
     def load(cls, name: str | os.PathLike[str] | Target) -> Target:
-        """The target of this name, or of a file that ``quantkit bench`` wrote; raises InvalidRequest with the known
-        names, or for a file that cannot be read, CorruptFile for one that is something else.
+        """The target of this name, which an instruction set may follow (``onnxruntime-cpu:avx2``), or of a file that
+        ``quantkit bench`` wrote; raises InvalidRequest with the known names, or for a file that cannot be read,
+        CorruptFile for one that is something else.
         """
         if isinstance(name, Target):
             return name
         if is_target_file(name):
             return cls._of_file(Path(name))
-        if name not in target_names():
+        plain, named, instruction_set = str(name).partition(":")
+        if not isinstance(name, str) or plain not in DATA_FILES:
             known = target_names()
-            raise InvalidRequest(
-                f"Unknown target {name!r}; known: {', '.join(known)}.{did_you_mean(str(name), known)}"
-            )
-        data = yaml.safe_load((resources.files(__package__) / f"{name}.yaml").read_text())
+            raise InvalidRequest(f"Unknown target {name!r}; known: {', '.join(known)}.{did_you_mean(plain, known)}")
+        data = yaml.safe_load((resources.files("quantkit.backends") / DATA_FILES[plain]).read_text())
         values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**values)
+        return cls(**values | ({"instruction_set": instruction_set} if named else {}))
 
     @classmethod
     def _of_file(cls, path: Path) -> Target:
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
             table = LatencyTable.from_dict(data["latency"])
-            base = data["target"]
+            base, instruction_set = data["target"], data.get("instruction_set", AUTO)
         except OSError as error:
             raise InvalidRequest(
                 f"Cannot read the target file {str(path)!r}: {error.strerror or error}. `quantkit bench RECIPE` "
@@ -80,15 +102,35 @@ class Target:
             raise CorruptFile(
                 f"{str(path)!r} is not a target file of `quantkit bench` ({found.rstrip('.')}). Run it again."
             ) from error
-        return replace(cls.load(base), latency=table)
+        return replace(cls.load(base), instruction_set=instruction_set, latency=table)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file that ``load`` reads: the target's name and its latency table, as YAML."""
+        """Write the file that ``load`` reads: the target's name, instruction set and latency table, as YAML."""
         if self.latency is None:
             raise InvalidRequest(f"Target {self.name} has no latency table to save: `quantkit bench` measures one.")
-        data = {"target": self.name, "latency": self.latency.to_dict()}
+        data = {"target": self.name, "instruction_set": self.instruction_set, "latency": self.latency.to_dict()}
         text = _HEAD + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=119)
         return write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+    def resolved(self, known: str | None = None) -> Target:
+        """With the instruction set that files are written for: its own, else the ``known`` one, as of an earlier plan,
+        else this machine's.
+        """
+        if self.instruction_set != AUTO:
+            return self
+        return replace(self, instruction_set=known or detected_instruction_set())
+
+    def digest(self) -> str:
+        """Identifies what codes and damages depend on: not the machine that files are written for or timed on."""
+        return digest_of(asdict(replace(self, latency=None, instruction_set=AUTO)))
+
+    def can_hold_codes(self, role: str) -> bool:
+        """Whether tensors in this role can hold codes."""
+        return self.roles.get(role, MAY) != CANNOT
+
+    def role_of_codes(self, roles: Iterable[str]) -> str | None:
+        """The role, of those that a tensor has, in which it must hold codes; None where it may stay float."""
+        return next((role for role in roles if self.roles.get(role, MAY) == MUST), None)
 
     def refusal(self, scheme: Scheme) -> str | None:
         """Why this target cannot run a scheme, None when it can."""
@@ -132,6 +174,4 @@ def _list(values: tuple[int, ...]) -> str:
 
 def target_names() -> list[str]:
     """Names of the targets this installation carries."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in resources.files(__package__).iterdir() if p.name.endswith(".yaml")
-    )
+    return sorted(DATA_FILES)

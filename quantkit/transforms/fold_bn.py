@@ -75,7 +75,7 @@ def fold(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
     """Fold each BatchNorm into its layer, in place; the BatchNorm becomes an Identity. Computed in float64."""
     for name, norm_name in pairs:
         layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
-        weight, bias = layer.weight, layer.bias
+        weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
         gain, shift = _affine_of(norm)
         moved = shift if bias is None else shift + gain * bias.double()
         layer.weight = nn.Parameter(gain.reshape(-1, *[1] * (weight.dim() - 1)).mul(weight).to(weight), False)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.arguments import SizeRef, SliceRef
+from quantkit.program.codes import moves_values
 from quantkit.program.layers import Weights
 from quantkit.program.program import Program, Step
-from quantkit.program.sites import moves_values
 from quantkit.ranges.channels import ChannelRanges
 from quantkit.transforms.prepare import Prepared
 

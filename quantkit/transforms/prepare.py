@@ -15,13 +15,14 @@ from torch.nn.parameter import is_lazy
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
+from quantkit.program.codes import can_hold_codes
 from quantkit.program.inputs import Batch, first_samples
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
 from quantkit.program.ownership import Owned, ownership, why_uncalled
 from quantkit.program.program import Program, Step
 from quantkit.program.record import VIEWS, record, unrecorded
 from quantkit.program.replayable import computed_weights
-from quantkit.program.sites import Site, can_hold_site, place_sites, token_sites
+from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
@@ -130,6 +131,13 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
         return ready
     sites = token_sites(ready.program, ready.quantizable) if activations else ()
     other = ready.other_bytes - SITE_BYTES * len(ready.sites)
+    return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
+
+
+def without_sites(ready: Prepared, names: Collection[str]) -> Prepared:
+    """The same with the tensors of these sites in float."""
+    sites = tuple(site for site in ready.sites if site.name not in names)
+    other = ready.other_bytes - SITE_BYTES * (len(ready.sites) - len(sites))
     return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
 
 
@@ -278,7 +286,7 @@ def _reason_to_stay_float(name: str, weights: Weights, program: Program, request
         v in program.makers and v not in program.varying for v in read
     ):
         return "it reads a constant, not an activation"
-    if not all(can_hold_site(program, v) for v in read):
+    if not all(can_hold_codes(program, v) for v in read):
         return "it reads a tensor that no recorded call made (scripted code, or writing through a view)"
     return ""
 

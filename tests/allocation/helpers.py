@@ -1,4 +1,4 @@
-"""The slow twin of the solvers: every combination is looked at. Shares no code with what it judges."""
+"""The slow twin of the solvers: every combination is looked at. Shares no code with what it checks."""
 
 from __future__ import annotations
 

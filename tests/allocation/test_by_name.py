@@ -1,11 +1,8 @@
-"""Methods of others, by name: uniform, greedy, by rank and BAQ's closed form do what their definitions say, and keep
-every limit or give up."""
+"""Methods of others, by name: uniform, greedy and by rank do what their definitions say, and keep every limit or give
+up."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 from hypothesis import given
 
@@ -13,7 +10,6 @@ from quantkit.allocation.problem import Choice, Option, Problem
 from quantkit.allocation.registry import Settings, SolverGaveUp
 from quantkit.allocation.solve import solve
 from quantkit.errors import InvalidRequest
-from quantkit.formats import Scheme
 from tests.allocation.helpers import optimum
 from tests.allocation.strategies import networks, repeatable
 
@@ -39,7 +35,7 @@ def can_be_broken(problem: Problem) -> bool:
 
 @repeatable(80)
 @given(networks(limits=(1, 4)))
-@pytest.mark.parametrize("name", ["uniform", "greedy", "by-rank", "baq"])
+@pytest.mark.parametrize("name", ["uniform", "greedy", "by-rank"])
 def test_nothing_is_over_a_limit_or_against_a_group(name: str, problem: Problem) -> None:
     if optimum(problem) is None:
         return
@@ -128,60 +124,7 @@ def test_order_that_names_no_choice_is_refused_with_the_nearest() -> None:
         solve(problem, "by-rank", Settings(order=["conv"]))
 
 
-def closed_form(problem: Problem) -> list[int] | None:
-    """BAQ by its formula (arXiv 2506.05664), level by level from below; None where even the lowest does not fit."""
-    widths, offsets, plan = [], [], None
-    for choice in problem.choices:
-        bits = np.array([Scheme.parse(option.name).weight.bits for option in choice.options])  # type: ignore[union-attr]
-        damage, cost = np.array([o.damage for o in choice.options]), np.array([o.costs[0] for o in choice.options])
-        log_c = np.mean(np.log2(damage) + 2 * bits)
-        per_bit = (cost.max() - cost.min()) / (bits.max() - bits.min())
-        widths.append(bits)
-        offsets.append(0.5 * (log_c - np.log2(per_bit)))
-    turns = sorted(
-        mid - offset
-        for bits, offset in zip(widths, offsets, strict=True)
-        for mid in (np.sort(bits)[1:] + np.sort(bits)[:-1]) / 2
-    )
-    for level in [turns[0] - 1, *(np.array(turns[:-1]) + np.array(turns[1:])) / 2, turns[-1] + 1]:
-        rounded = [int(np.abs(bits - (level + offset)).argmin()) for bits, offset in zip(widths, offsets, strict=True)]
-        if total(problem, rounded) <= problem.limits[0][1]:
-            plan = rounded
-    return plan
-
-
-@repeatable(100)
-@given(networks(**PLAIN))
-def test_baq_rounds_its_closed_form_at_the_highest_level_that_fits(problem: Problem) -> None:
-    expected = closed_form(problem)
-    if optimum(problem) is None or not can_be_broken(problem) or expected is None:
-        return
-    assert list(solve(problem, "baq").assignment) == expected
-
-
-@pytest.mark.parametrize("steps", [(0, 0, 0), (-1, 0, 1), (2, -1, -1), (1, 1, -2)])
-def test_baq_is_the_optimum_where_the_closed_form_is_whole_bits(steps: tuple[int, ...]) -> None:
-    """c_i / n_i = 16^k makes b_i differ by 2 k whole bits."""
-    choices, widths, spent = [], (2, 3, 4, 5, 6, 7, 8), 0
-    for i, (step, weights) in enumerate(zip(steps, (100, 300, 700), strict=True)):
-        options = [Option(f"w{b}", weights * 4.0 ** (step - b), (weights * b,)) for b in widths]
-        choices.append(Choice(f"c{i}", tuple(options)))
-        spent += weights * (5 + step)
-    problem = Problem(tuple(choices), (("size", spent),))
-    found = solve(problem, "baq")
-    assert [widths[k] for k in found.assignment] == [5 + step for step in steps]
-    best = optimum(problem)
-    assert best is not None
-    assert math.isclose(found.objective, best, rel_tol=1e-12)
-
-
-def test_baq_takes_the_widest_where_width_costs_nothing() -> None:
-    dear = Choice("weight", (Option("w2", 1.0, (2,)), Option("w8", 0.1, (8,))))
-    free = Choice("site", (Option("a4", 1.0, (0,)), Option("a8", 0.1, (0,))))
-    assert solve(Problem((dear, free), (("size", 4),)), "baq").assignment == (0, 1)
-
-
-def test_baq_refuses_options_that_are_no_schemes() -> None:
-    problem = Problem((Choice("c", (Option("small", 1.0, (1,)), Option("large", 0.5, (3,)))),), (("size", 2),))
-    with pytest.raises(InvalidRequest, match=r"baq reads bits from schemes such as w4a8: "):
-        solve(problem, "baq")
+@pytest.mark.parametrize("name", ["baq", "lagrangian", "quadratic"])
+def test_a_solver_that_was_removed_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"Unknown solver '{name}'; known: (highs|pulp|dp|auto)\b.*\bgreedy"):
+        solve(Problem(()), name)

@@ -15,7 +15,8 @@ from quantkit.allocation.solve import solve
 
 BITS = (4, 8)
 KINDS = ("modelsize", "bops", "latency")
-# One published configuration is feasible but not the best: 0.0831, where 0.0749 is possible (data/README.md).
+# One published configuration is feasible but not the best: 0.0831, where 0.0749 is possible
+# (docs/methods/integer-programs.md).
 NOT_OPTIMAL, PUBLISHED, ENOUGH = ("resnet50", "modelsize_0.25"), 0.0831, 0.0750
 
 

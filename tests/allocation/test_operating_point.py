@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantkit.allocation.allocate import allocate
-from quantkit.allocation.from_profile import AllocationProblem, assignment_of, question
+from quantkit.allocation.from_profile import AllocationProblem, allocation_problem, assignment_of
 from quantkit.allocation.operating_point import improve
 from quantkit.budget import Budget
 from quantkit.plan import Layer, Profile, SiteRecord
@@ -68,10 +68,10 @@ def profile_of(layers: int, seed: int) -> Profile:
 
 
 def asked_and_start(profile: Profile, budget: str) -> tuple[AllocationProblem, tuple[int, ...]]:
-    asked = question(profile, Budget.parse(budget).limits(profile))
+    asked = allocation_problem(profile, Budget.parse(budget).limits(profile))
     plan = allocate(profile, budget)
     start = assignment_of(profile, asked, plan)
-    assert asked.answer(start) == ({n: s for n, s in plan.schemes.items() if n in asked.layers}, plan.sites)
+    assert asked.decode(start) == ({n: s for n, s in plan.schemes.items() if n in asked.layers}, plan.sites)
     return asked, start
 
 
@@ -83,7 +83,7 @@ def test_improved_plan_is_never_worse_and_keeps_limits_and_allowance(seed: int, 
     measure = Saturating(profile, seed)
     allowed = 3 * len(profile.entries)
     found, ledger = improve(profile, asked, start, measure, allowed, seed)
-    before, after = (measure.value(profile.chosen(*asked.answer(a))) for a in (start, found))
+    before, after = (measure.value(profile.chosen(*asked.decode(a))) for a in (start, found))
     assert after <= before
     assert asked.problem.feasible(found)
     assert measure.cost == pytest.approx(ledger.spent)
@@ -92,7 +92,7 @@ def test_improved_plan_is_never_worse_and_keeps_limits_and_allowance(seed: int, 
 
 
 def test_it_comes_close_to_the_best_plan_there_is() -> None:
-    """Against brute force over small networks, whose float profile knows nothing of the true damage."""
+    """Against brute force over small networks, whose float profile is unrelated to the true damage."""
     ratios, starts = [], []
     for seed in range(8):
         profile = profile_of(5, seed)
@@ -100,9 +100,9 @@ def test_it_comes_close_to_the_best_plan_there_is() -> None:
         measure = Saturating(profile, seed + 100)
         found, _ = improve(profile, asked, start, measure, 4 * len(profile.entries), seed)
         everything = itertools.product(*(range(len(c.options)) for c in asked.problem.choices))
-        best = min(measure.value(profile.chosen(*asked.answer(a))) for a in everything if asked.problem.feasible(a))
-        starts.append(measure.value(profile.chosen(*asked.answer(start))) / best)
-        ratios.append(measure.value(profile.chosen(*asked.answer(found))) / best)
+        best = min(measure.value(profile.chosen(*asked.decode(a))) for a in everything if asked.problem.feasible(a))
+        starts.append(measure.value(profile.chosen(*asked.decode(start))) / best)
+        ratios.append(measure.value(profile.chosen(*asked.decode(found))) / best)
     assert np.median(ratios) < 1.02
     assert np.median(starts) > 1.05
 
@@ -151,7 +151,7 @@ class Objecting(Saturating):
         return [np.vstack([one, 5.0 - one]) for one in super().rows(many, share)]
 
 
-def test_what_another_judge_finds_worse_is_not_taken() -> None:
+def test_what_is_worse_by_another_measure_is_not_taken() -> None:
     for seed in range(4):
         profile = profile_of(8, seed)
         asked, start = asked_and_start(profile, "2.75 bits")
@@ -182,7 +182,7 @@ def test_what_one_draw_leaves_open_more_draws_settle() -> None:
         for draws, gained in gains.items():
             measure = Drawn(profile, seed, draws)
             found, ledger = improve(profile, asked, start, measure, 300, seed)
-            before, after = (measure.value(profile.chosen(*asked.answer(a))) for a in (start, found))
+            before, after = (measure.value(profile.chosen(*asked.decode(a))) for a in (start, found))
             gained.append(before - after)
             assert max(measure.asked) < draws
             assert measure.cost == pytest.approx(ledger.spent) == sum(step["measurements"] for step in ledger.steps)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from quantkit.allocation import dp as dynamic_program
-from quantkit.allocation import separable
+from quantkit.allocation import dynamic_program, separable
 from quantkit.allocation.feasibility import OutOfReach
-from quantkit.allocation.problem import Choice, Found, Option, Problem
-from quantkit.allocation.reduce import connected, reduce
+from quantkit.allocation.presolve import connected, presolve
+from quantkit.allocation.problem import Choice, Option, Problem, SolverResult
 from quantkit.allocation.registry import SOLVERS, NoAssignment, Settings, SolverGaveUp
 from quantkit.allocation.solve import solve
 from quantkit.errors import InvalidRequest
@@ -88,9 +87,9 @@ def test_reduced_problem_has_the_same_assignments_costs_and_damages(problem: Pro
     asked = everything(problem)
     if not len(asked.options):
         with pytest.raises(InvalidRequest):
-            reduce(problem)
+            presolve(problem)
         return
-    reduced = reduce(problem)
+    reduced = presolve(problem)
     listed = everything(reduced.problem)
     expanded = [reduced.expand(options.tolist()) for options in listed.options]
     assert sorted(expanded) == sorted(map(tuple, asked.options.tolist()))
@@ -112,7 +111,7 @@ def test_reduced_problem_has_the_same_assignments_costs_and_damages(problem: Pro
 @repeatable(60)
 @given(networks(pairs=True))
 def test_reduced_problem_has_the_same_objective_with_pair_terms(problem: Problem) -> None:
-    reduced = reduce(problem)
+    reduced = presolve(problem)
     listed = everything(reduced.problem)
     wanted = [problem.objective(reduced.expand(options.tolist())) for options in listed.options]
     assert listed.objectives.tolist() == pytest.approx(wanted, abs=1e-12 * float(np.abs(problem.pairs).max()))
@@ -144,7 +143,7 @@ def test_problem_without_choices_has_the_empty_answer(name: str) -> None:
 
 def test_dynamic_program_gives_up_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     two = random_problem(np.random.default_rng(4), limits=(2, 2), choices=(5, 5), options=(4, 4), groups=False)
-    with pytest.raises(SolverGaveUp, match=r"knows one limit, this plan has limit0, limit1\. Try solver='highs'"):
+    with pytest.raises(SolverGaveUp, match=r"takes one limit, this plan has limit0, limit1\. Try solver='highs'"):
         solve(two, "dp")
     monkeypatch.setattr(dynamic_program, "_MOST_STATES", 1)
     one = random_problem(np.random.default_rng(3), limits=(1, 1), choices=(6, 6), options=(5, 5), groups=False)
@@ -156,7 +155,7 @@ def test_next_solver_is_asked_when_one_gives_up(monkeypatch: pytest.MonkeyPatch)
     asked: list[str] = []
 
     def refusing(name: str, kind: type[Exception]) -> Any:
-        def refuse(problem: Problem, settings: Settings) -> Found:
+        def refuse(problem: Problem, settings: Settings) -> SolverResult:
             asked.append(name)
             raise kind(name)
 

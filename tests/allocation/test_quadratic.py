@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from quantkit.allocation import enumerate_halves, quadratic
-from quantkit.allocation.arrays import Arrays
+from quantkit.allocation import enumeration, quadratic
 from quantkit.allocation.feasibility import OutOfReach
+from quantkit.allocation.presolve import presolve
 from quantkit.allocation.problem import Problem
-from quantkit.allocation.reduce import reduce
+from quantkit.allocation.problem_arrays import ProblemArrays
 from quantkit.allocation.registry import Settings
 from quantkit.allocation.relaxation import relax
 from quantkit.allocation.solve import solve
@@ -36,14 +36,13 @@ def test_quadratic_finds_and_proves_what_brute_force_finds(problem: Problem) -> 
     best = optimum(problem)
     if best is None:
         with pytest.raises(OutOfReach):
-            solve(problem, "quadratic")
+            solve(problem)
         return
-    for name in ("quadratic", "auto"):
-        found = solve(problem, name)
-        assert problem.feasible(found.assignment)
-        assert found.objective == pytest.approx(best, abs=scale_of(problem))
-        assert found.proven
-        assert found.gap <= PRECISION
+    found = solve(problem)
+    assert problem.feasible(found.assignment)
+    assert found.objective == pytest.approx(best, abs=scale_of(problem))
+    assert found.proven
+    assert found.gap <= PRECISION
 
 
 @pytest.mark.slow
@@ -57,8 +56,8 @@ def test_tree_search_alone_finds_the_optimum(problem: Problem) -> None:
     if best is None:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quadratic, "can_enumerate", lambda arrays, most=0: enumerate_halves.can_enumerate(arrays, 8))
-        found = solve(problem, "quadratic")
+        patch.setattr(quadratic, "can_enumerate", lambda arrays, most=0: enumeration.can_enumerate(arrays, 8))
+        found = solve(problem)
     assert found.objective == pytest.approx(best, abs=scale_of(problem))
     assert found.bound <= best + scale_of(problem)
 
@@ -67,8 +66,8 @@ def test_tree_search_alone_finds_the_optimum(problem: Problem) -> None:
 @given(networks(**SMALL))
 def test_relaxation_bounds_every_assignment_and_every_option(problem: Problem) -> None:
     """``forced`` of an option bounds all feasible assignments that take it."""
-    reduced = reduce(problem).problem
-    relaxation = relax(reduced, Arrays.of(reduced))
+    reduced = presolve(problem).problem
+    relaxation = relax(reduced, ProblemArrays.of(reduced))
     found = everything(reduced)
     inside = found.within([limit for _, limit in reduced.limits])
     options, objectives = found.options[inside], found.objectives[inside]
@@ -80,8 +79,8 @@ def test_relaxation_bounds_every_assignment_and_every_option(problem: Problem) -
 @repeatable(60)
 @given(networks(choices=(1, 6), options=(1, 4), limits=(1, 4)))
 def test_relaxation_bounds_separable_problems_too(problem: Problem) -> None:
-    reduced = reduce(problem).problem
-    relaxation, best = relax(reduced, Arrays.of(reduced)), optimum(reduced)
+    reduced = presolve(problem).problem
+    relaxation, best = relax(reduced, ProblemArrays.of(reduced)), optimum(reduced)
     assert best is None or relaxation.bound <= best * (1 + PRECISION)
 
 
@@ -93,8 +92,8 @@ def test_relaxation_is_close_where_shifts_hardly_cancel() -> None:
         problem = random_problem(draw, (6, 6), (4, 4), (1, 1), groups=False, pairs=True, dimensions=64)
         best = optimum(problem)
         if best is not None:
-            reduced = reduce(problem).problem
-            shares.append(relax(reduced, Arrays.of(reduced)).bound / best)
+            reduced = presolve(problem).problem
+            shares.append(relax(reduced, ProblemArrays.of(reduced)).bound / best)
     assert len(shares) > 15
     assert np.median(shares) > 0.5
     assert max(shares) <= 1 + PRECISION
@@ -121,7 +120,7 @@ def test_gap_is_reported_as_it_is() -> None:
     assert best is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quadratic, "can_enumerate", lambda arrays, most=0: False)
-        found = solve(problem, "quadratic", Settings(nodes=1))
+        found = solve(problem, settings=Settings(nodes=1))
     assert not found.proven
     assert found.bound <= best <= found.objective
     assert found.gap == pytest.approx((found.objective - found.bound) / found.objective)
@@ -129,7 +128,7 @@ def test_gap_is_reported_as_it_is() -> None:
 
 
 def test_solvers_of_sums_report_the_gap_of_the_whole_objective() -> None:
-    """A solver that looks at damages alone is judged by the objective with pair terms."""
+    """A solver that looks at damages alone is measured by the objective with pair terms."""
     problem = random_problem(np.random.default_rng(11), (6, 6), (4, 4), (1, 1), groups=False, pairs=True)
     best, alone = optimum(problem), optimum(replace(problem, pairs=None))
     assert best is not None and alone is not None

@@ -14,17 +14,18 @@ from torch.nn import functional as F
 
 from quantkit.backends.onnxruntime.marks import MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.sessions import open_session
-from quantkit.backends.onnxruntime.writer import ExportReport, export_onnx
+from quantkit.backends.onnxruntime.writer import ExportOptions, ExportReport, export_onnx
 from quantkit.formats import WeightFormat
-from quantkit.numbers.packing import packed_weight_bytes
+from quantkit.numbers.packed_weight import pack_weight
 from quantkit.program.inputs import Batch
-from quantkit.runtime.int_linear.through_torch import has_vnni
 from quantkit.simulation.model import SimulatedModel
+from quantkit.targets.instruction_sets import AVX2, VNNI, detected_instruction_set
 from tests.backends.helpers import initializers, operations_that_run, packed_bytes_of, prepared, simulate, stored_bytes
 
 LAYERS = ("conv", "depthwise", "grouped", "conv1d", "tokens", "head")
 WIDTHS = range(2, 9)
-UNSIGNED = "8 unsigned"  # what a CPU without VNNI writes, exact on every other too
+UNSIGNED = "8 unsigned"  # for CPUs without VNNI, exact on every other too
+HAS_VNNI = detected_instruction_set() == VNNI
 
 
 class EveryKind(nn.Module):
@@ -72,16 +73,14 @@ def graph(model: nn.Module, batch: Batch) -> MarkedGraph:
     return mark_graph(simulate(prepared(model, batch), batch, 8), batch)
 
 
-@pytest.fixture(scope="module", params=[*WIDTHS, UNSIGNED] if has_vnni() else WIDTHS, ids="w{}".format)
+@pytest.fixture(scope="module", params=[*WIDTHS, UNSIGNED] if HAS_VNNI else WIDTHS, ids="w{}".format)
 def exported(request, model: nn.Module, batch: Batch, tmp_path_factory) -> Exported:
-    signed = request.param == 4 or (request.param == 8 and has_vnni())
+    signed = request.param == 4 or (request.param == 8 and HAS_VNNI)
     bits = 8 if request.param == UNSIGNED else request.param
     simulated = simulate(prepared(model, batch), batch, bits)
     path = tmp_path_factory.mktemp("forms") / "model.onnx"
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == UNSIGNED:
-            patch.setattr("quantkit.backends.onnxruntime.weight_forms.has_vnni", lambda: False)
-        report = export_onnx(simulated, batch, path)
+    instruction_set = AVX2 if request.param == UNSIGNED else detected_instruction_set()
+    report = export_onnx(simulated, batch, path, ExportOptions(instruction_set))
     return Exported(bits, signed, simulated, report, batch)
 
 
@@ -118,7 +117,7 @@ def test_codes_in_the_file_are_the_plans_bytes(exported: Exported) -> None:
 
 
 def test_weight_bytes_are_the_plans(exported: Exported) -> None:
-    planned = sum(packed_weight_bytes(weight) for weight in exported.simulated.weights.values())
+    planned = sum(pack_weight(weight).nbytes for weight in exported.simulated.weights.values())
     assert exported.report.weight_bytes == planned
     assert planned == sum(
         WeightFormat(str(exported.bits)).storage_bytes(w.codes.shape) for w in exported.simulated.weights.values()
@@ -138,5 +137,6 @@ def test_full_range_codes_are_exact_on_every_cpu(tmp_path: Path) -> None:
     for layer in (model[0], model[2]):
         layer.weight.data = torch.full_like(layer.weight, 0.5)
     batch: Batch = (torch.ones(4, 8, 4, 4),), {}
-    report = export_onnx(simulate(prepared(model, batch), batch, 8), batch, tmp_path / "model.onnx")
+    options = ExportOptions(detected_instruction_set())
+    report = export_onnx(simulate(prepared(model, batch), batch, 8), batch, tmp_path / "model.onnx", options)
     assert all(p.relative_error < 0.01 for p in report.parity if p.optimized)

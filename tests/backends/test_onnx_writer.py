@@ -17,12 +17,13 @@ from quantkit.backends.onnxruntime.latency import measure_latency_ratio
 from quantkit.backends.onnxruntime.marks import mark_graph
 from quantkit.backends.onnxruntime.parity import Tolerance
 from quantkit.backends.onnxruntime.sessions import open_session
-from quantkit.backends.onnxruntime.writer import ExportReport, export_float, export_onnx
+from quantkit.backends.onnxruntime.writer import ExportOptions, ExportReport, export_float, export_onnx
 from quantkit.errors import InvalidRequest, ParityError
 from quantkit.numbers.uniform import SiteRange
 from quantkit.plan import Plan
 from quantkit.program.inputs import Batch
 from quantkit.simulation.model import SimulatedModel
+from quantkit.targets.instruction_sets import VNNI
 from tests.backends.helpers import initializers, operations_that_run, prepared, simulate
 from tests.backends.models import (
     BothRanks,
@@ -59,7 +60,7 @@ def files(residual, tmp_path_factory) -> tuple[ExportReport, Path]:
     simulated, batch = residual
     folder = tmp_path_factory.mktemp("residual")
     graph = mark_graph(simulated, batch)
-    report = export_onnx(simulated, batch, folder / "model.onnx", plan=PLAN, graph=graph)
+    report = export_onnx(simulated, batch, folder / "model.onnx", ExportOptions(VNNI, plan=PLAN, graph=graph))
     return report, export_float(simulated, batch, folder / "float.onnx", graph=graph)
 
 
@@ -179,7 +180,9 @@ def test_float_activations_fold_to_a_float_weight(tmp_path: Path) -> None:
     batch: Batch = ((randn(4, 4, 9, 9),), {})
     simulated = quantized(ConvTwice(), batch, 3)
     weight_only = SimulatedModel(simulated.model, simulated.sites, simulated.weights, {})
-    report = export_onnx(weight_only, batch, tmp_path / "w3.onnx", tolerance=Tolerance(exact=1e-5, optimized=1e-5))
+    report = export_onnx(
+        weight_only, batch, tmp_path / "w3.onnx", ExportOptions(tolerance=Tolerance(exact=1e-5, optimized=1e-5))
+    )
     ran = operations_that_run(report.path, tmp_path)
     assert ran.count("Mul") == 1  # the model's own
     assert not {"DequantizeLinear", "Cast", "QuantizeLinear"} & set(ran)
@@ -222,7 +225,7 @@ def test_a_file_that_differs_is_not_left_behind(residual, tmp_path: Path) -> Non
     with pytest.raises(
         ParityError, match=r"'output' in onnxruntime without optimization differs by \d\d\.\d+%.*larger tolerance"
     ):
-        export_onnx(changed, batch, tmp_path / "wrong.onnx", graph=graph)
+        export_onnx(changed, batch, tmp_path / "wrong.onnx", ExportOptions(graph=graph))
     assert not list(tmp_path.iterdir())
 
 

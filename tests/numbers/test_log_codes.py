@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from quantkit.numbers.logarithmic import LogRange, log_times_integer
-from quantkit.numbers.uniform import SiteRange, quantize
+from quantkit.numbers.logarithmic import LogRange
+from quantkit.numbers.uniform import SiteRange
 
 
 def slow_code(p: float, scale: float, bits: int) -> int:
@@ -24,7 +25,7 @@ def slow_code(p: float, scale: float, bits: int) -> int:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1.0), st.integers(2, 6))
 def test_codes_are_those_of_the_definition(values: list[float], scale: float, bits: int) -> None:
     found = LogRange(scale, bits)
-    codes = found.codes(torch.tensor(values, dtype=torch.float64))
+    codes = found.quantize(torch.tensor(values, dtype=torch.float64)).codes
     assert codes.tolist() == [slow_code(p, scale, bits) for p in values]
 
 
@@ -38,7 +39,7 @@ def test_powers_of_two_give_what_powers_of_the_square_root_give(bits: int) -> No
     values = found.values(codes)
     torch.testing.assert_close(values, wanted, rtol=1e-14, atol=1e-10)
     assert len(values.unique()) == 2**bits  # no level more than the bits hold
-    assert torch.equal(found.codes(values), codes)
+    assert torch.equal(found.quantize(values).codes, codes)
 
 
 def test_all_codes_of_random_probabilities_are_equal_in_both_forms() -> None:
@@ -46,8 +47,21 @@ def test_all_codes_of_random_probabilities_are_equal_in_both_forms() -> None:
     p = torch.softmax(3 * torch.randn(50, 17, 17, dtype=torch.float64), -1)
     k = torch.round(-2 * torch.log2(p / 0.9)).clamp(0, 15)
     root = (0.9 * 2 ** (-k / 2)).masked_fill(k == 15, 0)
-    assert torch.equal(found.codes(p), k)
+    assert torch.equal(found.quantize(p).codes, k)
     torch.testing.assert_close(found.fake_quantize(p), root, rtol=0, atol=1e-10)
+
+
+def log_times_integer(codes: Tensor, found: LogRange, others: Tensor, site: SiteRange) -> Tensor:
+    """The product of probabilities (..., M, K) with activations (..., K, N) from the codes of both, in float64: a
+    shift for each power of two, one integer accumulator for even codes and one for odd ones, a multiplication at the
+    end. What a kernel for such codes computes.
+    """
+    k, centred = codes.long(), others.long() - site.zero_point
+    most = found.high // 2
+    shifted = torch.where(k == found.high, 0, 1 << (most - (k + 1) // 2).clamp(min=0))
+    even = torch.where(k % 2 == 0, shifted, 0) @ centred
+    odd = torch.where(k % 2 == 1, shifted, 0) @ centred
+    return found.scale * site.scale * 2.0**-most * (even.double() + math.sqrt(2) * odd.double())
 
 
 @given(st.integers(0, 2**31), st.integers(2, 6))
@@ -56,9 +70,9 @@ def test_two_integer_accumulators_give_the_float_product(seed: int, bits: int) -
     found, site = LogRange(0.8, bits), SiteRange(0.03, 117)
     p = torch.softmax(4 * torch.randn(2, 5, 7, dtype=torch.float64, generator=generator), -1)
     v = torch.randn(2, 7, 3, dtype=torch.float64, generator=generator)
-    codes = quantize(v, torch.tensor(site.scale).double(), torch.tensor(site.zero_point), 0, 255)
-    wanted = found.values(found.codes(p)) @ ((codes - site.zero_point) * site.scale)
-    product = log_times_integer(found.codes(p), found, codes, site)
+    powers, codes = found.quantize(p).codes, site.quantize(v).codes
+    wanted = found.values(powers) @ ((codes - site.zero_point) * site.scale)
+    product = log_times_integer(powers, found, codes, site)
     torch.testing.assert_close(product, wanted, rtol=0, atol=1e-10)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quantkit.errors import CorruptFile
 from quantkit.formats import Scheme, packed_bytes
-from quantkit.numbers.packing import pack, pack_plane, packed_weight_bytes, split_planes, unpack, unpack_plane
+from quantkit.numbers.packed_weight import pack_weight
+from quantkit.numbers.packing import pack, pack_plane, split_planes, unpack, unpack_plane
 from quantkit.numbers.uniform import QuantizedWeight
 
 PLANES = {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}
@@ -109,11 +110,11 @@ def test_packed_weight_takes_the_bytes_its_format_promises(bits: int, suffix: st
     scales = (shape[0], 9 // (format.group or 9))
     zero = random_codes(scales, bits) if format.zero_point else None
     weight = QuantizedWeight(random_codes(shape, bits), torch.ones(scales), zero, format)
-    assert packed_weight_bytes(weight) == format.storage_bytes(shape)
+    assert pack_weight(weight).nbytes == format.storage_bytes(shape)
 
 
 def test_packed_bytes_of_a_known_weight() -> None:
     """16 x 27 codes of 3 bits: 108 bytes of 2-bit planes, 54 of 1-bit planes, 64 of scales."""
     format = Scheme.parse("w3").weight
     weight = QuantizedWeight(random_codes((16, 3, 3, 3), 3), torch.ones(16, 1), None, format)
-    assert packed_weight_bytes(weight) == 226
+    assert pack_weight(weight).nbytes == 226

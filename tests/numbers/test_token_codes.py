@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import TokenRange, range_of
-from quantkit.numbers.uniform import SiteRange
+from quantkit.numbers.per_token import TokenRange
 from quantkit.runtime.int_linear.reference import quantize_rows
 
 VALUES = st.floats(-1e6, 1e6, width=32)
@@ -47,8 +42,3 @@ def test_rows_of_zeros_stay_zero_and_gradients_pass() -> None:
     assert y.tolist()[0] == [0.0, 0.0]
     (y * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-
-
-@pytest.mark.parametrize("found", [TokenRange(5), SiteRange(0.1, 3, 4), LogRange(0.5)], ids=lambda r: type(r).__name__)
-def test_what_a_file_holds_is_the_same_quantizer(found: TokenRange | SiteRange | LogRange) -> None:
-    assert range_of(asdict(found)) == found

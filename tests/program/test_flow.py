@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from quantkit.operations import Execution, Operation, execute, live_sites, peak_bytes
+from quantkit.plan.operations import Execution, Operation, execute, live_sites, peak_bytes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
 from quantkit.program.sites import place_sites

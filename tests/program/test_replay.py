@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.program.inputs import Batch
+from quantkit.program.outputs import main_output
 from quantkit.program.program import Program
-from quantkit.sensitivity.measure import main_output
 from tests.program.models import randn
 from tests.program.replays import program_of
 from tests.stages.networks import ConvReused, FunctionalReLU, ImageAndFeatures, MobileNet, small

@@ -201,9 +201,7 @@ def layer_errors(case: Case, batch: Batch) -> dict[str, float]:
         ranges = [case.runner.model.ranges[site] for site in case.ready.layers[name].inputs]
         with torch.no_grad():
             made = modules[name](ranges[0].fake_quantize(x))
-        (call,) = (
-            c for block in case.recording.blocks for c in calls_of(case.runner, block, name)
-        )
+        (call,) = (c for block in case.recording.blocks for c in calls_of(case.runner, block, name))
         both = (made, wanted) if call.stop == call.start + 1 else (made.relu(), wanted.relu())
         errors[name] = float((both[0] - both[1]).double().square().sum())
     return errors

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from quantkit.program.inputs import Batch
 from quantkit.reconstruction.augmentation import CHANGES, changed, harmless, mirrored, shifted
-from quantkit.sensitivity.measure import kl_rows
+from quantkit.sensitivity.damage import kl_rows
 
 
 def images(count: int = 40, height: int = 16, width: int = 24) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantkit.formats import Scheme
-from quantkit.numbers.uniform import SiteRange
+from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.reconstruction.learning import Learned
 from quantkit.reconstruction.snapshot import Cache, Snapshot
 from quantkit.rounding.weights import quantize_weight
@@ -55,6 +55,25 @@ def test_a_rounded_layer_is_found_under_its_format_alone(format: str, tmp_path: 
     assert torch.equal(found[0].dequantize(), weight.dequantize())
     other = Scheme.parse("w5").weight
     assert other is not None and finished.rounded("0", other) is None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_layer_is_rounded_once_for_each_format(format: str, tmp_path: Path) -> None:
+    finished, weight, done = Cache(Artefacts(tmp_path)), model_of(format).weights["0"], []
+
+    def compute() -> tuple[QuantizedWeight, str]:
+        done.append(1)
+        return weight, "gptq, damping 0.01"
+
+    for _ in range(2):
+        codes, note = finished.rounding("0", weight.format, compute)
+        assert torch.equal(codes.dequantize(), weight.dequantize()) and note == "gptq, damping 0.01"
+    assert len(done) == 1
+    other = Scheme.parse("w5").weight
+    assert other is not None
+    finished.rounding("0", other, compute)
+    finished.rounding("1", weight.format, compute)
+    assert len(done) == 3
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
 from quantkit.sensitivity.measure import Perturbation, Subject
+from quantkit.sensitivity.outputs import Output, OutputRule
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.stages.request import Request, make_ready
 
@@ -41,6 +44,17 @@ def perturbed(request: Request) -> list[Perturbation]:
 
 def subject_of(request: Request, batches: list[Batch]) -> Subject:
     return Subject(request.ready.model, batches, {site.name: site for site in request.ready.sites})
+
+
+def outputs_of(subject: Subject, chosen: Sequence[Perturbation] = ()) -> list[Tensor]:
+    """The only output of a subject's model for each batch, with perturbations in place."""
+    return [output for (output,) in subject.outputs(chosen)]
+
+
+def samples_of(rows: Sequence[int], samples: Sequence[int]) -> Tensor:
+    """The sample of every row of an only output, given the rows and the samples of each batch."""
+    rule = OutputRule((Output("output", "kl", 2),))
+    return rule.samples([((torch.zeros(count, 1),), {}) for count in samples], [[count] for count in rows])[0]
 
 
 def by_hand(request: Request, x: Tensor, chosen: list[Perturbation]) -> Tensor:

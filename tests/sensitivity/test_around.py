@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from quantkit.sensitivity.around import PlanDamage
-from quantkit.sensitivity.measure import KLDamage, Perturbation
+from quantkit.sensitivity.damage import KLDamage
+from quantkit.sensitivity.measure import Perturbation
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
 
 

@@ -8,7 +8,8 @@ import torch
 
 from quantkit.sensitivity import ESTIMATORS, NO_INPUTS, RANKINGS
 from quantkit.sensitivity.around import PlanDamage
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Subject
+from quantkit.sensitivity.damage import KLDamage
+from quantkit.sensitivity.measure import Perturbation, Subject
 from tests.sensitivity.explicit import Explicit
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
 

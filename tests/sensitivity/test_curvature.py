@@ -119,8 +119,8 @@ def test_autocast_around_an_estimator_changes_nothing() -> None:
         mixed = land.point(0)
     with land.opened():
         plain = land.point(0)
-    assert mixed.output.dtype == torch.float32
-    assert torch.equal(mixed.output, plain.output)
+    assert mixed.outputs[0].dtype == torch.float32
+    assert torch.equal(mixed.outputs[0], plain.outputs[0])
 
 
 def test_no_graph_outlives_an_estimator() -> None:

@@ -10,17 +10,27 @@ import torch
 from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.gram import gram
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Scores, Subject
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.pair_terms import (
     RELIABLE,
     TEMPERATURES,
+    Shifts,
     gram_matrix,
     pair_terms,
-    sample_numbers,
     split_half_reliability,
 )
-from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
+from tests.sensitivity.networks import (
+    by_hand,
+    classifier,
+    inputs,
+    outputs_of,
+    perturbed,
+    request_of,
+    samples_of,
+    subject_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +93,10 @@ def test_prediction_tends_to_the_damage_of_all_together_as_perturbations_shrink(
     eighths = [p for p in perturbed(request) if p.format == "w8" and isinstance(p.change, QuantizedWeight)]
     # weights a little too large in every layer: shifts that add up
     grown = [replace(p, change=replace(p.change, scale=p.change.scale * 1.02)) for p in eighths]
-    reference = torch.cat(list(subject.outputs()))
-    shifts = torch.stack([torch.cat(list(subject.outputs([p]))) - reference for p in grown])
+    reference = torch.cat(outputs_of(subject))
+    shifts = torch.stack([torch.cat(outputs_of(subject, [p])) - reference for p in grown])
     matrix = gram_matrix(KLDamage(), reference.double(), shifts.double(), 1.0, torch.arange(400)) / 400
-    together = KLDamage().rows(reference.double(), torch.cat(list(subject.outputs(grown))).double()).mean()
+    together = KLDamage().rows(reference.double(), torch.cat(outputs_of(subject, grown)).double()).mean()
     assert 0.5 * matrix.sum() == pytest.approx(float(together), rel=0.05)
     assert 0.5 * np.trace(matrix) < 0.6 * float(together)
 
@@ -120,28 +130,32 @@ def synthetic(rows: int, sharpness: float, common: float) -> tuple[Tensor, Tenso
     return reference, torch.randn(6, rows, 10, generator=draw) + common * shared
 
 
+def shifts_of(reference: Tensor, shifts: Tensor, samples: Tensor | None = None) -> Shifts:
+    return Shifts(KLDamage(), reference, shifts, torch.arange(len(reference)) if samples is None else samples)
+
+
 def test_metric_is_softened_only_as_far_as_the_inputs_make_it_necessary() -> None:
     owners = list("abcdef")
-    plenty = pair_terms(KLDamage(), *synthetic(20_000, 1, 1), owners, torch.arange(20_000))
+    plenty = pair_terms([shifts_of(*synthetic(20_000, 1, 1))], owners)
     assert (plenty.temperature, plenty.reliability > RELIABLE) == (1, True)
-    overconfident = pair_terms(KLDamage(), *synthetic(300, 12, 1), owners, torch.arange(300))
+    overconfident = pair_terms([shifts_of(*synthetic(300, 12, 1))], owners)
     assert overconfident.temperature > 1
-    nothing_shared = pair_terms(KLDamage(), *synthetic(60, 3, 0), owners, torch.arange(60))
+    nothing_shared = pair_terms([shifts_of(*synthetic(60, 3, 0))], owners)
     assert nothing_shared.temperature == TEMPERATURES[-1]
     assert nothing_shared.reliability < 0.5
 
 
 def test_rows_of_a_sample_are_told_from_the_batches() -> None:
-    assert sample_numbers([6, 3], [2, 1]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert sample_numbers([2, 2], [2, 2]).tolist() == [0, 1, 2, 3]
-    assert sample_numbers([3, 5], [2, 2]).tolist() == [0, 0, 1, 2, 2, 2, 3, 3]  # as near as it can be told
-    assert sample_numbers([4], [1]).tolist() == [0, 0, 1, 1]
+    assert samples_of([6, 3], [2, 1]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert samples_of([2, 2], [2, 2]).tolist() == [0, 1, 2, 3]
+    assert samples_of([3, 5], [2, 2]).tolist() == [0, 0, 1, 2, 2, 2, 3, 3]  # as near as it can be told
+    assert samples_of([4], [1]).tolist() == [0, 0, 1, 1]
 
 
 def test_batches_do_not_matter_to_pair_terms() -> None:
     reference, shifts = synthetic(300, 3, 0.3)
     together, apart = (
-        pair_terms(KLDamage(), reference, shifts, list("abcdef"), sample_numbers(split, split))
+        pair_terms([shifts_of(reference, shifts, samples_of(split, split))], list("abcdef"))
         for split in ([300], [7, 93, 200])
     )
     assert together.reliability == apart.reliability
@@ -152,8 +166,8 @@ def test_formats_of_one_layer_are_no_evidence_of_reliability() -> None:
     reference, shifts = synthetic(60, 3, 0)
     twins = torch.cat([shifts, shifts])
     names = list("abcdef") * 2
-    assert pair_terms(KLDamage(), reference, twins, names, torch.arange(60)).reliability < 0.5
-    alone = pair_terms(KLDamage(), reference, shifts, ["a"] * 6, torch.arange(60))
+    assert pair_terms([shifts_of(reference, twins)], names).reliability < 0.5
+    alone = pair_terms([shifts_of(reference, shifts)], ["a"] * 6)
     assert (alone.temperature, alone.reliability) == (1, 1)
 
 

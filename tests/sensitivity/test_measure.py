@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import pytest
 import torch
 from torch import nn
 
 from quantkit.errors import InvalidRequest
-from quantkit.sensitivity.measure import KLDamage, SquaredError, damage_for, main_output, rows_of
-from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
+from quantkit.sensitivity.damage import KLDamage, SquaredError
+from quantkit.sensitivity.outputs import rows_of
+from tests.sensitivity.networks import by_hand, classifier, inputs, outputs_of, perturbed, request_of, subject_of
 
 
 def test_outputs_are_those_of_the_network_with_the_perturbations_in_place() -> None:
@@ -22,7 +21,7 @@ def test_outputs_are_those_of_the_network_with_the_perturbations_in_place() -> N
     layers = {p.owner: p for p in changes}
     for chosen in ([], [changes[0]], [changes[-1]], list(layers.values())):
         expected = by_hand(request, x, chosen)
-        assert torch.allclose(torch.cat(list(subject.outputs(chosen))), expected, atol=1e-5)
+        assert torch.allclose(torch.cat(outputs_of(subject, chosen)), expected, atol=1e-5)
 
 
 def test_weights_are_back_after_measuring_also_when_it_fails() -> None:
@@ -68,35 +67,17 @@ def test_metric_vectors_give_the_second_order_of_the_divergence() -> None:
 def test_metric_vectors_of_the_squared_error_give_the_squared_error() -> None:
     draw = torch.Generator().manual_seed(0)
     a, u = torch.randn(8, 3, generator=draw), torch.randn(8, 3, generator=draw)
-    error = damage_for("mse", 5 * a)
+    error = SquaredError.relative_to((5 * a).double().square().sum(-1))
     assert torch.allclose(0.5 * error.metric(a, u, 1.0).square().sum(-1), error.rows(a, a + u))
 
 
 def test_squared_error_is_relative_and_the_same_for_any_unit() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(8, 3, generator=draw), torch.randn(8, 3, generator=draw)
-    one, ten = damage_for("mse", a), damage_for("mse", 10 * a)
-    assert isinstance(one, SquaredError)
+    one, ten = (SquaredError.relative_to(x.double().square().sum(-1)) for x in (a, 10 * a))
     expected = 0.5 * ((a - b) ** 2).sum() / (a**2).sum()
     assert torch.allclose(one.rows(a, b).mean(), expected)
     assert torch.allclose(one.rows(a, b), ten.rows(10 * a, 10 * b))
-
-
-def test_auto_takes_the_divergence_for_classes_only() -> None:
-    assert isinstance(damage_for("auto", torch.ones(4, 2)), KLDamage)
-    assert isinstance(damage_for("auto", torch.ones(4, 1)), SquaredError)
-    assert isinstance(damage_for("kl", torch.ones(4, 2)), KLDamage)
-    with pytest.raises(InvalidRequest, match=r"Unknown loss 'huber'; known: auto, kl, mse"):
-        damage_for("huber", torch.ones(4, 2))
-
-
-def test_damage_is_measured_on_logits_else_on_the_first_float_tensor() -> None:
-    logits, other = torch.ones(2, 3), torch.zeros(2, 3)
-    assert main_output({"hidden": other, "logits": logits}) is logits
-    assert main_output(namedtuple("Output", ["hidden", "logits"])(other, logits)) is logits
-    assert main_output((torch.ones(2, dtype=torch.long), [other])) is other
-    with pytest.raises(InvalidRequest, match="no floating-point tensor"):
-        main_output((torch.ones(2, dtype=torch.long),))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 from quantkit.errors import InvalidRequest
 from quantkit.sensitivity import pairwise as module
 from quantkit.sensitivity.augmented import augmented_scores
+from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.hvp_pairs import hvp_pairs
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Scores, Subject
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.pairwise import pairwise, projected
 from tests.sensitivity.explicit import Explicit
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of

@@ -11,7 +11,8 @@ import quantkit
 from quantkit.errors import InvalidRequest
 from quantkit.sensitivity import ESTIMATORS, RANKINGS, require_additive
 from quantkit.sensitivity.blocks import find_blocks, layer_order
-from quantkit.sensitivity.measure import KLDamage, Perturbation, Scores, Subject
+from quantkit.sensitivity.damage import KLDamage
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.zd import z_share
 from tests.sensitivity.networks import (
     Transformer,

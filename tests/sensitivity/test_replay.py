@@ -12,6 +12,7 @@ from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.replay import variations
 from quantkit.stages.profile import evaluator_of
 from quantkit.stages.request import make_ready
+from tests.sensitivity.networks import outputs_of
 
 
 class Awkward(nn.Module):
@@ -51,7 +52,7 @@ def evaluator() -> tuple[Subject, list[Perturbation]]:
 
 
 def one_by_one(subject: Subject, plans: Sequence[Sequence[Perturbation]]) -> list[list[Tensor]]:
-    return [list(subject.outputs(plan)) for plan in plans]
+    return [outputs_of(subject, plan) for plan in plans]
 
 
 def test_outputs_are_those_of_computing_everything(evaluator: tuple[Subject, list[Perturbation]]) -> None:
@@ -60,7 +61,7 @@ def test_outputs_are_those_of_computing_everything(evaluator: tuple[Subject, lis
     plans = [four, *([*four, p] for p in changes), [], changes[:3], four]
     expected = one_by_one(subject, plans)
     seen = 0
-    for batch, plan, output in variations(subject, plans):
+    for batch, plan, (output,) in variations(subject, plans):
         assert torch.equal(output, expected[plan][batch]), (batch, plan)
         seen += 1
     assert seen == len(plans) * len(subject.batches)
@@ -71,17 +72,17 @@ def test_around_a_base_plan_what_a_plan_leaves_out_is_the_bases(evaluator: tuple
     based = Subject(subject.model, subject.batches, subject.sites, base=[p for p in changes if p.format == "w2"])
     plans: list[list[Perturbation]] = [[], *([p] for p in changes)]
     expected = one_by_one(based, plans)
-    for batch, plan, output in variations(based, plans):
+    for batch, plan, (output,) in variations(based, plans):
         assert torch.equal(output, expected[plan][batch])
 
 
 def test_model_is_as_before_also_when_the_caller_stops(evaluator: tuple[Subject, list[Perturbation]]) -> None:
     subject, changes = evaluator
-    before = [output.clone() for output in subject.outputs()]
+    before = [output.clone() for output in outputs_of(subject)]
     for _, plan, _ in variations(subject, [[changes[0]], [changes[-1]], []]):
         if plan == 1:
             break
-    assert all(torch.equal(a, b) for a, b in zip(subject.outputs(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outputs_of(subject), before, strict=True))
     assert not any("forward" in vars(module) for module in subject.model.modules())
 
 

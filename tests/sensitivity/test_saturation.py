@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from quantkit.plan import saturated
+from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.gram import gram
-from quantkit.sensitivity.measure import KLDamage, Perturbation
-from quantkit.sensitivity.saturation import FADINGS, MOST_PLANS, Fit, bits_of, fitted, plans_measured, random_plans
+from quantkit.sensitivity.measure import Perturbation
+from quantkit.sensitivity.saturation import FADINGS, MOST_PLANS, Fit, fitted, plans_measured, random_plans
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
 
 
@@ -165,7 +166,7 @@ def test_plans_have_one_format_per_place_and_begin_at_every_width(changes: list[
     plans = random_plans(changes, 12, torch.Generator().manual_seed(0))
     for plan in plans:
         assert Counter(changes[k].place for k in plan) == Counter({p.place: 1 for p in changes})
-    widths = [{bits_of(changes[k]) for k in plan if not changes[k].place[1]} for plan in plans]
+    widths = [{changes[k].change.bits for k in plan if not changes[k].place[1]} for plan in plans]
     assert all(min(w) >= (2 if n % 2 == 0 else 4) for n, w in enumerate(widths))
     assert any(w == {2, 4} for w in widths) and any(8 in w and 2 in w for w in widths)
     assert plans == random_plans(changes, 12, torch.Generator().manual_seed(0))

@@ -13,11 +13,12 @@ from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.inputs import Batch
 from quantkit.rounding.weights import quantize_weight
 from quantkit.sensitivity import noise as noise_module
+from quantkit.sensitivity.damage import KLDamage, SquaredError
 from quantkit.sensitivity.first_order import first_order
 from quantkit.sensitivity.fisher import fisher, per_sample
 from quantkit.sensitivity.hvp_pairs import hvp_pairs
 from quantkit.sensitivity.kl import kl
-from quantkit.sensitivity.measure import KLDamage, Perturbation, SquaredError, Subject
+from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.noise import noise, noisy_weight
 from quantkit.stages.request import Request
 from tests.sensitivity.explicit import SITES, WEIGHTS, Explicit

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from quantkit.sensitivity import sketch as module
 from quantkit.sensitivity.around import PlanDamage
+from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.gram import gram
-from quantkit.sensitivity.measure import KLDamage
-from quantkit.sensitivity.pair_terms import sample_numbers
 from quantkit.sensitivity.sketch import BUCKETS, TOP, Sketch, sketch_for
-from tests.sensitivity.networks import classifier, inputs, perturbed, request_of, subject_of
+from tests.sensitivity.networks import classifier, inputs, outputs_of, perturbed, request_of, samples_of, subject_of
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -98,11 +97,11 @@ def test_stated_error_is_that_of_single_damages_on_what_was_kept(monkeypatch) ->
     subject, changes = subject_of(request, batches), perturbed(request)
     monkeypatch.setattr(module, "SHIFT_BYTES", 4 * len(changes) * 4 * 10)
     scores = gram(subject, changes, False, generator(5))
-    reference = list(subject.outputs())
+    reference = outputs_of(subject)
     kept = sketch_for(reference, len(changes), True, generator(5))
     errors = []
     for p, full in zip(changes, scores.damage, strict=True):
-        pairs = zip(reference, subject.outputs([p]), strict=True)
+        pairs = zip(reference, outputs_of(subject, [p]), strict=True)
         rows = [KLDamage().rows(kept(i, a), kept(i, b)) for i, (a, b) in enumerate(pairs)]
         errors.append(abs(float(torch.cat(rows).mean()) - full) / full)
     assert scores.notes["sketch"]["rows"] == 0.25
@@ -112,7 +111,7 @@ def test_stated_error_is_that_of_single_damages_on_what_was_kept(monkeypatch) ->
 def test_rows_that_are_kept_know_their_samples() -> None:
     reference = [torch.arange(12.0).repeat(3, 1).T, torch.arange(12.0, 24.0).repeat(3, 1).T]
     sketch = Sketch([12, 12], [torch.tensor([0, 5, 11]), torch.tensor([3, 4])], None, None, 0.2)
-    numbers = sample_numbers([12, 12], [3, 4])
+    numbers = samples_of([12, 12], [3, 4])
     kept = torch.cat([sketch(i, one)[:, 0] for i, one in enumerate(reference)])
     assert sketch.of_kept(numbers).tolist() == [int(v) // 4 if v < 12 else 3 + int(v - 12) // 3 for v in kept]
 

@@ -78,7 +78,11 @@ EDITS = {
     ),
     "float site": (
         lambda d: d["sites"].update(input="float"),
-        r"^The plan gives site 'input' 'float', which is no activation format such as 'a8'",
+        r"^The plan asks for several formats of one tensor, 'input': stem\.0 a8, site input float\. Give it one",
+    ),
+    "float where a kernel writes codes": (
+        lambda d: d["sites"].update(mix="float"),
+        r"^The plan leaves site 'mix' float, which is a layer output, and onnxruntime-cpu needs codes there",
     ),
     "wrong size": (
         lambda d: d.update(size_bytes=d["size_bytes"] + 1),

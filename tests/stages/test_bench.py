@@ -13,8 +13,8 @@ from torch import nn
 
 import quantkit
 from quantkit.errors import InfeasibleBudget, InvalidRequest
-from quantkit.latency import LatencyTable, OperationTime, SiteTime
-from quantkit.operations import execute
+from quantkit.plan.latency import LatencyTable, OperationTime, SiteTime
+from quantkit.plan.operations import execute
 from quantkit.stages.bench import bench, mixtures_of
 from quantkit.targets import Target
 from tests.stages.networks import images, small

@@ -10,7 +10,7 @@ import quantkit
 from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity.around import PlanDamage
-from quantkit.sensitivity.measure import SOFTENED
+from quantkit.sensitivity.damage import SOFTENED
 from quantkit.stages.operating_point import DRAWS, EFFORTS, draws_of, measurements_of
 from quantkit.stages.profile import evaluator_of
 from quantkit.stages.request import make_ready

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import quantkit
 from quantkit import QuantkitError, Result
 from quantkit.reconstruction.learning import Schedule
-from quantkit.sensitivity.measure import kl_rows
+from quantkit.sensitivity.damage import kl_rows
 from quantkit.stages import reconstruct
 from tests.stages.networks import images, small
 

@@ -17,7 +17,6 @@ import quantkit
 from quantkit import QuantkitError, Result
 from quantkit.backends.onnxruntime import rewrite
 from quantkit.backends.onnxruntime import token_forms as tokens_of_onnx
-from quantkit.backends.onnxruntime import weight_forms as weights
 from quantkit.backends.onnxruntime.onnx_model import OnnxModel
 from quantkit.numbers.per_token import TokenRange
 from quantkit.ranges.statistics import layer_hessians
@@ -248,11 +247,8 @@ def test_the_file_multiplies_integers(scheme: str, tmp_path: Path) -> None:
     assert sum(node.op_type == "ReduceMax" for node in graph.node) == 4
 
 
-def test_full_bytes_of_weights_are_unsigned_where_kernels_saturate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights, "has_vnni", lambda: False)
-    result, unseen = applied("w8a8d"), tokens(7, seed=3)
+def test_full_bytes_of_weights_are_unsigned_where_kernels_saturate(tmp_path: Path) -> None:
+    result, unseen = applied("w8a8d", target="onnxruntime-cpu:avx2"), tokens(7, seed=3)
     result.export_onnx(tmp_path / "model.onnx", check=[unseen])
     stored = {i.name: i for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
     assert stored["up.weight"].data_type == 2  # UINT8

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from quantkit.backends.onnxruntime.node_times import FileTimes
 from quantkit.backends.onnxruntime.owners import Owners, owners_of_nodes
-from quantkit.latency import FULL_BITS, OperationTime, SiteTime, bits_of
-from quantkit.operations import Execution
+from quantkit.plan.latency import FULL_BITS, OperationTime, SiteTime, bits_of
+from quantkit.plan.operations import Execution
 
 Floats = npt.NDArray[np.float64]
 Part = tuple[str, str]

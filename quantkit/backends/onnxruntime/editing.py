@@ -112,11 +112,14 @@ def copy_tidy(marked: MarkedGraph) -> ir.Model:
     taken: set[Any] = {*marked.inputs, *marked.outputs}
     for value, name in zip(graph.inputs, marked.inputs, strict=True):
         value.name = name
-    state = [v for v in graph.initializers.values() if str(v.name).startswith(f"{_WRAPPER}.")]
+    # In the graph's order, so that the file is the same in every process.
+    state, constants = list[ir.Value](), list[ir.Value]()
+    for value in graph.initializers.values():
+        (state if str(value.name).startswith(f"{_WRAPPER}.") else constants).append(value)
     for value in state:
         value.name = unused_name(str(value.name).removeprefix(f"{_WRAPPER}."), taken)
     _name_nodes(graph, taken)
-    for value in set(graph.initializers.values()) - set(state):
+    for value in constants:
         value.name = unused_name(_role(value), taken)
     for value, name in zip(graph.outputs, marked.outputs, strict=True):
         value.name = name

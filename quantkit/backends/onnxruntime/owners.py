@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from quantkit.backends.onnxruntime.editing import copy_tidy
 from quantkit.backends.onnxruntime.marks import MarkedGraph, marks
-from quantkit.operations import Operation
+from quantkit.plan.operations import Operation
 
 _ADDED = re.compile(r"(_nchwc|_nhwc|_token_\d+|/[A-Z]\w*Fusion|/duplicated)$")
 _CONVERSIONS = ("/QuantizeLinear", "/DequantizeLinear")

@@ -22,7 +22,7 @@ from quantkit.backends.onnxruntime.sessions import feeds, open_session
 from quantkit.errors import ParityError
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, tensors_of
-from quantkit.program.sites import Site
+from quantkit.program.sites import Site, coded_sites
 from quantkit.simulation.model import SimulatedModel, at_sites, run_with
 
 _HALF_ULP = 2.0**-24  # of a float32 value
@@ -60,11 +60,6 @@ class OutputParity:
     worst_error: float
     rounding_noise: float
     top1_agreement: float | None
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to quantization noise; infinite where nothing differs."""
-        return float(-20 * np.log10(self.relative_error)) if self.relative_error else float("inf")
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -125,7 +120,7 @@ def _disturbance(simulated: SimulatedModel) -> Callable[[OpKey, Tensor], Tensor]
         noise = torch.randn(tensor.shape, generator=generator) * tensor.abs().max() * _HALF_ULP
         return simulated.ranges[site.name].fake_quantize(tensor + noise)
 
-    return at_sites([site for site in simulated.sites if site.name in simulated.ranges], quantize)
+    return at_sites(coded_sites(simulated.sites, simulated.ranges), quantize)
 
 
 def _joined(batches: Sequence[Sequence[Tensor | np.ndarray]]) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,20 @@ import torch
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, marks
 from quantkit.backends.onnxruntime.moved_codes import move_codes
-from quantkit.backends.onnxruntime.token_forms import reads_rows, token_product, token_values
+from quantkit.backends.onnxruntime.token_forms import Tokens, reads_rows, token_product, token_values
 from quantkit.backends.onnxruntime.weight_forms import (
     LARGEST_UNPACKED,
+    WeightForm,
     add_functions,
+    integer_form,
     is_in_planes,
-    midpoint,
     stored_codes,
 )
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.program.sites import coded_sites
 from quantkit.simulation.model import SimulatedModel
 
 BYTE = 8  # bits of a code as kernels read it
@@ -40,18 +43,23 @@ def bypass_marks(graph: ir.Graph) -> None:
             editor.bypass(mark)
 
 
-def quantize_marks(model: ir.Model, simulated: SimulatedModel) -> None:
-    """Turn the marks of ``simulated``'s layers and sites into integers and take the others out.
+def quantize_marks(model: ir.Model, simulated: SimulatedModel, instruction_set: str) -> None:
+    """Turn the marks of ``simulated``'s layers and sites into integers and take the others out. ``instruction_set``:
+    of the CPUs that the file is for.
 
     Raises InvalidRequest for formats that have no ONNX form yet.
     """
     for name, weight in simulated.weights.items():
         _require_form(name, weight)
     for name, site in simulated.ranges.items():
+        if site.kind not in _SITE_FORMS:
+            raise InvalidRequest(
+                f"Site {name!r} has {site.kind} codes; ONNX files have forms for {', '.join(_SITE_FORMS)} ones."
+            )
         if site.bits > BYTE:
             raise InvalidRequest(f"Site {name!r} has {site.bits}-bit codes; ONNX files carry up to 8 bits.")
     graph = model.graph
-    writer = _Writer(graph, simulated)
+    writer = _Writer(graph, simulated, instruction_set)
     for name, mark in marks(graph, "Weight"):
         if name in simulated.weights:
             writer.quantize_weight(name, mark)
@@ -116,12 +124,13 @@ def _channels_of_float_layer(node: ir.Node) -> int | None:
 class _Writer:
     """Replaces marks one by one; what two calls of a layer or two echoes of a site share is written once."""
 
-    def __init__(self, graph: ir.Graph, simulated: SimulatedModel) -> None:
+    def __init__(self, graph: ir.Graph, simulated: SimulatedModel, instruction_set: str) -> None:
         self.editor = Editor(graph)
         self.simulated = simulated
+        self.instruction_set = instruction_set
         self.weights: dict[tuple[str, bool, bool], ir.Value] = {}
         self.biases: dict[tuple[str, str], ir.Value] = {}
-        coded = [site for site in simulated.sites if site.name in simulated.ranges]
+        coded = coded_sites(simulated.sites, simulated.ranges)
         self.places = {str(place) for site in coded for place in (site.place, *site.echoes)}
         self.sites: dict[str, set[str | None]] = defaultdict(set)
         for name, mark in marks(graph, "Weight"):
@@ -133,16 +142,10 @@ class _Writer:
 
     def quantize_site(self, name: str, mark: ir.Node) -> None:
         site = self.simulated.ranges[name]
-        if isinstance(site, TokenRange):
-            source = mark.inputs[0]
-            assert source is not None
-            if mark.outputs[0].uses():  # else the layer that read it has integers
-                source = token_values(self.editor, mark, name, source, site)
-            self.editor.replace(mark, source)
-            return
-        if isinstance(site, LogRange):
-            self.editor.replace(mark, self._log_codes(name, mark, site))
-            return
+        self.editor.replace(mark, _SITE_FORMS[site.kind](self, name, mark, site))
+
+    def uniform_values(self, name: str, mark: ir.Node, site: SiteRange) -> ir.Value:
+        """Codes and what they stand for, as a pair that onnxruntime fuses with its neighbours."""
         scale = self.editor.initializer(f"{name}.scale", np.array(site.scale, np.float32))
         zero = self.editor.initializer(f"{name}.zero_point", np.array(site.zero_point, np.uint8))
         codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
@@ -150,9 +153,15 @@ class _Writer:
             highest = self.editor.initializer(f"{name}.highest", np.array(site.high, np.uint8))
             codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
         self._dequantize_for_float_layers(name, mark, codes, site)
-        self.editor.replace(mark, self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name))
+        return self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name)
 
-    def _log_codes(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
+    def row_values(self, name: str, mark: ir.Node, site: TokenRange) -> ir.Value:
+        """Values on the grids of their rows; as they come where the layer that read them has integers."""
+        source = mark.inputs[0]
+        assert source is not None
+        return token_values(self.editor, mark, Tokens(name, source, site)) if mark.outputs[0].uses() else source
+
+    def log_values(self, name: str, mark: ir.Node, site: LogRange) -> ir.Value:
         """Logarithmic codes by operators that every runtime has, and their values looked up in a table."""
 
         def constant(role: str, value: float) -> ir.Value:
@@ -190,7 +199,8 @@ class _Writer:
         for use, transposed in _reads(mark):
             tokens = self._tokens_of(use)
             if tokens is not None and reads_rows(use.node, transposed):
-                made = token_product(self.editor, use.node, name, *tokens, self.simulated.weights[name])
+                weight, form = self.simulated.weights[name], self._integer_form(name)
+                made = token_product(self.editor, use.node, name, tokens, weight, form)
                 self.editor.replace(use.node, made)
                 continue
             site = self._input_site(use.node)
@@ -199,15 +209,19 @@ class _Writer:
             if site is not None and self._has_integer_bias(name, use.node):
                 use.node.replace_input_with(_BIAS, self._bias(name, use.node, site))
 
-    def _tokens_of(self, use: Any) -> tuple[str, ir.Value, TokenRange] | None:
-        """The site of tokens that the call of a layer's weight reads: its name, what it quantizes, and how."""
+    def _integer_form(self, name: str) -> WeightForm:
+        """The form of a layer's codes in which integer kernels read them."""
+        return integer_form(self.simulated.weights[name].format.bits, self.instruction_set)
+
+    def _tokens_of(self, use: Any) -> Tokens | None:
+        """The site of tokens that the call of a layer's weight reads."""
         read = use.node.inputs[0] if use.idx == 1 else None
         made = None if read is None else read.producer()
         if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
             return None
         name, value = made.attributes["name"].as_string(), made.inputs[0]
         found = self.simulated.ranges[name]
-        return (name, value, found) if isinstance(found, TokenRange) and value is not None else None
+        return None if found.static or value is None else Tokens(name, value, found)
 
     def _weight(self, name: str, before: ir.Node, transposed: bool, integer: bool) -> ir.Value:
         """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do
@@ -217,12 +231,12 @@ class _Writer:
             weight, stored = self.simulated.weights[name], f"{name}.weight"
             codes = weight.codes.t().contiguous() if transposed else weight.codes
             axis = 1 if transposed else 0
-            value = stored_codes(self.editor, before, stored, codes, weight.format.bits, integer)
+            form = self._integer_form(name) if integer else WeightForm(weight.format.bits)
+            value = stored_codes(self.editor, before, stored, codes, form)
             if integer:
                 scale = self.editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
-                middle = midpoint(weight.format.bits)
                 zeros = self.editor.initializer(
-                    "midpoints" if middle else "zeros", np.full(len(weight.scale), middle)
+                    "midpoints" if form.unsigned else "zeros", np.full(len(weight.scale), form.midpoint)
                 )  # QGemm wants them spelled
                 value = self.editor.node(before, "DequantizeLinear", [value, scale, zeros], stored, axis=axis)
             else:
@@ -239,7 +253,8 @@ class _Writer:
         if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
             return None
         name = made.attributes["name"].as_string()
-        return None if isinstance(self.simulated.ranges[name], TokenRange) else name
+        found = self.simulated.ranges[name]
+        return name if found.static and found.integer else None
 
     def _has_integer_bias(self, name: str, call: ir.Node) -> bool:
         """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one
@@ -258,7 +273,7 @@ class _Writer:
             assert bias is not None and bias.const_value is not None
             self.editor.set_aside(bias)
             found = self.simulated.ranges[site]
-            assert isinstance(found, SiteRange), "layers read codes of no other kind"
+            assert found.static and found.integer, "layers read codes of no other kind"
             step = found.scale * self.simulated.weights[name].scale.reshape(-1)
             codes = torch.round(torch.from_numpy(bias.const_value.numpy()) / step)
             codes = codes.double().clamp(_INT32.min, _INT32.max).to(torch.int32)
@@ -267,3 +282,11 @@ class _Writer:
             dequantized = self.editor.node(call, "DequantizeLinear", [stored, scale], f"{name}.bias", axis=0)
             self.biases[name, site] = dequantized
         return self.biases[name, site]
+
+
+# Kind of codes -> how they are written: (writer, site's name, its mark, its quantizer) -> what readers get
+_SITE_FORMS: dict[str, Callable[[_Writer, str, ir.Node, Any], ir.Value]] = {
+    SiteRange.kind: _Writer.uniform_values,
+    LogRange.kind: _Writer.log_values,
+    TokenRange.kind: _Writer.row_values,
+}

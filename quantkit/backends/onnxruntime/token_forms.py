@@ -5,11 +5,13 @@ Operators that every runtime has; onnxruntime's own dynamic quantization has one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
 from quantkit.backends.onnxruntime.editing import Editor
-from quantkit.backends.onnxruntime.weight_forms import midpoint, stored_codes
+from quantkit.backends.onnxruntime.weight_forms import WeightForm, stored_codes
 from quantkit.numbers.per_token import SMALLEST_STEP, TokenRange
 from quantkit.numbers.uniform import QuantizedWeight
 
@@ -17,10 +19,20 @@ CENTRE = 128  # on x86 integer kernels read unsigned bytes
 _BIAS = 2
 
 
-def _codes_and_scale(editor: Editor, before: ir.Node, name: str, x: ir.Value, site: TokenRange) -> list[ir.Value]:
-    """The codes of ``x``, still as floats, and the scale of each row."""
+@dataclass(frozen=True)
+class Tokens:
+    """A site whose rows are quantized as they come: its name, its float values, and how."""
+
+    name: str
+    values: ir.Value
+    range: TokenRange
+
+
+def _codes_and_scale(editor: Editor, before: ir.Node, tokens: Tokens) -> list[ir.Value]:
+    """The codes of tokens, still as floats, and the scale of each row."""
+    name, x = tokens.name, tokens.values
     last = editor.initializer("last", np.array([-1], np.int64))
-    top = editor.initializer(f"{name}.highest", np.array(site.high, np.float32))
+    top = editor.initializer(f"{name}.highest", np.array(tokens.range.high, np.float32))
     least = editor.initializer("smallest_step", np.array(SMALLEST_STEP, np.float32))
     largest = editor.node(before, "Abs", [x], name)
     largest = editor.node(before, "ReduceMax", [largest, last], name, keepdims=1)
@@ -30,9 +42,9 @@ def _codes_and_scale(editor: Editor, before: ir.Node, name: str, x: ir.Value, si
     return [editor.node(before, "Round", [codes], name), scale]
 
 
-def token_values(editor: Editor, before: ir.Node, name: str, x: ir.Value, site: TokenRange) -> ir.Value:
-    """``x`` on the grids of its rows, in float."""
-    return editor.node(before, "Mul", _codes_and_scale(editor, before, name, x, site), name)
+def token_values(editor: Editor, before: ir.Node, tokens: Tokens) -> ir.Value:
+    """Tokens on the grids of their rows, in float."""
+    return editor.node(before, "Mul", _codes_and_scale(editor, before, tokens), tokens.name)
 
 
 def reads_rows(call: ir.Node, transposed: bool) -> bool:
@@ -47,19 +59,19 @@ def reads_rows(call: ir.Node, transposed: bool) -> bool:
 
 
 def token_product(
-    editor: Editor, call: ir.Node, layer: str, name: str, x: ir.Value, site: TokenRange, weight: QuantizedWeight
+    editor: Editor, call: ir.Node, layer: str, tokens: Tokens, weight: QuantizedWeight, form: WeightForm
 ) -> ir.Value:
-    """What a call of ``layer`` that ``reads_rows`` makes of ``x``, in the order of the package's own kernels: an
+    """What a call of ``layer`` that ``reads_rows`` makes of tokens, in the order of the package's own kernels: an
     integer sum, times the scale of the weight, times that of the row, plus the bias.
     """
-    codes, scale = _codes_and_scale(editor, call, name, x, site)
+    name, stored = tokens.name, f"{layer}.weight"
+    codes, scale = _codes_and_scale(editor, call, tokens)
     centre = editor.initializer("token_centre", np.array(CENTRE, np.float32))
     codes = editor.node(call, "Add", [codes, centre], name)
     codes = editor.node(call, "Cast", [codes], name, to=ir.DataType.UINT8)
-    stored, middle = f"{layer}.weight", midpoint(weight.format.bits)
-    factors = stored_codes(editor, call, stored, weight.codes.t().contiguous(), weight.format.bits, integer=True)
+    factors = stored_codes(editor, call, stored, weight.codes.t().contiguous(), form)
     zeros = [editor.initializer("token_zero", np.array(CENTRE, np.uint8))]
-    zeros += [editor.initializer("midpoint", np.array(middle))] if middle else []
+    zeros += [editor.initializer("midpoint", np.array(form.midpoint))] if form.unsigned else []
     steps = editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
     made = editor.node(call, "MatMulInteger", [codes, factors, *zeros], layer)
     made = editor.node(call, "Cast", [made], layer, to=ir.DataType.FLOAT)

@@ -3,7 +3,7 @@
 =======  ==================================================  ==========================================
 bits     initializers                                        expanded by
 =======  ==================================================  ==========================================
-8        INT8; on some CPUs UINT8 around 128, see below      nothing
+8        INT8; for some CPUs UINT8 around 128, see below     nothing
 4        INT4                                                Cast
 2,3,5-7  one plane for each power of two in the width, as    ``quantkit::Unpack<bits>``, a function of
          bytes: those of ``kernels.packing``                 standard operators that the file carries
@@ -15,8 +15,8 @@ function keeps the graph readable and the file small where a dozen nodes for eac
 
 On x86 CPUs without VNNI onnxruntime multiplies unsigned by signed bytes in pairs that it adds in 16 bits, which
 saturates: 2 x 255 x 127 does not fit, what 7-bit codes give does. For two unsigned operands it widens first, which is
-exact. So a file written on such a CPU has full 8-bit weights unsigned for integer kernels. With VNNI signed bytes are
-exact, and much faster than unsigned ones. A file written there computes the same on a CPU without VNNI if
+exact. So a file written for such CPUs has full 8-bit weights unsigned for integer kernels. With VNNI signed bytes are
+exact, and much faster than unsigned ones. A file written for it computes the same on a CPU without VNNI if
 its session is opened with ``session.x64quantprecision`` set to 1.
 """
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -35,7 +36,7 @@ from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
 from quantkit.formats import bit_planes
 from quantkit.numbers.packing import pack_plane, split_planes
-from quantkit.runtime.int_linear.through_torch import has_vnni
+from quantkit.targets.instruction_sets import VNNI
 
 IR_VERSION = 10
 # Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 came with 1.23.
@@ -55,23 +56,31 @@ def minimum_runtime(widths: Iterable[int]) -> str:
     return _MINIMUM_RUNTIME_INT4 if 4 in widths else _MINIMUM_RUNTIME
 
 
-def is_unsigned(bits: int) -> bool:
-    """True where integer kernels are exact only on codes moved up by 128."""
-    return bits == 8 and not has_vnni()
+@dataclass(frozen=True)
+class WeightForm:
+    """The form of codes of ``bits`` bits once expanded: INT8, or ``unsigned`` bytes around 128."""
+
+    bits: int
+    unsigned: bool = False
+
+    @property
+    def midpoint(self) -> np.generic:
+        """What stands for zero."""
+        return np.uint8(128) if self.unsigned else np.int8(0)
 
 
-def midpoint(bits: int) -> np.generic:
-    """What stands for zero in the codes that integer kernels read."""
-    return np.uint8(128) if is_unsigned(bits) else np.int8(0)
+def integer_form(bits: int, instruction_set: str) -> WeightForm:
+    """The form that integer kernels read fast and exactly with these instructions."""
+    return WeightForm(bits, unsigned=bits == 8 and instruction_set != VNNI)
 
 
-def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int, integer: bool) -> ir.Value:
-    """The value of ``codes`` (INT8, any shape): stored in initializers named after ``name``, expanded ahead of
-    ``before``; for ``integer`` kernels around ``midpoint``."""
-    shape = tuple(codes.shape)
+def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, form: WeightForm) -> ir.Value:
+    """The value of ``codes`` (INT8, any shape) in a form: stored in initializers named after ``name``, expanded ahead
+    of ``before``.
+    """
+    shape, bits = tuple(codes.shape), form.bits
     if bits == 8:
-        moved = integer and is_unsigned(bits)
-        return editor.initializer(name, (codes ^ -128).view(torch.uint8).numpy() if moved else codes.numpy())
+        return editor.initializer(name, (codes ^ -128).view(torch.uint8).numpy() if form.unsigned else codes.numpy())
     if bits == 4:
         packed = pack_plane(codes.reshape(-1).view(torch.uint8) & 0xF, 4)
         stored = editor.initializer(name, ir.PackedTensor(packed.numpy(), ir.DataType.INT4, shape=shape))

@@ -1,14 +1,14 @@
 """Write a simulated model as an ONNX file for onnxruntime, and prove it there before the file appears.
 
 The file computes on UINT8 activations and INT8 weights stored at their true width; its graph is named after the
-model's modules and carries nothing of the exporter. See ``weights`` for the storage forms and ``parity`` for the
+model's modules and carries nothing of the exporter. See ``weight_forms`` for the storage forms and ``parity`` for the
 proof.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -30,6 +30,7 @@ from quantkit.plan import Plan
 from quantkit.program.inputs import Batch
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import write_atomically
+from quantkit.targets.instruction_sets import AVX2
 
 _LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
 
@@ -51,36 +52,42 @@ class ExportReport:
     opset: int = OPSET
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a file is written: the ``instruction_set`` of the CPUs that it is for, ``check``, the batches to compare on
+    (default: the example), and the ``plan`` whose digest its metadata has. ``graph`` is what ``mark_graph`` made
+    earlier of the same model, to export it once for several files.
+    """
+
+    instruction_set: str = AVX2
+    check: Sequence[Batch] = ()
+    tolerance: Tolerance = DEFAULT_TOLERANCE
+    plan: Plan | None = None
+    graph: MarkedGraph | None = field(default=None, repr=False)
+
+
 def export_onnx(
-    simulated: SimulatedModel,
-    example: Batch,
-    path: str | Path,
-    *,
-    check: Sequence[Batch] = (),
-    tolerance: Tolerance = DEFAULT_TOLERANCE,
-    plan: Plan | None = None,
-    graph: MarkedGraph | None = None,
+    simulated: SimulatedModel, example: Batch, path: str | Path, options: ExportOptions | None = None
 ) -> ExportReport:
     """Write ``simulated`` to ``path`` and compare the file with it in onnxruntime.
 
     ``example`` is a batch (args, kwargs) of at least one sample; the file takes any number of samples where the model
-    does. ``check`` are the batches to compare on (default: the example). ``plan`` puts its digest into the file's
-    metadata. ``graph`` is what ``mark_graph`` made earlier of the same model, to export it once for several files.
-    Raises ParityError when the file computes something else, and InvalidRequest when the model cannot be exported;
-    then no file is left.
+    does. Raises ParityError when the file computes something else, and InvalidRequest when the model cannot be
+    exported; then no file is left.
     """
-    marked = graph or mark_graph(simulated, example)
-    model = quantized_graph(simulated, marked)
+    how = options or ExportOptions()
+    marked = how.graph or mark_graph(simulated, example)
+    model = quantized_graph(simulated, marked, how.instruction_set)
     runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
     model.metadata_props["quantkit.minimum_onnxruntime"] = runtime
-    if plan is not None:
-        model.metadata_props["quantkit.plan"] = plan.digest()
+    if how.plan is not None:
+        model.metadata_props["quantkit.plan"] = how.plan.digest()
     parity: list[OutputParity] = []
 
     def write_and_compare(temporary: str) -> None:
         _write(model, temporary)
-        parity.extend(measure_parity(temporary, simulated, check or [example]))
-        require_parity(parity, tolerance)
+        parity.extend(measure_parity(temporary, simulated, how.check or [example]))
+        require_parity(parity, how.tolerance)
 
     written = write_atomically(path, write_and_compare)
     return ExportReport(
@@ -93,17 +100,17 @@ def export_onnx(
     )
 
 
-def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph) -> ir.Model:
+def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str) -> ir.Model:
     """The graph of ``simulated`` in integers, from the marked graph of its model."""
     model = copy_tidy(marked)
-    quantize_marks(model, simulated)
+    quantize_marks(model, simulated, instruction_set)
     remove_leftovers(model)
     return model
 
 
-def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, path: str | Path) -> Path:
+def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str, path: str | Path) -> Path:
     """Write ``simulated`` to be timed: nothing compares what it computes."""
-    _write(quantized_graph(simulated, marked), str(path))
+    _write(quantized_graph(simulated, marked, instruction_set), str(path))
     return Path(path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange, quantize
+from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.runtime.int_linear.through_torch import EXACT_IN_FLOAT
 
 
@@ -26,7 +26,7 @@ def int_conv_reference(
     Integer sums take float32 where none can pass 2^24 and float64 otherwise, so they are exact in either; the bias is
     rounded to their grid.
     """
-    codes = quantize(x, torch.tensor(site.scale), torch.tensor(float(site.zero_point)), 0, site.high)
+    codes = site.quantize(x).codes
     largest = int(weight.codes.flatten(1).to(torch.int32).abs().sum(1).max()) * site.high
     exact = torch.float32 if largest < EXACT_IN_FLOAT else torch.float64
     sums = convolve((codes - site.zero_point).to(exact), weight.codes.to(exact), None, *options)

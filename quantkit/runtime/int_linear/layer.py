@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange, quantize
+from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import DynamicLinear, quantize_padded_compiled, quantize_rows_compiled
 from quantkit.runtime.int_linear.held import HeldWeight
@@ -26,8 +26,7 @@ def centred_codes(x: Tensor, site: SiteRange) -> Tensor:
         rows = x.contiguous().reshape(1, 1, -1, x.shape[-1]) if x.numel() else x.reshape(0, 1, 1, 1)
         codes = quantize_padded_compiled(rows, (0, 0, 0, 0), site.scale, site.zero_point, site.high)
         return codes.reshape(x.shape)
-    unsigned = quantize(x, torch.tensor(site.scale), torch.tensor(float(site.zero_point)), 0, site.high)
-    return (unsigned - CENTRE).to(torch.int8)
+    return (site.quantize(x).codes - CENTRE).to(torch.int8)
 
 
 def integer_offset(weight: QuantizedWeight, bias: Tensor | None, site: SiteRange) -> Tensor | None:

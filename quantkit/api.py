@@ -1,0 +1,176 @@
+"""The verbs, in the order in which things happen: profile -> allocate -> apply, and quantize, which does it all.
+
+What happens inside each is told by docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantkit.budget import Budget
+from quantkit.formats import Scheme
+from quantkit.plan import Plan, Profile
+from quantkit.session import Session
+from quantkit.stages.apply import Application, apply_plan, require_layers
+from quantkit.stages.inputs import Inputs
+from quantkit.stages.metric import Evaluate, require_metric
+from quantkit.stages.options import ApplyOptions, Run, Schemes
+from quantkit.stages.profile import measure
+from quantkit.stages.quantize import Search, quantize_request
+from quantkit.stages.request import DEFAULT_TARGET, TargetName, make_ready
+from quantkit.stages.result import Result
+from quantkit.store import require_writable
+from quantkit.targets import Target
+from quantkit.targets.rules import Rules
+
+
+def quantize(
+    model: nn.Module,
+    budget: str | Budget | Mapping[str, Any],
+    calibration: Any = None,
+    *,
+    example_inputs: Any = None,
+    schemes: Schemes | None = None,
+    samples: int | None = None,
+    loss: str = "auto",
+    evaluate: Evaluate | None = None,
+    target: TargetName = DEFAULT_TARGET,
+    rules: Rules | None = None,
+    first_last: str = "same",
+    sensitivity: str = "auto",
+    solver: str = "auto",
+    effort: str = "fast",
+    rounding: str = "auto",
+    ranges: str = "mse",
+    reconstruction: str = "auto",
+    correction: str | None = "auto",
+    reparameterization: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    workdir: str | Path | None = None,
+    inplace: bool = False,
+) -> Result:
+    """The best model inside ``budget``: profile, allocate, apply, and a measured comparison with the float model.
+
+    Without ``calibration`` only weights are quantized, by what is known of them alone; ``example_inputs``, one batch
+    of inputs, then lets the model be traced, which folds BatchNorm and counts operations.
+
+    See ``profile`` and ``apply`` for the arguments; ``evaluate`` is only reported, unless the budget limits
+    ``accuracy_drop``: then plans are chosen by it, first with the profile's codes; the cheapest of them and 2, 4 or 6
+    still cheaper ones (with ``effort``) are applied, minutes each, since what is learned decides how small a plan may
+    be. Otherwise "fast" takes the plan that the profile predicts best; "balanced" and "thorough" improve it by
+    measuring around it, with at most 1.5 and 3 measurements per profiled format. Raises InvalidRequest for a bad
+    request and InfeasibleBudget for one that cannot be met, both before anything is measured; AccuracyNotMet when no
+    plan keeps the accuracy.
+    """
+    run = _run(progress, workdir)
+    how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
+    search = Search.of(budget, solver, effort, Application(how, evaluate, run, inplace))
+    request = make_ready(
+        model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
+        rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
+        seed=seed,
+    )  # fmt: skip
+    return quantize_request(request, search)
+
+
+def profile(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    example_inputs: Any = None,
+    schemes: Schemes | None = None,
+    samples: int | None = None,
+    loss: str = "auto",
+    target: TargetName = DEFAULT_TARGET,
+    rules: Rules | None = None,
+    first_last: str = "same",
+    sensitivity: str = "auto",
+    rounding: str = "auto",
+    ranges: str = "mse",
+    seed: int = 0,
+    progress: bool = True,
+    workdir: str | Path | None = None,
+) -> Profile:
+    """Measure what each format of each layer and site costs, alone and in pairs.
+
+    ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
+    it. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
+    then lets the model be traced, which folds BatchNorm and counts operations. ``schemes``: candidate schemes, default
+    the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``first_last``: "8 bits" gives
+    layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
+    "same" they are as all others; either way the plan says so. ``loss``: "kl", "mse" or "auto".
+    With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
+    changed; until it is complete, every finished layer is, so that a run that was killed resumes. Raises
+    InvalidRequest before any measuring when the request cannot be carried out.
+    """
+    run = _run(progress, workdir)
+    request = make_ready(
+        model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
+        rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
+        seed=seed,
+    )  # fmt: skip
+    return measure(request, run)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan | Mapping[str, str | Scheme],
+    calibration: Any = None,
+    *,
+    example_inputs: Any = None,
+    samples: int | None = None,
+    target: TargetName = DEFAULT_TARGET,
+    rounding: str = "auto",
+    ranges: str = "mse",
+    reconstruction: str = "auto",
+    correction: str | None = "auto",
+    reparameterization: str = "auto",
+    loss: str = "auto",
+    evaluate: Evaluate | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    workdir: str | Path | None = None,
+    inplace: bool = False,
+) -> Result:
+    """Quantize ``model`` by ``plan`` (a Plan, or a mapping layer name -> scheme; layers not named stay float).
+
+    Layers are rounded one after the other, each on the inputs it gets from the network quantized so far. Then codes,
+    scales, biases and activation steps are learned by the damage of the output, on mixes of the calibration inputs:
+    ``reconstruction="network"``; "block" learns block by block first, "adaquant" and "adaquant-parallel" only
+    layer by layer, "none" keeps what was rounded. "auto" learns where there are at least 64 samples: blocks first for
+    weights of up to 3 bits or activations below 8, the network alone for weights of up to 5 bits. Where
+    nothing is learned, ``correction="auto"`` moves scales and biases by statistics ("norm", "bias") and biases by the
+    damage ("tuning"). Each can be asked for alone, as can "confidence", a factor on logits, also after learning; None
+    is off. What does not help on inputs that were held back is undone; ``Result.notes`` says what did. Images are also
+    learned from mirrored and shifted, where the float outputs hardly change.
+
+    ``reparameterization`` is for transformers. Before anything is rounded, outputs of LayerNorms get a range for each
+    channel ("norm"), its clipping learned ("clip"), and norms and the layers behind them are rewritten so that one
+    range does the same, where that lowers the error behind them; 4-bit probabilities of attention get logarithmic
+    codes ("softmax"). Joined by +; "auto" is "clip+softmax".
+
+    ``evaluate`` (model -> a number, or one for each sample, higher is better) is reported for the float and for the
+    quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
+    HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
+    rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
+    depend on: the same call again, after a kill or not, does none of that twice. Raises InvalidRequest for a plan
+    that does not fit the model or the target.
+    """
+    goal, decided = Target.load(target), Plan.of(plan)
+    how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
+    require_metric(evaluate)
+    asked = Application(how, evaluate, _run(progress, workdir), inplace)
+    require_layers(model, decided, goal)
+    inputs = Inputs.of(model, calibration, example_inputs, samples)
+    how.with_inputs(inputs, decided.schemes.values())
+    return apply_plan(Session.open(model, inputs, goal), decided, asked)
+
+
+def _run(progress: bool, workdir: str | Path | None) -> Run:
+    """How to run; raises InvalidRequest for a working directory that cannot be written to."""
+    return Run(progress, None if workdir is None else require_writable(workdir))

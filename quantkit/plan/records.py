@@ -1,0 +1,57 @@
+"""Layers and sites as a profile records them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantkit.formats import Scheme
+from quantkit.plan.digest import digest_of
+
+FLOAT = "float"  # the format of a site that holds no codes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a profiled model. ``reason`` is empty when it can be quantized, else says why it stays float.
+
+    ``float_bytes`` is its weight as the model stores it, ``macs`` its multiply-accumulates per sample over all calls,
+    ``inputs`` the sites it reads.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    float_bytes: int
+    macs: int = 0
+    calls: int = 1
+    inputs: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    def weight_bytes(self, scheme: Scheme) -> int:
+        """Packed bytes of this layer's weight under a scheme, scales and zero points included."""
+        return self.float_bytes if scheme.weight is None else scheme.weight.storage_bytes(self.shape)
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One site of a profiled model: elements per sample and the layers that read it."""
+
+    name: str
+    elements: int
+    consumers: tuple[str, ...] = ()
+
+
+def digest_shapes(layers: Mapping[str, Layer]) -> str:
+    """Identifies a model's layers, in any order, with their shapes and the size of what they are called on."""
+    return digest_of(sorted([layer.name, list(layer.shape), layer.macs] for layer in layers.values()))
+
+
+def average_bits(layers: Mapping[str, Layer], size_bytes: int) -> float:
+    """8 x packed bytes of all layers' weights / number of those weights."""
+    return 8 * size_bytes / sum(layer.weights for layer in layers.values())

@@ -1,0 +1,102 @@
+"""A model prepared once for all that is done with it: the verbs work on a session and record nothing again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from quantkit.plan import digest_of
+from quantkit.program.inputs import Batch, digest_batches, digest_model
+from quantkit.program.program import Program
+from quantkit.sensitivity.damage import Reference
+from quantkit.sensitivity.measure import Subject
+from quantkit.stages.inputs import Inputs, require_accepted
+from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
+from quantkit.targets import Target
+from quantkit.transforms.plain_weights import copy_with_computed_tensors
+from quantkit.transforms.prepare import Prepared
+from quantkit.version import VERSION
+
+
+@dataclass
+class Session:
+    """The user's ``model``, its data, the target, and the model ``prepared`` with every layer that may be quantized.
+
+    The prepared model is a copy, recorded and with BatchNorm folded. What quantizes it takes it over; ``fork`` gives
+    another where it has to stay float.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    target: Target
+    prepared: Prepared
+    references: dict[str, Reference] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, model: nn.Module, inputs: Inputs, target: Target) -> Session:
+        """Record, fold and copy the model, and try it on every form of batch. Raises InvalidRequest for a model that
+        cannot be prepared and for a batch it rejects.
+        """
+        prepared = inputs.prepared(model, target)
+        require_accepted(prepared.model, inputs.batches)
+        return cls(model, inputs, target, prepared)
+
+    def fork(self) -> Session:
+        """The session with a float copy of its own of the prepared model."""
+        own = copy_with_computed_tensors(self.prepared.model)
+        forked = replace(self, prepared=replace(self.prepared, model=own, weights=self.prepared.weights.on(own)))
+        for name in ("replay", "identity"):  # the same for every copy
+            if name in vars(self):
+                vars(forked)[name] = vars(self)[name]
+        return forked
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What every figure and every code depends on, whatever is asked for: the model, the data and this version."""
+        return {
+            "model": digest_model(self.model),
+            "operations": _digest_operations(self.prepared.program),
+            "calibration": digest_batches(self.inputs.shown),
+            "quantkit": VERSION,
+        }
+
+    @cached_property
+    def replay(self) -> Replay | str:
+        """The program that stands for the model, with all samples; or why there is none."""
+        return replay_of(self.prepared, self.inputs.batches)
+
+    def recording(self, ready: Prepared) -> Recording | str:
+        """The replay, cut into blocks by the layers and sites of ``ready``; or why there is none."""
+        return self.replay if isinstance(self.replay, str) else recording_of(ready, self.replay)
+
+    def reference(self, loss: str) -> Reference:
+        """The float model's outputs on the calibration batches, and the damage that is measured against them."""
+        if loss not in self.references:
+            ready, batches = self.prepared, self.inputs.batches
+            subject = Subject(ready.model, batches, {}, loss, weights=ready.weights, program=ready.program)
+            self.references[loss] = Reference.of(subject)
+        return self.references[loss]
+
+    @property
+    def batches(self) -> list[Batch]:
+        return self.inputs.batches
+
+
+def _digest_operations(program: Program) -> str:
+    """Identifies what a model computes: its class and weights stay the same while its ``forward`` is being edited."""
+    return digest_of(
+        [
+            [str(step.key), step.inputs, step.outputs, [repr(a) for a in step.arguments if _is_plain(a)]]
+            for step in program.steps
+        ]
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what prints the same in every process."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,108 @@
+"""The options of the verbs as frozen records: what a person may choose, checked where it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.formats import Scheme
+from quantkit.ranges.activations import RANGES
+from quantkit.reconstruction.blocks import RECONSTRUCTIONS
+from quantkit.reconstruction.corrections import CORRECTIONS
+from quantkit.rounding.weights import ROUNDINGS
+from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity.outputs import LOSSES
+from quantkit.stages.first_last import FIRST_LAST, SAME
+from quantkit.stages.inputs import Inputs
+from quantkit.targets.rules import Rules
+
+Schemes = Sequence[str | Scheme]
+REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
+
+CHOICES: dict[str, Iterable[str]] = {
+    "sensitivity": ("auto", *ESTIMATORS),
+    "rounding": ROUNDINGS,
+    "ranges": tuple(RANGES),
+    "reconstruction": RECONSTRUCTIONS,
+    "correction": CORRECTIONS,
+    "reparameterization": REPARAMETERIZATIONS,
+    "loss": ("auto", *LOSSES),
+    "first_last": FIRST_LAST,
+}
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What is measured, and how: the candidates and the names in ``CHOICES``."""
+
+    schemes: Schemes | None = None
+    rules: Rules | None = None
+    first_last: str = SAME
+    loss: str = "auto"
+    sensitivity: str = "auto"
+    rounding: str = "auto"
+    ranges: str = "mse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choices(**chosen(self))
+
+
+@dataclass(frozen=True)
+class ApplyOptions:
+    """How a plan is met, by the names in ``CHOICES``; a correction that is None is off."""
+
+    rounding: str = "auto"
+    ranges: str = "mse"
+    reconstruction: str = "auto"
+    correction: str = "auto"
+    loss: str = "auto"
+    seed: int = 0
+    reparameterization: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_choices(**chosen(self))
+
+    def require_known(self, inputs: Inputs) -> None:
+        """Raise InvalidRequest for what needs data that is not there."""
+        inputs.require_none(
+            reconstruction=self.reconstruction,
+            correction=self.correction,
+            reparameterization=self.reparameterization,
+        )
+
+    def with_inputs(self, inputs: Inputs, schemes: Iterable[Scheme]) -> ApplyOptions:
+        """The options for ``schemes``, given the data at hand; raises InvalidRequest for what needs data that is not
+        there.
+        """
+        inputs.require_schemes(schemes)
+        self.require_known(inputs)
+        return replace(self, rounding=inputs.rounding(self.rounding))
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a stage runs, which does not change what comes of it: progress shown, and where finished pieces are kept."""
+
+    progress: bool = True
+    workdir: Path | None = None
+
+
+def chosen(options: ProfileOptions | ApplyOptions) -> dict[str, str]:
+    """The options that are names in ``CHOICES``."""
+    return {field.name: getattr(options, field.name) for field in fields(options) if field.name in CHOICES}
+
+
+def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> None:
+    """Raise InvalidRequest, with the known names, for a name that is none of them."""
+    if value not in (names := list(known)):
+        raise InvalidRequest(f"Unknown {name} {value!r}; known: {', '.join(names)}.{did_you_mean(str(value), names)}")
+
+
+def require_choices(**asked: str) -> None:
+    """Raise InvalidRequest for a name that is not among the ``CHOICES`` of its argument."""
+    for name, value in asked.items():
+        choose(name, value, CHOICES[name])

@@ -1,0 +1,16 @@
+"""What tensors are to the operations around them, and what a runtime may ask of each: to hold codes."""
+
+from __future__ import annotations
+
+LAYER_INPUT = "layer input"
+LAYER_OUTPUT = "layer output"  # where the layer's kernel writes codes
+ADDITION_OPERAND = "addition operand"
+ADDITION_RESULT = "addition result"
+QUERY, KEY, PROBABILITIES, VALUE = "query", "key", "probabilities", "value"
+PRODUCT_OPERAND = "product operand"  # of a product of two activations that is no attention
+ROLES = (
+    LAYER_INPUT, LAYER_OUTPUT, ADDITION_OPERAND, ADDITION_RESULT, QUERY, KEY, PROBABILITIES, VALUE, PRODUCT_OPERAND,
+)  # fmt: skip
+
+MUST, MAY, CANNOT = "must", "may", "cannot"
+CODES = (MUST, MAY, CANNOT)

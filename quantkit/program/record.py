@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layer
 from quantkit.program.outputs import main_output, named_tensors
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
-from quantkit.program.sizes import Extent, following
+from quantkit.program.sizes import Computed, Extent, following
 from quantkit.program.updates import plain_mode, restored
 
 # Calls that carry values out of torch, where they may decide anything.
@@ -52,6 +53,10 @@ class _Numbers:
         """(old, new) numbers of all tensors in the memory of one that was written to."""
         same = [other for other in list(self.of_tensor) if _memory(other) == _memory(tensor)]
         return [(self.of_tensor[other], self.new(other)) for other in same]
+
+
+def _product(*sizes: int) -> int:
+    return math.prod(sizes)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -153,6 +158,8 @@ class Recorder:
             return result
         if isinstance(result, torch.Size):
             return torch.Size([following(size, Extent(number, i), self) for i, size in enumerate(result)])
+        if not axis and not named:  # the number of elements
+            return following(result, Computed(_product, tuple(Extent(number, i) for i in range(tensor.dim()))), self)
         asked = axis[0] if axis else named["dim"]
         return following(result, Extent(number, int(asked) % tensor.dim()), self)
 

@@ -27,7 +27,7 @@ from quantkit.program.updates import restored
 from quantkit.progress import notice
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.layer import IntLinear
-from quantkit.simulation.model import SimulatedModel, Watch, at_sites, quantizing_method, watching
+from quantkit.simulation.model import SimulatedModel, Watch, at_sites, watching
 
 KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -99,8 +99,7 @@ def real_layer(
 
 
 class RealModel(nn.Module):
-    """``simulated`` on integer kernels. Calls and attributes go through to the wrapped module, every method of it
-    computes so, and its quantized weights are placeholders without memory.
+    """``simulated`` on integer kernels. The quantized weights of the module are placeholders without memory.
 
     ``expand`` keeps 8-bit expansions of weights that kernels cannot read as they are packed: faster, and counted in
     ``expanded_bytes``.
@@ -176,7 +175,7 @@ class RealModel(nn.Module):
         return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def quantizing(self) -> Iterator[None]:
         """The wrapped module computes on integers inside the block."""
         quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
@@ -185,7 +184,7 @@ class RealModel(nn.Module):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.computing():
+        with self.quantizing():
             return self.model(*args, **kwargs)
 
     def _call(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -219,13 +218,3 @@ class RealModel(nn.Module):
             if weight.parameter == name:
                 weight.write(filled, self._codes(layer).dequantize())
         return filled
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__"):
-                raise
-            model = super().__getattr__("model")
-            assert isinstance(model, nn.Module)
-            return quantizing_method(model, name, self.computing)

@@ -7,10 +7,8 @@ module's own weights are their dequantized values, so its class, methods and gra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
-from types import MethodType
 from typing import Any
 
 import torch
@@ -101,8 +99,7 @@ def _widened(value: Any) -> Any:
 
 
 class SimulatedModel(nn.Module):
-    """``model`` with quantized layers and sites. Calls, attributes and gradients go through to the wrapped module, and
-    every method of it computes quantized.
+    """``model`` with quantized layers and sites; gradients go through to it.
 
     ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. ``floats``
     says where the layers' weights are (default: in modules of the common kinds), ``updated`` which tensors a forward
@@ -149,30 +146,6 @@ class SimulatedModel(nn.Module):
         watch = Watch(change, before, operands=self.floats.operands(self.weights))
         with restored(self.model, self.updated), watching(self.model, watch):
             yield
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__"):
-                raise  # how Python copies or pickles the wrapped module is not how this one is
-            model = super().__getattr__("model")
-            assert isinstance(model, nn.Module)
-            return quantizing_method(model, name, self.quantizing)
-
-
-def quantizing_method(model: nn.Module, name: str, quantizing: Callable[[], AbstractContextManager[None]]) -> Any:
-    """An attribute of ``model``; a method of its own computes inside ``quantizing()``."""
-    attribute = getattr(model, name)
-    if not (isinstance(attribute, MethodType) and attribute.__self__ is model) or hasattr(nn.Module, name):
-        return attribute
-
-    @wraps(attribute)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        with quantizing():
-            return attribute(*args, **kwargs)
-
-    return method
 
 
 def as_float(model: nn.Module, floats: Weights | None = None, updated: Iterable[str] = ()) -> SimulatedModel:

@@ -40,6 +40,7 @@ from quantkit.progress import notice
 from quantkit.sensitivity.augmented import augmented_scores
 from quantkit.sensitivity.measure import Scores
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.metric import Evaluate, outcome_of
 from quantkit.stages.profile import Evaluator
 from quantkit.stages.request import Request
@@ -94,11 +95,11 @@ def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> R
     request, profile, evaluator, limit = search.request, search.profile, search.evaluator, search.limit
     evaluate, effort = search.evaluate, search.effort
     assert evaluate is not None, "checked before"
-    reference = outcome_of(evaluate, request.ready.float_model())
+    reference = outcome_of(evaluate, QuantizedModel.of(request.ready.float_model()))
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)
     gate = AccuracyGate(
-        lambda plan: outcome_of(evaluate, _simulated(request, evaluator, profile, plan)),
+        lambda plan: outcome_of(evaluate, QuantizedModel.of(_simulated(request, evaluator, profile, plan))),
         reference,
         limit.allowed_drop(float(np.mean(reference))),
         lambda plan: _cost(profile, plan, limit.minimize or "size"),

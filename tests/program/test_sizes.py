@@ -90,7 +90,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = value_of(self.factor, x.shape)
-        repeats = value_of(self.repeats, (x.size(0), x.size(1), x.size(dim=-1)))
+        repeats = value_of(self.repeats, (x.size(0), x.size(1), x.size(dim=-1))) + x.numel()
         return (x * factor).repeat(abs(round(repeats)) % 3 + 1, 1, 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -270,9 +270,12 @@ def results_of(value: Any) -> list[Tensor]:
     return [tensor for _, tensor in named_tensors(value)]
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
-    """Call the model on a copy of a batch; a failure becomes InvalidRequest with what the batch was."""
-    return _called(model, *own_inputs(*batch))
+def run_model(model: nn.Module, batch: Batch, updated: Collection[str] | None = None) -> Any:
+    """Call the model on a copy of a batch, without gradients; a failure becomes InvalidRequest with what the batch was.
+    Of what its forward updates, the tensors named come out as they were: default all.
+    """
+    with plain_mode(model), restored(model, updated):
+        return _called(model, *own_inputs(*batch))
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

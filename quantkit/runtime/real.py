@@ -9,7 +9,7 @@ no gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from quantkit.program.updates import restored
 from quantkit.progress import notice
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.layer import IntLinear
-from quantkit.simulation.model import SimulatedModel, Watch, at_sites, watching
+from quantkit.simulation.model import SimulatedModel, Watch, at_sites, read_by_layers, watching
 
 KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -175,11 +175,12 @@ class RealModel(nn.Module):
         return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
     @contextmanager
-    def quantizing(self) -> Iterator[None]:
-        """The wrapped module computes on integers inside the block."""
+    def quantizing(self, outside: Sequence[Tensor] = ()) -> Iterator[None]:
+        """The wrapped module, or a part of it that takes tensors from ``outside``, computes on integers in the block."""
         quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
-        watch = Watch(change, call=self._call, operands=self.floats.operands(self.layers))
+        operands, reads = self.floats.operands(self.layers), read_by_layers(quantized)
+        watch = Watch(change, call=self._call, operands=operands, outside=outside, reads=reads)
         with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
             yield
 

@@ -4,13 +4,15 @@ quantized, and whatever of them is called computes quantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from types import MethodType
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+
+from quantkit.program.intercept import tensors_of
 
 
 class Quantizing(Protocol):
@@ -20,7 +22,7 @@ class Quantizing(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def quantizing(self) -> AbstractContextManager[None]: ...
+    def quantizing(self, outside: Sequence[Tensor] = ()) -> AbstractContextManager[None]: ...
 
 
 class QuantizedModel(nn.Module):
@@ -43,7 +45,7 @@ class QuantizedModel(nn.Module):
         state, module = self._quantkit_state, self._quantkit_module
         if module is state.model:
             return state(*args, **kwargs)
-        with state.quantizing():
+        with state.quantizing(tensors_of((args, kwargs))):
             return module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +59,7 @@ class QuantizedModel(nn.Module):
         if isinstance(found, nn.Module):
             return _as_user_sees(found, state)
         own = isinstance(found, MethodType) and found.__self__ is module
-        return _quantizing(found, state.quantizing) if own else found
+        return _quantizing(found, state) if own else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training" or name.startswith("_"):
@@ -95,12 +97,10 @@ def _as_user_sees(module: nn.Module, state: Quantizing) -> QuantizedModel:
     return kind(module, state)
 
 
-def _quantizing(
-    method: Callable[..., Any], quantizing: Callable[[], AbstractContextManager[None]]
-) -> Callable[..., Any]:
+def _quantizing(method: Callable[..., Any], state: Quantizing) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with quantizing():
+        with state.quantizing(tensors_of((args, kwargs))):
             return method(*args, **kwargs)
 
     return call

@@ -26,6 +26,8 @@ from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
 from quantkit.program.layers import Weights
+from quantkit.program.record import run_model
+from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, run_with
 
@@ -144,8 +146,7 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
 
 
 def _output_names(model: nn.Module, example: Batch) -> tuple[str, ...]:
-    with torch.no_grad():
-        result = model(*example[0], **example[1])
+    result = run_model(model, example)
     if not tensors_of(result):
         raise InvalidRequest(
             f"The model cannot be exported to ONNX: it returns {type(result).__name__}, in which no tensor is found. "
@@ -185,7 +186,7 @@ def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool]) 
     marked = _MarkedModel(simulated, leaves, spec).eval()
     tensors = tuple(tensors_of(example))
     dims = tuple({0: torch.export.Dim(BATCH)} if dynamic else {} for dynamic in batched)
-    with torch.no_grad(), _quiet():
+    with plain_mode(simulated.model), restored(simulated.model), _quiet():
         program = torch.export.export(marked, tensors, dynamic_shapes=(dims,), strict=False)
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None

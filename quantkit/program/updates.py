@@ -19,6 +19,18 @@ _guard = threading.Lock()
 
 
 @contextmanager
+def own_modes() -> Iterator[None]:
+    """Run the block in the modes in which torch starts a thread, whatever the caller's code is wrapped in."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
     """Run the block in the precision of its tensors, whatever the caller's code is wrapped in."""
     devices = (p.device.type for p in model.parameters() if not p.is_meta)

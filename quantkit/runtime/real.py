@@ -169,7 +169,7 @@ class RealModel(nn.Module):
         own = copy.deepcopy(self.model)
         for name in self.placeholders.values():
             owner, _, attribute = name.rpartition(".")
-            empty = torch.empty(self.floats.tensor(name).shape)
+            empty = torch.empty(self.floats.tensor(name).shape, dtype=torch.float32)
             setattr(own.get_submodule(owner), attribute, nn.Parameter(empty))
         floats = self.floats.on(own)
         return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()

@@ -80,6 +80,7 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.handler, self.read_shape, self.enter_model = handler, read_shape, enter_model
         self.scopes = [""]
+        self.resting = False
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
 
     def enter(self, scope: str) -> None:
@@ -87,14 +88,24 @@ class _Calls(TorchFunctionMode):
             self.counts.clear()
         self.scopes.append(scope)
 
+    def changed_inputs(self, args: Any, kwargs: Any) -> Any:
+        """What the model is called with, through ``enter_model``, whose own torch calls are not the model's."""
+        if self.enter_model is None:
+            return None
+        self.resting = True
+        try:
+            return self.enter_model(args, kwargs)
+        finally:
+            self.resting = False
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        op = operation_name(func)
+        op = None if self.resting else operation_name(func)
         if op is None:
             result = func(*args, **kwargs)
-            if self.read_shape is not None and getattr(func, "__self__", None) is Tensor.shape:
-                return self.read_shape(args[0], result)
-            return result
+            if self.read_shape is None or getattr(func, "__self__", None) is not Tensor.shape:
+                return result
+            return self.read_shape(args[0], result)
         if (parts := parts_of(op, args, kwargs)) is not None:
             with self:
                 return parts(*args, **kwargs)
@@ -141,7 +152,7 @@ class _Scopes:
         if calls is None or own() is not module:
             return None
         calls.enter(name)
-        return calls.enter_model(args, kwargs) if not name and calls.enter_model is not None else None
+        return None if name else calls.changed_inputs(args, kwargs)
 
     def _leave(self, own: weakref.ref[nn.Module], module: nn.Module, _args: Any, _output: Any) -> None:
         calls = getattr(self.active, "calls", None)
@@ -161,8 +172,8 @@ def intercept(
     model: nn.Module, handler: Handler, read_shape: ReadShape | None = None, enter_model: EnterModel | None = None
 ) -> Iterator[None]:
     """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the
-    call's; what ``x.shape``, ``x.size()`` and ``x.numel()`` give goes through ``read_shape(x, result)``, and what the model is called
-    with, by whichever of its methods, through ``enter_model(args, kwargs)``.
+    call's; what ``x.shape``, ``x.size()`` and ``x.numel()`` give goes through ``read_shape(x, result)``, and what the
+    model is called with, by whichever of its methods, through ``enter_model(args, kwargs)``.
 
     Composite functions are taken apart: of attention the handler gets the products and the softmax. It runs with
     interception off, so it may compute freely. Several threads may do this with one model at once. Hooks are removed

@@ -48,6 +48,11 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_tensors(part, f"{name}.{key}" if name else key)
 
 
+def results_of(value: Any) -> list[Tensor]:
+    """All tensors of what a model returned."""
+    return [tensor for _, tensor in named_tensors(value)]
+
+
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         yield from ((str(key), part) for key, part in value.items())

@@ -15,6 +15,7 @@ from quantkit.program.program import Program, Step
 from quantkit.program.record import VIEWS
 
 LAYER, FLOAT, OTHER = "layer", "float", "other"
+CONSTANT = "it reads a constant, not an activation"
 UNREAD = "its weight takes part in no call of the recorded run"
 _COPIES = VIEWS | frozenset(
     "to float double half bfloat16 type type_as clone repeat repeat_interleave tile flip".split()
@@ -112,8 +113,8 @@ def why_uncalled(program: Program, weight: LayerWeight) -> str:
     if not found:
         return UNREAD
     if all(program.varying.isdisjoint(step.inputs) for step in found):
-        return "it reads what the model stores, not an activation"
-    return f"its weight is read by {found[0].key.op}, which is no product"
+        return CONSTANT
+    return f"its weight is read by {found[0].key}, which is no product"
 
 
 def why_in_no_layer(program: Program, name: str) -> str:

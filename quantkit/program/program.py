@@ -1,10 +1,10 @@
 """The one recording of a model: the torch calls of a forward in order, the values between them, the layers.
 
-A value is a number, not a name: two uses of one tensor share it, an operation in place makes a new one, and a call that
-returns its argument unchanged (dropout in eval mode, ``contiguous``) keeps it. Numbers that follow sizes are recorded
-as expressions, so that a program can be replayed on other numbers of samples, other lengths and other image sizes. A
-replay skips the user's code: it only stands for models whose calls do not depend on the values of their inputs, which
-``quantkit.program.replayable`` checks.
+A value is a number, not a name: two uses of one tensor share it, an operation in place makes a new one, and a call
+that returns its argument unchanged (dropout in eval mode, ``contiguous``) keeps it. Numbers that follow sizes are
+recorded as expressions, so that a program can be replayed on other numbers of samples, other lengths and other image
+sizes. A replay skips the user's code: it only stands for models whose calls do not depend on the values of their
+inputs, which ``quantkit.program.replayable`` checks.
 """
 
 from __future__ import annotations
@@ -70,14 +70,15 @@ class Step:
 class Program:
     """What a model computes, recorded on ``size`` samples.
 
-    ``dtypes`` are those of the inputs. ``producer`` maps a floating-point value to the place that made it, model inputs included; parameters have none, nor
-    has what was written through a view or made where no torch call is seen. ``shape`` keeps the batch dimension.
-    ``calls`` are those of the layers, in execution order, ``weights`` says where each layer's weight is, called or not,
-    and ``kinds`` what it is. ``stored`` names the values of parameters and buffers, ``constants`` holds every other
-    tensor that is read and not made; ``varying`` are the values that depend on the model's inputs, ``floating`` those
-    of floating-point tensors, ``rows`` maps values with one row per sample to the axis of the samples. ``updated`` are the tensors that a forward leaves
-    changed in the model. ``channels_last``: whether a replay may use that layout. ``output`` is the one of ``outputs``
-    that is the model's answer, ``output_names`` are the names of all of them.
+    ``dtypes`` are those of the inputs. ``producer`` maps a floating-point value to the place that made it, model
+    inputs included; parameters have none, nor has what was written through a view or made where no torch call is seen.
+    ``shape`` keeps the batch dimension. ``calls`` are those of the layers, in execution order, ``weights`` says where
+    each layer's weight is, called or not, and ``kinds`` what it is. ``stored`` names the values of parameters and
+    buffers, ``constants`` holds every other tensor that is read and not made; ``varying`` are the values that depend
+    on the model's inputs, ``floating`` those of floating-point tensors, ``rows`` maps values with one row per sample
+    to the axis of the samples. ``updated`` are the tensors that a forward leaves changed in the model.
+    ``channels_last``: whether a replay may use that layout. ``output`` is the one of ``outputs`` that is the model's
+    answer, ``output_names`` are the names of all of them.
     """
 
     size: int

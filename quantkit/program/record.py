@@ -38,7 +38,7 @@ VIEWS = frozenset(
 
 
 class _Numbers:
-    """Numbers for tensors: by identity, held weakly, so that a recording keeps no activation alive."""
+    """Numbers for tensors by identity, held weakly, so that a recording keeps no activation alive."""
 
     def __init__(self) -> None:
         self.of_tensor: Any = WeakTensorKeyDictionary()
@@ -157,7 +157,8 @@ class Recorder:
         if number is None or not (number in self.varying or number in self.sized):
             return result
         if isinstance(result, torch.Size):
-            return torch.Size([following(size, Extent(number, i), self) for i, size in enumerate(result)])
+            sizes: list[Any] = [following(size, Extent(number, i), self) for i, size in enumerate(result)]
+            return torch.Size(sizes)
         if not axis and not named:  # the number of elements
             return following(result, Computed(_product, tuple(Extent(number, i) for i in range(tensor.dim()))), self)
         asked = axis[0] if axis else named["dim"]
@@ -238,10 +239,8 @@ class Recorder:
 
     def _record_layers(self, call: _Call, args: Any, kwargs: Any, result: Any) -> None:
         def fixed(tensor: Tensor) -> bool:
-            return (
-                tensor in self.owners.picked
-                or (number := self.number(tensor)) not in self.varying
-                and bool(self.sources.get(number))
+            return tensor in self.owners.picked or (
+                (number := self.number(tensor)) not in self.varying and bool(self.sources.get(number))
             )
 
         for product in products_of(call.key.op, args, kwargs, fixed):
@@ -265,14 +264,9 @@ class Recorder:
             )
 
 
-def results_of(value: Any) -> list[Tensor]:
-    """All tensors of what a model returned."""
-    return [tensor for _, tensor in named_tensors(value)]
-
-
 def run_model(model: nn.Module, batch: Batch, updated: Collection[str] | None = None) -> Any:
-    """Call the model on a copy of a batch, without gradients; a failure becomes InvalidRequest with what the batch was.
-    Of what its forward updates, the tensors named come out as they were: default all.
+    """Call the model on a copy of a batch, without gradients; a failure becomes InvalidRequest with what the batch
+    was. Of what its forward updates, what is named comes out as it was: default all.
     """
     with plain_mode(model), restored(model, updated):
         return _called(model, *own_inputs(*batch))

@@ -19,8 +19,9 @@ from quantkit.errors import InvalidRequest
 from quantkit.program.arguments import SizeRef, leaves_of, replaced
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import own_inputs, tensors_of
+from quantkit.program.outputs import results_of
 from quantkit.program.program import Program, Step
-from quantkit.program.record import recorded, results_of
+from quantkit.program.record import recorded
 from quantkit.program.sizes import Extent
 from quantkit.program.updates import plain_mode, restored
 

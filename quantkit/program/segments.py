@@ -1,9 +1,10 @@
 """A program cut into segments: runs of calls with at least two layers each, which one value of the network enters and
 one leaves.
 
-Residual blocks, transformer blocks and pairs of depthwise and pointwise convolutions all come out as segments; names of
-modules play no part. Beside that value others may pass the cut: masks, rotations and position biases, which no layer
-has computed on, and what several layers further on still read, as every block of a decoder reads the encoder's output.
+Residual blocks, transformer blocks and pairs of depthwise and pointwise convolutions all come out as segments; names
+of modules play no part. Beside that value others may pass the cut: masks, rotations and position biases, which no
+layer has computed on, and what several layers further on still read, as every block of a decoder reads the encoder's
+output.
 """
 
 from __future__ import annotations

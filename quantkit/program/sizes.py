@@ -2,8 +2,9 @@
 
 While a model is recorded, ``x.shape`` and ``x.size()`` give ``Size``s instead of plain integers. They are integers in
 every respect, so that the model's code and torch take them as they are; what the code computes from them is a ``Size``
-again, or a ``Ratio`` where it is no whole number. Where one reaches the arguments of a call, its expression is recorded
-in its place. Python takes one for a plain number in ``int(x)``, in calls of ``math``, and on the right of a float.
+again, or a ``Ratio`` where it is no whole number. Where one reaches the arguments of a call, its expression is
+recorded in its place. Python takes one for a plain number in ``int(x)``, in calls of ``math``, and on the right of a
+float.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _same(found: Collection[Any], before: Collection[Any]) -> bool:
 
 
 def _places(model: nn.Module, names: Collection[str] | None) -> dict[str, tuple[dict[str, Any], str]]:
-    """Name -> (the dictionary that holds it, its key), of all buffers and plain attributes of modules, or those named."""
+    """Name -> (the dictionary that holds it, its key), of all buffers and plain attributes, or those named."""
     found = {}
     for scope, module in model.named_modules():
         for holder in (module._buffers, vars(module)):

@@ -51,8 +51,8 @@ class JointWeight(LearnedWeight):
 
 @dataclass(frozen=True)
 class TaskCall:
-    """Steps ``start`` to ``stop`` of a program, a layer and the activation behind it: the numbers of the value it reads
-    and of the one it makes, and the site that quantizes the former with its place, if any.
+    """Steps ``start`` to ``stop`` of a program, a layer and the activation behind it: the numbers of the value it
+    reads and of the one it makes, and the site that quantizes the former with its place, if any.
     """
 
     start: int
@@ -216,10 +216,7 @@ def learn_layer(
     def error(task: Task, x: Tensor, wanted: Tensor) -> Tensor:
         quantizer = ranges.get(task.call.site or "", model.ranges.get(task.call.site or ""))
         x = x if quantizer is None else quantizer.fake_quantize(x)
-        placed = model.floats.placed(name, weight.value(), state)
-        now = state | {key: program.laid_out(tensor) for key, tensor in placed.items()}
-        if (shifted := weight.bias()) is not None:
-            now[str(model.floats.layers[name].bias)] = shifted
+        now = _with_layer(program, model, name, weight, state)
         call = Part(task.call.start, task.call.stop)
         (made,) = program.replay({task.call.reads: x}, now, [task.call.makes], part=call)
         return (made - wanted).square().mean() / task.unit
@@ -240,6 +237,17 @@ def learn_layer(
             bias.copy_(own)
     model.ranges.update({site: learning.found() for site, learning in ranges.items()})
     return learned
+
+
+def _with_layer(
+    program: Program, model: SimulatedModel, name: str, weight: JointWeight, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """A replay's state with a layer as it has been learned so far."""
+    placed = model.floats.placed(name, weight.value(), state)
+    now = {**state, **{key: program.laid_out(tensor) for key, tensor in placed.items()}}
+    if (bias := weight.bias()) is not None:
+        now[str(model.floats.layers[name].bias)] = bias
+    return now
 
 
 def _ranges(model: SimulatedModel, sites: set[str]) -> dict[str, LearnedRange]:

@@ -61,9 +61,10 @@ class ReconstructionData:
 
 @dataclass(frozen=True)
 class FloatReference:
-    """The float network: its parameters and buffers by name, the weight of every layer to learn, the standard deviation
-    of its outputs by channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to learn by, and
-    ``pull(output, generator)``, a number whose gradient has the Fisher information of the output as its second moment.
+    """The float network: its parameters and buffers by name, the weight of every layer to learn, the standard
+    deviation of its outputs by channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to
+    learn by, and ``pull(output, generator)``, a number whose gradient has the Fisher information of the output as its
+    second moment.
     """
 
     state: Mapping[str, Tensor]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ class RealModel(nn.Module):
             name: real_layer(name, self._kernel_kind(name), weight, floats.bias(name), self._input_of(name), expand)
             for name, weight in simulated.weights.items()
         }
-        self.placeholders = {id(self.floats.tensor(name)): name for name in covered}
+        self.covered = covered
         self.eval()
 
     def _kernel_kind(self, name: str) -> str:
@@ -167,7 +168,7 @@ class RealModel(nn.Module):
     def simulated(self) -> SimulatedModel:
         """The simulated model these codes came from."""
         own = copy.deepcopy(self.model)
-        for name in self.placeholders.values():
+        for name in self.covered:
             owner, _, attribute = name.rpartition(".")
             empty = torch.empty(self.floats.tensor(name).shape, dtype=torch.float32)
             setattr(own.get_submodule(owner), attribute, nn.Parameter(empty))
@@ -176,11 +177,13 @@ class RealModel(nn.Module):
 
     @contextmanager
     def quantizing(self, outside: Sequence[Tensor] = ()) -> Iterator[None]:
-        """The wrapped module, or a part of it that takes tensors from ``outside``, computes on integers in the block."""
+        """The module, or a part of it that takes tensors from ``outside``, computes on integers inside the block."""
         quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         operands, reads = self.floats.operands(self.layers), read_by_layers(quantized)
-        watch = Watch(change, call=self._call, operands=operands, outside=outside, reads=reads)
+        placeholders = {id(self.floats.tensor(name)): name for name in self.covered}
+        call = partial(self._call, placeholders)
+        watch = Watch(change, call=call, operands=operands, outside=outside, reads=reads)
         with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
             yield
 
@@ -188,12 +191,16 @@ class RealModel(nn.Module):
         with self.quantizing():
             return self.model(*args, **kwargs)
 
-    def _call(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """One torch call of the model, on integers where it is a quantized layer's."""
+    def _call(
+        self, placeholders: Mapping[int, str], key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """One torch call of the model, on integers where it is a quantized layer's; ``placeholders`` names
+        parameters by identity.
+        """
         if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves_of((args, kwargs))):
             return func(*args, **kwargs)
         named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        name = self.placeholders.get(id(named.get("weight")))
+        name = placeholders.get(id(named.get("weight")))
         layer = None if name is None else self._kernel_of(name)
         if layer is not None and self.floats.layers[layer].kind == key.op:
             kernel, bias = self.layers[layer], self.floats.bias(layer)
@@ -201,7 +208,7 @@ class RealModel(nn.Module):
                 return kernel(named["input"])
             if isinstance(kernel, IntConv) and named.get("bias") is bias:
                 return kernel(func, named["input"], *(named[name] for name in _ARGUMENTS[3:] if name in named))
-        args, kwargs = replaced((args, kwargs), self._filled)
+        args, kwargs = replaced((args, kwargs), lambda leaf: self._filled(leaf, placeholders.get(id(leaf))))
         return func(*args, **kwargs)
 
     def _kernel_of(self, parameter: str) -> str | None:
@@ -209,9 +216,10 @@ class RealModel(nn.Module):
             (name for name, w in self.floats.layers.items() if w.parameter == parameter and name in self.layers), None
         )
 
-    def _filled(self, value: Any) -> Any:
-        """A placeholder's dequantized value, of all the layers it holds; every other value as it is."""
-        name = self.placeholders.get(id(value)) if isinstance(value, Tensor) else None
+    def _filled(self, value: Any, name: str | None) -> Any:
+        """The dequantized value, of all the layers it holds, of the placeholder of this name; what has none, as it
+        is.
+        """
         if name is None:
             return value
         filled = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)

@@ -75,7 +75,7 @@ class Landscape:
         return len(self.reference)
 
     def weight(self, layer: str) -> nn.Parameter:
-        """A layer's weight; raises InvalidRequest where that is no parameter, by which nothing can be differentiated."""
+        """A layer's weight; raises InvalidRequest where that is no parameter: nothing can be differentiated by it."""
         weight = self.subject.floats[layer]
         if not isinstance(weight, nn.Parameter):
             raise InvalidRequest(

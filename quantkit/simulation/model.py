@@ -48,8 +48,8 @@ class Watch:
 
     ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out. ``operands``
     take the place of tensors that calls read: by key, the position among them and the tensor.
-    ``outside`` are tensors that were passed to a part of the model: a layer that reads one quantizes it by the place in
-    ``reads``, as what makes it in the whole model does not run.
+    ``outside`` are tensors that were passed to a part of the model: a layer that reads one quantizes it by the place
+    in ``reads``, as what makes it in the whole model does not run.
     """
 
     change: Callable[[OpKey, Tensor], Tensor]
@@ -164,7 +164,7 @@ class SimulatedModel(nn.Module):
     def quantizing(
         self, outside: Sequence[Tensor] = (), before: Callable[[OpKey, Any, Any], None] | None = None
     ) -> Iterator[None]:
-        """The wrapped module, or a part of it that takes tensors from ``outside``, computes quantized in the block."""
+        """The module, or a part of it that takes tensors from ``outside``, computes quantized inside the block."""
         coded = coded_sites(self.sites, self.ranges)
         change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         operands = self.floats.operands(self.weights)

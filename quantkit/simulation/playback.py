@@ -25,9 +25,9 @@ Values = Mapping[int, Tensor]
 
 @dataclass
 class SimulatedProgram:
-    """``model`` on its ``program``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits, whose
-    noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half of
-    the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
+    """``model`` on its ``program``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits,
+    whose noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half
+    of the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
     ``fixed`` parameters and buffers replace the model's.
     """
 
@@ -148,7 +148,8 @@ def samples_of(program: Program, values: Values) -> int:
 def take(program: Program, values: Values, indices: Tensor) -> dict[int, Tensor]:
     """The values of some samples, in memory of their own; what is the same for all samples as it is."""
     rows = program.rows
-    return {n: program.laid_out(x.index_select(rows[n], indices)) if n in rows else x for n, x in values.items()}
+    picked = {n: x[(slice(None),) * rows[n] + (indices,)] if n in rows else x for n, x in values.items()}
+    return {n: program.laid_out(x) if n in rows else x for n, x in picked.items()}
 
 
 @torch.no_grad()

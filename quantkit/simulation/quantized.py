@@ -16,7 +16,7 @@ from quantkit.program.intercept import tensors_of
 
 
 class Quantizing(Protocol):
-    """What carries out a quantized model: ``model`` is the module, which computes quantized inside ``quantizing()``."""
+    """What carries out a quantized model: ``model`` is the module; it computes quantized inside ``quantizing()``."""
 
     model: nn.Module
 

@@ -98,17 +98,8 @@ def plan_reconstruction(
         return f"{count} samples are too few"
     order = torch.randperm(count, generator=generator)
     training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
-    state = copied_state(program, ready.model)
-    few, measure, rows = some_samples(training, torch.arange(CHUNK)), damage.main, damage.rule.answer.rows
-    reference = FloatReference(
-        state,
-        {name: ready.weights[name].detach().clone() for name in ready.quantizable},
-        _spreads(ready, program, state, program.entering(ready.model, few)),
-        lambda wanted, found: measure.rows(rows(wanted), rows(found)),
-        lambda wanted, found: measure.smooth_rows(rows(wanted), rows(found), SOFTENED),
-        lambda output, draw: (measure.cotangent(rows(output).detach(), draw) * rows(output)).sum(),
-    )
-    floats, every = float_program(ready.model, program, state), whole(program)
+    reference = _reference(ready, program, damage, some_samples(training, torch.arange(CHUNK)))
+    floats, every = float_program(ready.model, program, reference.state), whole(program)
 
     def outputs(batch: Batch) -> Tensor:
         return play_output(floats, program.entering(ready.model, batch), every)
@@ -124,8 +115,20 @@ def plan_reconstruction(
     data = ReconstructionData(
         inputs, play_output(floats, inputs, every), held_inputs, play_output(floats, held_inputs, every)
     )
-    return ReconstructionPlan(
-        recording, reference, data, data.first(FEW_DRAWS * (count - held)), seed, measure.softens
+    few_draws = data.first(FEW_DRAWS * (count - held))
+    return ReconstructionPlan(recording, reference, data, few_draws, seed, damage.main.softens)
+
+
+def _reference(ready: Prepared, program: Program, damage: Damage, few: Batch) -> FloatReference:
+    """The float network, with the spread of its layers' outputs on a few samples."""
+    state, measure, rows = copied_state(program, ready.model), damage.main, damage.rule.answer.rows
+    return FloatReference(
+        state,
+        {name: ready.weights[name].detach().clone() for name in ready.quantizable},
+        _spreads(ready, program, state, program.entering(ready.model, few)),
+        lambda wanted, found: measure.rows(rows(wanted), rows(found)),
+        lambda wanted, found: measure.smooth_rows(rows(wanted), rows(found), SOFTENED),
+        lambda output, draw: (measure.cotangent(rows(output).detach(), draw) * rows(output)).sum(),
     )
 
 

@@ -41,7 +41,7 @@ from quantkit.store import write_atomically
 from quantkit.transforms.fold_bn import shape_like_folded
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
 _HEADER = "quantkit_model"

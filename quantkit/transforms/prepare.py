@@ -18,7 +18,7 @@ from quantkit.plan import Layer
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.inputs import Batch, first_samples
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
-from quantkit.program.ownership import Owned, ownership, why_uncalled
+from quantkit.program.ownership import CONSTANT, Owned, ownership, why_uncalled
 from quantkit.program.program import Program, Step
 from quantkit.program.record import VIEWS, record, unrecorded
 from quantkit.program.replayable import computed_weights
@@ -39,10 +39,11 @@ KEPT = "kept float by a rule"
 class Prepared:
     """A float32 copy of the model in eval mode with BatchNorm folded, and what is known about it.
 
-    ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm) pairs that were folded. ``layers`` are in execution order, those never called
-    last; each is quantizable or carries the reason why not. ``other_bytes`` is what the model stores besides the
-    layers' weights: biases, unfolded norms, buffers, and a scale and zero point per site. ``float_bytes`` is all that
-    the user's model stores, ``float32_bytes`` the same in float32.
+    ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm)
+    pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
+    the reason why not. ``other_bytes`` is what the model stores besides the layers' weights: biases, unfolded norms,
+    buffers, and a scale and zero point per site. ``float_bytes`` is all that the user's model stores,
+    ``float32_bytes`` the same in float32.
     """
 
     model: nn.Module
@@ -278,25 +279,26 @@ def _reason_to_stay_float(name: str, weights: Weights, program: Program, request
     if not calls:
         return why_uncalled(program, weight)
     if others := _other_readers(weight, program):
-        return f"its weight is read by {others[0]}, which is no product"
+        alone = all(step.key.op == weight.kind for step in others)
+        return CONSTANT if alone else f"its weight is read by {others[0].key}, which is no product"
     read = [call.input for call in calls]
     if not weight.reads_rows:
         return ""
     if any(v in program.stored.values() for v in read) or all(
         v in program.makers and v not in program.varying for v in read
     ):
-        return "it reads a constant, not an activation"
+        return CONSTANT
     if not all(can_hold_codes(program, v) for v in read):
         return "it reads a tensor that no recorded call made (scripted code, or writing through a view)"
     return ""
 
 
-def _other_readers(weight: LayerWeight, program: Program) -> list[str]:
+def _other_readers(weight: LayerWeight, program: Program) -> list[Step]:
     """The calls that read a layer's parameter as it is and are none of its own, nor of another layer in it."""
     if weight.parameter is None or weight.region is not None:
         return []
     readers = program.consumers.get(program.stored[weight.parameter], ())
-    return [step.key.op for step in readers if step.key not in program.layer_of and not _only_turns(step)]
+    return [step for step in readers if step.key not in program.layer_of and not _only_turns(step)]
 
 
 def _only_turns(step: Step) -> bool:

@@ -37,7 +37,7 @@ class StandardisedConv(nn.Conv2d):
         return F.conv2d(x, w, self.bias, self.stride, self.padding)
 
 
-@family(**{"0": "its weight is read by 0/mean"})
+@family()
 def weight_standardisation():
     return nn.Sequential(StandardisedConv(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 3)), IMAGE
 
@@ -139,7 +139,7 @@ def position_expanded_before_adding():
     return Position(), TOKENS
 
 
-@family(two="no traced call made")
+@family(two="no recorded call made")
 def assignment_into_a_slice():
     def forward(self, x):
         x = self.one(x)
@@ -149,7 +149,7 @@ def assignment_into_a_slice():
     return Net(forward, one=nn.Conv2d(3, 4, 3), two=nn.Conv2d(4, 2, 3)), IMAGE
 
 
-@family(two="no traced call made")
+@family(two="no recorded call made")
 def in_place_on_a_view():
     def forward(self, x):
         x = self.one(x)
@@ -198,7 +198,7 @@ def graph_network():
     return Net(forward, message=nn.Linear(6, 6), head=nn.Linear(6, 3)), ((randn(9, 6), edges), {})
 
 
-@family(one="its weight is read by /conv2d, not only by its own calls")
+@family()
 def functional_weights():
     def forward(self, x):
         return self.two(F.relu(F.conv2d(x, self.one.weight, self.one.bias)))
@@ -229,7 +229,7 @@ def convolution_reused():
     return model, IMAGE
 
 
-@family(two="no traced call made")
+@family(two="no recorded call made")
 def scripted_activation():
     swish = torch.jit.script(swish_of_old)
     return Net(lambda self, x: self.two(swish(self.one(x))), one=nn.Conv2d(3, 4, 3), two=nn.Conv2d(4, 2, 3)), IMAGE

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantkit.program.composites import decomposed_attention
+from quantkit.program.composites import decomposed_attention, parts_of
 from quantkit.program.intercept import OpKey, intercept
 from quantkit.program.record import record
 from quantkit.program.sites import place_sites

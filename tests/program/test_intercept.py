@@ -105,6 +105,19 @@ def test_calls_of_the_handler_are_not_intercepted() -> None:
     assert seen == ["/tanh"]
 
 
+def test_calls_that_change_the_inputs_are_not_the_models() -> None:
+    seen = []
+
+    def handle(key, func, args, kwargs):
+        seen.append((str(key), args[0].tolist()))
+        return func(*args, **kwargs)
+
+    x, model = torch.tensor([1.0, 2.0]), Net(lambda self, x: x + 1)
+    with intercept(model, handle, enter_model=lambda args, kwargs: ((args[0].clone() + 4,), kwargs)):
+        model(x)
+    assert seen == [("/add", [5.0, 6.0])]
+
+
 def test_exception_in_forward_leaves_no_hooks_and_no_interception() -> None:
     def forward(self, x):
         return self.inner(x.reshape(7, 7))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.errors import InvalidRequest
+from quantkit.program.intercept import OpKey
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, run_model
 from tests.program.models import IMAGE, TOKENS, VECTOR, MobileNetBlock, Net, Shortcuts, randn, settled
@@ -208,11 +209,11 @@ def test_nested_containers_name_their_layers() -> None:
     assert list(found.calls) == ["parts.a.0.0", "parts.a.0.1.0"]
 
 
-def test_weight_used_by_a_function_is_no_call_of_its_layer() -> None:
+def test_weight_used_by_a_function_is_a_call_of_its_layer() -> None:
     model = Net(lambda self, x: F.conv2d(x, self.conv.weight, self.conv.bias), conv=nn.Conv2d(3, 4, 3))
     found = record(model, IMAGE)
-    assert found.calls == {}
-    assert [str(op.key) for op in found.consumers[found.stored["conv.weight"]]] == ["/conv2d"]
+    (call,) = found.calls["conv"]
+    assert [op.key for op in found.consumers[found.stored["conv.weight"]]] == [call.key] == [OpKey("", "conv2d")]
 
 
 def test_call_by_keywords_in_any_order() -> None:

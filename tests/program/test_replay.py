@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from quantkit.program.inputs import Batch
 from quantkit.program.outputs import main_output
-from quantkit.program.program import Program
+from quantkit.program.program import Part, Program
+from quantkit.program.segments import cuts_of
 from tests.program.models import randn
 from tests.program.replays import program_of
 from tests.stages.networks import ConvReused, FunctionalReLU, ImageAndFeatures, MobileNet, small
@@ -54,14 +55,16 @@ def test_a_replay_computes_what_the_model_computes_on_other_inputs(case: tuple[n
     torch.testing.assert_close(found, output_of(model, batch))
 
 
-def test_a_forward_can_be_cut_at_every_lone_value(case: tuple[nn.Module, Program, Batch]) -> None:
+def test_a_forward_can_be_cut_at_every_cut(case: tuple[nn.Module, Program, Batch]) -> None:
     model, program, batch = case
-    state, cuts = program.state_of(model), program.lone_values()
+    state, cuts = program.state_of(model), cuts_of(program)
     assert cuts
-    for after, number in cuts.items():
+    for after, cut in cuts.items():
+        first = Part(0, after + 1)
+        second = Part(after + 1, len(program.steps), first.shapes)  # filled by the first
         with torch.no_grad():
-            (value,) = program.replay(program.entering(model, batch), state, [number], span=(0, after + 1))
-            (found,) = program.replay({number: value}, state, [program.output], span=(after + 1, len(program.steps)))
+            values = program.replay(program.entering(model, batch), state, cut.live, part=first)
+            (found,) = program.replay(dict(zip(cut.live, values, strict=True)), state, [program.output], part=second)
         torch.testing.assert_close(found, output_of(model, batch))
 
 

@@ -1,4 +1,4 @@
-"""Blocks hold every layer once and are entered and left by one tensor."""
+"""Segments hold every layer once and, one after the other, compute what the network computes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit.program.program import Program
+from quantkit.program.program import Part, Program
 from quantkit.program.segments import LAYERS, Segment, blocks_of
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
@@ -37,7 +37,7 @@ def cut(model: nn.Module) -> tuple[Prepared, Program, list[Segment]]:
     ready = prepare(model, [batch], Target.load("onnxruntime-cpu"))
     program = program_of(ready.model, batch, ((randn(4, 3, 8, 8, seed=2),), {}))
     assert program is not None
-    return ready, program, blocks_of(program, ready.program, ready.quantizable, {site.place for site in ready.sites})
+    return ready, program, blocks_of(program, ready.quantizable, {site.place for site in ready.sites})
 
 
 def test_residual_blocks_come_out_as_blocks() -> None:
@@ -56,9 +56,10 @@ def test_blocks_one_after_the_other_are_the_network(model: type[nn.Module]) -> N
     assert len(blocks) == 1 or min(len(block.layers) for block in blocks) >= LAYERS
     batch = (randn(4, 3, 8, 8, seed=3),), {}
     values = program.entering(ready.model, batch)
+    shapes: dict[int, tuple[int, ...]] = {}
     with torch.no_grad():
         for block in blocks:
-            span = (block.start, block.stop)
-            (value,) = program.replay(values, program.state_of(ready.model), [block.leaving], span=span)
-            values = {block.leaving: value}
-        torch.testing.assert_close(value, ready.model(*batch[0]))
+            part = Part(block.start, block.stop, shapes)
+            found = program.replay(values, program.state_of(ready.model), block.leaving, part=part)
+            values = dict(zip(block.leaving, found, strict=True))
+        torch.testing.assert_close(values[program.output], ready.model(*batch[0]))

@@ -15,6 +15,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch, split_batches
 from quantkit.program.intercept import OpKey
+from quantkit.program.layers import Weights
 from quantkit.program.record import record
 from quantkit.program.sites import Site
 from quantkit.ranges import statistics
@@ -167,7 +168,7 @@ def test_runs_keep_order_and_stay_under_the_bound(widths: list[int], bound: int)
     names = [str(i) for i in range(len(widths))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "HESSIAN_BYTES", bound)
-        runs = list(in_memory_bound(model, names))
+        runs = list(in_memory_bound(Weights.of_modules(model), names))
     sizes = {name: 8 * width**2 for name, width in zip(names, widths, strict=True)}
     held = [sum(sizes[name] for name in run) for run in runs]
     assert [name for run in runs for name in run] == names
@@ -180,10 +181,11 @@ def test_runs_keep_order_and_stay_under_the_bound(widths: list[int], bound: int)
 def test_bound_counts_what_layer_hessians_makes(model: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = sum(h.numel() * h.element_size() for h in hessians(model, LAYERS, [image_batch()]).values())
     monkeypatch.setattr(statistics, "HESSIAN_BYTES", exact)
-    assert list(in_memory_bound(model, LAYERS)) == [list(LAYERS)]
+    weights = Weights.of_modules(model)
+    assert list(in_memory_bound(weights, LAYERS)) == [list(LAYERS)]
     monkeypatch.setattr(statistics, "HESSIAN_BYTES", exact - 1)
-    assert list(in_memory_bound(model, LAYERS)) == [list(LAYERS[:-1]), [LAYERS[-1]]]
-    assert list(in_memory_bound(model, [])) == []
+    assert list(in_memory_bound(weights, LAYERS)) == [list(LAYERS[:-1]), [LAYERS[-1]]]
+    assert list(in_memory_bound(weights, [])) == []
 
 
 SITES = [Site("input", OpKey("", "input")), Site("stem", OpKey("stem", "conv2d")), Site("tanh", OpKey("", "tanh"))]

@@ -22,8 +22,8 @@ from quantkit.reconstruction.learned import HALF
 from quantkit.reconstruction.learning import Learned, Schedule, shuffled
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import SimulatedProgram, copied_state, float_program, play
-from quantkit.stages.recording import Recording, recording_of
+from quantkit.simulation.playback import SimulatedProgram, copied_state, float_program, play, play_output
+from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.stages.networks import ConvReused, MobileNet, images, small
@@ -50,15 +50,17 @@ class Case:
 
 def case_of(model: nn.Module, batch: Batch, format: WeightFormat, bits: int) -> Case:
     ready = prepare(model, [batch], Target.load("onnxruntime-cpu"))
-    recording = recording_of(ready, [batch])
-    assert isinstance(recording, Recording)
+    replay = replay_of(ready, [batch])
+    assert isinstance(replay, Replay)
+    recording = recording_of(ready, replay)
     state = copied_state(recording.program, ready.model)
     floats = float_program(ready.model, recording.program, state)
     inputs = recording.program.entering(ready.model, recording.samples)
     unused = torch.zeros(len(next(iter(inputs.values()))))
     data = ReconstructionData(inputs, unused, inputs, unused)
+    weights = {name: ready.weights[name].detach().clone() for name in ready.quantizable}
     spread = {name: torch.ones(len(ready.weights[name])) for name in ready.quantizable}
-    reference = FloatReference(state, spread, lambda a, b: a - b, lambda a, b: a - b, lambda a, b: a)
+    reference = FloatReference(state, weights, spread, lambda a, b: a - b, lambda a, b: a - b, lambda a, b: a)
     histograms = site_histograms(ready.model, ready.sites, [batch], progress=False)
     simulated = SimulatedModel(ready.model, ready.sites, {}, {n: mse_range(h, bits) for n, h in histograms.items()})
     for name in ready.quantizable:
@@ -141,7 +143,7 @@ def test_it_learns_what_gradients_written_out_by_hand_do(text: str) -> None:
         Schedule(steps=12, batch=64, code_rate=5e-3, checks=1),
     )
     case = case_of(model, ((x,), {}), format, 3)
-    (call,) = calls_of(case.runner, case.ready.program, case.recording.blocks[0], "0")
+    (call,) = calls_of(case.runner, case.recording.blocks[0], "0")
     assert call == TaskCall(0, 2, call.reads, call.makes, "input", call.place)
     wanted = torch.relu(model[0](x)).detach()
     task = Task(call, x, wanted, x, wanted)
@@ -230,15 +232,15 @@ def test_sequential_makes_up_for_the_layers_before(parallel: bool) -> None:
     block = case.recording.blocks[-1]
     held = case.data.held_inputs
     for passed in case.recording.blocks[:-1]:
-        held = {passed.leaving: play(case.runner, held, passed)}
-    assert torch.isfinite(play(case.runner, held, block)).all()
+        held = play(case.runner, held, passed)
+    assert torch.isfinite(play_output(case.runner, held, block)).all()
 
 
 def test_a_layer_that_runs_twice_is_learned_from_both_calls() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     case = case_of(ConvReused().eval(), ((x,), {}), Scheme.parse("w3").weight, 4)
-    calls = [c for b in case.recording.blocks for c in calls_of(case.runner, case.ready.program, b, "step")]
+    calls = [c for b in case.recording.blocks for c in calls_of(case.runner, b, "step")]
     assert len(calls) == 2 and len({call.site for call in calls}) == 2
     before = dict(case.runner.model.ranges)
     learned = case.learn(False, Schedule(steps=100, batch=64, checks=20))

@@ -14,6 +14,7 @@ from quantkit.ranges.statistics import layer_hessians
 from quantkit.rounding.by_blocks import moments, round_by_blocks
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
+from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, play
 from quantkit.targets import Target
@@ -28,7 +29,7 @@ def recorded(model: nn.Module, x: Tensor) -> tuple[Prepared, Program, list[Segme
     ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
     program = program_of(ready.model, ((x[:8],), {}), ((x[8:16],), {}))
     assert program is not None
-    return ready, program, blocks_of(program, ready.program, ready.quantizable, {s.place for s in ready.sites})
+    return ready, program, blocks_of(program, ready.quantizable, {s.place for s in ready.sites})
 
 
 @pytest.mark.parametrize("build", [Chain, MobileNet, ConvReused], ids=lambda build: build.__name__)
@@ -41,9 +42,9 @@ def test_hessians_are_those_of_whole_forwards(build: type[nn.Module]) -> None:
     values = program.entering(ready.model, ((x,), {}))
     for block in blocks:
         for name in block.layers:
-            found = moments(SimulatedProgram(simulated, program), ready.program, block, name, values).hessian
+            found = moments(SimulatedProgram(simulated, program), block, name, values).hessian
             assert float((found - wanted[name]).norm() / wanted[name].norm()) < 5e-3, name  # sums on a tie tip a code
-        values = {block.leaving: play(SimulatedProgram(simulated, program), values, block)}
+        values = play(SimulatedProgram(simulated, program), values, block)
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
@@ -55,12 +56,12 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
         ready, program, blocks = recorded(Chain().eval(), x)
         simulated = SimulatedModel(ready.model, ready.sites, {}, {s.name: SiteRange(0.05, 60) for s in ready.sites})
         formats = {name: Scheme.parse("w3").weight for name in ready.quantizable[1:-1]}
+        request = RoundingRequest(formats, rounding, progress=False)
         if by_blocks:
             inputs = program.entering(ready.model, ((x,), {}))
-            runner = SimulatedProgram(simulated, program)
-            how = round_by_blocks(runner, ready.program, blocks, formats, inputs, rounding, progress=False)
+            how = round_by_blocks(SimulatedProgram(simulated, program), blocks, inputs, request)
         else:
-            how = round_in_sequence(simulated, ready.program, formats, [((x,), {})], rounding, progress=False)
+            how = round_in_sequence(simulated, ready.program, [((x,), {})], request)
         found.append((simulated.weights, how))
     (one, said), (other, said_too) = found
     assert said == said_too and set(said) == set(formats)
@@ -73,10 +74,10 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
 def test_of_many_positions_some_are_drawn_and_their_inputs_are_right() -> None:
     x, weight = randn(3, 4, 20, 20), randn(6, 4, 3, 3)
     every = input_columns("conv2d", (x, weight), {"padding": 1}).reshape(400, 3, 36)
-    some = input_columns("conv2d", (x, weight), {"padding": 1}, 2 / 3, torch.Generator().manual_seed(0))
+    some = input_columns("conv2d", (x, weight), {"padding": 1}, torch.Generator().manual_seed(0))
     assert positions_wanted(36) == LEAST_POSITIONS == 128
-    some = some.reshape(128, 2, 36)
-    for sample in range(2):
+    some = some.reshape(128, 3, 36)
+    for sample in range(3):
         rows = {tuple(row.tolist()) for row in every[:, sample]}
         assert all(tuple(row.tolist()) in rows for row in some[:, sample])
         assert len({tuple(row.tolist()) for row in some[:, sample]}) == 128

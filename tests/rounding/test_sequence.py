@@ -17,6 +17,7 @@ from quantkit.program.intercept import OpKey
 from quantkit.program.record import record
 from quantkit.program.sites import Site
 from quantkit.rounding.in_sequence import LARGEST_BIAS, round_biases, round_in_sequence
+from quantkit.rounding.request import RoundingRequest
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 
@@ -42,10 +43,14 @@ def formats(texts: Mapping[str, str]) -> dict[str, WeightFormat]:
     return {name: Scheme.parse(text).weight for name, text in texts.items()}
 
 
+def requested(rounding: str = "auto") -> RoundingRequest:
+    return RoundingRequest(formats(FORMATS), rounding, progress=False)
+
+
 def in_sequence(batches: list[Batch], rounding: str = "auto") -> tuple[SimulatedModel, dict[str, str]]:
     model = network()
     simulated = SimulatedModel(model, SITES, {}, RANGES)
-    how = round_in_sequence(simulated, record(model, batches[0]), formats(FORMATS), batches, rounding, progress=False)
+    how = round_in_sequence(simulated, record(model, batches[0]), batches, requested(rounding))
     return simulated, how
 
 
@@ -86,7 +91,7 @@ def test_nearest_needs_no_forward(batches: list[Batch]) -> None:
     structure = record(model, batches[0])
     simulated = SimulatedModel(model, SITES, {}, RANGES)
     model.register_forward_pre_hook(lambda _module, _args: pytest.fail("the model ran"))
-    how = round_in_sequence(simulated, structure, formats(FORMATS), batches, "nearest", progress=False)
+    how = round_in_sequence(simulated, structure, batches, requested("nearest"))
     assert how == dict.fromkeys(FORMATS, "nearest")
     for name, format in formats(FORMATS).items():
         plain = quantize_weight(network().get_submodule(name).weight, [format]).weights[format]
@@ -101,7 +106,7 @@ def test_layer_without_a_usable_hessian_is_named_and_the_others_go_on(
     model[2].register_forward_hook(lambda _module, _args, output: output * torch.nan)
     simulated = SimulatedModel(model, (), {}, {})
     with caplog.at_level(logging.WARNING, logger="quantkit"):
-        how = round_in_sequence(simulated, structure, formats(FORMATS), batches, progress=False)
+        how = round_in_sequence(simulated, structure, batches, requested())
     assert [how[name].split(",")[0] for name in FORMATS] == ["gptq", "gptq", "nearest"]
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["4"]
 
@@ -113,7 +118,7 @@ def test_grouped_convolution_is_rounded_group_by_group() -> None:
     batch = (torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0)),), {}
     simulated = SimulatedModel(model, (), {}, {})
     format = Scheme.parse("w3").weight
-    round_in_sequence(simulated, record(model, batch), {"0": format}, [batch], progress=False)
+    round_in_sequence(simulated, record(model, batch), [batch], RoundingRequest({"0": format}, progress=False))
     for g in range(2):
         patches = F.unfold(batch[0][0][:, 2 * g : 2 * g + 2], 3).transpose(1, 2).reshape(-1, 18).double()
         alone = quantize_weight(weight[3 * g : 3 * g + 3], [format], (patches.T @ patches)[None]).weights[format]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
-from quantkit.sensitivity.outputs import OutputRule, counted, main_output
+from quantkit.program.outputs import counted, main_output
+from quantkit.sensitivity.outputs import OutputRule
 
 
 class Plain(nn.Module):

@@ -79,7 +79,7 @@ def test_guess_is_the_median_damage_per_error_of_the_same_format() -> None:
     request = request_of(classifier(), batches)
     changes = perturbed(request)
     scores = kl(subject_of(request, batches), changes, False, torch.Generator())
-    guessed = with_fallback(replace(scores, gram=np.diag(2 * scores.damage)), changes, request.ready.model, {"2": 3})
+    guessed = with_fallback(replace(scores, gram=np.diag(2 * scores.damage)), changes, request.ready.weights, {"2": 3})
     for k, p in enumerate(changes):
         if p.owner != "2" or not isinstance(p.change, QuantizedWeight):
             assert guessed.damage[k] == scores.damage[k]
@@ -94,7 +94,7 @@ def test_guess_is_the_median_damage_per_error_of_the_same_format() -> None:
         assert guessed.damage[k] == pytest.approx(expected, rel=1e-4)
         assert guessed.gram[k, k] == 2 * guessed.damage[k]
     assert guessed.notes["guessed_from_weights"] == {"2": 3}
-    assert with_fallback(scores, changes, request.ready.model, {}) is scores
+    assert with_fallback(scores, changes, request.ready.weights, {}) is scores
 
 
 def _others(format: str) -> list[tuple[str, str]]:

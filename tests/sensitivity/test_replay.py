@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from quantkit.program.program import Step
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.replay import variations
+from quantkit.stages.options import Run
 from quantkit.stages.profile import evaluator_of
 from quantkit.stages.request import make_ready
 from tests.sensitivity.networks import outputs_of
@@ -47,7 +51,7 @@ def evaluator() -> tuple[Subject, list[Perturbation]]:
     torch.manual_seed(0)
     images = [torch.randn(8, 3, 6, 6) for _ in range(3)]
     request = make_ready(Awkward().eval(), images, schemes=["w2a8", "w4a8"], rounding="nearest")
-    found = evaluator_of(request, progress=False)
+    found = evaluator_of(request, Run(progress=False))
     return found.subject, found.perturbations
 
 
@@ -69,7 +73,7 @@ def test_outputs_are_those_of_computing_everything(evaluator: tuple[Subject, lis
 
 def test_around_a_base_plan_what_a_plan_leaves_out_is_the_bases(evaluator: tuple[Subject, list[Perturbation]]) -> None:
     subject, changes = evaluator
-    based = Subject(subject.model, subject.batches, subject.sites, base=[p for p in changes if p.format == "w2"])
+    based = replace(subject, base=[p for p in changes if p.format == "w2"])
     plans: list[list[Perturbation]] = [[], *([p] for p in changes)]
     expected = one_by_one(based, plans)
     for batch, plan, (output,) in variations(based, plans):
@@ -90,16 +94,20 @@ def test_layers_before_the_change_are_not_computed_again() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))).eval()
     request = make_ready(model, [torch.randn(8, 4)], schemes=["w4a8"], rounding="nearest")
-    found = evaluator_of(request, progress=False)
+    found = evaluator_of(request, Run(progress=False))
     computed: list[str] = []
-    for name, module in found.subject.model.named_children():
-        plain = type(module).forward
+    list(found.subject.float_outputs())  # which tells what counts
+    program = found.subject.program
+    assert program is not None
 
-        def counted(x: Tensor, module: nn.Module = module, name: str = name, plain=plain) -> Tensor:
-            computed.append(name)
-            return plain(module, x)
+    def counted(step: Step) -> Step:
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            computed.append(step.key.scope)
+            return step.func(*args, **kwargs)
 
-        module.forward = counted
+        return replace(step, func=compute)
+
+    subject = replace(found.subject, program=replace(program, steps=tuple(map(counted, program.steps))))
     weights = {p.owner: p for p in found.perturbations if p.format == "w4"}
-    list(variations(found.subject, [[], [weights["4"]], [weights["0"], weights["5"]], []]))
+    list(variations(subject, [[], [weights["4"]], [weights["0"], weights["5"]], []]))
     assert computed == [*"012345", *"45", *"012345"]

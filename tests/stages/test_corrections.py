@@ -16,7 +16,6 @@ from quantkit.reconstruction.learning import Schedule
 from quantkit.reconstruction.snapshot import Snapshot
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.sensitivity.damage import KLDamage
-from quantkit.sensitivity.measure import KLDamage
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
 from quantkit.stages import reconstruct

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import quantkit
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
+from quantkit.program.segments import cuts_of
 from quantkit.reconstruction.learning import Schedule
 from quantkit.rounding.by_blocks import moments
 from quantkit.simulation.model import SimulatedModel
@@ -115,22 +116,22 @@ def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
         assert not torch.equal(weight.scale, found[how].model.weights[name].scale), name
 
 
-def test_a_tape_knows_which_values_have_a_row_per_sample() -> None:
-    for case, cuts in (("two names", True), ("sequence first", False), ("frames", False)):
+def test_a_program_knows_which_values_have_a_row_per_sample() -> None:
+    for case, cuts in (("two names", True), ("sequence first", True), ("frames", False)):
         build, inputs = NETWORKS[case]
         model, x = build().eval(), inputs()
         program = program_of(model, ((x[:8],), {}), ((x[8:16],), {}))
         assert program is not None
         layers = [i for i, step in enumerate(program.steps) if step.key.op == "linear" and step.key.scope != "head"]
-        assert all((i in program.lone_values()) == cuts for i in layers)
-        assert {program.output, *program.inputs} <= program.rows
+        assert all((i in cuts_of(program)) == cuts for i in layers)
+        assert {program.output, *program.inputs} <= program.rows.keys()
 
 
 def test_all_frames_of_all_samples_are_rounded_on() -> None:
     x = randn(21, 4, 3, 8, 8)
     ready, program, (block,) = recorded(Frames().eval(), x)
     runner = SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), program)
-    found = moments(runner, ready.program, block, "one", program.entering(ready.model, ((x,), {})))
+    found = moments(runner, block, "one", program.entering(ready.model, ((x,), {})))
     windows = x.flatten(0, 1).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27).double()
     torch.testing.assert_close(found.hessian[0], windows.T @ windows, rtol=1e-4, atol=1e-2)
 
@@ -222,6 +223,6 @@ class Attention(nn.Module):
 def test_limits_that_depend_on_products_of_two_tensors_are_refused() -> None:
     torch.manual_seed(0)
     options = {"schemes": ["w4a4", "w8a4"], "progress": False}
-    with pytest.raises(InvalidRequest, match=r"do not know yet what decides whether .* is quantized"):
+    with pytest.raises(InvalidRequest, match=r"cannot tell yet what decides whether .* is quantized"):
         quantkit.quantize(Attention().eval(), "activation_bytes=100 B", randn(20, 6, 8), **options)
     assert quantkit.quantize(Attention().eval(), "30 bits", randn(20, 6, 8), **options).plan.sites

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantkit.numbers.uniform import quantize
+from quantkit.program.layers import Weights
 from quantkit.ranges.channels import ChannelRanges, clipped_ranges, mse_ranges, output_error
 from quantkit.targets import Target
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
@@ -58,7 +59,7 @@ def test_codes_and_outputs_are_the_same_before_and_after(bits: int) -> None:
     codes = slow_codes(before, ranges)
     change = Rewrite.of(Norm("norm", "norm", ("q", "k", "head")), ranges)
     layered = [F.linear(ranges.fake_quantize(before), layer.weight, layer.bias) for layer in (model.q, model.k)]
-    rewrite(model, change)
+    rewrite(Weights.of_modules(model), change)
     scale, zero = torch.tensor(change.found.scale).double(), torch.tensor(change.found.zero_point).double()
     after = quantize(model.norm(x), scale, zero, 0, change.found.high)
     assert torch.equal(after, codes)

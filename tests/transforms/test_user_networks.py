@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, own_inputs
-from quantkit.program.record import results_of
+from quantkit.program.outputs import results_of
 from quantkit.ranges.activations import minmax_range
 from quantkit.ranges.statistics import site_histograms
 from quantkit.simulation.model import SimulatedModel

@@ -30,7 +30,7 @@ from quantkit.program.outputs import named_tensors
 from quantkit.program.program import Program
 from quantkit.program.record import record
 from quantkit.program.replayable import replayable
-from quantkit.program.updates import restored
+from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, run_with
 
@@ -184,7 +184,7 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
 def _outputs_and_calls(simulated: SimulatedModel, example: Batch) -> tuple[tuple[str, ...], list[OpKey]]:
     """The names of the outputs, and the keys of the calls of a run that is not being exported."""
     keys: list[OpKey] = []
-    with torch.no_grad(), restored(simulated.model, simulated.updated):
+    with plain_mode(simulated.model), restored(simulated.model, simulated.updated):
         result = run_with(simulated.model, lambda _, tensor: tensor, *example, before=lambda key, *_: keys.append(key))
     if not tensors_of(result):
         raise InvalidRequest(
@@ -243,7 +243,7 @@ def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], 
 def _exported(marked: nn.Module, example: Batch, batched: Sequence[bool]) -> ir.Model:
     tensors = tuple(tensors_of(example))
     dims = tuple({0: torch.export.Dim(BATCH)} if dynamic else {} for dynamic in batched)
-    with torch.no_grad(), _quiet():
+    with plain_mode(marked), restored(marked), _quiet():
         program = torch.export.export(marked, tensors, dynamic_shapes=(dims,), strict=False)
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None
@@ -251,7 +251,7 @@ def _exported(marked: nn.Module, example: Batch, batched: Sequence[bool]) -> ir.
 
 
 def _program_of(simulated: SimulatedModel, example: Batch) -> Program | None:
-    """The program that stands for a model; None where none does, as where the values of inputs decide what is called."""
+    """The program that stands for a model; None where none does, as where values of inputs decide what is called."""
     program = record(simulated.model, example)
     return None if program.decides_by_values else replayable(program, simulated.model, example, ())
 

@@ -90,6 +90,7 @@ class _Marks:
         self.places = {place: site.name for site in simulated.sites for place in (site.place, *site.echoes)}
         self.parameters = parameter_marks(simulated)
         self.floats, self.quantized = simulated.floats, list(simulated.weights)
+        self.keys: list[OpKey] = []  # of the calls of the last run: the exporter puts a module's own attributes back
 
     def change(self, place: OpKey, tensor: Tensor) -> Tensor:
         if place not in self.places:
@@ -145,9 +146,7 @@ class _WeightMarks(TorchFunctionMode):
 
 
 class _MarkedModel(nn.Module):
-    """A model as a function from its input tensors to its output tensors, with marks. ``keys`` are those of the calls
-    of its last run.
-    """
+    """A model as a function from its input tensors to its output tensors, with marks."""
 
     def __init__(self, simulated: SimulatedModel, leaves: Sequence[Any], spec: TreeSpec) -> None:
         super().__init__()
@@ -156,18 +155,17 @@ class _MarkedModel(nn.Module):
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.spec = spec
-        self.keys: list[OpKey] = []
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.constants)
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        self.keys = []
+        self.marks.keys.clear()
         with self.weight_marks:
             result = run_with(
                 self.model, self.marks.change, args, kwargs,
-                before=lambda key, *_: self.keys.append(key), operands=self.marks.operands(),
+                before=lambda key, *_: self.marks.keys.append(key), operands=self.marks.operands(),
             )  # fmt: skip
         return tuple(tensor for _, tensor in named_tensors(result))
 
@@ -242,7 +240,7 @@ def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], 
     marked = _MarkedModel(simulated, leaves, spec).eval()
     try:
         exported = _exported(marked, example, batched)
-        if marked.keys == list(keys):
+        if marked.marks.keys == list(keys):
             return exported
     except _EXPORT_ERRORS:
         if (program := _program_of(simulated, example)) is None:

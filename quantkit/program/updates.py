@@ -22,6 +22,12 @@ def without_autocast(model: nn.Module) -> torch.autocast:
     return torch.autocast(next((p.device.type for p in model.parameters() if not p.is_meta), "cpu"), enabled=False)
 
 
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by all their names."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
 def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
     """(name, the dictionary that holds it, its key, the tensor) of every tensor of a model but its parameters:
     buffers, and plain attributes of modules.

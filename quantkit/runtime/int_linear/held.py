@@ -106,6 +106,20 @@ class HeldWeight(nn.Module):
         return out if out.shape[1] == self.channels else out[:, : self.channels]
 
 
+class OnHeldWeight(nn.Module):
+    """A layer that computes with a held weight."""
+
+    weight: HeldWeight
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
+
+    @property
+    def expanded_bytes(self) -> int:
+        return self.weight.expanded_bytes
+
+
 def _filled(tensor: Tensor | None, length: int) -> Tensor | None:
     """``tensor`` with zeros up to ``length`` in its last dimension; itself where it is that long."""
     missing = 0 if tensor is None else length - tensor.shape[-1]

@@ -91,7 +91,7 @@ class HeldWeight(nn.Module):
     def forward(
         self, activations: Tensor, activation_scale: Tensor, offset: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """``int_linear_reference`` of int8 rows with this weight, bit for bit, by the fastest way there is. Rows may
+        """``int_linear_torch`` of int8 rows with this weight, bit for bit, by the fastest way there is. Rows may
         be filled up with zeros to the panels' inputs.
         """
         panels = self.runnable()

@@ -63,10 +63,6 @@ class ReconstructionPlan:
         """How anything of it is learned, with draws that begin anew."""
         return Training(schedule, torch.Generator().manual_seed(self.seed), progress, kept)
 
-    def held_damage(self, runner: SimulatedProgram) -> float:
-        """The damage on inputs that are held back."""
-        return mean_damage(runner, self.data.held_inputs, self.data.held_outputs, self.reference.damage)
-
 
 def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], batches: Sequence[Batch]) -> bool:
     """What "auto" decides by: codes of few bits, and samples enough not to learn them by heart."""
@@ -229,9 +225,11 @@ def _where_it_helps(
 ) -> Learned:
     """Change a model, and undo it unless that lowers the damage on held-back inputs."""
     runner, kept = SimulatedProgram(simulated, reconstruction.recording.program), Snapshot.of(simulated)
-    before = reconstruction.held_damage(runner)
+    data = reconstruction.data
+    held_back = partial(mean_damage, runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
+    before = held_back()
     change()
-    after = reconstruction.held_damage(runner)
+    after = held_back()
     if not after < before:
         kept.put_back(simulated)
     return Learned(before, min(before, after))

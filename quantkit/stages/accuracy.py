@@ -39,6 +39,7 @@ from quantkit.progress import notice
 from quantkit.sensitivity.augmented import augmented_scores
 from quantkit.sensitivity.measure import Scores, swapped_weights
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.metric import Evaluate, outcome_of
 from quantkit.stages.profile import Evaluator
 from quantkit.stages.request import Request
@@ -93,7 +94,7 @@ def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> R
     request, profile, evaluator, limit = search.request, search.profile, search.evaluator, search.limit
     evaluate, effort = search.evaluate, search.effort
     assert evaluate is not None, "checked before"
-    reference = outcome_of(evaluate, request.ready.float_model())
+    reference = outcome_of(evaluate, QuantizedModel.of(request.ready.float_model()))
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)
     gate = AccuracyGate(
@@ -239,4 +240,4 @@ def _cursory(search: AccuracySearch, evaluate: Evaluate, plan: Plan) -> Metric:
     ranges = {p.owner: p.change for p in chosen if not p.change.stored}
     with swapped_weights(ready.weights, {name: weight.dequantize() for name, weight in weights.items()}):
         simulated = SimulatedModel(ready.model, ready.sites, weights, ranges, ready.weights, ready.program.updated)
-        return outcome_of(evaluate, simulated)
+        return outcome_of(evaluate, QuantizedModel.of(simulated))

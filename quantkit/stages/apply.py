@@ -20,6 +20,7 @@ from quantkit.sensitivity.damage import Reference, RunningDamage
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
 from quantkit.stages.first_last import ends_of
 from quantkit.stages.formatted import Formatted
@@ -83,8 +84,8 @@ def _finished(workdir: Path | None, session: Session, options: ApplyOptions, pla
     return Cache(Artefacts(folder))
 
 
-def _metric(name: str, evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
-    return {} if evaluate is None else {name: metric_of(evaluate, model)}
+def _metric(name: str, evaluate: Evaluate | None, model: SimulatedModel) -> dict[str, float]:
+    return {} if evaluate is None else {name: metric_of(evaluate, QuantizedModel.of(model))}
 
 
 def _coded(ready: Prepared, plan: Plan, target: Target) -> Prepared:

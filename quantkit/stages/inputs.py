@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -142,8 +141,7 @@ def require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
     for batch in batches[1:]:
         if (form := _form_of(batch)) not in seen:
             seen.add(form)
-            with torch.no_grad():
-                run_model(model, batch)
+            run_model(model, batch)
 
 
 def _form_of(batch: Batch) -> str:

@@ -18,6 +18,7 @@ from quantkit.plan import Layer
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.inputs import Batch, first_samples
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
+from quantkit.program.ownership import CONSTANT, Owned, ownership, why_uncalled
 from quantkit.program.program import Program, Step
 from quantkit.program.record import VIEWS, record, unrecorded
 from quantkit.program.replayable import computed_weights
@@ -30,8 +31,8 @@ from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_w
 
 SITE_BYTES = 5  # a float32 scale and a uint8 zero point
 RECORDED_SAMPLES = 2
+TRAINING = "num_batches_tracked"  # BatchNorm's counters, which no deployed model stores
 KEPT = "kept float by a rule"
-_CONSTANT = "it reads a constant, not an activation"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class Prepared:
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
         return as_float(self.model, self.weights, self.program.updated)
+
+    def ownership(self) -> list[Owned]:
+        """Everything that the prepared model stores: by which layer, or why it stays float."""
+        return ownership(self.model, self.program, {name: layer.reason for name, layer in self.layers.items()})
 
     @property
     def quantizable(self) -> list[str]:
@@ -166,22 +171,10 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
     sites = place_sites(own, ready.program, target, coded) if ready.program.steps else ()
-    stored = sum(t.numel() * t.element_size() for t in _stored(own))
-    other = stored - _held_by_layers(ready) + SITE_BYTES * len(sites)
+    owned = ownership(own, ready.program)
+    other = sum(part.bytes for part in owned if not part.layer and not part.name.endswith(TRAINING))
+    other += SITE_BYTES * len(sites)
     return replace(ready, layers=_with_inputs(layers, sites), sites=sites, other_bytes=other)
-
-
-def _held_by_layers(ready: Prepared) -> int:
-    """Bytes of the parameters, or parts of them, that hold the layers' weights in the prepared model."""
-    held: dict[str, int] = {}
-    state = dict(ready.model.named_parameters(remove_duplicate=False))
-    for weight in ready.weights.layers.values():
-        if weight.parameter is None:
-            held |= {name: state[name].numel() for name in weight.sources if name in state and state[name].dim() > 1}
-        else:
-            count = math.prod(weight.shape)
-            held[weight.parameter] = held.get(weight.parameter, 0) + count
-    return 4 * sum(held.values())
 
 
 def _require_plain_model(model: nn.Module) -> None:
@@ -238,7 +231,7 @@ def _first_recording(model: nn.Module, batch: Batch) -> tuple[Batch, Program]:
 
 def _stored(model: nn.Module) -> list[torch.Tensor]:
     """The tensors a deployed model must store: parameters and buffers, without BatchNorm's training counters."""
-    buffers = [b for name, b in model.named_buffers() if not name.endswith("num_batches_tracked")]
+    buffers = [b for name, b in model.named_buffers() if not name.endswith(TRAINING)]
     return [*model.parameters(), *buffers]
 
 
@@ -278,18 +271,18 @@ def _reason_to_stay_float(name: str, weights: Weights, program: Program, request
     if not program.steps:
         return _held_elsewhere(name, weights)
     calls = program.calls.get(name, ())
+    if not calls:
+        return why_uncalled(program, weight)
     if others := _other_readers(weight, program):
         alone = all(step.key.op == weight.kind for step in others)
-        return _CONSTANT if alone else f"its weight is read by {others[0].key}, which is no product"
-    if not calls:
-        return "its weight takes part in no call of the recorded run"
+        return CONSTANT if alone else f"its weight is read by {others[0].key}, which is no product"
     read = [call.input for call in calls]
     if not weight.reads_rows:
         return ""
     if any(v in program.stored.values() for v in read) or all(
         v in program.makers and v not in program.varying for v in read
     ):
-        return _CONSTANT
+        return CONSTANT
     if not all(can_hold_codes(program, v) for v in read):
         return "it reads a tensor that no recorded call made (scripted code, or writing through a view)"
     return ""

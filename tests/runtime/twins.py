@@ -23,7 +23,7 @@ def int_linear_reference(
     """
     (activations, activation_scale), groups = rows, scale.shape[1]
     per_group = activations.shape[1] // groups
-    total = torch.zeros(activations.shape[0], codes.shape[0])
+    total = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.float32)
     for group in range(groups):
         part = slice(group * per_group, (group + 1) * per_group)
         sums = activations[:, part].double() @ codes[:, part].double().t()  # exact: far below 2^53

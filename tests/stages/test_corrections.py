@@ -40,7 +40,7 @@ def applied(correction: str | None, scheme: str = "w2a8") -> Result:
 @pytest.mark.parametrize("correction", ["norm", "bias", "tuning", "auto"])
 def test_codes_stay_and_the_damage_on_unseen_inputs_falls(correction: str) -> None:
     plain, corrected = applied(None), applied(correction)
-    assert all(torch.equal(w.codes, corrected.model.weights[n].codes) for n, w in plain.model.weights.items())
+    assert all(torch.equal(w.codes, corrected.quantized.weights[n].codes) for n, w in plain.quantized.weights.items())
     assert corrected.plan.size_bytes == plain.plan.size_bytes
     notes = corrected.notes["correction"]
     assert list(notes) == (["norm", "bias", "tuning"] if correction == "auto" else [correction])

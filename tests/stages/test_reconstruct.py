@@ -142,12 +142,12 @@ def test_bytes_and_formats_stay_those_of_the_plan() -> None:
         for how in ("none", "network")
     )
     assert learned.plan.size_bytes == rounded.plan.size_bytes
-    for name, weight in learned.model.weights.items():
+    for name, weight in learned.quantized.weights.items():
         low, high = weight.format.code_range
         assert str(weight.format) == plan[name].split("a")[0]
         assert low <= int(weight.codes.min()) and int(weight.codes.max()) <= high
-        assert torch.equal(learned.model.model.get_submodule(name).weight, weight.dequantize())
-    kinds = [{s: (r.bits, r.zero_point) for s, r in result.model.ranges.items()} for result in (rounded, learned)]
+        assert torch.equal(learned.quantized.model.get_submodule(name).weight, weight.dequantize())
+    kinds = [{s: (r.bits, r.zero_point) for s, r in result.quantized.ranges.items()} for result in (rounded, learned)]
     assert kinds[0] == kinds[1]
 
 

@@ -137,8 +137,8 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def bits(result: Result) -> dict[str, Tensor]:
     """Everything that makes a quantized model."""
-    found = dict(result.model.model.state_dict())
-    for name, weight in result.model.weights.items():
+    found = dict(result.quantized.model.state_dict())
+    for name, weight in result.quantized.weights.items():
         found |= {f"{name} codes": weight.codes, f"{name} scales": weight.scale}
     return found
 
@@ -146,7 +146,7 @@ def bits(result: Result) -> dict[str, Tensor]:
 def same(one: Result, other: Result) -> bool:
     ours, theirs = bits(one), bits(other)
     tensors = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    return tensors and one.model.ranges == other.model.ranges and one.notes == other.notes
+    return tensors and one.quantized.ranges == other.quantized.ranges and one.notes == other.notes
 
 
 PLAN = dict(zip(SMALL, ("w4a8", "w2a4", "w3a8", "w8a8"), strict=True))
@@ -271,5 +271,5 @@ def test_in_place_and_with_quantize(kept: list[str], tmp_path: Path) -> None:
     kept.clear()
     model = small()
     again = quantize(model, "4 bits", images(), workdir=tmp_path, inplace=True, **options)
-    assert again.model.model is model and same(again, whole)
+    assert again.quantized.model is model and same(again, whole)
     assert not kept

@@ -110,8 +110,8 @@ def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
         assert len(set(learned) & set(plan)) == expected  # the others have no row per sample
         return
     assert learned["network"].helped
-    for name, weight in found["none"].model.weights.items():
-        assert not torch.equal(weight.scale, found[how].model.weights[name].scale), name
+    for name, weight in found["none"].quantized.weights.items():
+        assert not torch.equal(weight.scale, found[how].quantized.weights[name].scale), name
 
 
 def test_a_program_knows_which_values_have_a_row_per_sample() -> None:

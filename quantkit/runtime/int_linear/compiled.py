@@ -95,7 +95,7 @@ def int_linear_compiled(
     activations, activation_scale = given
     require_operands(activations, weight.padded_inputs, weight.groups, offset)
     rows, channels = len(activations), weight.padded_channels
-    out = torch.empty(rows, channels)
+    out = torch.empty(rows, channels, dtype=torch.float32)
     if out.numel() == 0:
         return out
     activations, scales = activations.contiguous(), activation_scale.float().contiguous()

@@ -55,7 +55,7 @@ def int_linear_torch(
     activations, activation_scale = rows
     multiply = int_mm if has_vnni() and activations.numel() and codes.numel() else float_mm
     per_group = codes.shape[1] // scale.shape[1]
-    total = torch.zeros(activations.shape[0], codes.shape[0])
+    total = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.float32)
     for group in range(scale.shape[1]):
         part = slice(group * per_group, (group + 1) * per_group)
         inside = activations[:, part].contiguous()

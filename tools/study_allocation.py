@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,9 +29,8 @@ from quantkit.allocation.allocate import allocate
 from quantkit.budget import Budget
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity import ESTIMATORS
-from quantkit.sensitivity.blocks import layer_order
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import Scores, Subject
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.stages.operating_point import EFFORTS, refine
 from quantkit.stages.profile import Evaluator
 
@@ -92,6 +91,15 @@ def profile_of(case: Case, scores: Scores) -> Profile:
         float_bytes=case.ready.float_bytes,
         target="onnxruntime-cpu",
     )
+
+
+def layer_order(perturbations: Sequence[Perturbation], scores: Scores) -> tuple[str, ...]:
+    """Layers by their highest score, highest first; what comes first in the model comes first among equals."""
+    highest: dict[str, float] = {}
+    for p, score in zip(perturbations, scores.damage, strict=True):
+        if not p.at_site:
+            highest[p.owner] = max(float(score), highest.get(p.owner, float("-inf")))
+    return tuple(sorted(highest, key=highest.__getitem__, reverse=True))
 
 
 def study_of(name: str, rounding: str, data: Path, samples: int, seed: int, ways: Iterable[str]) -> Study:

@@ -91,9 +91,9 @@ def _segments(program: Program, cuts: Sequence[_Cut], positions: Sequence[tuple[
 
 def cuts_of(program: Program) -> dict[int, _Cut]:
     """Step -> the cut behind it, where a forward can be cut in two."""
-    last = _last_reads(program)
+    last = program.last_reads(0, len(program.steps)) | {program.output: len(program.steps)}
     behind = _behind_layers(program)
-    readers = _readers_left(program)
+    readers = Counter(n for i in range(len(program.steps)) for n in _read_by_layer(program, i))
     live = set(program.inputs)
     mains: set[int] = set()
     found = {}
@@ -118,14 +118,6 @@ def _can_pass(program: Program, carried: Collection[int]) -> bool:
     return all(number in program.rows or number not in program.varying for number in carried)
 
 
-def _last_reads(program: Program) -> dict[int, int]:
-    last: dict[int, int] = {}
-    for i, step in enumerate(program.steps):
-        if not step.constant:
-            last.update(dict.fromkeys(step.reads, i))
-    return last | {program.output: len(program.steps)}
-
-
 def _behind_layers(program: Program) -> set[int]:
     """The values that depend on what a layer makes of a varying value; what is looked up in a table does not."""
     layers = {call.key for name, calls in program.calls.items() if program.weights[name].reads_rows for call in calls}
@@ -135,10 +127,6 @@ def _behind_layers(program: Program) -> set[int]:
         if depends or (step.key in layers and not program.varying.isdisjoint(step.inputs)):
             behind.update(step.makes, (new for _, new in step.rewrites))
     return behind & program.varying
-
-
-def _readers_left(program: Program) -> Counter[int]:
-    return Counter(n for i in range(len(program.steps)) for n in _read_by_layer(program, i))
 
 
 def _read_by_layer(program: Program, i: int) -> tuple[int, ...]:

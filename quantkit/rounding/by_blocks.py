@@ -17,22 +17,9 @@ from quantkit.program.segments import Segment
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
 from quantkit.rounding.layer_inputs import input_columns
+from quantkit.rounding.moments import Moments
 from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, play
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Of a layer's inputs X in the quantized network: the sum of X^T X, (groups, K, K) float64, and where it was asked
-    for that of Y^T X, Y its inputs in the float network.
-    """
-
-    hessian: Tensor
-    cross: Tensor | None = None
-
-    @property
-    def both(self) -> tuple[Tensor, Tensor | None]:
-        return self.hessian, self.cross
 
 
 def round_by_blocks(
@@ -43,7 +30,7 @@ def round_by_blocks(
     """
     simulated, program, how = runner.model, runner.program, {}
     floats = None
-    if request.rounding == "gptaq":
+    if request.method.cross:
         floats = float_program(simulated.model, program, copied_state(program, simulated.model))
     ours = theirs = dict(inputs)
     at = 0  # the block that they enter
@@ -60,7 +47,7 @@ def round_by_blocks(
                     theirs = theirs if floats is None else play(floats, theirs, passed)
                 at = place[name]
                 seen = moments(runner, blocks[at], name, ours, None if floats is None else (floats, theirs))
-            found = request.rounded(simulated.floats, name, *((None, None) if seen is None else seen.both))
+            found = request.rounded(simulated.floats, name, seen)
         simulated.set_weight(name, found[0])
         how[name] = found[1]
     return how

@@ -13,6 +13,7 @@ from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.program import Program
 from quantkit.progress import track
 from quantkit.ranges.statistics import layer_hessians
+from quantkit.rounding.moments import Moments
 from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.model import SimulatedModel
 
@@ -29,7 +30,7 @@ def round_in_sequence(
         if found is None:
             looks = request.looks_at_inputs(simulated.floats, name)
             hessian = layer_hessians(simulated, program, [name], batches).get(name) if looks else None
-            found = request.rounded(simulated.floats, name, hessian)
+            found = request.rounded(simulated.floats, name, None if hessian is None else Moments(hessian))
         simulated.set_weight(name, found[0])
         how[name] = found[1]
     return how

@@ -1,7 +1,7 @@
 """GPTQ as the paper and its authors' code have it, on a decoder of transformers, without anything of quantkit.
 
-What quantkit's own is compared with, in time (``tools/study_gptq.py``) and in quality: ranges from the extremes of each
-group, static groups, columns most active first, a block of the model at a time.
+What quantkit's own is compared with, in time (``tools/study_gptq.py``) and in quality: ranges from the extremes of
+each group, static groups, columns most active first, a block of the model at a time.
 """
 
 from __future__ import annotations

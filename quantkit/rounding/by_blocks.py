@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,27 @@ from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, play
 
 
+@dataclass
+class _Walk:
+    """What enters block number ``at`` in the quantized network and, where there is one, in the float one."""
+
+    runner: SimulatedProgram
+    floats: SimulatedProgram | None
+    blocks: Sequence[Segment]
+    ours: Values
+    theirs: Values
+    at: int = 0
+
+    def moments(self, name: str, block: int) -> Moments:
+        """The moments of a layer's inputs, in this block or a later one."""
+        for passed in self.blocks[self.at : block]:
+            self.ours = play(self.runner, self.ours, passed)
+            self.theirs = self.theirs if self.floats is None else play(self.floats, self.theirs, passed)
+        self.at = block
+        floats = None if self.floats is None else (self.floats, self.theirs)
+        return moments(self.runner, self.blocks[block], name, self.ours, floats)
+
+
 def round_by_blocks(
     runner: SimulatedProgram, blocks: Sequence[Segment], inputs: Values, request: RoundingRequest
 ) -> dict[str, str]:
@@ -32,24 +54,14 @@ def round_by_blocks(
     floats = None
     if request.method.cross:
         floats = float_program(simulated.model, program, copied_state(program, simulated.model))
-    ours = theirs = dict(inputs)
-    at = 0  # the block that they enter
+    walk = _Walk(runner, floats, blocks, inputs, inputs)
     place = {name: i for i, block in enumerate(blocks) for name in block.layers}
     outside = [name for name in request.formats if name not in place]  # they do not look at inputs
     names = [*outside, *(name for name in place if name in request.formats)]
     for name in track(names, "quantizing layers", enabled=request.progress):
-        found = request.finished(name)
-        if found is None:
-            seen = None
-            if request.looks_at_inputs(simulated.floats, name):
-                for passed in blocks[at : place[name]]:
-                    ours = play(runner, ours, passed)
-                    theirs = theirs if floats is None else play(floats, theirs, passed)
-                at = place[name]
-                seen = moments(runner, blocks[at], name, ours, None if floats is None else (floats, theirs))
-            found = request.rounded(simulated.floats, name, seen)
-        simulated.set_weight(name, found[0])
-        how[name] = found[1]
+        seen = partial(walk.moments, name, place.get(name, 0))
+        weight, how[name] = request.rounded(simulated.floats, name, seen)
+        simulated.set_weight(name, weight)
     return how
 
 
@@ -79,7 +91,7 @@ def moments(
             accumulate(sums, "hessian", columns)
             if floats is not None:
                 accumulate(sums, "cross", columns, read.columns(floats[0], other, same_draws))
-    return Moments(sums["hessian"], sums.get("cross"))
+    return Moments(sums.get("hessian"), sums.get("cross"))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def matched(rows: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     quantized-weight reconstruction (arXiv 2402.05628).
     """
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    ridge = torch.where(mean > 0, RIDGE * mean, torch.ones_like(mean)) * torch.eye(hessian.shape[-1]).to(hessian)
+    ridge = torch.where(mean > 0, RIDGE * mean, torch.ones_like(mean)) * torch.eye(
+        hessian.shape[-1], dtype=hessian.dtype, device=hessian.device
+    )
     change = rows.to(hessian) @ (cross - hessian)
     return rows + torch.linalg.solve(hessian + ridge, change.mT).mT.to(rows)

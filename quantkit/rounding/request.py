@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.layers import Weights
-from quantkit.reconstruction.snapshot import Cache
+from quantkit.reconstruction.snapshot import Cache, Rounded
 from quantkit.rounding import Moments, Rounding, rounding_of
 from quantkit.rounding.weights import rounded_layer
 
@@ -26,18 +25,15 @@ class RoundingRequest:
     def method(self) -> Rounding:
         return rounding_of(self.rounding)
 
-    def looks_at_inputs(self, floats: Weights, layer: str) -> bool:
-        """Whether a layer is rounded by what it reads."""
-        return self.method.hessian and floats.layers[layer].reads_rows
+    def rounded(self, floats: Weights, layer: str, moments: Callable[[], Moments | None]) -> Rounded:
+        """A layer's codes and how it was rounded: by the ``moments`` of its inputs where the rounding asks for them
+        and the layer has any.
+        """
+        format, rounding, looks = self.formats[layer], self.rounding, self.method.hessian
+        if looks and not floats.layers[layer].reads_rows:
+            rounding, looks = "nearest", False
 
-    def finished(self, layer: str) -> tuple[QuantizedWeight, str] | None:
-        """The codes of a layer and how it was rounded, where an earlier run did so."""
-        return self.cache.rounded(layer, self.formats[layer])
+        def compute() -> Rounded:
+            return rounded_layer(floats, layer, format, moments() if looks else None, rounding)
 
-    def rounded(self, floats: Weights, layer: str, moments: Moments | None) -> tuple[QuantizedWeight, str]:
-        """Round a layer, and keep what came of it."""
-        blind = self.method.hessian and not floats.layers[layer].reads_rows
-        rounding = "nearest" if blind else self.rounding
-        found = rounded_layer(floats, layer, self.formats[layer], moments, rounding)
-        self.cache.keep_rounded(layer, *found)
-        return found
+        return self.cache.rounding(layer, format, compute)

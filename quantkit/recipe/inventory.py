@@ -9,7 +9,7 @@ from quantkit.ranges.activations import RANGES
 from quantkit.recipe.sources import METRICS
 from quantkit.reconstruction.blocks import RECONSTRUCTIONS
 from quantkit.reconstruction.corrections import CORRECTIONS
-from quantkit.rounding.weights import ROUNDINGS
+from quantkit.rounding import AUTO, ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, RANKINGS
 from quantkit.stages.first_last import FIRST_LAST
 from quantkit.stages.operating_point import EFFORTS
@@ -33,7 +33,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("solver", SOLVERS),
         ("effort", EFFORTS),
         ("first_last", FIRST_LAST),
-        ("rounding", ROUNDINGS),
+        ("rounding", (AUTO, *ROUNDINGS)),
         ("ranges", RANGES),
         ("reconstruction", RECONSTRUCTIONS),
         ("correction", CORRECTIONS),

@@ -1,0 +1,26 @@
+"""Rounding weights: a name, and a function of (rows, format, moments of the layer's inputs) giving codes."""
+
+from __future__ import annotations
+
+from quantkit.rounding import gptaq, gptq, hqq, learned, nearest  # noqa: F401  # registered by name
+from quantkit.rounding.moments import Moments
+from quantkit.rounding.registry import (
+    AUTO,
+    ROUNDINGS,
+    WITHOUT_INPUTS,
+    Codes,
+    Rounding,
+    names_without_inputs,
+    rounding_of,
+)
+
+__all__ = [
+    "AUTO",
+    "ROUNDINGS",
+    "WITHOUT_INPUTS",
+    "Codes",
+    "Moments",
+    "Rounding",
+    "names_without_inputs",
+    "rounding_of",
+]

@@ -18,7 +18,8 @@ from quantkit.program.segments import Segment
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
 from quantkit.rounding.layer_inputs import input_columns
-from quantkit.rounding.request import Moments, RoundingRequest
+from quantkit.rounding.moments import Moments
+from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, play
 
 
@@ -51,7 +52,7 @@ def round_by_blocks(
     """
     simulated, program, how = runner.model, runner.program, {}
     floats = None
-    if request.rounding == "gptaq":
+    if request.method.cross:
         floats = float_program(simulated.model, program, copied_state(program, simulated.model))
     walk = _Walk(runner, floats, blocks, inputs, inputs)
     place = {name: i for i, block in enumerate(blocks) for name in block.layers}

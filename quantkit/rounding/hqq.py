@@ -12,10 +12,23 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import dequantize, quantize
+from quantkit.ranges.weights import group_ranges
+from quantkit.rounding.moments import Moments
+from quantkit.rounding.nearest import nearest_codes
+from quantkit.rounding.registry import Codes, rounding
 
 STEPS = 20
 POWER = 0.7
 _BETA, _GROWTH = 10.0, 1.01
+
+
+@rounding("hqq")
+def hqq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
+    """The code nearest to every weight in half-quadratic ranges."""
+    scale, zero = group_ranges(rows, format)
+    groups = rows.reshape(*scale.shape, -1)
+    scale, zero = (x.squeeze(-1) for x in hqq_range(groups, format, scale.unsqueeze(-1), zero.unsqueeze(-1)))
+    return nearest_codes(rows, format, scale, zero), scale, zero
 
 
 def hqq_range(weight: Tensor, format: WeightFormat, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.program import Program
 from quantkit.progress import track
 from quantkit.ranges.statistics import layer_hessians
-from quantkit.rounding.request import Moments, RoundingRequest
+from quantkit.rounding.moments import Moments
+from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.model import SimulatedModel
 
 LARGEST_BIAS = 1 << 30  # leaves half of an INT32 accumulator to the products
@@ -32,8 +33,9 @@ def round_in_sequence(
     return how
 
 
-def _moments(simulated: SimulatedModel, program: Program, name: str, batches: Sequence[Any]) -> Moments:
-    return Moments(layer_hessians(simulated, program, [name], batches).get(name))
+def _moments(simulated: SimulatedModel, program: Program, name: str, batches: Sequence[Any]) -> Moments | None:
+    hessian = layer_hessians(simulated, program, [name], batches).get(name)
+    return None if hessian is None else Moments(hessian)
 
 
 def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]]) -> None:

@@ -13,9 +13,51 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import dequantize, quantize
+from quantkit.ranges.weights import group_ranges, per_input
+from quantkit.rounding.moments import Moments
+from quantkit.rounding.registry import Codes, rounding
 
 STEPS = 300
 _STRETCH, _OFFSET = 1.2, 0.1  # of AdaRound's sigmoid, so that it reaches 0 and 1
+_ELEMENTS_AT_ONCE = 1 << 19
+
+# Of rows, their format, scales and zero points of every weight, and the Hessian: codes, and a factor on each row's
+# scales
+Learn = Callable[[Tensor, WeightFormat, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@rounding("adaround", hessian=True)
+def adaround(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
+    """AdaRound on the error of the layer's outputs."""
+    return _learned(rows, format, moments, lambda *layer: (adaround_codes(*layer), torch.ones_like(layer[0][..., :1])))
+
+
+@rounding("signround", hessian=True)
+def signround(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
+    """Sign-gradient rounding on the error of the layer's outputs."""
+    return _learned(rows, format, moments, signround_codes)
+
+
+def _learned(rows: Tensor, format: WeightFormat, moments: Moments | None, learn: Learn) -> Codes:
+    """Codes learned from the Hessian, in slices that bound memory; a row that nearest rounding serves better keeps
+    that.
+    """
+    assert moments is not None
+    hessian = moments.hessian.to(rows.dtype)
+    scale, zero = group_ranges(rows, format, hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1))
+    size = rows.shape[2]
+    step = max(1, _ELEMENTS_AT_ONCE // (rows.shape[0] * size))
+    found = []
+    for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
+        each = per_input(base, size), per_input(offset, size)
+        nearest = quantize(some, *each, *format.code_range)
+        codes, factor = learn(some, format, *each, hessian)
+
+        before = output_error(some - dequantize(nearest, *each), hessian)
+        after = output_error(some - dequantize(codes, each[0] * factor, each[1]), hessian)
+        better = after < before
+        found.append((torch.where(better, codes, nearest), torch.where(better, base * factor, base)))
+    return torch.cat([codes for codes, _ in found], 1), torch.cat([scales for _, scales in found], 1), zero
 
 
 def output_error(error: Tensor, hessian: Tensor) -> Tensor:
@@ -59,7 +101,7 @@ def adaround_codes(weight: Tensor, format: WeightFormat, scale: Tensor, zero: Te
 
 
 @torch.enable_grad()
-def signround(
+def signround_codes(
     weight: Tensor, format: WeightFormat, scale: Tensor, zero: Tensor, hessian: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``weight`` (groups, O, K) and a factor (groups, O, 1) on its scales, moved by the sign of their

@@ -18,7 +18,8 @@ from quantkit.progress import track
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.statistics import in_memory_bound, layer_hessians, site_histograms
 from quantkit.reconstruction.snapshot import weights_codec
-from quantkit.rounding.weights import WITHOUT_INPUTS, quantize_weight, rounding_note
+from quantkit.rounding import Moments, rounding_of
+from quantkit.rounding.weights import quantize_weight, rounding_note
 from quantkit.sensitivity.measure import Perturbation
 from quantkit.simulation.model import as_float
 from quantkit.store import Arrays, Artefacts, Codec
@@ -47,7 +48,7 @@ def weight_perturbations(
     # One pass over the batches collects the Hessians of as many layers as fit into memory.
     for run in in_memory_bound(ready.weights, [name for name in formats if name not in done]):
         hessians = {}
-        if rounding not in WITHOUT_INPUTS:
+        if rounding_of(rounding).hessian:
             hessians = layer_hessians(observed, ready.program, run, track(batches, "layer inputs", enabled=progress))
         for name in track(run, "rounding", enabled=progress):
             compute = partial(_rounded, ready, name, formats[name], hessians.pop(name, None), rounding)
@@ -61,8 +62,9 @@ def _rounded(
 ) -> tuple[dict[str, QuantizedWeight], str]:
     """A layer's codes in every format, and how they were rounded."""
     weight = ready.weights.layers[layer]
-    how = rounding if weight.reads_rows or rounding in WITHOUT_INPUTS else "nearest"
-    rounded = quantize_weight(ready.weights[layer], formats, hessian, weight.groups, how)
+    how = rounding if weight.reads_rows or not rounding_of(rounding).hessian else "nearest"
+    moments = None if hessian is None else Moments(hessian)
+    rounded = quantize_weight(ready.weights[layer], formats, moments, weight.groups, how)
     return {str(f): codes for f, codes in rounded.weights.items()}, rounding_note(layer, rounded, how)
 
 

@@ -12,7 +12,8 @@ from quantkit.program.inputs import batch_size
 from quantkit.program.intercept import tensors_of
 from quantkit.program.record import run_model
 from quantkit.ranges.statistics import HESSIAN_BYTES
-from quantkit.rounding.weights import WITHOUT_INPUTS, quantize_weight
+from quantkit.rounding import Moments, rounding_of
+from quantkit.rounding.weights import quantize_weight
 from quantkit.sensitivity import COSTS
 from quantkit.sensitivity.curvature import GRAPH_SAMPLES
 from quantkit.sensitivity.outputs import OutputRule
@@ -105,11 +106,11 @@ def _rounding_seconds(request: Request) -> float:
     layers = sorted(rows or request.candidates, key=lambda name: _work(request, name))
     name = layers[len(layers) // 2]
     groups, width = request.ready.weights.layers[name].groups, _width(request, name)
-    hessian = None
-    if request.settings["rounding"] not in WITHOUT_INPUTS:
-        hessian = torch.eye(width, dtype=torch.float64).repeat(groups, 1, 1)
+    moments = None
+    if rounding_of(request.settings["rounding"]).hessian:
+        moments = Moments(torch.eye(width, dtype=torch.float64).repeat(groups, 1, 1))
     formats = list(dict.fromkeys(s.weight for s in request.candidates[name] if s.weight is not None))
     start = time.perf_counter()
-    quantize_weight(request.ready.weights[name], formats, hessian, groups, request.settings["rounding"])
+    quantize_weight(request.ready.weights[name], formats, moments, groups, request.settings["rounding"])
     seconds = time.perf_counter() - start
     return seconds * sum(_work(request, n) for n in layers) / max(1, _work(request, name))

@@ -17,7 +17,7 @@ from quantkit.formats import Scheme
 from quantkit.program.inputs import Batch, read_batches, split_batches
 from quantkit.program.record import run_model
 from quantkit.progress import notice
-from quantkit.rounding.weights import WITHOUT_INPUTS
+from quantkit.rounding import AUTO, WITHOUT_INPUTS, names_without_inputs
 from quantkit.sensitivity import NO_INPUTS
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare, prepare_unrecorded
@@ -105,9 +105,9 @@ class Inputs:
 
     def rounding(self, asked: str) -> str:
         """The rounding to use; raises InvalidRequest for one that looks at inputs that are not there."""
-        if self.batches or asked in WITHOUT_INPUTS:
+        if self.batches or asked in names_without_inputs():
             return asked
-        return "hqq" if asked == "auto" else self._refuse("rounding", asked, WITHOUT_INPUTS)
+        return WITHOUT_INPUTS if asked == AUTO else self._refuse("rounding", asked, names_without_inputs())
 
     def sensitivity(self, asked: str) -> str:
         """The estimator to use; raises InvalidRequest for one that measures on inputs that are not there."""

@@ -13,7 +13,7 @@ from quantkit.ranges.activations import RANGES
 from quantkit.reconstruction.blocks import RECONSTRUCTIONS
 from quantkit.reconstruction.corrections import CORRECTIONS
 from quantkit.reconstruction.learning import LearningOptions
-from quantkit.rounding.weights import ROUNDINGS
+from quantkit.rounding import AUTO, ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.outputs import LOSSES
 from quantkit.stages.first_last import FIRST_LAST, SAME
@@ -25,7 +25,7 @@ REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax"
 
 CHOICES: dict[str, Iterable[str]] = {
     "sensitivity": ("auto", *ESTIMATORS),
-    "rounding": ROUNDINGS,
+    "rounding": (AUTO, *ROUNDINGS),
     "ranges": tuple(RANGES),
     "reconstruction": RECONSTRUCTIONS,
     "correction": CORRECTIONS,

@@ -16,8 +16,10 @@ from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import QuantizedWeight, dequantize, quantize
 from quantkit.ranges.statistics import layer_hessians
 from quantkit.ranges.weights import mse_range
+from quantkit.rounding import AUTO, ROUNDINGS, Moments
+from quantkit.rounding.gptaq import RIDGE, matched
 from quantkit.rounding.hqq import POWER, hqq_range
-from quantkit.rounding.weights import RIDGE, ROUNDINGS, matched, quantize_weight
+from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
@@ -45,7 +47,7 @@ def network(name: str) -> tuple[Prepared, dict[str, Tensor]]:
 
 def rounded(ready: Prepared, name: str, hessian: Tensor, format: WeightFormat, rounding: str) -> QuantizedWeight:
     weight, groups = ready.weights[name], ready.weights.layers[name].groups
-    found = quantize_weight(weight, [format], None if rounding == "nearest" else hessian, groups, rounding)
+    found = quantize_weight(weight, [format], Moments(hessian), groups, rounding)
     assert found.rounding == rounding
     return found.weights[format]
 
@@ -90,12 +92,12 @@ def test_and_on_trained_networks(name: str, rounding: str, data_dir: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["w3", "w3z", "w3g6", "w2g3z"])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", [AUTO, *ROUNDINGS])
 def test_codes_scales_and_zero_points_fit_their_format(rounding: str, text: str) -> None:
     draw, format = torch.Generator().manual_seed(0), Scheme.parse(text).weight
     weight = torch.randn(6, 2, 3, 3, generator=draw)
     x = torch.randn(1, 90, 18, generator=draw)
-    found = quantize_weight(weight, [format], (x.mT @ x).double(), 1, rounding).weights[format]
+    found = quantize_weight(weight, [format], Moments((x.mT @ x).double()), 1, rounding).weights[format]
     low, high = format.code_range
     assert found.codes.shape == weight.shape and found.codes.dtype == torch.int8
     assert low <= int(found.codes.min()) and int(found.codes.max()) <= high

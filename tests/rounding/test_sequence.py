@@ -17,6 +17,7 @@ from quantkit.program.intercept import OpKey
 from quantkit.program.record import record
 from quantkit.program.sites import Site
 from quantkit.rounding.in_sequence import LARGEST_BIAS, round_biases, round_in_sequence
+from quantkit.rounding.moments import Moments
 from quantkit.rounding.request import RoundingRequest
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
@@ -63,7 +64,7 @@ def by_hand(batches: list[Batch], quantized_so_far: bool = True) -> dict[str, Qu
         if quantized_so_far:
             x = RANGES[INPUTS[name][0]].fake_quantize(x)
         hessian = (x.T.double() @ x.double())[None]
-        found[name] = quantize_weight(layer.weight, [format], hessian).weights[format]
+        found[name] = quantize_weight(layer.weight, [format], Moments(hessian)).weights[format]
         with torch.no_grad():
             weight = found[name].dequantize() if quantized_so_far else layer.weight
             x = F.relu(F.linear(x, weight, layer.bias))
@@ -121,7 +122,9 @@ def test_grouped_convolution_is_rounded_group_by_group() -> None:
     round_in_sequence(simulated, record(model, batch), [batch], RoundingRequest({"0": format}, progress=False))
     for g in range(2):
         patches = F.unfold(batch[0][0][:, 2 * g : 2 * g + 2], 3).transpose(1, 2).reshape(-1, 18).double()
-        alone = quantize_weight(weight[3 * g : 3 * g + 3], [format], (patches.T @ patches)[None]).weights[format]
+        alone = quantize_weight(weight[3 * g : 3 * g + 3], [format], Moments((patches.T @ patches)[None])).weights[
+            format
+        ]
         assert torch.equal(simulated.weights["0"].codes[3 * g : 3 * g + 3], alone.codes)
 
 

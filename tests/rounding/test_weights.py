@@ -13,9 +13,11 @@ from torch import Tensor
 from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import quantize
 from quantkit.ranges.weights import mse_range
-from quantkit.rounding import weights
-from quantkit.rounding.gptq import DAMPING, gptq_codes, inverse_factor
-from quantkit.rounding.weights import STRETCH, Rounded, quantize_weight, rounding_note
+from quantkit.rounding import gptq
+from quantkit.rounding.gptq import COARSE, FINE
+from quantkit.rounding.moments import DAMPING, Moments
+from quantkit.rounding.weights import Rounded, quantize_weight, rounding_note
+from tests.rounding.test_gptq import obq_row, uneven_hessian
 
 FORMATS = [Scheme.parse(text).weight for text in ("w2", "w4", "w8", "w3z", "w4g6", "w4g3z", "w5g18")]
 SHAPES = {"linear": ((6, 18), 1), "conv": ((6, 2, 3, 3), 1), "grouped": ((6, 2, 3, 3), 3)}
@@ -46,8 +48,8 @@ def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 def test_codes_scales_and_zero_points_as_they_ship(
     format: WeightFormat, shape: tuple[int, ...], groups: int, rounding: str
 ) -> None:
-    hessian = random_hessian(groups, 18) if rounding == "gptq" else None
-    rounded = quantize_weight(random_weight(shape), [format], hessian, groups)
+    moments = Moments(random_hessian(groups, 18)) if rounding == "gptq" else None
+    rounded = quantize_weight(random_weight(shape), [format], moments, groups)
     found, (low, high) = rounded.weights[format], format.code_range
     assert rounded.rounding == rounding
     assert rounded.damping == (DAMPING if rounding == "gptq" else 0.0)
@@ -78,41 +80,61 @@ def test_nearest_is_nearest_in_every_group(format: WeightFormat, shape: tuple[in
             assert found.scale[row, start // size] == scale.float()
 
 
+def searched_row(
+    row: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, format: WeightFormat
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of a row by OBQ, most active inputs first, under scales around ``scale``, with scales fitted to
+    them, and under scales around these, fitted too.
+    """
+    order = np.argsort(-np.floor(16 * np.log2(hessian.diagonal())), kind="stable")
+    damped = hessian + DAMPING * hessian.diagonal().mean() * np.eye(len(row))
+    size, root, best = len(row) // len(scale), np.linalg.cholesky(damped).T, []
+    for factors in (COARSE, FINE):
+        trials = []
+        for factor in factors:
+            codes, spread = np.zeros_like(row), np.repeat(scale * factor, size)
+            codes[order], loss = obq_row(
+                row[order],
+                damped[np.ix_(order, order)],
+                spread[order],
+                np.repeat(zero, size)[order],
+                *format.code_range,
+            )
+            trials.append((loss, codes, scale * factor))
+        loss, codes, scale = min(trials, key=lambda trial: trial[0])
+
+        steps = np.zeros((len(row), len(scale)))
+        for group in range(len(scale)):
+            inside = slice(group * size, (group + 1) * size)
+            steps[inside, group] = codes[inside] - zero[group]
+        used = steps.any(axis=0)
+        fitted = scale.copy()
+        fitted[used] = np.linalg.lstsq(root @ steps[:, used], root @ row, rcond=None)[0]
+        fitted = np.where(fitted * scale > 0, fitted, scale)
+        error = root @ (row - steps @ fitted)
+        best += [(loss, codes, scale), (float(error @ error), codes, fitted)]
+        loss, codes, scale = min(best, key=lambda trial: trial[0])
+    return codes, scale
+
+
 @every_format
 @every_shape
-def test_gptq_keeps_the_best_stretch_of_each_row(format: WeightFormat, shape: tuple[int, ...], groups: int) -> None:
-    weight, hessian = random_weight(shape), random_hessian(groups, 18)
-    rows, size = weight.reshape(groups, -1, 18), format.group or 18
-    importance = hessian.diagonal(dim1=-2, dim2=-1)
-    parts = rows.reshape(*rows.shape[:2], -1, size)
-    scale, zero = mse_range(parts, format, importance.reshape(groups, 1, -1, size))
-    best_loss = torch.full(rows.shape[:2], torch.inf, dtype=torch.float64)
-    best_codes, best_scale = torch.zeros_like(rows), torch.zeros_like(scale[..., 0])
-    activity = [torch.floor(16 * torch.log2(matrix.diagonal())) for matrix in hessian]
-    order = [torch.sort(row, descending=True, stable=True).indices for row in activity]
-    factor = inverse_factor(torch.stack([matrix[o][:, o] for matrix, o in zip(hessian, order, strict=True)]))
-
-    def in_order(x: Tensor) -> Tensor:
-        return torch.stack([part[:, o] for part, o in zip(x, order, strict=True)])
-
-    zeros = in_order(zero[..., 0].repeat_interleave(size, -1))
-    for stretch in STRETCH.double():
-        trial = scale[..., 0] * stretch
-        scales = in_order(trial.repeat_interleave(size, -1))
-        found_codes, loss = gptq_codes(in_order(rows), factor, scales, zeros, *format.code_range)
-        codes = torch.stack([part[:, o.argsort()] for part, o in zip(found_codes, order, strict=True)])
-        for g, o in np.ndindex(*loss.shape):
-            if loss[g, o] < best_loss[g, o]:
-                best_loss[g, o], best_codes[g, o], best_scale[g, o] = loss[g, o], codes[g, o], trial[g, o]
-    found = quantize_weight(weight, [format], hessian, groups).weights[format]
-    assert torch.equal(found.codes, best_codes.reshape(shape).to(torch.int8))
-    assert torch.equal(found.scale, best_scale.reshape(6, -1).float())
+def test_gptq_searches_and_fits_scales_row_by_row(format: WeightFormat, shape: tuple[int, ...], groups: int) -> None:
+    weight, hessian = random_weight(shape), uneven_hessian(groups, 18, 4)
+    rows = weight.reshape(groups, -1, 18)
+    scale, zero = (x.squeeze(-1).numpy() for x in mse_range(rows.unflatten(-1, (-1, format.group or 18)), format))
+    found = quantize_weight(weight, [format], Moments(hessian), groups).weights[format]
+    codes, scales = found.codes.reshape(rows.shape).numpy(), found.scale.reshape(scale.shape).numpy()
+    for g, o in np.ndindex(*rows.shape[:2]):
+        wanted = searched_row(rows[g, o].numpy(), hessian[g].numpy(), scale[g, o], zero[g, o], format)
+        assert np.array_equal(codes[g, o], wanted[0])
+        np.testing.assert_allclose(scales[g, o], wanted[1], rtol=1e-4)
 
 
 def test_float32_finds_the_codes_of_float64() -> None:
     weight, hessian = random_weight((6, 2, 3, 3)), random_hessian(3, 18)
-    double = quantize_weight(weight, FORMATS, hessian, 3)
-    single = quantize_weight(weight.float(), FORMATS, hessian, 3)
+    double = quantize_weight(weight, FORMATS, Moments(hessian), 3)
+    single = quantize_weight(weight.float(), FORMATS, Moments(hessian), 3)
     for format in FORMATS:
         same = double.weights[format].codes == single.weights[format].codes
         assert same.double().mean() > 0.97, str(format)  # a value on a tie tips now and then
@@ -121,9 +143,9 @@ def test_float32_finds_the_codes_of_float64() -> None:
 @every_shape
 def test_all_formats_at_once_are_those_found_alone(shape: tuple[int, ...], groups: int) -> None:
     weight, hessian = random_weight(shape), random_hessian(groups, 18)
-    together = quantize_weight(weight, FORMATS, hessian, groups)
+    together = quantize_weight(weight, FORMATS, Moments(hessian), groups)
     for format in FORMATS:
-        alone = quantize_weight(weight, [format], hessian, groups).weights[format]
+        alone = quantize_weight(weight, [format], Moments(hessian), groups).weights[format]
         assert torch.equal(together.weights[format].codes, alone.codes)
         assert torch.equal(together.weights[format].scale, alone.scale)
 
@@ -131,9 +153,9 @@ def test_all_formats_at_once_are_those_found_alone(shape: tuple[int, ...], group
 @every_format
 def test_slices_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, format: WeightFormat) -> None:
     weight, hessian = random_weight((7, 18)), random_hessian(1, 18)
-    whole = quantize_weight(weight, [format], hessian).weights[format]
-    monkeypatch.setattr(weights, "_ELEMENTS_AT_ONCE", 3 * 17 * 18)
-    sliced = quantize_weight(weight, [format], hessian).weights[format]
+    whole = quantize_weight(weight, [format], Moments(hessian)).weights[format]
+    monkeypatch.setattr(gptq, "_ELEMENTS_AT_ONCE", 3 * 5 * 18)
+    sliced = quantize_weight(weight, [format], Moments(hessian)).weights[format]
     assert torch.equal(whole.codes, sliced.codes) and torch.equal(whole.scale, sliced.scale)
 
 
@@ -144,7 +166,7 @@ def test_gptq_gives_smaller_output_errors_than_nearest(bits: int, suffix: str) -
     format = Scheme.parse(f"w{bits}{suffix}").weight
     for seed in range(5):
         weight, hessian = random_weight((16, 18), seed), random_hessian(1, 18, seed)
-        by_gptq = quantize_weight(weight, [format], hessian).weights[format].dequantize()
+        by_gptq = quantize_weight(weight, [format], Moments(hessian)).weights[format].dequantize()
         by_nearest = quantize_weight(weight, [format]).weights[format].dequantize()
         assert output_error(weight, by_gptq, hessian) < output_error(weight, by_nearest, hessian), seed
 
@@ -153,7 +175,7 @@ def test_gptq_gives_smaller_output_errors_than_nearest(bits: int, suffix: str) -
 def test_parameter_of_any_float_type_is_left_alone(dtype: torch.dtype) -> None:
     weight = torch.nn.Parameter(random_weight((4, 18)).to(dtype))
     before = weight.detach().clone()
-    found = quantize_weight(weight, [FORMATS[2]], random_hessian(1, 18)).weights[FORMATS[2]]
+    found = quantize_weight(weight, [FORMATS[2]], Moments(random_hessian(1, 18))).weights[FORMATS[2]]
     assert torch.equal(weight, before)
     assert not found.scale.requires_grad
     assert (found.dequantize() - before.float()).abs().max() < 0.2
@@ -161,7 +183,7 @@ def test_parameter_of_any_float_type_is_left_alone(dtype: torch.dtype) -> None:
 
 def test_damping_that_was_needed_is_recorded() -> None:
     hessian = torch.tensor([[[1.0, 1.05], [1.05, 1.0]]], dtype=torch.float64)
-    rounded = quantize_weight(random_weight((4, 2)), [FORMATS[1]], hessian)
+    rounded = quantize_weight(random_weight((4, 2)), [FORMATS[1]], Moments(hessian))
     assert (rounded.rounding, rounded.damping) == ("gptq", pytest.approx(0.1))
     assert rounding_note("fc", rounded, "auto") == "gptq, damping 0.1"
 
@@ -169,7 +191,7 @@ def test_damping_that_was_needed_is_recorded() -> None:
 def test_hessian_with_nan_falls_back_to_nearest_and_names_the_layer(caplog: pytest.LogCaptureFixture) -> None:
     weight, hessian = random_weight((6, 18)), random_hessian(1, 18)
     hessian[0, 3, 4] = torch.nan
-    rounded = quantize_weight(weight, FORMATS, hessian)
+    rounded = quantize_weight(weight, FORMATS, Moments(hessian))
     plain = quantize_weight(weight, FORMATS)
     assert (rounded.rounding, rounded.damping) == ("nearest", 0.0)
     assert all(torch.equal(rounded.weights[f].codes, plain.weights[f].codes) for f in FORMATS)

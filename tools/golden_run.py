@@ -166,8 +166,8 @@ def codes_of(quantizer: Any) -> str:
     parts: list[object] = []
     for key, value in found.items():
         numbers = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
-        if key == "zero_point" and not numbers.any():
-            continue
+        if (key == "zero_point" and not numbers.any()) or (key == "bits" and "codes" in found):
+            continue  # a weight's width is the plan's
         numbers = numbers.astype(np.float32 if key == "scale" else np.int64)
         parts += [key, numbers.shape if key == "codes" else numbers.size, numbers.tobytes()]
     return digest(*parts)

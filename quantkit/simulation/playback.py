@@ -148,7 +148,8 @@ def samples_of(program: Program, values: Values) -> int:
 def take(program: Program, values: Values, indices: Tensor) -> dict[int, Tensor]:
     """The values of some samples, in memory of their own; what is the same for all samples as it is."""
     rows = program.rows
-    return {n: program.laid_out(x.index_select(rows[n], indices)) if n in rows else x for n, x in values.items()}
+    picked = {n: x[(slice(None),) * rows[n] + (indices,)] if n in rows else x for n, x in values.items()}
+    return {n: program.laid_out(x) if n in rows else x for n, x in picked.items()}
 
 
 @torch.no_grad()

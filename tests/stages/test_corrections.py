@@ -15,6 +15,7 @@ from quantkit.reconstruction.corrections import best_factor, head_of, match_outp
 from quantkit.reconstruction.learning import Schedule
 from quantkit.reconstruction.snapshot import Snapshot
 from quantkit.rounding.in_sequence import round_in_sequence
+from quantkit.rounding.request import RoundingRequest
 from quantkit.sensitivity.damage import KLDamage
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
@@ -60,17 +61,17 @@ def test_every_channel_gets_its_statistics_back(deviations: bool) -> None:
     float_state = {name: tensor.clone() for name, tensor in program.state_of(ready.model).items()}
     simulated = SimulatedModel(ready.model, (), {}, {})
     formats = {name: quantkit.Scheme.parse("w2").weight for name in ready.quantizable}
-    round_in_sequence(simulated, ready.program, formats, [((x,), {})], "nearest", progress=False)
+    round_in_sequence(simulated, ready.program, [((x,), {})], RoundingRequest(formats, "nearest", progress=False))
     codes = {name: weight.codes.clone() for name, weight in simulated.weights.items()}
     runner, floats = (
         SimulatedProgram(simulated, program),
         SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), program, fixed=float_state),
     )
     blocks, inputs = [whole(program, ready.quantizable)], program.entering(ready.model, ((x,), {}))
-    match_outputs(runner, floats, ready.program, blocks, inputs, deviations)
+    match_outputs(runner, floats, blocks, inputs, deviations)
     for name in ready.quantizable:
-        wanted = output_spread(floats, ready.program, blocks[0], name, inputs)
-        found = output_spread(runner, ready.program, blocks[0], name, inputs)
+        wanted = output_spread(floats, blocks[0], name, inputs)
+        found = output_spread(runner, blocks[0], name, inputs)
         torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-4, atol=1e-5)
         ratio = found.deviation / wanted.deviation
         if deviations:  # but for channels that rounding made too flat or too steep to trust
@@ -132,5 +133,5 @@ def test_head_is_the_layer_that_makes_the_output() -> None:
         assert program is not None
         simulated = SimulatedModel(ready.model, (), {}, {})
         formats = {n: quantkit.Scheme.parse("w4").weight for n in ready.quantizable}
-        round_in_sequence(simulated, ready.program, formats, [((x,), {})], "nearest", progress=False)
-        assert head_of(SimulatedProgram(simulated, program), ready.program) == name
+        round_in_sequence(simulated, ready.program, [((x,), {})], RoundingRequest(formats, "nearest", progress=False))
+        assert head_of(SimulatedProgram(simulated, program)) == name

@@ -4,9 +4,9 @@
 
 Five weight formats of every layer and two activation formats of every site, so many measured pairs. Forwards are
 counted where the model runs, in sample sets, of replays by the share of steps they take; rounding is left out, its
-time printed. Memory is the peak of the process
-over what it held before (Linux; glibc is told to give back what is freed, so that only what is held counts), against
-1.5 times that of one calibration forward, plus the weights, plus the output shifts that are kept.
+time printed. Memory is the peak of the process over what it held before (Linux; glibc is told to give back what is
+freed, so that only what is held counts), against 1.5 times that of one calibration forward, plus the weights, plus the
+output shifts that are kept.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ def one_forward(ready: Prepared, batch: Batch) -> tuple[int, int]:
     return peak() - before, classes
 
 
+def subject_of(ready: Prepared, inputs: list[Batch], program: Program) -> Subject:
+    sites = {site.name: site for site in ready.sites}
+    return Subject(ready.model, inputs, sites, weights=ready.weights, program=program)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="calibration images (default 256)")
@@ -124,8 +129,7 @@ def main() -> None:
     changes += site_perturbations(ready, activation_formats(SITE_BITS), batches, "mse", progress=True)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(0))
     assert inputs is not None, "images can be mixed"
-    sites = {site.name: site for site in ready.sites}
-    subject = Subject(ready.model, inputs, sites, weights=ready.weights, program=counter.program)
+    subject = subject_of(ready, inputs, counter.program)
     forward, classes = one_forward(ready, batches[0])
     counter.samples -= batch_size(batches[0])
     before, started = peak_reset(), time.process_time()

@@ -14,6 +14,7 @@ from torch import nn
 from quantkit.budget import Budget
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
+from quantkit.program.updates import own_modes
 from quantkit.session import Session
 from quantkit.stages.apply import Application, apply_plan, require_layers
 from quantkit.stages.inputs import Inputs
@@ -28,6 +29,7 @@ from quantkit.targets import Target
 from quantkit.targets.rules import Rules
 
 
+@own_modes()
 def quantize(
     model: nn.Module,
     budget: str | Budget | Mapping[str, Any],
@@ -78,6 +80,7 @@ def quantize(
     return quantize_request(request, search)
 
 
+@own_modes()
 def profile(
     model: nn.Module,
     calibration: Any = None,
@@ -117,6 +120,7 @@ def profile(
     return measure(request, run)
 
 
+@own_modes()
 def apply(
     model: nn.Module,
     plan: Plan | Mapping[str, str | Scheme],

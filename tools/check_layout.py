@@ -1,11 +1,11 @@
 """Keep the house in order: imports go down one list, files and functions stay short.
 
-    python tools/check_layout.py [--strict] [REPOSITORY]
+    python tools/check_layout.py [REPOSITORY]
 
 Reads the sources with ``ast`` and imports nothing. Every import counts, also one inside a function or for types only:
 what a reader has to know to understand a module is what it depends on. Prints ``path:line: what, what to do`` for
-every finding and exits with 1 if there is any. ``--strict`` also counts parameters. The last line is the size of the
-package: lines without docstrings, comments and blank lines.
+every finding and exits with 1 if there is any. The last line is the size of the package: lines without docstrings,
+comments and blank lines.
 """
 
 from __future__ import annotations
@@ -281,25 +281,23 @@ def code_lines(source: str) -> int:
     return sum(bool(line) and not line.startswith("#") and number not in documented for number, line in stripped)
 
 
-def check(root: Path, strict: bool = False) -> list[str]:
+def check(root: Path) -> list[str]:
     """All violations in a repository, readable."""
     imports, modules = read_imports(root), modules_of(root)
     trees = {name: ast.parse(file.read_text(), str(file)) for name, file in modules.items()}
     paths = {name: file.relative_to(root) for name, file in modules.items()}
-    found = check_imports(imports) + check_circles(imports) + check_lengths(root) + check_quantizers(trees, paths)
-    return found + check_parameters(trees, paths) if strict else found
+    found = check_imports(imports) + check_circles(imports) + check_lengths(root)
+    return found + check_quantizers(trees, paths) + check_parameters(trees, paths)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Check the layout of a repository.")
     parser.add_argument("repository", nargs="?", type=Path, default=Path(__file__).resolve().parent.parent)
-    parser.add_argument("--strict", action="store_true", help="count parameters too")
-    given = parser.parse_args(arguments)
-    root = given.repository
+    root = parser.parse_args(arguments).repository
     if not (root / PACKAGE).is_dir():
         print(f"{root} holds no folder {PACKAGE}: pass the repository's root", file=sys.stderr)
         return 1
-    modules, messages = modules_of(root), check(root, given.strict)
+    modules, messages = modules_of(root), check(root)
     print("\n".join(messages) or f"layout in order: {len(modules)} modules")
     print(f"{sum(code_lines(file.read_text()) for file in modules.values()):,} lines of code")
     return 1 if messages else 0

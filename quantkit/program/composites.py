@@ -1,11 +1,13 @@
 """Composite functions as the calls they consist of, so that the products and the softmax inside can be seen, quantized
-and exported: attention, the module ``nn.MultiheadAttention``, and ``einsum`` of two operands.
+and exported: attention, the module ``nn.MultiheadAttention``, ``einsum`` and ``tensordot``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import string
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from inspect import signature
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Function = Callable[..., Any]
+_ELLIPSIS = string.ascii_uppercase  # indices for the axes that an ellipsis stands for
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -30,26 +33,21 @@ def parts_of(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Funct
         random = given.arguments["dropout_p"] and given.arguments["training"]
         static = given.arguments["static_k"] is not None or given.arguments["static_v"] is not None
         return None if random or static else (lambda *_, **__: attention_of_heads(**given.arguments))
-    if op == "einsum" and (terms := einsum_terms(args)) is not None:
-        return lambda *_: contraction(terms, *args[1:])
+    if op == "einsum" and (steps := einsum_steps(args)) is not None:
+        return lambda _, first, *others: reduce(_contracted, zip(steps, others, strict=True), first)
+    if op == "tensordot":
+        return _tensordot_parts(*args, **kwargs)
     return None
 
 
-def decomposed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def decomposed_attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
     """What ``torch.nn.functional.scaled_dot_product_attention`` computes, by its documented definition, in separate
     calls. Scores are scaled after the product, so that codes of queries and keys are multiplied as they are.
     """
-    assert not dropout_p, "checked by parts_of"
-    if enable_gqa:
+    given = dict(zip(_ATTENTION[3:], more, strict=False)) | options
+    attn_mask, is_causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
+    assert not given.get("dropout_p"), "checked by parts_of"
+    if given.get("enable_gqa"):
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     scores = torch.matmul(query, key.transpose(-2, -1))
@@ -123,28 +121,68 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, -math.inf)
 
 
-def einsum_terms(args: tuple[Any, ...]) -> tuple[str, str, str] | None:
-    """The indices of both operands and of the result of ``einsum(equation, left, right)``; None for other numbers of
-    operands, repeated indices and ellipses, and where nothing is summed.
+Terms = tuple[str, str, str]  # the indices of two operands and of their product
+
+
+def einsum_steps(args: tuple[Any, ...]) -> list[Terms] | None:
+    """The products of two that make up ``einsum(equation, first, second, ...)``, each of what was made before and the
+    next operand; None where an index repeats in an operand, or where one of them sums nothing.
     """
-    operands = args[1:]
-    if not isinstance(args[0], str) or len(operands) != 2 or not all(isinstance(x, Tensor) for x in operands):
+    equation, *operands = args
+    if not isinstance(equation, str) or len(operands) < 2 or not all(isinstance(x, Tensor) for x in operands):
         return None
-    left, arrow, result = args[0].replace(" ", "").partition("->")
-    terms = left.split(",")
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    given, dots = left.split(","), _ELLIPSIS[: max(x.dim() for x in operands)]
+    terms = [
+        term.replace("...", dots[len(dots) - x.dim() + len(term) - 3 :])
+        for term, x in zip(given, operands, strict=True)
+    ]
+    every = "".join(terms)
     if not arrow:
-        joined = "".join(terms)
-        result = "".join(sorted(index for index in joined if joined.count(index) == 1))
-    one, two = terms
-    plain = all(term.isalpha() and len(set(term)) == len(term) for term in (one, two)) and len(set(result)) == len(
-        result
-    )
-    summed = set(one) & set(two) - set(result)
-    alone = (set(one) ^ set(two)) - set(result)
-    return (one, two, result) if plain and summed and not alone and (result.isalpha() or not result) else None
+        result = "..." + "".join(sorted(i for i in every if every.count(i) == 1 and i not in dots))
+    result = result.replace("...", "".join(i for i in dots if i in every))
+    if not _one_size_each(terms, operands) or not {*result} <= {*every} or len({*result}) != len(result):
+        return None
+
+    steps, made = [], terms[0]
+    for position, term in enumerate(terms[1:], 2):
+        later = {*"".join(terms[position:]), *result}
+        left_over = [i for i in dict.fromkeys(made + term) if i in later]
+        product = result if position == len(terms) else "".join(left_over)
+        if not ({*made} & {*term}) - later or ({*made} ^ {*term}) - later:
+            return None
+        steps.append((made, term, product))
+        made = product
+    return steps
 
 
-def contraction(terms: tuple[str, str, str], left: Tensor, right: Tensor) -> Tensor:
+def _one_size_each(terms: list[str], operands: Sequence[Tensor]) -> bool:
+    """Whether every index stands once in a term, and for one size in all of them."""
+    sizes = {
+        (i, size) for term, x in zip(terms, operands, strict=True) for i, size in zip(term, x.shape, strict=False)
+    }
+    fits = all(len({*term}) == len(term) == x.dim() for term, x in zip(terms, operands, strict=True))
+    return fits and len(sizes) == len({i for i, _ in sizes}) and "".join(terms).isalpha()
+
+
+def _tensordot_parts(left: Tensor, right: Tensor, dims: Any = 2, out: Tensor | None = None) -> Function | None:
+    """The product that ``tensordot`` is; None where nothing is summed, or ``dims`` is a tensor."""
+    if isinstance(dims, int):
+        dims = [*range(left.dim() - dims, left.dim())], [*range(dims)]
+    if isinstance(dims, Tensor) or out is not None or not len(dims[0]):
+        return None
+    pairs = {b % right.dim(): a % left.dim() for a, b in zip(*dims, strict=True)}
+    one = _ELLIPSIS[: left.dim()]
+    two = "".join(one[pairs[i]] if i in pairs else _ELLIPSIS[left.dim() + i] for i in range(right.dim()))
+    terms = (one, two, "".join(i for i in one + two if (i in one) != (i in two)))
+    return lambda left, right, *_, **__: contraction(terms, left, right)
+
+
+def _contracted(made: Tensor, step: tuple[Terms, Tensor]) -> Tensor:
+    return contraction(step[0], made, step[1])
+
+
+def contraction(terms: Terms, left: Tensor, right: Tensor) -> Tensor:
     """``einsum`` of two operands as one batched product of matrices."""
     one, two, result = terms
     batch = [i for i in one if i in two and i in result]

@@ -113,7 +113,7 @@ class _Calls(TorchFunctionMode):
         index = self.counts[scope, op]
         self.counts[scope, op] += 1
         result = self.handler(OpKey(scope, op, index), func, args, kwargs)
-        if self.read_shape is not None and op == "size":
+        if self.read_shape is not None and op in ("size", "numel", "nelement"):
             return self.read_shape(args[0], result, *args[1:], **kwargs)
         return result
 
@@ -172,8 +172,8 @@ def intercept(
     model: nn.Module, handler: Handler, read_shape: ReadShape | None = None, enter_model: EnterModel | None = None
 ) -> Iterator[None]:
     """Send every torch call made inside ``model`` to ``handler(key, func, args, kwargs)``, whose result replaces the
-    call's; what ``x.shape`` and ``x.size()`` give goes through ``read_shape(x, result)``, and what the model is called
-    with, by whichever of its methods, through ``enter_model(args, kwargs)``.
+    call's; what ``x.shape``, ``x.size()`` and ``x.numel()`` give goes through ``read_shape(x, result)``, and what the
+    model is called with, by whichever of its methods, through ``enter_model(args, kwargs)``.
 
     Composite functions are taken apart: of attention the handler gets the products and the softmax. It runs with
     interception off, so it may compute freely. Several threads may do this with one model at once. Hooks are removed

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Region, layer_kind, weight_at
@@ -15,7 +16,7 @@ from quantkit.program.layers import LayerWeight, Region, layer_kind, weight_at
 CONVOLUTIONS = tuple(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding")
 _GROUPS = 6  # the position of ``groups`` among a convolution's arguments
-_PRODUCTS = frozenset("matmul rmatmul mm bmm addmm baddbmm addbmm".split())
+_PRODUCTS = frozenset("matmul rmatmul mm mv bmm addmm baddbmm addbmm grouped_mm grouped_mm_fallback".split())
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
 
@@ -113,6 +114,20 @@ class Owners:
             if tensor.numel():
                 self.by_memory.setdefault(tensor.untyped_storage().data_ptr(), name)
         self.modules = {name for name, _ in model.named_modules()}
+        # matrices picked out of a parameter by numbers, as those of the experts that a token has chosen: the
+        # parameter's name, and the strides of the matrices' rows and columns
+        self.picked: Any = WeakTensorKeyDictionary()
+
+    def follow(self, op: str, args: tuple[Any, ...], result: Any) -> None:
+        """Note where a call picks matrices out of a parameter, or makes a view of such."""
+        if not isinstance(result, Tensor) or not args or not isinstance(args[0], Tensor):
+            return
+        source, name = args[0], self.by_id.get(id(args[0]))
+        if source in self.picked:
+            if result.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+                self.picked[result] = self.picked[source]
+        elif name is not None and source.dim() == 3 and _picks_first(op, args):
+            self.picked[result] = (name, result.stride()[-2:])
 
     def parameter_of(self, tensor: Tensor) -> str | None:
         """The name of the parameter or buffer that a tensor is, or is a view of."""
@@ -126,6 +141,8 @@ class Owners:
         weight = product.weight
         name = self.parameter_of(weight)
         bias = self.by_id.get(id(product.bias)) if product.bias is not None else None
+        if weight in self.picked:
+            return self._picked(product)
         if name is None:
             if not sources:
                 return None  # a constant of the code: nothing that the model stores
@@ -135,6 +152,15 @@ class Owners:
         if weight is parameter and product.outputs == (0,):
             return self._layer_name(name), weight_at(product.kind, name, parameter, product.groups, bias)
         return self._view(name, product, bias)
+
+    def _picked(self, product: Product) -> tuple[str, LayerWeight]:
+        """The layer of matrices that were picked out of a parameter: all that it has."""
+        name, strides = self.picked[product.weight]
+        count, *sides = self.named[name].shape
+        into = strides.index(product.weight.stride(product.inputs[0]))
+        order = (0, 2 - into, 1 + into)
+        shape = (count * sides[1 - into], sides[into])
+        return self._layer_name(name), LayerWeight("matmul", shape, name, None, order)
 
     def _computed(self, product: Product, sources: tuple[str, ...], bias: str | None) -> LayerWeight:
         """The layer of a weight that is computed from parameters."""
@@ -178,6 +204,13 @@ class Owners:
         if region == Region(tuple(parameter.shape), parameter.stride(), 0):
             region = None  # type: ignore[assignment]
         return label, LayerWeight(product.kind, shape, name, region, order, bias, product.groups)
+
+
+def _picks_first(op: str, args: tuple[Any, ...]) -> bool:
+    """Whether a call picks entries along the first axis of what it reads, by numbers that are a tensor."""
+    if op == "index_select":
+        return len(args) > 2 and args[1] == 0
+    return op == "getitem" and isinstance(args[1], Tensor) and not args[1].is_floating_point()
 
 
 def _joined(weight: Tensor, product: Product) -> tuple[int, ...]:

@@ -115,6 +115,12 @@ class Program:
                 found.setdefault(value, []).append(step)
         return {value: tuple(steps) for value, steps in found.items()}
 
+    @property
+    def decides_by_values(self) -> bool:
+        """Whether values that depend on the model's inputs left torch, where the model's code may decide by them."""
+        read_out = (step for step in self.steps if not step.makes and not step.rewrites)
+        return any(not self.varying.isdisjoint(step.inputs) for step in read_out)
+
     @cached_property
     def layer_of(self) -> dict[OpKey, str]:
         """Key of a call -> the layer that it is a run of, the first of several."""

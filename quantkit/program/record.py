@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layer
 from quantkit.program.outputs import main_output, named_tensors
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
-from quantkit.program.sizes import Extent, following
+from quantkit.program.sizes import Computed, Extent, following
 from quantkit.program.updates import plain_mode, restored
 
 # Calls that carry values out of torch, where they may decide anything.
@@ -30,9 +31,9 @@ _READ_OUT = frozenset(
 
 # Calls whose result may share the memory of what they read.
 VIEWS = frozenset(
-    "view view_as reshape reshape_as getitem select narrow expand expand_as t T mT transpose permute squeeze "
-    "unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal "
-    "unfold as_strided".split()
+    "view view_as reshape reshape_as getitem select index_select narrow expand expand_as t T mT transpose permute "
+    "squeeze unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold "
+    "as_strided".split()
 )
 
 
@@ -52,6 +53,10 @@ class _Numbers:
         """(old, new) numbers of all tensors in the memory of one that was written to."""
         same = [other for other in list(self.of_tensor) if _memory(other) == _memory(tensor)]
         return [(self.of_tensor[other], self.new(other)) for other in same]
+
+
+def _product(*sizes: int) -> int:
+    return math.prod(sizes)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -154,6 +159,8 @@ class Recorder:
         if isinstance(result, torch.Size):
             sizes: list[Any] = [following(size, Extent(number, i), self) for i, size in enumerate(result)]
             return torch.Size(sizes)
+        if not axis and not named:  # the number of elements
+            return following(result, Computed(_product, tuple(Extent(number, i) for i in range(tensor.dim()))), self)
         asked = axis[0] if axis else named["dim"]
         return following(result, Extent(number, int(asked) % tensor.dim()), self)
 
@@ -177,6 +184,7 @@ class Recorder:
         if makes or written or (key.op in _READ_OUT and not isinstance(result, Tensor)):
             step = Step(key, func, call.args, call.kwargs, call.inputs, makes, outputs, tuple(rewrites), call.constant)
             self.steps.append(step)
+        self.owners.follow(key.op, args, result)
         if outputs:
             self._record_layers(call, args, kwargs, result)
         return result
@@ -231,11 +239,13 @@ class Recorder:
 
     def _record_layers(self, call: _Call, args: Any, kwargs: Any, result: Any) -> None:
         def fixed(tensor: Tensor) -> bool:
-            return (number := self.number(tensor)) not in self.varying and bool(self.sources.get(number))
+            return tensor in self.owners.picked or (
+                (number := self.number(tensor)) not in self.varying and bool(self.sources.get(number))
+            )
 
         for product in products_of(call.key.op, args, kwargs, fixed):
             source = None if product.source is None else self.number(product.source)
-            computing = not call.varies and source is not None and source in self.sources
+            computing = not call.varies and source in self.sources and source in self.floating
             if computing or (not call.varies and product.kind == "matmul"):
                 continue  # parameters alone: the weight of some other call may be made so
             number = self.number(product.weight)
@@ -254,9 +264,12 @@ class Recorder:
             )
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
-    """Call the model on a copy of a batch; a failure becomes InvalidRequest with what the batch was."""
-    return _called(model, *own_inputs(*batch))
+def run_model(model: nn.Module, batch: Batch, updated: Collection[str] | None = None) -> Any:
+    """Call the model on a copy of a batch, without gradients; a failure becomes InvalidRequest with what the batch
+    was. Of what its forward updates, what is named comes out as it was: default all.
+    """
+    with plain_mode(model), restored(model, updated):
+        return _called(model, *own_inputs(*batch))
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -304,7 +317,7 @@ def _program(recorder: Recorder, inputs: list[int], outputs: dict[str, int], upd
     steps = _with_written_made_anew(recorder)
     needed = {n for step in steps if not step.constant for n in step.inputs} | set(outputs.values())
     weights = dict(recorder.weights)
-    held = {recorder.stored[w.parameter] for w in weights.values() if w.parameter is not None}
+    held = {recorder.stored[name] for w in weights.values() for name in ([w.parameter] if w.parameter else w.sources)}
     never_called = {name: w for name, w in recorder.modules.items() if recorder.stored[str(w.parameter)] not in held}
     weights |= {name: w for name, w in never_called.items() if name not in weights}
     return Program(

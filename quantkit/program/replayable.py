@@ -141,7 +141,7 @@ def _agrees(program: Program, model: nn.Module, batch: Batch, wanted: Sequence[T
     with plain_mode(model):
         try:
             found = program.replay(program.entering(model, batch), program.state_of(model), program.outputs)
-        except (KeyError, RuntimeError):  # a tensor that no traced call made, or a shape fixed by the first batch
+        except (LookupError, RuntimeError, ValueError):  # a tensor that no traced call made, or a fixed shape or count
             return False
     return all(_close(one, other) for one, other in zip(found, wanted, strict=True))
 

@@ -3,7 +3,8 @@
 While a model is recorded, ``x.shape`` and ``x.size()`` give ``Size``s instead of plain integers. They are integers in
 every respect, so that the model's code and torch take them as they are; what the code computes from them is a ``Size``
 again, or a ``Ratio`` where it is no whole number. Where one reaches the arguments of a call, its expression is
-recorded in its place.
+recorded in its place. Python takes one for a plain number in ``int(x)``, in calls of ``math``, and on the right of a
+float.
 """
 
 from __future__ import annotations
@@ -109,5 +110,5 @@ for _type in (Size, Ratio):
     for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
         setattr(_type, f"__{_name}__", _remembering(getattr(operator, _name)))
         setattr(_type, f"__r{_name}__", _remembering(getattr(operator, _name), reflected=True))
-    for _name, _function in (("neg", operator.neg), ("floor", math.floor), ("ceil", math.ceil), ("round", round)):
-        setattr(_type, f"__{_name}__", _remembering(_function))
+    for _function in (operator.neg, operator.abs, math.floor, math.ceil, math.trunc, round):
+        setattr(_type, f"__{_function.__name__}__", _remembering(_function))

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_ABSENT = object()
+_OF_MODULES = frozenset(vars(nn.Module()))  # attributes that every module has
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Run the block in the modes in which torch starts a thread, whatever the caller's code is wrapped in."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Run the block in the precision of its tensors, whatever the caller's code is wrapped in."""
+    devices = (p.device.type for p in model.parameters() if not p.is_meta)
+    with torch.autocast(next(devices, "cpu"), enabled=False):
+        yield
 
 
 @contextmanager
@@ -17,44 +45,86 @@ def plain_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def without_autocast(model: nn.Module) -> torch.autocast:
-    """A block that computes in the types of its tensors, on the device of a model."""
-    return torch.autocast(next((p.device.type for p in model.parameters() if not p.is_meta), "cpu"), enabled=False)
+@dataclass(frozen=True)
+class _Held:
+    """A buffer or a plain attribute of a module, with what is needed to tell whether it changed and to undo that."""
+
+    name: str
+    holder: dict[str, Any]
+    key: str
+    value: Any
+    content: Any
+    version: int
+
+    @classmethod
+    def of(cls, name: str, holder: dict[str, Any], key: str) -> _Held:
+        value = holder[key]
+        if isinstance(value, Tensor):
+            version = -1 if value.is_inference() else value._version
+            return cls(name, holder, key, value, value.detach().clone(), version)
+        return cls(name, holder, key, value, value.copy() if type(value) in (list, dict) else None, 0)
+
+    def changed(self) -> bool:
+        if self.holder.get(self.key, _ABSENT) is not self.value:
+            return True
+        if isinstance(self.value, Tensor):
+            unwritten = not self.value.is_inference() and self.value._version == self.version
+            return not (unwritten or torch.equal(self.value, self.content))
+        if isinstance(self.content, dict):
+            return list(self.value) != list(self.content) or not _same(self.value.values(), self.content.values())
+        return isinstance(self.content, list) and not _same(self.value, self.content)
+
+    def put_back(self) -> None:
+        self.holder[self.key] = self.value
+        if isinstance(self.value, Tensor):
+            with torch.no_grad(), torch.inference_mode(self.value.is_inference()):
+                self.value.copy_(self.content)
+        elif isinstance(self.content, dict):
+            self.value.clear()
+            self.value.update(self.content)
+        elif isinstance(self.content, list):
+            self.value[:] = self.content
 
 
-def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
-    """(name, the dictionary that holds it, its key, the tensor) of every tensor of a model but its parameters:
-    buffers, and plain attributes of modules.
-    """
-    for name, module in model.named_modules():
+def _same(found: Collection[Any], before: Collection[Any]) -> bool:
+    return len(found) == len(before) and all(a is b for a, b in zip(found, before, strict=True))
+
+
+def _places(model: nn.Module, names: Collection[str] | None) -> dict[str, tuple[dict[str, Any], str]]:
+    """Name -> (the dictionary that holds it, its key), of all buffers and plain attributes, or those named."""
+    found = {}
+    for scope, module in model.named_modules():
         for holder in (module._buffers, vars(module)):
-            for key, value in holder.items():
-                if isinstance(value, Tensor):
-                    yield (f"{name}.{key}" if name else key), holder, key, value
+            for key in holder:
+                name = f"{scope}.{key}" if scope else key
+                if key not in _OF_MODULES and (names is None or name in names):
+                    found[name] = (holder, key)
+    return found
 
 
 @contextmanager
 def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator[list[str]]:
-    """Give the model's buffers and tensor attributes back what they held before the block: those named, or all.
+    """Give the model's buffers and plain attributes back what they held before the block: those named, or all.
 
-    Yields a list that has, after the block, the names of those that had changed.
+    Yields a list that has, after the block, the names of those that had changed. Threads that would restore the same
+    model wait for each other.
     """
-    before = [
-        (name, holder, key, tensor, -1 if tensor.is_inference() else tensor._version)
-        for name, holder, key, tensor in _holders(model)
-        if names is None or name in names
-    ]
-    copies = {name: tensor.detach().clone() for name, _, _, tensor, _ in before}
     changed: list[str] = []
-    try:
+    if names is not None and not names:
         yield changed
-    finally:
-        for name, holder, key, tensor, version in before:
-            written = tensor.is_inference() or tensor._version != version
-            same = holder.get(key) is tensor
-            if same and not (written and not torch.equal(tensor, copies[name])):
-                continue
-            changed.append(name)
-            holder[key] = tensor
-            with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-                tensor.copy_(copies[name])
+        return
+    with _guard:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        before = {name: _Held.of(name, *place) for name, place in _places(model, names).items()}
+        try:
+            yield changed
+        finally:
+            for name, (holder, key) in _places(model, names).items():
+                if name not in before:
+                    changed.append(name)
+                    del holder[key]
+            for held in before.values():
+                if held.changed():
+                    changed.append(held.name)
+                    held.put_back()

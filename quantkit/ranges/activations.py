@@ -92,7 +92,7 @@ def mse_range(histogram: Histogram, bits: int) -> SiteRange:
         return float((counts * (rounded - values).square()).sum())
 
     edges = histogram.extremes.with_zero()
-    grid = torch.linspace(1.0, 0.02, 99).tolist()
+    grid = torch.linspace(1.0, 0.02, 99, dtype=torch.float32).tolist()
     low = high = 1.0
     best = error(range_between(edges.low, edges.high, bits))
     improved = bool(counts.sum() > 0)
@@ -127,7 +127,7 @@ def entropy_range(histogram: Histogram, bits: int) -> SiteRange:
     edges, best, lowest = histogram.extremes.with_zero(), minmax_range(histogram, bits), float("inf")
     if histogram.counts.sum() == 0:
         return best
-    for shrink in torch.linspace(1.0, 0.1, 91).tolist():
+    for shrink in torch.linspace(1.0, 0.1, 91, dtype=torch.float32).tolist():
         trial = range_between(edges.low * shrink, edges.high * shrink, bits)
         if (found := _lost_information(histogram, trial)) < lowest * (1 - 1e-9):
             best, lowest = trial, found

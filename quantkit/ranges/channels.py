@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.numbers.uniform import fake_quantize
 
-SHARES = torch.linspace(1.0, 0.3, 29)
+SHARES = torch.linspace(1.0, 0.3, 29, dtype=torch.float32)
 LARGEST_SHARE = 0.982  # sigmoid(4): where learning a bound that clips nothing starts
 STEPS = 300
 ROWS = 1024  # of a step

@@ -8,7 +8,7 @@ from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.ranges.activations import Histogram
 
-SCALES = torch.linspace(1.0, 0.3, 71)  # of the largest probability
+SCALES = torch.linspace(1.0, 0.3, 71, dtype=torch.float32)  # of the largest probability
 
 
 def log_range(histogram: Histogram, bits: int) -> LogRange:

@@ -14,6 +14,7 @@ from quantkit.program.intercept import OpKey
 from quantkit.program.layers import Weights
 from quantkit.program.program import Program
 from quantkit.program.sites import Site
+from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import track
 from quantkit.ranges.activations import Extremes, Histogram
 from quantkit.rounding.layer_inputs import input_columns
@@ -55,8 +56,8 @@ def site_histograms(
 
 
 def _visit(model: nn.Module, sites: Sequence[Site], see: Any, batches: Iterable[Any]) -> None:
-    with torch.no_grad():
-        for args, kwargs in batches:
+    for args, kwargs in batches:
+        with plain_mode(model), restored(model):
             run_with(model, at_sites(sites, see), args, kwargs)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import dequantize, quantize
 
-SHRINK = tuple(torch.linspace(1.0, 0.2, 81).tolist())
+SHRINK = tuple(torch.linspace(1.0, 0.2, 81, dtype=torch.float32).tolist())
 
 
 def _between(lowest: Tensor, highest: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,9 @@ from quantkit.program.segments import Segment
 from quantkit.progress import track
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through
-from quantkit.reconstruction.learning import Learned, Schedule, learn
-from quantkit.reconstruction.snapshot import Cache
-from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, play, play_output
+from quantkit.reconstruction.learning import Schedule, Training, learn
+from quantkit.reconstruction.snapshot import Learned
+from quantkit.simulation.playback import SimulatedProgram, Values, float_program, in_chunks, play, play_output
 
 ACTIVATIONS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp", "clip")
 LEAST_SPREAD = 1e-12
@@ -155,44 +154,92 @@ def _tasks(
 
 def learn_layers(
     runner: SimulatedProgram,
-    floats: SimulatedProgram,
     reference: FloatReference,
     data: ReconstructionData,
     blocks: Sequence[Segment],
-    schedule: Schedule,
-    generator: torch.Generator,
-    parallel: bool,
-    progress: bool,
-    finished: Cache | None = None,
+    training: Training,
+    parallel: bool = False,
 ) -> dict[str, Learned]:
     """Learn the quantized layers in order; returns the error on held-back inputs of each before and after, relative to
     the variance of its output. A site that several layers read is learned with the first of them. Held in memory: what
-    enters one block, and what one layer reads and makes. Layers that are ``finished`` are not learned again, and
+    enters one block, and what one layer reads and makes. Layers that are finished are not learned again, and
     those that do not read and make a row per sample not at all.
     """
-    kept = finished or Cache()
+    rows, floats = runner.program.rows, float_program(runner.model.model, runner.program, reference.state)
     streams = Streams(data.inputs, data.inputs, data.held_inputs, data.held_inputs)
     names = [(block, name) for block in blocks for name in block.layers if name in runner.model.weights]
     found: dict[str, Learned] = {}
     taken: set[str] = set()
     at = blocks[0]
-    for block, name in track(names, "AdaQuant", enabled=progress):
+    for block, name in track(names, "AdaQuant", enabled=training.progress):
         while at is not block:
             streams = streams.after(runner, floats, at, parallel)
             at = blocks[blocks.index(at) + 1]
-        calls = [
-            c
-            for c in calls_of(runner, block, name)
-            if runner.program.rows.get(c.reads) == runner.program.rows.get(c.makes) == 0
-        ]
+        calls = [c for c in calls_of(runner, block, name) if rows.get(c.reads) == rows.get(c.makes) == 0]
         if not calls:
             continue
         sites = {call.site for call in calls if call.site is not None} - taken
         tasks = partial(_tasks, floats if parallel else runner, floats, block, calls, streams)
-        work = partial(learn_layer, runner, reference, name, tasks, sites, schedule, generator)
-        found[name] = kept.learned(f"layer {name}", runner.model, [name], work, generator)
+        work = partial(learn_layer, runner, reference, name, tasks, sites, training)
+        found[name] = training.cache.learned(f"layer {name}", runner.model, [name], work, training.generator)
         taken |= sites
     return found
+
+
+@dataclass(frozen=True)
+class LayerInTraining:
+    """A layer while its weight, its bias and the ranges of sites that it reads are learned; ``state`` is that of the
+    network before.
+    """
+
+    runner: SimulatedProgram
+    name: str
+    weight: JointWeight
+    ranges: Mapping[str, LearnedRange]
+    state: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, runner: SimulatedProgram, reference: FloatReference, name: str, sites: set[str]) -> LayerInTraining:
+        model = runner.model
+        bias = model.floats.bias(name)
+        weight = JointWeight(reference.weights[name], model.weights[name], bias, reference.spread[name])
+        starts = [(site, model.ranges[site]) for site in sorted(sites & model.ranges.keys())]
+        ranges = {site: LearnedRange(start, joint=True) for site, start in starts if start.static and start.integer}
+        return cls(runner, name, weight, ranges, runner.program.state_of(model.model))
+
+    def rated(self, schedule: Schedule) -> list[tuple[Tensor, float]]:
+        """Everything that is learned, with its rate; zero points move as fast, in codes, as codes do."""
+        weight = self.weight
+        found = [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
+        if weight.zero_shift.requires_grad:
+            found.append((weight.zero_shift, schedule.code_rate))
+        if weight.bias_start is not None:
+            found.append((weight.bias_shift, schedule.bias_rate))
+        for learned in self.ranges.values():
+            found += [(learned.log_factor, schedule.scale_rate), (learned.zero_shift, schedule.code_rate)]
+        return found
+
+    def error(self, task: Task, x: Tensor, wanted: Tensor) -> Tensor:
+        """The squared error of what a call makes of ``x``, in units of what its task wants."""
+        model, program, site = self.runner.model, self.runner.program, task.call.site or ""
+        quantizer = self.ranges.get(site, model.ranges.get(site))
+        x = x if quantizer is None else quantizer.fake_quantize(x)
+        placed = model.floats.placed(self.name, self.weight.value(), self.state)
+        now = {**self.state, **{key: program.laid_out(tensor) for key, tensor in placed.items()}}
+        if (bias := self.weight.bias()) is not None:
+            now[str(model.floats.layers[self.name].bias)] = bias
+        call = Part(task.call.start, task.call.stop)
+        (made,) = program.replay({task.call.reads: x}, now, [task.call.makes], part=call)
+        return (made - wanted).square().mean() / task.unit
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the simulated model what was learned."""
+        model, found = self.runner.model, self.weight.bias()
+        model.set_weight(self.name, self.weight.found())
+        if (bias := model.floats.bias(self.name)) is not None and found is not None:
+            bias.copy_(found)
+        model.ranges.update({site: learned.found() for site, learned in self.ranges.items()})
 
 
 def learn_layer(
@@ -201,67 +248,23 @@ def learn_layer(
     name: str,
     make_tasks: Callable[[], Sequence[Task]],
     sites: set[str],
-    schedule: Schedule,
-    generator: torch.Generator,
+    training: Training,
 ) -> Learned:
     """Learn a layer and the ranges of ``sites``, which it reads; what was learned stays where it helps on inputs that
     were held back.
     """
-    tasks = make_tasks()
-    model, program, bias = runner.model, runner.program, runner.model.floats.bias(name)
-    weight = JointWeight(reference.weights[name], model.weights[name], bias, reference.spread[name])
-    ranges = _ranges(model, sites)
-    state = program.state_of(model.model)
-
-    def error(task: Task, x: Tensor, wanted: Tensor) -> Tensor:
-        quantizer = ranges.get(task.call.site or "", model.ranges.get(task.call.site or ""))
-        x = x if quantizer is None else quantizer.fake_quantize(x)
-        now = _with_layer(program, model, name, weight, state)
-        call = Part(task.call.start, task.call.stop)
-        (made,) = program.replay({task.call.reads: x}, now, [task.call.makes], part=call)
-        return (made - wanted).square().mean() / task.unit
+    tasks, laid_out = make_tasks(), runner.program.laid_out
+    layer = LayerInTraining.of(runner, reference, name, sites)
 
     def loss(indices: Tensor) -> Tensor:
-        errors = [error(task, program.laid_out(task.inputs[indices]), task.wanted[indices]) for task in tasks]
+        errors = [layer.error(task, laid_out(task.inputs[indices]), task.wanted[indices]) for task in tasks]
         return torch.stack(errors).sum()
 
     @torch.no_grad()
     def held_back() -> float:
-        return sum(float(error(task, program.laid_out(task.held_inputs), task.held_wanted)) for task in tasks)
+        return sum(float(layer.error(task, laid_out(task.held_inputs), task.held_wanted)) for task in tasks)
 
-    moved = _rated(weight, ranges, schedule)
-    learned = learn(moved, loss, held_back, len(tasks[0].inputs), schedule, generator, name, progress=False)
-    with torch.no_grad():
-        model.set_weight(name, weight.found())
-        if bias is not None and (own := weight.bias()) is not None:
-            bias.copy_(own)
-    model.ranges.update({site: learning.found() for site, learning in ranges.items()})
+    silent, samples = replace(training, progress=False), len(tasks[0].inputs)
+    learned = learn(layer.rated(training.schedule), loss, held_back, samples, silent, name)
+    layer.settle()
     return learned
-
-
-def _with_layer(
-    program: Program, model: SimulatedModel, name: str, weight: JointWeight, state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """A replay's state with a layer as it has been learned so far."""
-    placed = model.floats.placed(name, weight.value(), state)
-    now = {**state, **{key: program.laid_out(tensor) for key, tensor in placed.items()}}
-    if (bias := weight.bias()) is not None:
-        now[str(model.floats.layers[name].bias)] = bias
-    return now
-
-
-def _ranges(model: SimulatedModel, sites: set[str]) -> dict[str, LearnedRange]:
-    starts = [(site, model.ranges[site]) for site in sorted(sites & model.ranges.keys())]
-    return {site: LearnedRange(start, joint=True) for site, start in starts if start.static and start.integer}
-
-
-def _rated(weight: JointWeight, ranges: Mapping[str, LearnedRange], schedule: Schedule) -> list[tuple[Tensor, float]]:
-    """Everything that is learned of a layer, with its rate; zero points move as fast, in codes, as codes do."""
-    found = [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
-    if weight.zero_shift.requires_grad:
-        found.append((weight.zero_shift, schedule.code_rate))
-    if weight.bias_start is not None:
-        found.append((weight.bias_shift, schedule.bias_rate))
-    for learned in ranges.values():
-        found += [(learned.log_factor, schedule.scale_rate), (learned.zero_shift, schedule.code_rate)]
-    return found

@@ -27,7 +27,7 @@ HARMLESS = 0.1  # of the damage of another sample's output
 
 def mirrored(images: Tensor, draw: torch.Generator) -> Tensor:
     """Images (samples, channels, height, width), about half of them with left and right exchanged."""
-    chosen = torch.rand(len(images), generator=draw) < 0.5
+    chosen = torch.rand(len(images), generator=draw, dtype=torch.float32) < 0.5
     found = images.clone()
     found[chosen] = images[chosen].flip(-1)
     return found

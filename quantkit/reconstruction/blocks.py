@@ -18,8 +18,8 @@ from torch import Tensor
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment, whole
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
-from quantkit.reconstruction.learning import Learned, Schedule, learn
-from quantkit.reconstruction.snapshot import Cache
+from quantkit.reconstruction.learning import Schedule, Training, learn
+from quantkit.reconstruction.snapshot import Learned
 from quantkit.simulation.playback import (
     EIGHT_BITS,
     SimulatedProgram,
@@ -128,9 +128,7 @@ def learn_network(
     runner: SimulatedProgram,
     reference: FloatReference,
     data: ReconstructionData,
-    schedule: Schedule,
-    generator: torch.Generator,
-    progress: bool,
+    training: Training,
     only_biases: bool = False,
 ) -> Learned:
     """Learn the whole network, or only its biases, by the softened damage of its output, and keep what lowers that on
@@ -138,16 +136,15 @@ def learn_network(
     """
 
     def loss(indices: Tensor) -> Tensor:
-        return reference.softened(
-            data.outputs[indices], runner.output(take(runner.program, data.inputs, indices))
-        ).mean()
+        found = runner.output(take(runner.program, data.inputs, indices))
+        return reference.softened(data.outputs[indices], found).mean()
 
     def held_back() -> float:
         return mean_damage(runner, data.held_inputs, data.held_outputs, reference.softened)
 
     begin(runner, reference, runner.model.weights, whole(runner.program))
-    moved, title = rated(runner, schedule, only_biases), "biases" if only_biases else "network"
-    learned = learn(moved, loss, held_back, len(data), schedule, generator, title, progress)
+    moved, title = rated(runner, training.schedule, only_biases), "biases" if only_biases else "network"
+    learned = learn(moved, loss, held_back, len(data), training, title)
     settle(runner)
     return learned
 
@@ -171,15 +168,10 @@ class BlockData:
 
 
 def learn_block(
-    runner: SimulatedProgram,
-    reference: FloatReference,
-    block_data: BlockData,
-    schedule: Schedule,
-    generator: torch.Generator,
-    progress: bool,
+    runner: SimulatedProgram, reference: FloatReference, block_data: BlockData, training: Training
 ) -> Learned:
     """Learn one block by the weighted squared error of its output."""
-    segment = block_data.segment
+    segment, generator = block_data.segment, training.generator
 
     def loss(indices: Tensor) -> Tensor:
         ours, theirs = (
@@ -199,8 +191,7 @@ def learn_block(
     begin(runner, reference, segment.layers, segment)
     runner.dropping = generator
     title = f"block of {segment.layers[0]}"
-    count = len(block_data.wanted)
-    learned = learn(rated(runner, schedule), loss, held_back, count, schedule, generator, title, progress)
+    learned = learn(rated(runner, training.schedule), loss, held_back, len(block_data.wanted), training, title)
     runner.dropping = None
     settle(runner)
     return learned
@@ -211,17 +202,13 @@ def learn_blocks(
     reference: FloatReference,
     data: ReconstructionData,
     blocks: Sequence[Segment],
-    schedule: Schedule,
-    generator: torch.Generator,
-    progress: bool,
-    finished: Cache | None = None,
+    training: Training,
 ) -> dict[str, Learned]:
     """Learn the blocks in order, each on the inputs it gets from those before it; the last one, from which the output
     leaves, is left to ``learn_network``. Held in memory: the inputs and outputs of one block. Blocks that are
-    ``finished`` are not learned again.
+    finished are not learned again.
     """
-    kept = finished or Cache()
-    weighing = fisher(runner.program, reference, data, blocks[:-1], generator)
+    weighing = fisher(runner.program, reference, data, blocks[:-1], training.generator)
     floats = float_program(runner.model.model, runner.program, reference.state)
     ours, held_ours = data.inputs, data.held_inputs
     theirs, held_theirs = data.inputs, data.held_inputs
@@ -232,9 +219,9 @@ def learn_blocks(
             rows_first(runner.program, segment.output, values[segment.output]) for values in (after, held_after)
         )
         block_data = BlockData(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
-        work = partial(learn_block, runner, reference, block_data, schedule, generator, progress)
+        work = partial(learn_block, runner, reference, block_data, training)
         title = " ".join(segment.layers)
-        found[title] = kept.learned(f"block {title}", runner.model, segment.layers, work, generator)
+        found[title] = training.cache.learned(f"block {title}", runner.model, segment.layers, work, training.generator)
         ours, held_ours = play(runner, ours, segment), play(runner, held_ours, segment)
         theirs, held_theirs = after, held_after
     return found

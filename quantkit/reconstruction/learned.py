@@ -60,8 +60,8 @@ class LearnedRange:
 
     def __init__(self, start: SiteRange, joint: bool = False) -> None:
         self.start = start
-        self.log_factor = torch.zeros((), requires_grad=True)
-        self.zero_shift = torch.zeros((), requires_grad=joint)
+        self.log_factor = torch.zeros((), dtype=torch.float32, requires_grad=True)
+        self.zero_shift = torch.zeros((), dtype=torch.float32, requires_grad=joint)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         return _LearnedStep.apply(x, self.log_factor, self.zero_shift, self.start)
@@ -88,7 +88,7 @@ class LearnedWeight:
         self.code = (codes + (exact - codes).clamp(-HALF, HALF)).requires_grad_()
         self.log_factor = torch.zeros_like(start.scale).requires_grad_()
         self.bias_start = bias if bias is None else bias.detach().clone()
-        self.bias_shift = torch.zeros(len(weight), requires_grad=bias is not None)
+        self.bias_shift = torch.zeros(len(weight), dtype=torch.float32, requires_grad=bias is not None)
 
     def _codes(self) -> Tensor:
         low, high = self.start.format.code_range

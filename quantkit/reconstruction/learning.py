@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from quantkit.progress import track
+from quantkit.reconstruction.snapshot import Cache, Learned
 
 WARM_UP = 10  # steps until rates are reached: Adam's first steps have full length whatever the gradient
 
@@ -35,15 +36,31 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Learned:
-    """The loss on held-back data before and after; what was learned is put back where it did not help."""
+class LearningOptions:
+    """The schedule of everything that is learned, and how many samples it is learned from."""
 
-    before: float
-    after: float
+    network: Schedule = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12)
+    block: Schedule = Schedule(steps=1200, batch=32, code_rate=3e-3)
+    layer: Schedule = Schedule(steps=300, checks=20)
+    tuning: Schedule = Schedule(steps=100, bias_rate=3e-3)
+    averaging: float = 0.98  # where codes stay: a mean of codes that move rounds to codes that no step has tried
+    held_back: int = 8  # one sample in so many
+    draws: int = 16  # mixes of each sample for learning the network
+    few_draws: int = 4  # for blocks, whose values all draws take room for, and of samples that are held back
+    drawn_bytes: int = 1 << 28
+    changed_samples: int = 256  # on which it is asked how harmless a change is
+    layer_samples: int = 1024
+    statistics_samples: int = 512
 
-    @property
-    def helped(self) -> bool:
-        return self.after < self.before
+
+@dataclass(frozen=True)
+class Training:
+    """How one thing is learned: its draws come from ``generator``, and finished pieces are kept in ``cache``."""
+
+    schedule: Schedule
+    generator: torch.Generator
+    progress: bool = True
+    cache: Cache = field(default_factory=Cache)
 
 
 def shuffled(count: int, batch: int, steps: int, generator: torch.Generator) -> list[Tensor]:
@@ -63,24 +80,23 @@ def learn(
     loss: Callable[[Tensor], Tensor],
     held_back: Callable[[], float],
     samples: int,
-    schedule: Schedule,
-    generator: torch.Generator,
+    training: Training,
     title: str = "",
-    progress: bool = True,
 ) -> Learned:
     """Move the tensors of ``rated`` (with their rates) by Adam to lower ``loss(indices)``, and leave them at their
-    running mean where ``held_back()`` of it was lowest, or as they were: it is asked before and ``schedule.checks``
-    times on the way. Steps on small batches wander about what they are after, and their mean does less (Izmailov et
-    al., arXiv 1803.05407). ``rated`` may be empty, as biases are where layers have none.
+    running mean where ``held_back()`` of it was lowest, or as they were: it is asked before and the schedule's
+    ``checks`` times on the way. Steps on small batches wander about what they are after, and their mean does less
+    (Izmailov et al., arXiv 1803.05407). ``rated`` may be empty, as biases are where layers have none.
     """
-    before = lowest = held_back()
+    schedule, before = training.schedule, held_back()
     if not rated:
         return Learned(before, before)
     tensors = [tensor for tensor, _ in rated]
     optimizer = torch.optim.Adam([{"params": [t], "lr": rate} for t, rate in rated], betas=(0.9, 0.99))
-    best = means = _copies(tensors)
-    draws = shuffled(samples, schedule.batch, schedule.steps, generator)
-    for step, indices in enumerate(track(draws, title, enabled=progress)):
+    lowest, best = before, _copies(tensors)
+    means = best
+    draws = shuffled(samples, schedule.batch, schedule.steps, training.generator)
+    for step, indices in enumerate(track(draws, title, enabled=training.progress)):
         for group, (_, rate) in zip(optimizer.param_groups, rated, strict=True):
             group["lr"] = rate * schedule.factor(step)
         optimizer.zero_grad()

@@ -16,13 +16,24 @@ from torch import Tensor
 from quantkit.formats import WeightFormat
 from quantkit.numbers.kinds import AnyRange, range_of
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.reconstruction.learning import Learned
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import Arrays, Artefacts, Codec
 
 Rounded = tuple[QuantizedWeight, str]  # codes, and how they were rounded
 _GENERATOR = "generator"
 _PARTS = ("codes", "scale", "zero_point")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The loss on held-back data before and after; what was learned is put back where it did not help."""
+
+    before: float
+    after: float
+
+    @property
+    def helped(self) -> bool:
+        return self.after < self.before
 
 
 def arrays_of(weight: QuantizedWeight, name: str) -> dict[str, np.ndarray]:
@@ -81,14 +92,6 @@ class Cache:
     def rounding(self, layer: str, format: WeightFormat, compute: Callable[[], Rounded]) -> Rounded:
         """A layer's codes and the note on how it was rounded."""
         return self.artefacts.cached(f"rounded: {layer}", str(format), compute, _rounded_codec(layer, format))
-
-    def rounded(self, layer: str, format: WeightFormat) -> Rounded | None:
-        """What is kept of a layer's rounding; None where that is still to be done."""
-        kept = self.artefacts.find(f"rounded: {layer}", str(format))
-        return None if kept is None else _rounded_codec(layer, format).decode(*kept)
-
-    def keep_rounded(self, layer: str, weight: QuantizedWeight, note: str) -> None:
-        self.rounding(layer, weight.format, lambda: (weight, note))
 
     def learned(
         self,

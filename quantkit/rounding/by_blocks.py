@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,22 +18,29 @@ from quantkit.program.segments import Segment
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
 from quantkit.rounding.layer_inputs import input_columns
-from quantkit.rounding.request import RoundingRequest
+from quantkit.rounding.request import Moments, RoundingRequest
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, play
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Of a layer's inputs X in the quantized network: the sum of X^T X, (groups, K, K) float64, and where it was asked
-    for that of Y^T X, Y its inputs in the float network.
-    """
+@dataclass
+class _Walk:
+    """What enters block number ``at`` in the quantized network and, where there is one, in the float one."""
 
-    hessian: Tensor
-    cross: Tensor | None = None
+    runner: SimulatedProgram
+    floats: SimulatedProgram | None
+    blocks: Sequence[Segment]
+    ours: Values
+    theirs: Values
+    at: int = 0
 
-    @property
-    def both(self) -> tuple[Tensor, Tensor | None]:
-        return self.hessian, self.cross
+    def moments(self, name: str, block: int) -> Moments:
+        """The moments of a layer's inputs, in this block or a later one."""
+        for passed in self.blocks[self.at : block]:
+            self.ours = play(self.runner, self.ours, passed)
+            self.theirs = self.theirs if self.floats is None else play(self.floats, self.theirs, passed)
+        self.at = block
+        floats = None if self.floats is None else (self.floats, self.theirs)
+        return moments(self.runner, self.blocks[block], name, self.ours, floats)
 
 
 def round_by_blocks(
@@ -45,24 +53,14 @@ def round_by_blocks(
     floats = None
     if request.rounding == "gptaq":
         floats = float_program(simulated.model, program, copied_state(program, simulated.model))
-    ours = theirs = dict(inputs)
-    at = 0  # the block that they enter
+    walk = _Walk(runner, floats, blocks, inputs, inputs)
     place = {name: i for i, block in enumerate(blocks) for name in block.layers}
     outside = [name for name in request.formats if name not in place]  # they do not look at inputs
     names = [*outside, *(name for name in place if name in request.formats)]
     for name in track(names, "quantizing layers", enabled=request.progress):
-        found = request.finished(name)
-        if found is None:
-            seen = None
-            if request.looks_at_inputs(simulated.floats, name):
-                for passed in blocks[at : place[name]]:
-                    ours = play(runner, ours, passed)
-                    theirs = theirs if floats is None else play(floats, theirs, passed)
-                at = place[name]
-                seen = moments(runner, blocks[at], name, ours, None if floats is None else (floats, theirs))
-            found = request.rounded(simulated.floats, name, *((None, None) if seen is None else seen.both))
-        simulated.set_weight(name, found[0])
-        how[name] = found[1]
+        seen = partial(walk.moments, name, place.get(name, 0))
+        weight, how[name] = request.rounded(simulated.floats, name, seen)
+        simulated.set_weight(name, weight)
     return how
 
 
@@ -92,7 +90,7 @@ def moments(
             accumulate(sums, "hessian", columns)
             if floats is not None:
                 accumulate(sums, "cross", columns, read.columns(floats[0], other, same_draws))
-    return Moments(sums["hessian"], sums.get("cross"))
+    return Moments(sums.get("hessian"), sums.get("cross"))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.program import Program
 from quantkit.progress import track
 from quantkit.ranges.statistics import layer_hessians
-from quantkit.rounding.request import RoundingRequest
+from quantkit.rounding.request import Moments, RoundingRequest
 from quantkit.simulation.model import SimulatedModel
 
 LARGEST_BIAS = 1 << 30  # leaves half of an INT32 accumulator to the products
@@ -25,14 +26,14 @@ def round_in_sequence(
     """Give every layer of ``request`` its codes; returns how each was rounded."""
     how = {}
     for name in track(request.formats, "quantizing layers", enabled=request.progress):
-        found = request.finished(name)
-        if found is None:
-            looks = request.looks_at_inputs(simulated.floats, name)
-            hessian = layer_hessians(simulated, program, [name], batches).get(name) if looks else None
-            found = request.rounded(simulated.floats, name, hessian)
-        simulated.set_weight(name, found[0])
-        how[name] = found[1]
+        seen = partial(_moments, simulated, program, name, batches)
+        weight, how[name] = request.rounded(simulated.floats, name, seen)
+        simulated.set_weight(name, weight)
     return how
+
+
+def _moments(simulated: SimulatedModel, program: Program, name: str, batches: Sequence[Any]) -> Moments:
+    return Moments(layer_hessians(simulated, program, [name], batches).get(name))
 
 
 def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]]) -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.layers import Weights
-from quantkit.reconstruction.snapshot import Cache
+from quantkit.reconstruction.snapshot import Cache, Rounded
 from quantkit.rounding.weights import WITHOUT_INPUTS, rounded_layer
+
+
+class Moments(NamedTuple):
+    """Of a layer's inputs X in the quantized network: the sum of X^T X, (groups, K, K) float64, and where it was asked
+    for that of Y^T X, Y its inputs in the float network.
+    """
+
+    hessian: Tensor | None = None
+    cross: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -23,21 +32,17 @@ class RoundingRequest:
     progress: bool = True
     cache: Cache = field(default_factory=Cache)
 
-    def looks_at_inputs(self, floats: Weights, layer: str) -> bool:
-        """Whether a layer is rounded by what it reads."""
-        return self.rounding not in WITHOUT_INPUTS and floats.layers[layer].reads_rows
+    def rounded(self, floats: Weights, layer: str, moments: Callable[[], Moments]) -> Rounded:
+        """A layer's codes and how it was rounded: by the ``moments`` of its inputs where the rounding asks for them
+        and the layer has any.
+        """
+        format, rounding = self.formats[layer], self.rounding
+        looks = rounding not in WITHOUT_INPUTS
+        if looks and not floats.layers[layer].reads_rows:
+            rounding, looks = "nearest", False
 
-    def finished(self, layer: str) -> tuple[QuantizedWeight, str] | None:
-        """The codes of a layer and how it was rounded, where an earlier run did so."""
-        return self.cache.rounded(layer, self.formats[layer])
+        def compute() -> Rounded:
+            hessian, cross = moments() if looks else Moments()
+            return rounded_layer(floats, layer, format, hessian, cross, rounding)
 
-    def rounded(
-        self, floats: Weights, layer: str, hessian: Tensor | None, cross: Tensor | None = None
-    ) -> tuple[QuantizedWeight, str]:
-        """Round a layer, and keep what came of it."""
-        rounding = self.rounding
-        if not floats.layers[layer].reads_rows and rounding not in WITHOUT_INPUTS:
-            rounding = "nearest"
-        found = rounded_layer(floats, layer, self.formats[layer], hessian, cross, rounding)
-        self.cache.keep_rounded(layer, *found)
-        return found
+        return self.cache.rounding(layer, format, compute)

@@ -19,7 +19,7 @@ from quantkit.rounding.learned import adaround_codes, output_error, signround
 
 ROUNDINGS = ("auto", "nearest", "gptq", "gptaq", "adaround", "signround", "hqq")
 WITHOUT_INPUTS = ("nearest", "hqq")
-STRETCH = torch.linspace(0.8, 1.6, 17)
+STRETCH = torch.linspace(0.8, 1.6, 17, dtype=torch.float32)
 RIDGE = 0.01  # of the mean diagonal
 _ELEMENTS_AT_ONCE = 1 << 22
 
@@ -99,7 +99,9 @@ def matched(rows: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     quantized-weight reconstruction (arXiv 2402.05628).
     """
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    ridge = torch.where(mean > 0, RIDGE * mean, torch.ones_like(mean)) * torch.eye(hessian.shape[-1]).to(hessian)
+    ridge = torch.where(mean > 0, RIDGE * mean, torch.ones_like(mean)) * torch.eye(
+        hessian.shape[-1], dtype=hessian.dtype, device=hessian.device
+    )
     change = rows.to(hessian) @ (cross - hessian)
     return rows + torch.linalg.solve(hessian + ridge, change.mT).mT.to(rows)
 

@@ -9,7 +9,7 @@ no gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from quantkit.program.updates import restored
 from quantkit.progress import notice
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.layer import IntLinear
-from quantkit.simulation.model import SimulatedModel, Watch, at_sites, quantizing_method, watching
+from quantkit.simulation.model import SimulatedModel, Watch, at_sites, read_by_layers, watching
 
 KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -100,8 +100,7 @@ def real_layer(
 
 
 class RealModel(nn.Module):
-    """``simulated`` on integer kernels. Calls and attributes go through to the wrapped module, every method of it
-    computes so, and its quantized weights are placeholders without memory.
+    """``simulated`` on integer kernels. The quantized weights of the module are placeholders without memory.
 
     ``expand`` keeps 8-bit expansions of weights that kernels cannot read as they are packed: faster, and counted in
     ``expanded_bytes``.
@@ -171,23 +170,25 @@ class RealModel(nn.Module):
         own = copy.deepcopy(self.model)
         for name in self.covered:
             owner, _, attribute = name.rpartition(".")
-            empty = torch.empty(self.floats.tensor(name).shape)
+            empty = torch.empty(self.floats.tensor(name).shape, dtype=torch.float32)
             setattr(own.get_submodule(owner), attribute, nn.Parameter(empty))
         floats = self.floats.on(own)
         return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
-        """The wrapped module computes on integers inside the block."""
+    def quantizing(self, outside: Sequence[Tensor] = ()) -> Iterator[None]:
+        """The module, or a part of it that takes tensors from ``outside``, computes on integers inside the block."""
         quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
+        operands, reads = self.floats.operands(self.layers), read_by_layers(quantized)
         placeholders = {id(self.floats.tensor(name)): name for name in self.covered}
-        watch = Watch(change, call=partial(self._call, placeholders), operands=self.floats.operands(self.layers))
+        call = partial(self._call, placeholders)
+        watch = Watch(change, call=call, operands=operands, outside=outside, reads=reads)
         with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
             yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.computing():
+        with self.quantizing():
             return self.model(*args, **kwargs)
 
     def _call(
@@ -226,13 +227,3 @@ class RealModel(nn.Module):
             if weight.parameter == name:
                 weight.write(filled, self._codes(layer).dequantize())
         return filled
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__"):
-                raise
-            model = super().__getattr__("model")
-            assert isinstance(model, nn.Module)
-            return quantizing_method(model, name, self.computing)

@@ -22,6 +22,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import split_batches
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
+from quantkit.program.updates import restored
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Perturbation, Place, Subject, applied, swapped_weights, without_autocast
 from quantkit.sensitivity.outputs import Outputs
@@ -103,7 +104,8 @@ class Landscape:
         out, whatever happens. Raises InvalidRequest for a model that overwrites what its gradient needs.
         """
         weights = [self.weight(name) for name, _ in self.layers]
-        with swapped_weights(self.subject.floats, self.base_weights), differentiable(self.subject.model, weights):
+        model, floats = self.subject.model, self.subject.floats
+        with restored(model), swapped_weights(floats, self.base_weights), differentiable(model, weights):
             try:
                 yield
             except RuntimeError as error:

@@ -122,7 +122,7 @@ class Subject:
                 if at or operands:
                     result = run_with(self.model, change, args, kwargs, operands=operands)
                 else:
-                    result = run_model(self.model, (args, kwargs))
+                    result = run_model(self.model, (args, kwargs), ())
             if self.rule is None:
                 self.rule = OutputRule.of(self.model, result, (args, kwargs), self.loss)
             yield self.rule.rows(result, (args, kwargs))

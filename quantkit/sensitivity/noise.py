@@ -73,4 +73,4 @@ def noisy_weight(weight: Tensor, codes: QuantizedWeight, generator: torch.Genera
 
 
 def _with_noise(x: Tensor, step: Tensor | float, generator: torch.Generator) -> Tensor:
-    return x + step * (torch.rand(x.shape, generator=generator).to(x) - 0.5)
+    return x + step * (torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x) - 0.5)

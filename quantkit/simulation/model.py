@@ -6,11 +6,9 @@ module's own weights are their dequantized values, so its class, methods and gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
-from types import MethodType
 from typing import Any
 
 import torch
@@ -34,6 +32,15 @@ def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) ->
     return lambda place, tensor: change(places[place], tensor) if place in places else tensor
 
 
+def read_by_layers(sites: Iterable[Site]) -> dict[str, OpKey]:
+    """Layer -> the place of the one site that it reads."""
+    read: dict[str, list[OpKey]] = {}
+    for site in sites:
+        for name in site.consumers:
+            read.setdefault(name, []).append(site.place)
+    return {name: places[0] for name, places in read.items() if len(places) == 1}
+
+
 @dataclass(frozen=True)
 class Watch:
     """What happens at the torch calls of a model: ``change(place, tensor)`` is applied to its inputs, to what every
@@ -41,18 +48,22 @@ class Watch:
 
     ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out. ``operands``
     take the place of tensors that calls read: by key, the position among them and the tensor.
+    ``outside`` are tensors that were passed to a part of the model: a layer that reads one quantizes it by the place
+    in ``reads``, as what makes it in the whole model does not run.
     """
 
     change: Callable[[OpKey, Tensor], Tensor]
     before: Callable[[OpKey, Any, Any], None] | None = None
     call: Handler | None = None
     operands: Operands = field(default_factory=dict)
+    outside: Sequence[Tensor] = ()
+    reads: Mapping[str, OpKey] = field(default_factory=dict)
 
     def handle(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Carry out one call."""
         if key in self.operands:
             args, kwargs = _with_operand(args, kwargs, *self.operands[key])
-        args, kwargs = change_read(key, args, kwargs, self.change)
+        args, kwargs = change_read(key, args, kwargs, self._read)
         if self.before is not None:
             self.before(key, args, kwargs)
         result = func(*args, **kwargs) if self.call is None else self.call(key, func, args, kwargs)
@@ -60,6 +71,16 @@ class Watch:
         if changed is not result and any(result is a for a in (*args, *kwargs.values())):
             return _put_in_place(result, lambda x: map_tensors(x, key, self.change), changed)
         return changed
+
+    def _read(self, place: OpKey, tensor: Tensor) -> Tensor:
+        if self.outside and place.scope in self.reads and any(_share(tensor, x) for x in self.outside):
+            tensor = self.change(self.reads[place.scope], tensor)
+        return self.change(place, tensor)
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is another, or a view of it."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 @contextmanager
@@ -74,7 +95,7 @@ def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
 
 
 def run_with(model: nn.Module, change: Callable[[OpKey, Tensor], Tensor], args: Any, kwargs: Any, **seen: Any) -> Any:
-    """Run ``model`` once, watched: ``seen`` are the other fields of ``Watch``."""
+    """Run ``model`` once, watched: ``seen`` are the other fields of ``Watch``. What its forward updates stays so."""
     with watching(model, Watch(change, **seen)):
         return model(*args, **kwargs)
 
@@ -100,8 +121,7 @@ def _widened(value: Any) -> Any:
 
 
 class SimulatedModel(nn.Module):
-    """``model`` with quantized layers and sites. Calls, attributes and gradients go through to the wrapped module, and
-    every method of it computes quantized.
+    """``model`` with quantized layers and sites; gradients go through to it.
 
     ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. ``floats``
     says where the layers' weights are (default: in modules of the common kinds), ``updated`` which tensors a forward
@@ -137,41 +157,20 @@ class SimulatedModel(nn.Module):
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
-        with self.quantizing(before):
+        with self.quantizing(before=before):
             return self.model(*args, **kwargs)
 
     @contextmanager
-    def quantizing(self, before: Callable[[OpKey, Any, Any], None] | None = None) -> Iterator[None]:
-        """The wrapped module computes quantized inside the block."""
+    def quantizing(
+        self, outside: Sequence[Tensor] = (), before: Callable[[OpKey, Any, Any], None] | None = None
+    ) -> Iterator[None]:
+        """The module, or a part of it that takes tensors from ``outside``, computes quantized inside the block."""
         coded = coded_sites(self.sites, self.ranges)
         change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
-        watch = Watch(change, before, operands=self.floats.operands(self.weights))
+        operands = self.floats.operands(self.weights)
+        watch = Watch(change, before, operands=operands, outside=outside, reads=read_by_layers(coded))
         with restored(self.model, self.updated), watching(self.model, watch):
             yield
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__"):
-                raise  # how Python copies or pickles the wrapped module is not how this one is
-            model = super().__getattr__("model")
-            assert isinstance(model, nn.Module)
-            return quantizing_method(model, name, self.quantizing)
-
-
-def quantizing_method(model: nn.Module, name: str, quantizing: Callable[[], AbstractContextManager[None]]) -> Any:
-    """An attribute of ``model``; a method of its own computes inside ``quantizing()``."""
-    attribute = getattr(model, name)
-    if not (isinstance(attribute, MethodType) and attribute.__self__ is model) or hasattr(nn.Module, name):
-        return attribute
-
-    @wraps(attribute)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        with quantizing():
-            return attribute(*args, **kwargs)
-
-    return method
 
 
 def as_float(model: nn.Module, floats: Weights | None = None, updated: Iterable[str] = ()) -> SimulatedModel:

@@ -8,7 +8,6 @@ data it was chosen by is optimistic.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,8 +37,9 @@ from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 from quantkit.progress import notice
 from quantkit.sensitivity.augmented import augmented_scores
-from quantkit.sensitivity.measure import Scores
+from quantkit.sensitivity.measure import Scores, swapped_weights
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.metric import Evaluate, outcome_of
 from quantkit.stages.profile import Evaluator
 from quantkit.stages.request import Request
@@ -94,11 +94,11 @@ def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> R
     request, profile, evaluator, limit = search.request, search.profile, search.evaluator, search.limit
     evaluate, effort = search.evaluate, search.effort
     assert evaluate is not None, "checked before"
-    reference = outcome_of(evaluate, request.ready.float_model())
+    reference = outcome_of(evaluate, QuantizedModel.of(request.ready.float_model()))
     front = _front(profile, limit)
     plan_at = partial(_plan_at, profile, limit)
     gate = AccuracyGate(
-        lambda plan: outcome_of(evaluate, _simulated(request, evaluator, profile, plan)),
+        partial(_cursory, search, evaluate),
         reference,
         limit.allowed_drop(float(np.mean(reference))),
         lambda plan: _cost(profile, plan, limit.minimize or "size"),
@@ -230,10 +230,14 @@ def _cost(profile: Profile, plan: Plan, name: str) -> int:
     return counted(profile, plan.schemes, plan.sites, name)
 
 
-def _simulated(request: Request, evaluator: Evaluator, profile: Profile, plan: Plan) -> SimulatedModel:
-    """A copy of the model with the plan's formats, in the codes and ranges the profile was measured with."""
-    chosen = [evaluator.perturbations[k] for k in profile.chosen(plan.schemes, plan.sites)]
+def _cursory(search: AccuracySearch, evaluate: Evaluate, plan: Plan) -> Metric:
+    """The metric with a plan's formats, in the codes and ranges the profile was measured with; the model is float
+    again after it.
+    """
+    ready, known = search.request.ready, search.evaluator.perturbations
+    chosen = [known[k] for k in search.profile.chosen(plan.schemes, plan.sites)]
     weights = {p.owner: p.change for p in chosen if p.change.stored}
     ranges = {p.owner: p.change for p in chosen if not p.change.stored}
-    ready, own = request.ready, copy.deepcopy(request.ready.model)
-    return SimulatedModel(own, ready.sites, weights, ranges, ready.weights.on(own), ready.program.updated)
+    with swapped_weights(ready.weights, {name: weight.dequantize() for name, weight in weights.items()}):
+        simulated = SimulatedModel(ready.model, ready.sites, weights, ranges, ready.weights, ready.program.updated)
+        return outcome_of(evaluate, QuantizedModel.of(simulated))

@@ -20,6 +20,7 @@ from quantkit.sensitivity.damage import Reference, RunningDamage
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
 from quantkit.stages.first_last import ends_of
 from quantkit.stages.formatted import Formatted
@@ -30,7 +31,7 @@ from quantkit.store import Artefacts
 from quantkit.targets import Target
 from quantkit.targets.instruction_sets import INSTRUCTION_SET
 from quantkit.targets.rules import require_kinds
-from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of, without_sites
+from quantkit.transforms.prepare import Prepared, leave_float, prepare_own, with_sites_of, without_sites
 
 AS_GIVEN = "as given"  # the policy on first and last layers in a plan that comes as a mapping
 _ANY_WEIGHT = WeightFormat("8")
@@ -55,16 +56,14 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     inputs, run = session.inputs, asked.run
     target = session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
     options = asked.options.with_inputs(inputs, plan.schemes.values())
-    kept_float = _kept_float(session, plan)
-    ready = _coded(leave_float(session.prepared, target, kept_float), plan, target)
+    ready = _coded(leave_float(session.prepared, target, _kept_float(session, plan)), plan, target)
     formats = _site_formats(plan, ready, target)
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
     formatted = Formatted(ready, _weight_formats(plan, ready), formats, inputs.batches)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
     if asked.inplace:  # only now that nothing can be refused any more
-        own = inputs.prepared(session.model, target, kept_float, inplace=True)
-        applying = applying.moved_to(_coded(own, plan, target))
+        applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     simulated, notes = applying.quantized(run.progress, finished)
     plan = _recounted(plan, simulated, applying.ready, formats, target)
@@ -85,8 +84,8 @@ def _finished(workdir: Path | None, session: Session, options: ApplyOptions, pla
     return Cache(Artefacts(folder))
 
 
-def _metric(name: str, evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
-    return {} if evaluate is None else {name: metric_of(evaluate, model)}
+def _metric(name: str, evaluate: Evaluate | None, model: SimulatedModel) -> dict[str, float]:
+    return {} if evaluate is None else {name: metric_of(evaluate, QuantizedModel.of(model))}
 
 
 def _coded(ready: Prepared, plan: Plan, target: Target) -> Prepared:

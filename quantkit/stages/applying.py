@@ -81,7 +81,7 @@ class PlanApplication:
         worth = worth_learning(*bits, batches)
         asked = {"reconstruction": options.reconstruction, "correction": options.correction}
         if any(value not in ("auto", "none") or (value == "auto" and worth) for value in asked.values()):
-            planned = plan_reconstruction(ready, recording, reference.damage, options.seed)
+            planned = plan_reconstruction(ready, recording, reference.damage, options.seed, options.learning)
             reconstruction = require_reconstruction(planned, **asked)
         untouched = options.reconstruction == "auto" and not worth
         how = "none" if untouched else method_to_learn(options.reconstruction, *bits)

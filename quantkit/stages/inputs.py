@@ -5,11 +5,10 @@ Without calibration data nothing is known of activations: only weights are quant
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -59,13 +58,9 @@ class Inputs:
         """What there is to show the model's inputs by: the batches, or the example."""
         return self.batches or ([] if self.example is None else [self.example])
 
-    def prepared(
-        self, model: nn.Module, target: Target, keep_float: Collection[str] = (), inplace: bool = False
-    ) -> Prepared:
-        """The model made ready, and tried on every form of batch."""
-        if self.example is None:
-            return prepare_unrecorded(model, target, keep_float, inplace)
-        return prepare(model, self.shown, target, keep_float, inplace)
+    def prepared(self, model: nn.Module, target: Target) -> Prepared:
+        """The model made ready."""
+        return prepare_unrecorded(model, target) if self.example is None else prepare(model, self.shown, target)
 
     def require_schemes(self, schemes: Iterable[Scheme]) -> None:
         """Raise InvalidRequest for schemes whose activations need data that is not there, and where only some layers
@@ -146,8 +141,7 @@ def require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
     for batch in batches[1:]:
         if (form := _form_of(batch)) not in seen:
             seen.add(form)
-            with torch.no_grad():
-                run_model(model, batch)
+            run_model(model, batch)
 
 
 def _form_of(batch: Batch) -> str:

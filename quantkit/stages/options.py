@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from quantkit.formats import Scheme
 from quantkit.ranges.activations import RANGES
 from quantkit.reconstruction.blocks import RECONSTRUCTIONS
 from quantkit.reconstruction.corrections import CORRECTIONS
+from quantkit.reconstruction.learning import LearningOptions
 from quantkit.rounding.weights import ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.outputs import LOSSES
@@ -62,6 +63,7 @@ class ApplyOptions:
     loss: str = "auto"
     seed: int = 0
     reparameterization: str = "auto"
+    learning: LearningOptions = field(default_factory=LearningOptions)  # not among what the verbs ask for
 
     def __post_init__(self) -> None:
         require_choices(**chosen(self))

@@ -21,8 +21,8 @@ from quantkit.reconstruction.adaquant import learn_layers
 from quantkit.reconstruction.augmentation import changed, harmless
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, learn_blocks, learn_network, mean_damage
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, scale_layer
-from quantkit.reconstruction.learning import Learned, Schedule
-from quantkit.reconstruction.snapshot import Cache, Snapshot
+from quantkit.reconstruction.learning import LearningOptions, Schedule, Training
+from quantkit.reconstruction.snapshot import Cache, Learned, Snapshot
 from quantkit.sensitivity.damage import SOFTENED, Damage
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.simulation.model import SimulatedModel
@@ -39,20 +39,8 @@ from quantkit.stages.recording import Recording, some_samples
 from quantkit.transforms.prepare import Prepared
 
 LEAST_SAMPLES = 64  # with fewer, what is learned is the samples
-HELD_BACK = 8  # one in so many
-DRAWS = 16  # mixes of each sample for learning the network
-FEW_DRAWS = 4  # for learning blocks, whose values all draws take room for, and of samples that are held back
-CHANGED_SAMPLES = 256  # on which it is asked how harmless a change is
-DRAWN_BYTES = 1 << 28
 WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
-NETWORK = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12)
-AVERAGING = 0.98  # where codes stay: a mean of codes that move rounds to codes that no step has tried
-BLOCK = Schedule(steps=1200, batch=32, code_rate=3e-3)
-LAYER = Schedule(steps=300, checks=20)
-TUNING = Schedule(steps=100, bias_rate=3e-3)
-STATISTICS_SAMPLES = 512
-LAYER_SAMPLES = 1024
 AUTO = ("norm", "bias", "tuning")  # corrections: how sure to be of unseen inputs, held-back ones say too vaguely
 ADAQUANT = ("adaquant", "adaquant-parallel")
 
@@ -68,7 +56,20 @@ class ReconstructionPlan:
     data: ReconstructionData
     block_data: ReconstructionData
     seed: int
+    learning: LearningOptions
     logits: bool  # whether outputs are logits, as far as the damage is concerned
+
+    def training(self, schedule: Schedule, progress: bool, kept: Cache) -> Training:
+        """How anything of it is learned, with draws that begin anew."""
+        return Training(schedule, torch.Generator().manual_seed(self.seed), progress, kept)
+
+    def float_on(self, model: nn.Module) -> SimulatedProgram:
+        """The float network, on a model that may be quantized by now."""
+        return float_program(model, self.recording.program, self.reference.state)
+
+    def held_damage(self, runner: SimulatedProgram) -> float:
+        """The damage on inputs that are held back."""
+        return mean_damage(runner, self.data.held_inputs, self.data.held_outputs, self.reference.damage)
 
 
 def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], batches: Sequence[Batch]) -> bool:
@@ -86,14 +87,14 @@ def method_to_learn(how: str, weight_bits: Collection[int], site_bits: Collectio
 
 
 def plan_reconstruction(
-    ready: Prepared, recording: Recording | str, damage: Damage, seed: int
+    ready: Prepared, recording: Recording | str, damage: Damage, seed: int, learning: LearningOptions
 ) -> ReconstructionPlan | str:
     """The reconstruction of a model that is still float, or why there is none."""
     if isinstance(recording, str):
         return recording
     generator, program = torch.Generator().manual_seed(seed), recording.program
     count = batch_size(recording.samples)
-    held = max(2, count // HELD_BACK)
+    held = max(2, count // learning.held_back)
     if count - held < 2:
         return f"{count} samples are too few"
     order = torch.randperm(count, generator=generator)
@@ -101,22 +102,22 @@ def plan_reconstruction(
     reference = _reference(ready, program, damage, some_samples(training, torch.arange(CHUNK)))
     floats, every = float_program(ready.model, program, reference.state), whole(program)
 
-    def outputs(batch: Batch) -> Tensor:
-        return play_output(floats, program.entering(ready.model, batch), every)
+    def entering(batch: Batch) -> Values:
+        return program.entering(ready.model, batch)
 
-    few = some_samples(training, torch.arange(min(CHANGED_SAMPLES, count - held)))
-    changes = harmless(few, outputs, reference.damage, generator)
+    # images are also learned from as the network could have seen them
+    few = some_samples(training, torch.arange(min(learning.changed_samples, count - held)))
+    changes = harmless(few, lambda one: play_output(floats, entering(one), every), reference.damage, generator)
     if changes:
         notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")
-    inputs, held_inputs = (
-        _drawn(program, ready.model, part, changes, most, generator)
-        for part, most in ((training, DRAWS), (testing, FEW_DRAWS))
-    )
-    data = ReconstructionData(
-        inputs, play_output(floats, inputs, every), held_inputs, play_output(floats, held_inputs, every)
-    )
-    few_draws = data.first(FEW_DRAWS * (count - held))
-    return ReconstructionPlan(recording, reference, data, few_draws, seed, damage.main.softens)
+
+    room, most = learning.drawn_bytes, learning.few_draws
+    inputs = _drawn(entering, training, changes, generator, _draws(training, learning.draws, room))
+    held_inputs = _drawn(entering, testing, changes, generator, _draws(testing, most, room))
+    outputs = [play_output(floats, values, every) for values in (inputs, held_inputs)]
+    data = ReconstructionData(inputs, outputs[0], held_inputs, outputs[1])
+    few_draws = data.first(most * (count - held))
+    return ReconstructionPlan(recording, reference, data, few_draws, seed, learning, damage.main.softens)
 
 
 def _reference(ready: Prepared, program: Program, damage: Damage, few: Batch) -> FloatReference:
@@ -132,21 +133,23 @@ def _reference(ready: Prepared, program: Program, damage: Damage, few: Batch) ->
     )
 
 
-def _drawn(
-    program: Program, model: nn.Module, batch: Batch, changes: Sequence[str], most: int, generator: torch.Generator
-) -> Values:
-    """Inputs with these changes and pair-mixed, up to ``most`` draws of each where they are small; the inputs
-    themselves where neither is possible.
-    """
+def _draws(batch: Batch, most: int, room: int) -> int:
+    """How many draws of a batch there are, ``most`` where they fit into so many bytes."""
     bytes_each = sum(t.numel() * t.element_size() for t in tree_flatten(batch)[0])
-    draws = max(1, min(most, DRAWN_BYTES // max(1, bytes_each)))
-    every: Values = {}
+    return max(1, min(most, room // max(1, bytes_each)))
+
+
+def _drawn(
+    entering: Callable[[Batch], Values], batch: Batch, changes: Sequence[str], generator: torch.Generator, draws: int
+) -> Values:
+    """Inputs with these changes and pair-mixed, ``draws`` of each; the inputs themselves where neither is possible."""
+    every: dict[int, Tensor] = {}
     for draw in range(draws):
         other = changed(batch, changes, generator)
         mix = mixed_pairs([other], generator)
         if mix is None and not changes:
-            return program.entering(model, batch)
-        values = program.entering(model, other if mix is None else mix[0])
+            return entering(batch)
+        values = entering(other if mix is None else mix[0])
         every = every or {number: room_for(draws * len(x), x) for number, x in values.items()}
         for number, x in values.items():
             every[number][draw * len(x) : (draw + 1) * len(x)] = x
@@ -171,49 +174,36 @@ def _spreads(
 def reconstruct(
     reconstruction: ReconstructionPlan, simulated: SimulatedModel, how: str, progress: bool, kept: Cache
 ) -> dict[str, Learned]:
-    """Learn as asked ("block" learns the blocks first, then the network); returns the loss on held-back inputs before
-    and after each step of it. What is ``kept`` is not learned again.
+    """Learn as asked ("block" learns the blocks first, then the network; AdaQuant layer by layer); returns the loss on
+    held-back inputs before and after each step of it. What is ``kept`` is not learned again.
     """
-    if how in ADAQUANT:
-        return _by_layers(reconstruction, simulated, how == "adaquant-parallel", progress, kept)
-    generator = torch.Generator().manual_seed(reconstruction.seed)
+    learning, reference, data = reconstruction.learning, reconstruction.reference, reconstruction.data
     runner, blocks = SimulatedProgram(simulated, reconstruction.recording.program), reconstruction.recording.blocks
+    if how in ADAQUANT:
+        few, training = (
+            reconstruction.block_data.first(learning.layer_samples),
+            reconstruction.training(learning.layer, progress, kept),
+        )
+        found: dict[str, Learned] = {}
+
+        def by_layers() -> None:
+            found.update(learn_layers(runner, reference, few, blocks, training, how == "adaquant-parallel"))
+
+        # layers learn to be like the float ones, not the output: kept where the network as a whole gains
+        learned = _where_it_helps(reconstruction, simulated, by_layers)
+        notice(f"learned layer by layer: damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
+        return found | {"network": learned}
+    training = reconstruction.training(learning.block, progress, kept)
     found = {}
     if how == "block" and len(blocks) > 1:
-        found = learn_blocks(
-            runner, reconstruction.reference, reconstruction.block_data, blocks, BLOCK, generator, progress, kept
-        )
+        found = learn_blocks(runner, reference, reconstruction.block_data, blocks, training)
     # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
-    schedule = replace(NETWORK, code_rate=0.0, averaging=AVERAGING) if found else NETWORK
-    work = partial(learn_network, runner, reconstruction.reference, reconstruction.data, schedule, generator, progress)
-    found["network"] = kept.learned("network", simulated, simulated.weights, work)
-    learned = found["network"]
+    schedule = learning.network
+    schedule = replace(schedule, code_rate=0.0, averaging=learning.averaging) if found else schedule
+    work = partial(learn_network, runner, reference, data, replace(training, schedule=schedule))
+    found["network"] = learned = kept.learned("network", simulated, simulated.weights, work)
     notice(f"learned: softened damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
     return found
-
-
-def _by_layers(
-    reconstruction: ReconstructionPlan,
-    simulated: SimulatedModel,
-    parallel: bool,
-    progress: bool,
-    finished: Cache,
-) -> dict[str, Learned]:
-    """AdaQuant, kept where the network as a whole gains: layers learn to be like the float ones, not the output."""
-    program, data = reconstruction.recording.program, reconstruction.data
-    generator = torch.Generator().manual_seed(reconstruction.seed)
-    runner, kept = SimulatedProgram(simulated, program), Snapshot.of(simulated)
-    before = mean_damage(runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
-    few = reconstruction.block_data.first(LAYER_SAMPLES)
-    found = learn_layers(
-        runner, float_program(simulated.model, program, reconstruction.reference.state), reconstruction.reference, few,
-        reconstruction.recording.blocks, LAYER, generator, parallel, progress, finished,
-    )  # fmt: skip
-    after = mean_damage(runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
-    if not after < before:
-        kept.put_back(simulated)
-    notice(f"learned layer by layer: damage on held-back inputs {before:.4g} -> {min(before, after):.4g}")
-    return found | {"network": Learned(before, min(before, after))}
 
 
 def correct(
@@ -222,15 +212,16 @@ def correct(
     """Apply a correction ("auto": all but "confidence" in turn), each kept only where the damage on held-back inputs
     falls; returns that damage before and after each.
     """
-    tuning = partial(
-        learn_network, SimulatedProgram(simulated, reconstruction.recording.program), reconstruction.reference,
-        reconstruction.data, TUNING, torch.Generator().manual_seed(reconstruction.seed), progress, only_biases=True,
-    )  # fmt: skip
+    runner = SimulatedProgram(simulated, reconstruction.recording.program)
+    training = reconstruction.training(reconstruction.learning.tuning, progress, kept)
+    helping = partial(_where_it_helps, reconstruction, simulated)
     every: dict[str, Callable[[], Learned]] = {
-        "norm": partial(_match, reconstruction, simulated, deviations=True),
-        "bias": partial(_match, reconstruction, simulated, deviations=False),
-        "tuning": tuning,
-        "confidence": partial(_temper, reconstruction, simulated),
+        "norm": partial(helping, partial(_match, reconstruction, runner, deviations=True)),
+        "bias": partial(helping, partial(_match, reconstruction, runner, deviations=False)),
+        "tuning": partial(
+            learn_network, runner, reconstruction.reference, reconstruction.data, training, only_biases=True
+        ),
+        "confidence": partial(helping, partial(_temper, reconstruction, runner)),
     }
     return {
         name: kept.learned(f"correction {name}", simulated, simulated.weights, work)
@@ -239,41 +230,35 @@ def correct(
     }
 
 
-def _match(reconstruction: ReconstructionPlan, simulated: SimulatedModel, deviations: bool) -> Learned:
-    """Match statistics of the outputs where that lowers the damage on held-back inputs."""
-    program, data, damage = reconstruction.recording.program, reconstruction.data, reconstruction.reference.damage
-    runner, floats = (
-        SimulatedProgram(simulated, program),
-        float_program(simulated.model, program, reconstruction.reference.state),
-    )
-    kept = Snapshot.of(simulated)
-    before = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
-    some = data.first(STATISTICS_SAMPLES).inputs
-    match_outputs(runner, floats, reconstruction.recording.blocks, some, deviations)
-    after = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
+def _where_it_helps(
+    reconstruction: ReconstructionPlan, simulated: SimulatedModel, change: Callable[[], None]
+) -> Learned:
+    """Change a model, and undo it unless that lowers the damage on held-back inputs."""
+    runner, kept = SimulatedProgram(simulated, reconstruction.recording.program), Snapshot.of(simulated)
+    before = reconstruction.held_damage(runner)
+    change()
+    after = reconstruction.held_damage(runner)
     if not after < before:
         kept.put_back(simulated)
     return Learned(before, min(before, after))
 
 
-def _temper(reconstruction: ReconstructionPlan, simulated: SimulatedModel) -> Learned:
+def _match(reconstruction: ReconstructionPlan, runner: SimulatedProgram, deviations: bool) -> None:
+    """Match statistics of the outputs."""
+    some = reconstruction.data.first(reconstruction.learning.statistics_samples).inputs
+    floats = reconstruction.float_on(runner.model.model)
+    match_outputs(runner, floats, reconstruction.recording.blocks, some, deviations)
+
+
+def _temper(reconstruction: ReconstructionPlan, runner: SimulatedProgram) -> None:
     """Make the logits as large as is best for the damage on held-back inputs."""
-    program, data, damage = reconstruction.recording.program, reconstruction.data, reconstruction.reference.damage
-    runner = SimulatedProgram(simulated, program)
-    before = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
-    head = head_of(runner)
+    head, data = head_of(runner), reconstruction.data
     if head is None or not reconstruction.logits:
-        return Learned(before, before)
-    kept = Snapshot.of(simulated)
-    found = play_output(runner, data.held_inputs, whole(program))
-    factor = best_factor(found, lambda outputs: damage(data.held_outputs, outputs))
-    scale_layer(simulated, head, factor)
-    after = mean_damage(runner, data.held_inputs, data.held_outputs, damage)
-    if not after < before:
-        kept.put_back(simulated)
-        return Learned(before, before)
-    notice(f"logits times {factor:.2f}: damage on held-back inputs {before:.4g} -> {after:.4g}")
-    return Learned(before, after)
+        return
+    found = play_output(runner, data.held_inputs, whole(runner.program))
+    factor = best_factor(found, lambda outputs: reconstruction.reference.damage(data.held_outputs, outputs))
+    scale_layer(runner.model, head, factor)
+    notice(f"logits times {factor:.2f}")
 
 
 def require_reconstruction(planned: ReconstructionPlan | str, /, **asked: str) -> ReconstructionPlan | None:

@@ -18,6 +18,7 @@ from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
 from quantkit.program.layers import Weights
 from quantkit.program.sites import Site
+from quantkit.program.updates import plain_mode, restored
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.channels import HELD_BACK, clipped_ranges, mse_ranges
 from quantkit.rounding.weights import quantize_weight
@@ -122,8 +123,8 @@ def _outputs_of(
             return x
 
         change = at_sites([by_name[norm.site] for norm in some], keep)
-        with torch.no_grad():
-            for args, kwargs in batches:
+        for args, kwargs in batches:
+            with plain_mode(ready.model), restored(ready.model):
                 run_with(ready.model, change, args, kwargs)
         for norm in some:
             yield norm, torch.cat(found.pop(norm.site))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from quantkit.plan import Plan, Profile
 from quantkit.program.inputs import Batch, as_batch
 from quantkit.runtime.real import RealModel
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.quantized import QuantizedModel
 from quantkit.store import require_writable
 from quantkit.targets.instruction_sets import INSTRUCTION_SET, detected_instruction_set
 
@@ -26,14 +28,15 @@ if TYPE_CHECKING:
 class Result:
     """A quantized model, the plan it obeys and what was measured on it.
 
-    ``model`` runs like the original: simulated in float, or, after ``to_real``, on integer kernels. ``metrics``
+    ``model`` runs like the original, with its attributes and methods: simulated in float, or, after ``to_real``, on
+    integer kernels. ``quantized`` is what carries it out, with codes and ranges by name. ``metrics``
     compares it with the float model: on the calibration inputs, and on the user's own metric where ``evaluate`` was
     given. ``folds`` are the (layer, BatchNorm) pairs that were folded, ``calibration`` the inputs it was made with
     (empty when it was loaded). ``curve`` has the (cost, metric drop) of every plan that was applied for a limit on
     accuracy, cheapest first. ``notes`` say how each layer was rounded and what was learned afterwards.
     """
 
-    model: SimulatedModel | RealModel
+    quantized: SimulatedModel | RealModel
     plan: Plan
     folds: tuple[tuple[str, str], ...] = ()
     calibration: Sequence[Batch] = ()
@@ -41,6 +44,11 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[float, float], ...] = ()
+
+    @cached_property
+    def model(self) -> QuantizedModel:
+        """The quantized model as its user knows it."""
+        return QuantizedModel.of(self.quantized)
 
     def save(self, folder: str | Path) -> Path:
         """Write plan.json and weights.safetensors into ``folder``; ``quantkit.load`` reads them back."""
@@ -52,13 +60,13 @@ class Result:
         """This result with a model that computes on integers from packed weights, which take the plan's bytes.
 
         ``expand`` also keeps 8-bit expansions of the weights that kernels cannot read as they are packed: faster, and
-        counted apart in ``model.expanded_bytes``.
+        counted apart in ``quantized.expanded_bytes``.
         """
-        return replace(self, model=RealModel(self.simulated(), expand))
+        return replace(self, quantized=RealModel(self.simulated(), expand))
 
     def simulated(self) -> SimulatedModel:
         """The model in simulation: differentiable, and what files are written from."""
-        return self.model.simulated() if isinstance(self.model, RealModel) else self.model
+        return self.quantized.simulated() if isinstance(self.quantized, RealModel) else self.quantized
 
     def export_onnx(
         self, path: str | Path, *, example: Any = None, check: Sequence[Any] = (), tolerance: Tolerance | None = None

@@ -91,7 +91,11 @@ def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, P
     try:
         shape_like_folded(own, folds)
         layers = {name: LayerWeight.from_dict(record) for name, record in header["layers"].items()}
-        floats = Weights(own, layers, {n: torch.zeros(w.shape) for n, w in layers.items() if w.parameter is None})
+        floats = Weights(
+            own,
+            layers,
+            {n: torch.zeros(w.shape, dtype=torch.float32) for n, w in layers.items() if w.parameter is None},
+        )
         covered = set(floats.covered(layers))
         weights = {name: _weight(name, record, floats, tensors) for name, record in header["layers"].items()}
     except AttributeError as error:

@@ -18,6 +18,7 @@ from quantkit.plan import Layer
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.inputs import Batch, first_samples
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
+from quantkit.program.ownership import CONSTANT, Owned, ownership, why_uncalled
 from quantkit.program.program import Program, Step
 from quantkit.program.record import VIEWS, record, unrecorded
 from quantkit.program.replayable import computed_weights
@@ -30,8 +31,8 @@ from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_w
 
 SITE_BYTES = 5  # a float32 scale and a uint8 zero point
 RECORDED_SAMPLES = 2
+TRAINING = "num_batches_tracked"  # BatchNorm's counters, which no deployed model stores
 KEPT = "kept float by a rule"
-_CONSTANT = "it reads a constant, not an activation"
 
 
 @dataclass(frozen=True)
@@ -60,38 +61,42 @@ class Prepared:
         """The model with nothing quantized, called as the quantized one is."""
         return as_float(self.model, self.weights, self.program.updated)
 
+    def ownership(self) -> list[Owned]:
+        """Everything that the prepared model stores: by which layer, or why it stays float."""
+        return ownership(self.model, self.program, {name: layer.reason for name, layer in self.layers.items()})
+
     @property
     def quantizable(self) -> list[str]:
         return [name for name, layer in self.layers.items() if not layer.reason]
 
 
-def prepare(
-    model: nn.Module, batches: Sequence[Batch], target: Target, keep_float: Collection[str] = (), inplace: bool = False
-) -> Prepared:
-    """Check and prepare ``model``; layers named in ``keep_float`` are not quantized.
-
-    Raises InvalidRequest for NaN or infinite weights, parameters without values, compiled code, a batch the model
-    rejects, or a model without a quantizable layer.
+def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepared:
+    """Check and prepare ``model``. Raises InvalidRequest for NaN or infinite weights, parameters without values,
+    compiled code, a batch the model rejects, or a model without a quantizable layer.
     """
-    own, element_bytes, sizes = _checked_copy(model, inplace)
+    own, element_bytes, sizes = _checked_copy(model)
     example, program = _first_recording(own, batches[0])
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
     program = record(own, example) if folded is None else folded
-    return _prepared(
-        own, program, _Request(target, frozenset(keep_float), element_bytes, sizes), example, tuple(folds)
-    )
+    return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds))
+
+
+def prepare_own(ready: Prepared, model: nn.Module) -> Prepared:
+    """The same on the user's own model, which becomes what the copy was before anything was quantized."""
+    own = _in_eval_mode(model, "it")
+    fold(own, ready.folds)
+    return replace(ready, model=own, weights=Weights(own, ready.program.weights, computed_weights(own, ready.program)))
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What a model is prepared for: the layers that a rule keeps float, bytes an element of each of the user's
-    parameters, and the bytes of the user's model, as it is and in float32.
+    """What a model is prepared for, bytes an element of each of the user's parameters, and the bytes of the user's
+    model, as it is and in float32.
     """
 
     target: Target
-    keep_float: frozenset[str]
     element_bytes: Mapping[str, int]
     sizes: tuple[int, int]
 
@@ -108,14 +113,12 @@ def _prepared(
     return _placed(Prepared(own, program, example, weights, folds, layers, (), 0, *request.sizes), request.target)
 
 
-def prepare_unrecorded(
-    model: nn.Module, target: Target, keep_float: Collection[str] = (), inplace: bool = False
-) -> Prepared:
+def prepare_unrecorded(model: nn.Module, target: Target) -> Prepared:
     """``prepare`` where there is nothing to run the model on: layers in the order of its modules, nothing folded, no
     sites. A layer whose weight the model also holds under another name stays float.
     """
-    own, element_bytes, sizes = _checked_copy(model, inplace)
-    return _prepared(own, unrecorded(own), _Request(target, frozenset(keep_float), element_bytes, sizes))
+    own, element_bytes, sizes = _checked_copy(model)
+    return _prepared(own, unrecorded(own), _Request(target, element_bytes, sizes))
 
 
 def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
@@ -137,7 +140,7 @@ def without_sites(ready: Prepared, names: Collection[str]) -> Prepared:
     return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
 
 
-def _checked_copy(model: nn.Module, inplace: bool) -> tuple[nn.Module, dict[str, int], tuple[int, int]]:
+def _checked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, int], tuple[int, int]]:
     """The model to work on, bytes an element of each parameter in the user's model, and that model's bytes, as it is
     and in float32.
     """
@@ -145,7 +148,7 @@ def _checked_copy(model: nn.Module, inplace: bool) -> tuple[nn.Module, dict[str,
     element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
     stored = sum(t.numel() * t.element_size() for t in _stored(model))
     in_float32 = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in _stored(model))
-    own = _own_copy(model, inplace)
+    own = _in_eval_mode(_copied(model), "a copy")
     _require_finite_weights(own)
     return own, element_bytes, (stored, in_float32)
 
@@ -168,22 +171,10 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
     sites = place_sites(own, ready.program, target, coded) if ready.program.steps else ()
-    stored = sum(t.numel() * t.element_size() for t in _stored(own))
-    other = stored - _held_by_layers(ready) + SITE_BYTES * len(sites)
+    owned = ownership(own, ready.program)
+    other = sum(part.bytes for part in owned if not part.layer and not part.name.endswith(TRAINING))
+    other += SITE_BYTES * len(sites)
     return replace(ready, layers=_with_inputs(layers, sites), sites=sites, other_bytes=other)
-
-
-def _held_by_layers(ready: Prepared) -> int:
-    """Bytes of the parameters, or parts of them, that hold the layers' weights in the prepared model."""
-    held: dict[str, int] = {}
-    state = dict(ready.model.named_parameters(remove_duplicate=False))
-    for weight in ready.weights.layers.values():
-        if weight.parameter is None:
-            held |= {name: state[name].numel() for name in weight.sources if name in state and state[name].dim() > 1}
-        else:
-            count = math.prod(weight.shape)
-            held[weight.parameter] = held.get(weight.parameter, 0) + count
-    return 4 * sum(held.values())
 
 
 def _require_plain_model(model: nn.Module) -> None:
@@ -203,13 +194,12 @@ def _require_plain_model(model: nn.Module) -> None:
         )
 
 
-def _own_copy(model: nn.Module, inplace: bool) -> nn.Module:
-    own = model if inplace else _copied(model)
-    if own.training:
-        notice(f"the model is in training mode: quantizing {'it' if inplace else 'a copy'} in eval mode")
-    if any(p.device.type != "cpu" for p in own.parameters()):
-        notice(f"the model is not on the CPU: measuring and quantizing {'it' if inplace else 'a copy'} there")
-    own = own.cpu().float().eval()
+def _in_eval_mode(model: nn.Module, called: str) -> nn.Module:
+    if model.training:
+        notice(f"the model is in training mode: quantizing {called} in eval mode")
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        notice(f"the model is not on the CPU: measuring and quantizing {called} there")
+    own = model.cpu().float().eval()
     make_weights_plain(own)
     return own
 
@@ -220,7 +210,7 @@ def _copied(model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the user's classes raise
         raise InvalidRequest(
             f"The model cannot be copied: {type(error).__name__}: {str(error).rstrip(' .')}. "
-            "Remove what copy.deepcopy cannot copy, or pass inplace=True."
+            "Remove what copy.deepcopy cannot copy."
         ) from error
 
 
@@ -241,7 +231,7 @@ def _first_recording(model: nn.Module, batch: Batch) -> tuple[Batch, Program]:
 
 def _stored(model: nn.Module) -> list[torch.Tensor]:
     """The tensors a deployed model must store: parameters and buffers, without BatchNorm's training counters."""
-    buffers = [b for name, b in model.named_buffers() if not name.endswith("num_batches_tracked")]
+    buffers = [b for name, b in model.named_buffers() if not name.endswith(TRAINING)]
     return [*model.parameters(), *buffers]
 
 
@@ -276,25 +266,23 @@ def _layers(weights: Weights, program: Program, request: _Request) -> dict[str, 
 
 def _reason_to_stay_float(name: str, weights: Weights, program: Program, request: _Request) -> str:
     weight, target = weights.layers[name], request.target
-    if name in request.keep_float:
-        return KEPT
     if weight.kind not in target.layers:
         return f"{weight.kind} is not supported by target {target.name} yet"
     if not program.steps:
         return _held_elsewhere(name, weights)
     calls = program.calls.get(name, ())
+    if not calls:
+        return why_uncalled(program, weight)
     if others := _other_readers(weight, program):
         alone = all(step.key.op == weight.kind for step in others)
-        return _CONSTANT if alone else f"its weight is read by {others[0].key}, which is no product"
-    if not calls:
-        return "its weight takes part in no call of the recorded run"
+        return CONSTANT if alone else f"its weight is read by {others[0].key}, which is no product"
     read = [call.input for call in calls]
     if not weight.reads_rows:
         return ""
     if any(v in program.stored.values() for v in read) or all(
         v in program.makers and v not in program.varying for v in read
     ):
-        return _CONSTANT
+        return CONSTANT
     if not all(can_hold_codes(program, v) for v in read):
         return "it reads a tensor that no recorded call made (scripted code, or writing through a view)"
     return ""

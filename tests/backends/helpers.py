@@ -19,11 +19,13 @@ from quantkit.rounding.in_sequence import round_biases
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.targets import Target
-from quantkit.transforms.prepare import Prepared, prepare
+from quantkit.transforms.prepare import Prepared, leave_float, prepare
 
 
 def prepared(model: nn.Module, batch: Batch, keep_float: Sequence[str] = ()) -> Prepared:
-    return prepare(model, [batch], Target.load("onnxruntime-cpu"), keep_float)
+    target = Target.load("onnxruntime-cpu")
+    ready = prepare(model, [batch], target)
+    return leave_float(ready, target, keep_float) if keep_float else ready
 
 
 def simulate(ready: Prepared, batch: Batch, bits: int | Callable[[int], int], site_bits: int = 8) -> SimulatedModel:

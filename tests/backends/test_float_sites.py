@@ -50,20 +50,20 @@ def test_the_plan_says_so_and_stores_no_range(coded: Result, floating: Result) -
     assert floating.plan.sites == coded.plan.sites | {SUM: "float"}
     assert coded.plan.total_bytes - floating.plan.total_bytes == 5  # a scale and a zero point
     assert coded.plan.size_bytes == floating.plan.size_bytes
-    assert floating.model.ranges == {n: r for n, r in coded.model.ranges.items() if n != SUM}
+    assert floating.quantized.ranges == {n: r for n, r in coded.quantized.ranges.items() if n != SUM}
 
 
 def test_the_simulation_adds_in_float(coded: Result, floating: Result) -> None:
     """By hand: the network with codes everywhere but in the sum."""
-    ranges, seen = coded.model.ranges, []
+    ranges, seen = coded.quantized.ranges, []
 
     def record(key, args, kwargs):
         if key.op == "mean":
             seen.append(args[0])
 
     with torch.no_grad():
-        floating.model.run((images(),), {}, record)
-        coded.model.run((images(),), {}, record)
+        floating.quantized.run((images(),), {}, record)
+        coded.quantized.run((images(),), {}, record)
     in_float, on_codes = seen
     assert torch.equal(ranges[SUM].fake_quantize(in_float), on_codes)
     assert not torch.equal(in_float, on_codes)
@@ -109,7 +109,7 @@ def test_in_place_it_is_the_same_model(floating: Result) -> None:
         inplace=True,
     )  # fmt: skip
     assert made.plan == floating.plan
-    assert SUM not in made.model.ranges
+    assert SUM not in made.quantized.ranges
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_products_of_attention_in_float(tmp_path: Path) -> None:
     for names in (["/softmax"], ["/softmax", "q", "k", "v"]):
         result = applied(model, Plan(schemes, sites=dict.fromkeys(names, "float")), x)
         left = {"input", "/matmul.1", "q", "k", "v"} - set(names)
-        assert set(result.model.ranges) == left
+        assert set(result.quantized.ranges) == left
         assert {name for name, fmt in result.plan.sites.items() if fmt != "float"} == left
         path = result.export_onnx(tmp_path / f"{len(names)}.onnx").path
         found = [node.op_type for node in onnx.load(path).graph.node].count("QuantizeLinear")

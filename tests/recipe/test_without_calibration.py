@@ -38,7 +38,7 @@ def test_it_gives_what_quantize_gives(tmp_path: Path, capsys: pytest.CaptureFixt
     wanted = quantkit.quantize(small(), "4.5 bits", progress=False)
     found = load(tmp_path / "out")
     assert found.plan.schemes == wanted.plan.schemes and found.plan.average_bits <= 4.5
-    assert all(torch.equal(w.codes, found.model.weights[n].codes) for n, w in wanted.model.weights.items())
+    assert all(torch.equal(w.codes, found.quantized.weights[n].codes) for n, w in wanted.quantized.weights.items())
     left = {file.name for file in (tmp_path / "out").iterdir()}
     assert left == {"plan.json", "weights.safetensors", "recipe.yaml", "work"}
 

@@ -19,7 +19,8 @@ from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.adaquant import Task, TaskCall, calls_of, learn_layer, learn_layers
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import HALF
-from quantkit.reconstruction.learning import Learned, Schedule, shuffled
+from quantkit.reconstruction.learning import Schedule, Training, shuffled
+from quantkit.reconstruction.snapshot import Learned
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, copied_state, float_program, play, play_output
@@ -28,6 +29,10 @@ from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.stages.networks import ConvReused, MobileNet, images, small
 from tests.stages.test_reconstruct import digits
+
+
+def training(schedule: Schedule, seed: int = 0) -> Training:
+    return Training(schedule, torch.Generator().manual_seed(seed), progress=False)
 
 
 @dataclass
@@ -43,9 +48,8 @@ class Case:
 
     def learn(self, parallel: bool, schedule: Schedule) -> dict[str, Learned]:
         return learn_layers(
-            self.runner, self.floats, self.reference, self.data, self.recording.blocks, schedule,
-            torch.Generator().manual_seed(0), parallel, progress=False,
-        )  # fmt: skip
+            self.runner, self.reference, self.data, self.recording.blocks, training(schedule), parallel
+        )
 
 
 def case_of(model: nn.Module, batch: Batch, format: WeightFormat, bits: int) -> Case:
@@ -153,8 +157,7 @@ def test_it_learns_what_gradients_written_out_by_hand_do(text: str) -> None:
     twin.unit = float(wanted.double().var())
     for step, drawn in enumerate(shuffled(64, 64, 12, torch.Generator().manual_seed(5))):
         twin.learn(x[drawn].double().numpy(), wanted[drawn].double().numpy(), step)
-    generator = torch.Generator().manual_seed(5)
-    assert learn_layer(case.runner, case.reference, "0", lambda: [task], {"input"}, schedule, generator).helped
+    assert learn_layer(case.runner, case.reference, "0", lambda: [task], {"input"}, training(schedule, 5)).helped
     found, now, site = simulated.weights["0"], twin.numbers(), simulated.ranges["input"]
     assert np.array_equal(found.codes.numpy(), now["codes"])
     assert (

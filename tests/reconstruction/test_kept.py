@@ -9,8 +9,7 @@ import torch
 
 from quantkit.formats import Scheme
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
-from quantkit.reconstruction.learning import Learned
-from quantkit.reconstruction.snapshot import Cache, Snapshot
+from quantkit.reconstruction.snapshot import Cache, Learned, Snapshot
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import Artefacts
@@ -46,18 +45,6 @@ def test_a_learned_piece_is_put_back_with_its_figures_and_draws(format: str, bia
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_rounded_layer_is_found_under_its_format_alone(format: str, tmp_path: Path) -> None:
-    finished, weight = Cache(Artefacts(tmp_path)), model_of(format).weights["0"]
-    assert finished.rounded("0", weight.format) is None
-    finished.keep_rounded("0", weight, "gptq, damping 0.01")
-    found = finished.rounded("0", weight.format)
-    assert found is not None and found[1] == "gptq, damping 0.01"
-    assert torch.equal(found[0].dequantize(), weight.dequantize())
-    other = Scheme.parse("w5").weight
-    assert other is not None and finished.rounded("0", other) is None
-
-
-@pytest.mark.parametrize("format", FORMATS)
 def test_a_layer_is_rounded_once_for_each_format(format: str, tmp_path: Path) -> None:
     finished, weight, done = Cache(Artefacts(tmp_path)), model_of(format).weights["0"], []
 
@@ -78,12 +65,11 @@ def test_a_layer_is_rounded_once_for_each_format(format: str, tmp_path: Path) ->
 
 def test_without_a_folder_nothing_is_kept() -> None:
     finished, model = Cache(), model_of("w3")
-    finished.keep_rounded("0", model.weights["0"], "nearest")
-    assert finished.rounded("0", model.weights["0"].format) is None
-    count = []
+    weight, count = model.weights["0"], []
     for _ in range(2):
+        finished.rounding("0", weight.format, lambda: count.append(1) or (weight, "nearest"))
         finished.learned("piece", model, ["0"], lambda: count.append(1) or Learned(1.0, 1.0))
-    assert len(count) == 2
+    assert len(count) == 4
 
 
 def test_a_part_of_a_model_is_kept_alone() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkit.reconstruction.learning import Schedule, learn, shuffled
+from quantkit.reconstruction.learning import Schedule, Training, learn, shuffled
 
 
 def test_every_sample_once_before_any_comes_again() -> None:
@@ -21,9 +21,7 @@ def run(held_back, rate: float = 0.05, steps: int = 80, **options):
         lambda indices: (x - 1).square().sum(),
         lambda: held_back(float(x.detach())),
         4,
-        Schedule(steps, batch=2, **options),
-        torch.Generator().manual_seed(0),
-        progress=False,
+        Training(Schedule(steps, batch=2, **options), torch.Generator().manual_seed(0), progress=False),
     )
     return float(x.detach()), learned
 

@@ -56,9 +56,9 @@ def test_held_weights_multiply_as_the_reference(way: str, format: str, shape: tu
     assert (held.expanded_bytes > 0) <= expand
     bias = torch.randn(shape[0])
     for rows in (0, 1, 5):
-        codes, scale = quantize_rows(torch.randn(rows, shape[1]))
-        wanted = int_linear_reference(codes, scale, weight.codes, weight.scale, weight.zero_point, None, bias)
-        assert torch.equal(held(codes, scale, None, bias), wanted)
+        given = quantize_rows(torch.randn(rows, shape[1]))
+        wanted = int_linear_reference(given, weight.codes, weight.scale, weight.zero_point, None, bias)
+        assert torch.equal(held(*given, None, bias), wanted)
     back = held.quantized()
     assert torch.equal(back.codes, weight.codes) and torch.equal(back.scale, weight.scale)
 
@@ -76,8 +76,8 @@ def test_a_linear_layer_takes_any_leading_dimensions_and_type(way: str, dtype, l
     x = torch.randn(*lead, 64).to(dtype)
     found = IntLinear(weight, bias)(x)
     assert found.dtype == dtype and found.shape == (*lead, 16)
-    codes, scale = quantize_rows(x.reshape(-1, 64).float())
-    wanted = int_linear_reference(codes, scale, weight.codes, weight.scale, bias=bias).reshape(*lead, 16)
+    given = quantize_rows(x.reshape(-1, 64).float())
+    wanted = int_linear_reference(given, weight.codes, weight.scale, bias=bias).reshape(*lead, 16)
     assert torch.equal(found, wanted.to(dtype))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.errors import InvalidRequest
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.panels import Panels, from_panels, misfit, to_panels
-from quantkit.runtime.int_linear.reference import int_linear_reference, quantize_rows
+from quantkit.runtime.int_linear.reference import Rows, int_linear_reference, quantize_rows
 from quantkit.runtime.int_linear.through_torch import float_mm, int_linear_torch, int_mm
 
 needs_kernels = pytest.mark.skipif(
@@ -45,8 +45,7 @@ def problems(draw: st.DrawFn, bits: int | None = None) -> dict[str, object]:
     offset = torch.randint(-(10**6), 10**6, (channels,), generator=random, dtype=torch.int32)
     return {
         "bits": bits,
-        "activations": activations,
-        "activation_scale": torch.rand(rows, generator=random),
+        "rows": Rows(activations, torch.rand(rows, generator=random)),
         "codes": codes,
         "scale": torch.randn(channels, groups, generator=random),
         "offset": offset if groups == 1 and draw(st.booleans()) else None,
@@ -56,8 +55,9 @@ def problems(draw: st.DrawFn, bits: int | None = None) -> dict[str, object]:
 
 def assert_panels_equal_reference(problem: dict, **options: object) -> None:
     bits, codes, scale = problem.pop("bits"), problem.pop("codes"), problem.pop("scale")
-    found = compiled.int_linear_compiled(weight=to_panels(codes, scale, bits), **problem, **options)
-    assert torch.equal(found, int_linear_reference(codes=codes, scale=scale, **problem))
+    given = problem.pop("rows")
+    found = compiled.int_linear_compiled(given, to_panels(codes, scale, bits), **problem, **options)
+    assert torch.equal(found, int_linear_reference(given, codes, scale, **problem))
 
 
 @needs_kernels
@@ -82,14 +82,14 @@ def test_kernels_of_the_lesser_instruction_set_equal_the_reference(problem: dict
 def test_threads_do_not_change_a_bit(threads: int, rows: int) -> None:
     draw = torch.Generator().manual_seed(0)
     codes, scale = codes_of((80, 512), 4, draw), torch.rand(80, 4, generator=draw)
-    activations, by = codes_of((rows, 512), 8, draw), torch.rand(rows, generator=draw)
+    given = Rows(codes_of((rows, 512), 8, draw), torch.rand(rows, generator=draw))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        found = compiled.int_linear_compiled(activations, by, to_panels(codes, scale, 4))
+        found = compiled.int_linear_compiled(given, to_panels(codes, scale, 4))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found, int_linear_reference(activations, by, codes, scale))
+    assert torch.equal(found, int_linear_reference(given, codes, scale))
 
 
 @settings(deadline=None, max_examples=300)
@@ -168,22 +168,22 @@ def test_what_does_not_fill_panels_is_refused(sizes: tuple[int, int, int, int], 
 def test_other_operands_are_refused() -> None:
     panels = to_panels(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 2), 8)
     with pytest.raises(InvalidRequest, match=r"takes int8 rows of that length, not torch.int8 of shape \(3, 60\)"):
-        compiled.int_linear_compiled(torch.zeros(3, 60, dtype=torch.int8), torch.ones(3), panels)
+        compiled.int_linear_compiled(Rows(torch.zeros(3, 60, dtype=torch.int8), torch.ones(3)), panels)
     with pytest.raises(InvalidRequest, match="needs weights with one scale per channel"):
         offset = torch.zeros(16, dtype=torch.int32)
-        compiled.int_linear_compiled(torch.zeros(3, 64, dtype=torch.int8), torch.ones(3), panels, offset)
+        compiled.int_linear_compiled(Rows(torch.zeros(3, 64, dtype=torch.int8), torch.ones(3)), panels, offset)
     wide = Panels(torch.zeros(1, 17000, 16, 4, dtype=torch.uint8), torch.ones(1, 1, 16), 8, 16, 68000)
     with pytest.raises(InvalidRequest, match="68000 inputs can overflow 32-bit sums"):
-        compiled.int_linear_compiled(torch.zeros(1, 68000, dtype=torch.int8), torch.ones(1), wide)
+        compiled.int_linear_compiled(Rows(torch.zeros(1, 68000, dtype=torch.int8), torch.ones(1)), wide)
 
 
 @needs_kernels
 def test_activations_may_lie_in_any_order() -> None:
     draw = torch.Generator().manual_seed(0)
     codes, scale = codes_of((16, 32), 8, draw), torch.rand(16, 1, generator=draw)
-    activations = codes_of((32, 9), 8, draw).t()
-    found = compiled.int_linear_compiled(activations, torch.ones(9), to_panels(codes, scale, 8))
-    assert torch.equal(found, int_linear_reference(activations, torch.ones(9), codes, scale))
+    given = Rows(codes_of((32, 9), 8, draw).t(), torch.ones(9))
+    found = compiled.int_linear_compiled(given, to_panels(codes, scale, 8))
+    assert torch.equal(found, int_linear_reference(given, codes, scale))
 
 
 EMULATION = Path("/usr/include/simde/x86/avx512.h")

@@ -55,7 +55,9 @@ def test_result_meets_the_limit_and_no_cheaper_plan_of_the_curve_does(drop: floa
 
 def test_the_curve_has_what_was_applied_not_what_was_expected_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """All plans look as good as the float model before they are applied, and most are too near to be tried."""
-    monkeypatch.setattr(accuracy, "_simulated", lambda request, *rest: as_float(request.ready.model))
+    monkeypatch.setattr(
+        accuracy, "_cursory", lambda search, evaluate, plan: evaluate(as_float(search.request.ready.model))
+    )
     monkeypatch.setattr(accuracy, "APART", 0.4)
     result = quantize("accuracy_drop=2", fidelity())
     cheaper = [lost for cost, lost in result.curve if cost < result.plan.total_bytes]

@@ -74,7 +74,7 @@ def test_a_plan_keeps_its_limit_and_its_file_runs(by_hand: Target, tmp_path: Pat
     assert taken == plan.provenance["latency_ns"] <= 0.65 * table.float_ns
     assert plan.average_bits <= 10
     assert plan.schemes["stem.0"].is_float, "slower on codes, and small"
-    assert set(plan.sites) == {site.name for site in result.model.sites}
+    assert set(plan.sites) == {site.name for site in result.quantized.sites}
     report = result.export_onnx(tmp_path / "model.onnx")
     assert report.path.exists()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,37 +12,35 @@ from quantkit import Result
 from quantkit.errors import InvalidRequest
 from quantkit.program.segments import whole
 from quantkit.reconstruction.corrections import best_factor, head_of, match_outputs, output_spread
-from quantkit.reconstruction.learning import Schedule
+from quantkit.reconstruction.learning import LearningOptions, Schedule
 from quantkit.reconstruction.snapshot import Snapshot
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.request import RoundingRequest
 from quantkit.sensitivity.damage import KLDamage
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
-from quantkit.stages import reconstruct
 from quantkit.targets import Target
 from quantkit.transforms.prepare import prepare
 from tests.program.replays import program_of
 from tests.stages.networks import images, small
+from tests.stages.schedules import apply_with
 from tests.stages.test_reconstruct import SMALL, damage, digits, layers
 
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "TUNING", Schedule(steps=40, batch=32, bias_rate=1e-2))
+SHORT = LearningOptions(network=Schedule(steps=8, batch=32), tuning=Schedule(steps=40, batch=32, bias_rate=1e-2))
+apply = partial(apply_with, SHORT)
 
 
 @cache
 def applied(correction: str | None, scheme: str = "w2a8") -> Result:
     model, seen, _ = digits()
     plan = dict.fromkeys(layers(), scheme)
-    return quantkit.apply(model, plan, seen, reconstruction="none", correction=correction, progress=False)
+    return apply(model, plan, seen, reconstruction="none", correction=correction, progress=False)
 
 
 @pytest.mark.parametrize("correction", ["norm", "bias", "tuning", "auto"])
 def test_codes_stay_and_the_damage_on_unseen_inputs_falls(correction: str) -> None:
     plain, corrected = applied(None), applied(correction)
-    assert all(torch.equal(w.codes, corrected.model.weights[n].codes) for n, w in plain.model.weights.items())
+    assert all(torch.equal(w.codes, corrected.quantized.weights[n].codes) for n, w in plain.quantized.weights.items())
     assert corrected.plan.size_bytes == plain.plan.size_bytes
     notes = corrected.notes["correction"]
     assert list(notes) == (["norm", "bias", "tuning"] if correction == "auto" else [correction])
@@ -89,10 +87,9 @@ def test_what_was_kept_is_put_back() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
 
 
-def test_nothing_is_corrected_after_learning_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=8, batch=32))
+def test_nothing_is_corrected_after_learning_unless_asked() -> None:
     found = [
-        quantkit.apply(small(), dict.fromkeys(SMALL, "w2a8"), images(64), correction=how, progress=False).notes
+        apply(small(), dict.fromkeys(SMALL, "w2a8"), images(64), correction=how, progress=False).notes
         for how in ("auto", "bias")
     ]
     assert ["correction" in notes for notes in found] == [False, True]
@@ -100,7 +97,7 @@ def test_nothing_is_corrected_after_learning_unless_asked(monkeypatch: pytest.Mo
 
 def test_an_unknown_correction_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"^Unknown correction 'all'; known: auto, none, bias, norm, tuning"):
-        quantkit.apply(small(), {"head": "w2a8"}, images(), correction="all", progress=False)
+        apply(small(), {"head": "w2a8"}, images(), correction="all", progress=False)
 
 
 def test_confidence_scales_the_logits_and_nothing_else() -> None:

@@ -141,8 +141,8 @@ def test_training_mode_changes_no_decision(result: Result) -> None:
 def test_in_place_changes_the_model_given() -> None:
     model = small()
     made = quantkit.quantize(model, "4 bits", images(), progress=False, inplace=True)
-    assert made.model.model is model
-    codes = made.model.weights["conv"]
+    assert made.quantized.model is model
+    codes = made.quantized.weights["conv"]
     assert torch.equal(model.conv.weight, codes.dequantize())
 
 

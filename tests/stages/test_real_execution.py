@@ -26,21 +26,21 @@ def result() -> quantkit.Result:
 
 def test_a_real_result_runs_in_the_plans_bytes(result: quantkit.Result) -> None:
     real = result.to_real()
-    assert isinstance(real.model, RealModel) and real.plan is result.plan
-    assert real.model.weight_bytes == result.plan.size_bytes
+    assert isinstance(real.quantized, RealModel) and real.plan is result.plan
+    assert real.quantized.weight_bytes == result.plan.size_bytes
     x = images(100, seed=5)
     with torch.no_grad():
         torch.testing.assert_close(real.model(x), result.model(x), atol=1e-2, rtol=1e-2)
-    assert result.to_real(expand=True).model.expanded_bytes > 0
+    assert result.to_real(expand=True).quantized.expanded_bytes > 0
 
 
 def test_load_chooses_the_execution(result: quantkit.Result, tmp_path: Path) -> None:
     result.save(tmp_path)
     real = quantkit.load(tmp_path, small(), execution="real")
-    assert isinstance(real.model, RealModel)
+    assert isinstance(real.quantized, RealModel)
     x = images(10, seed=5)
     assert torch.equal(real.model(x), result.to_real().model(x))
-    assert quantkit.load(tmp_path, small()).model.ranges == result.model.ranges
+    assert quantkit.load(tmp_path, small()).quantized.ranges == result.quantized.ranges
     with pytest.raises(InvalidRequest, match=r"execution.*'fast'.*simulated.*real"):
         quantkit.load(tmp_path, small(), execution="fast")
 
@@ -71,7 +71,7 @@ def check_agreement(model: nn.Module, calibration: Tensor, inputs: Tensor, label
     layers = {n: scheme for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     result = quantkit.apply(model, layers, list(calibration.split(32)), rounding="nearest", progress=False)
     real = result.to_real()
-    assert real.model.weight_bytes == result.plan.size_bytes
+    assert real.quantized.weight_bytes == result.plan.size_bytes
     with torch.no_grad():
         right = [
             torch.cat([m(part) for part in inputs.split(250)]).argmax(1).numpy() == labels

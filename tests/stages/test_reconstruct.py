@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import quantkit
 from quantkit import QuantkitError, Result
-from quantkit.reconstruction.learning import Schedule
+from quantkit.reconstruction.learning import LearningOptions, Schedule
 from quantkit.sensitivity.damage import kl_rows
 from quantkit.stages import reconstruct
 from tests.stages.networks import images, small
+from tests.stages.schedules import apply_with
 
 DIGITS = import_module("recipes.models.digits_cnn")
 FOLDER = Path(__file__).resolve().parents[2] / "calibration"
@@ -35,11 +35,12 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
     return model, seen[:192], unseen[:300]
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=150, batch=32, code_rate=3e-4))
-    monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=24, batch=32))
-    monkeypatch.setattr(reconstruct, "LAYER", Schedule(steps=80, batch=32, checks=10))
+SHORT = LearningOptions(
+    network=Schedule(steps=150, batch=32, code_rate=3e-4),
+    block=Schedule(steps=24, batch=32),
+    layer=Schedule(steps=80, batch=32, checks=10),
+)
+apply = partial(apply_with, SHORT)
 
 
 def layers() -> list[str]:
@@ -50,7 +51,7 @@ def layers() -> list[str]:
 def applied(how: str, scheme: str, seed: int = 0) -> Result:
     model, seen, _ = digits()
     plan = dict.fromkeys(layers(), scheme)
-    return quantkit.apply(model, plan, seen, reconstruction=how, correction=None, seed=seed, progress=False)
+    return apply(model, plan, seen, reconstruction=how, correction=None, seed=seed, progress=False)
 
 
 def damage(result: Result) -> float:
@@ -76,11 +77,11 @@ def test_learning_layer_by_layer_lowers_the_damage_of_rounding_to_nearest(how: s
     model, seen, _ = digits()
     plan = dict.fromkeys(layers(), scheme)
     options: dict[str, Any] = {"rounding": "nearest", "progress": False}
-    nearest = quantkit.apply(model, plan, seen, reconstruction="none", correction=None, **options)
-    learned = quantkit.apply(model, plan, seen, reconstruction=how, correction=None, **options)
+    nearest = apply(model, plan, seen, reconstruction="none", correction=None, **options)
+    learned = apply(model, plan, seen, reconstruction=how, correction=None, **options)
     assert damage(learned) < 0.8 * damage(nearest)
     assert set(learned.notes["reconstruction"]) == {*layers(), "network"}
-    corrected = quantkit.apply(model, plan, seen, reconstruction=how, **options)
+    corrected = apply(model, plan, seen, reconstruction=how, **options)
     assert set(corrected.notes["correction"]) == {"norm", "bias", "tuning"}
 
 
@@ -121,7 +122,7 @@ def test_images_are_learned_from_as_the_network_could_have_seen_them(
         still[1].weight.mul_(20)
     caplog.set_level("INFO", logger="quantkit")
     plan = dict.fromkeys(layers(), "w4a8") if moving else {"1": "w4a8"}
-    quantkit.apply(model if moving else still, plan, seen, reconstruction="network", progress=False)
+    apply(model if moving else still, plan, seen, reconstruction="network", progress=False)
     said = [r.message for r in caplog.records if "learning from images" in r.message]
     assert (["shifted" in text and "mirrored" not in text for text in said] == [True]) is moving
 
@@ -137,22 +138,22 @@ def test_it_repeats_itself_and_other_seeds_differ() -> None:
 def test_bytes_and_formats_stay_those_of_the_plan() -> None:
     plan = dict(zip(SMALL, ("w8a8", "w3a4", "w2a6", "w5a8"), strict=True))
     rounded, learned = (
-        quantkit.apply(small(), plan, images(96), reconstruction=how, correction=None, progress=False)
+        apply(small(), plan, images(96), reconstruction=how, correction=None, progress=False)
         for how in ("none", "network")
     )
     assert learned.plan.size_bytes == rounded.plan.size_bytes
-    for name, weight in learned.model.weights.items():
+    for name, weight in learned.quantized.weights.items():
         low, high = weight.format.code_range
         assert str(weight.format) == plan[name].split("a")[0]
         assert low <= int(weight.codes.min()) and int(weight.codes.max()) <= high
-        assert torch.equal(learned.model.model.get_submodule(name).weight, weight.dequantize())
-    kinds = [{s: (r.bits, r.zero_point) for s, r in result.model.ranges.items()} for result in (rounded, learned)]
+        assert torch.equal(learned.quantized.model.get_submodule(name).weight, weight.dequantize())
+    kinds = [{s: (r.bits, r.zero_point) for s, r in result.quantized.ranges.items()} for result in (rounded, learned)]
     assert kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize(("scheme", "count", "learns"), [("w6a8", 96, 0), ("w2a8", 63, 0), ("w2a8", 64, 1)])
 def test_auto_learns_only_where_it_is_worth_it(scheme: str, count: int, learns: bool) -> None:
-    result = quantkit.apply(small(), dict.fromkeys(SMALL, scheme), images(count), progress=False)
+    result = apply(small(), dict.fromkeys(SMALL, scheme), images(count), progress=False)
     assert ("reconstruction" in result.notes) == learns
 
 
@@ -165,13 +166,13 @@ UNEVEN: dict[str, Any] = {
 @pytest.mark.parametrize(("reason", "calibration"), UNEVEN.items(), ids=list(UNEVEN))
 def test_what_cannot_be_learned_from_is_refused_when_asked_for(reason: str, calibration: Any) -> None:
     with pytest.raises(QuantkitError, match=rf"reconstruction='network' cannot learn this model: .*{reason}.*'none'"):
-        quantkit.apply(small(), {"head": "w2a8"}, calibration, reconstruction="network", progress=False)
+        apply(small(), {"head": "w2a8"}, calibration, reconstruction="network", progress=False)
 
 
 def test_auto_goes_on_without_learning(caplog: pytest.LogCaptureFixture) -> None:
     calibration = UNEVEN["inputs cannot be put into batches of one size"]
     with caplog.at_level("INFO", logger="quantkit"):
-        result = quantkit.apply(small(), {"head": "w2a8"}, calibration, progress=False)
+        result = apply(small(), {"head": "w2a8"}, calibration, progress=False)
     assert "reconstruction" not in result.notes
     assert any("nothing is learned after rounding" in record.getMessage() for record in caplog.records)
 

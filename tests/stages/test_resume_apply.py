@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import quantkit
 from quantkit import Result
 from quantkit.reconstruction.learning import Schedule
-from quantkit.stages import reconstruct
 from quantkit.store import Artefacts
 from quantkit.targets import Target
 from tests.conftest import REPOSITORY
 from tests.program.models import randn
 from tests.stages.networks import images, small
+from tests.stages.schedules import all_of, apply_with, quantize_with
 from tests.stages.test_reconstruct import SMALL, digits, layers
 from tests.stages.test_workdir import edited, nudged
 
@@ -36,15 +36,17 @@ import os, signal, sys
 import torch
 
 from quantkit.cli import main
-from quantkit.stages import reconstruct
+from quantkit import api
 from quantkit.reconstruction import blocks as reconstruction
 from quantkit.rounding import weights
-from quantkit.reconstruction.learning import Schedule
 from quantkit.recipe import run
+from quantkit.reconstruction.learning import Schedule
+from tests.stages.schedules import all_of
 
 torch.set_num_threads(1)
 log, fatal, arguments = open(sys.argv[1], "a"), int(sys.argv[2]), sys.argv[3:]
-reconstruct.NETWORK = reconstruct.BLOCK = Schedule(steps=12, batch=8)
+short, options = all_of(Schedule(steps=12, batch=8)), api.ApplyOptions
+api.ApplyOptions = lambda *given: options(*given, learning=short)
 note, learn = weights.rounding_note, reconstruction.learn
 count = 0
 
@@ -65,7 +67,7 @@ def logged_note(layer, *rest):
 def logged_learning(moved, loss, held_back, *rest):
     def first_loss(indices, seen=[]):
         if not seen:
-            event(f"learning {rest[3]}")
+            event(f"learning {rest[2]}")
         seen.append(1)
         return loss(indices)
 
@@ -115,12 +117,14 @@ class Killed(Exception):
     """Stands for the signal, inside one process."""
 
 
+SHORT = all_of(Schedule(steps=10, batch=8))
+apply, quantize = partial(apply_with, SHORT), partial(quantize_with, SHORT)
+
+
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The pieces that were done, as they come; learning is short."""
+    """The pieces that were done, as they come."""
     original, found = Artefacts.keep, []
-    for name in ("NETWORK", "BLOCK", "LAYER", "TUNING"):
-        monkeypatch.setattr(reconstruct, name, Schedule(steps=10, batch=8))
 
     def keep(self: Artefacts, name: str, *rest: Any) -> None:
         original(self, name, *rest)
@@ -133,8 +137,8 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def bits(result: Result) -> dict[str, Tensor]:
     """Everything that makes a quantized model."""
-    found = dict(result.model.model.state_dict())
-    for name, weight in result.model.weights.items():
+    found = dict(result.quantized.model.state_dict())
+    for name, weight in result.quantized.weights.items():
         found |= {f"{name} codes": weight.codes, f"{name} scales": weight.scale}
     return found
 
@@ -142,7 +146,7 @@ def bits(result: Result) -> dict[str, Tensor]:
 def same(one: Result, other: Result) -> bool:
     ours, theirs = bits(one), bits(other)
     tensors = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    return tensors and one.model.ranges == other.model.ranges and one.notes == other.notes
+    return tensors and one.quantized.ranges == other.quantized.ranges and one.notes == other.notes
 
 
 PLAN = dict(zip(SMALL, ("w4a8", "w2a4", "w3a8", "w8a8"), strict=True))
@@ -183,7 +187,7 @@ def test_stopped_after_every_piece_it_ends_with_the_same_bits(
 ) -> None:
     seen = digits()[1][:64] if "block" in how.values() else images(64)
     usual: dict[str, Any] = {"model": small(), "plan": PLAN, "calibration": seen, "progress": False} | how
-    whole = quantkit.apply(**usual)
+    whole = apply(**usual)
     assert not kept
     recording = Artefacts.keep
 
@@ -194,22 +198,22 @@ def test_stopped_after_every_piece_it_ends_with_the_same_bits(
     monkeypatch.setattr(Artefacts, "keep", keep)
     for count in range(1, pieces + 1):
         with pytest.raises(Killed):
-            quantkit.apply(**usual, workdir=tmp_path)
+            apply(**usual, workdir=tmp_path)
         assert len(kept) == len(set(kept)) == count
-    again = quantkit.apply(**usual, workdir=tmp_path)
+    again = apply(**usual, workdir=tmp_path)
     assert len(kept) == pieces
     assert same(again, whole)
 
 
 def test_a_model_that_cannot_be_put_on_tape_resumes_too(kept: list[str], tmp_path: Path) -> None:
     options: dict[str, Any] = {"calibration": [images(16), torch.randn(16, 2, 8, 8)], "progress": False}
-    whole = quantkit.apply(small(), PLAN, workdir=tmp_path, **options)
+    whole = apply(small(), PLAN, workdir=tmp_path, **options)
     (folder,) = tmp_path.iterdir()
     done = sorted(kept)
     kept.clear()
     for file in sorted(folder.iterdir())[:2]:
         file.unlink()
-    again = quantkit.apply(small(), PLAN, workdir=tmp_path, **options)
+    again = apply(small(), PLAN, workdir=tmp_path, **options)
     assert same(again, whole) and again.notes["rounding"]
     assert len(done) == 4 and len(kept) == 2
 
@@ -233,39 +237,39 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_pieces_of_another_request_are_not_used(change: dict, kept: list[str], tmp_path: Path) -> None:
     usual = {"model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False}
-    quantkit.apply(**usual, workdir=tmp_path)
+    apply(**usual, workdir=tmp_path)
     before = len(kept)
-    quantkit.apply(**usual, workdir=tmp_path)
+    apply(**usual, workdir=tmp_path)
     assert len(kept) == before, "the same request finds all its pieces"
-    changed = quantkit.apply(**(usual | change), workdir=tmp_path)
+    changed = apply(**(usual | change), workdir=tmp_path)
     assert len(kept) > before and len(list(tmp_path.iterdir())) == 2
-    assert same(changed, quantkit.apply(**(usual | change)))
+    assert same(changed, apply(**(usual | change)))
 
 
 def test_another_version_does_not_use_them(kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = {"model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False}
-    quantkit.apply(**usual, workdir=tmp_path)
+    apply(**usual, workdir=tmp_path)
     before = len(kept)
     monkeypatch.setattr("quantkit.stages.request.VERSION", "99")
-    quantkit.apply(**usual, workdir=tmp_path)
+    apply(**usual, workdir=tmp_path)
     assert len(kept) == 2 * before
 
 
 def test_a_damaged_piece_is_done_again(kept: list[str], tmp_path: Path) -> None:
     options: dict[str, Any] = {"calibration": images(), "reconstruction": "block", "progress": False}
-    whole = quantkit.apply(small(), PLAN, workdir=tmp_path, **options)
+    whole = apply(small(), PLAN, workdir=tmp_path, **options)
     (folder,) = tmp_path.iterdir()
     for number, file in enumerate(sorted(folder.iterdir())):
         content = file.read_bytes()
         file.write_bytes([b"", content[: len(content) // 2], content[:-1], content][number % 4])
-    assert same(quantkit.apply(small(), PLAN, workdir=tmp_path, **options), whole)
+    assert same(apply(small(), PLAN, workdir=tmp_path, **options), whole)
 
 
 def test_in_place_and_with_quantize(kept: list[str], tmp_path: Path) -> None:
     options: dict[str, Any] = {"schemes": ["w3a8", "w5a8"], "reconstruction": "block", "progress": False}
-    whole = quantkit.quantize(small(), "4 bits", images(), workdir=tmp_path, **options)
+    whole = quantize(small(), "4 bits", images(), workdir=tmp_path, **options)
     kept.clear()
     model = small()
-    again = quantkit.quantize(model, "4 bits", images(), workdir=tmp_path, inplace=True, **options)
-    assert again.model.model is model and same(again, whole)
+    again = quantize(model, "4 bits", images(), workdir=tmp_path, inplace=True, **options)
+    assert again.quantized.model is model and same(again, whole)
     assert not kept

@@ -61,11 +61,11 @@ def tokens(count: int = 80, seed: int = 1) -> Tensor:
 
 def by_numpy(result: Result, x: Tensor) -> np.ndarray:
     """The network written out: weights from their codes, inputs of layers row by row on their grids, in float64."""
-    state = {name: tensor.double().numpy() for name, tensor in result.model.model.state_dict().items()}
+    state = {name: tensor.double().numpy() for name, tensor in result.quantized.model.state_dict().items()}
 
     def layer(name: str, value: np.ndarray) -> np.ndarray:
-        bits = result.model.ranges[f"{name}/input"].bits
-        weight, rows = result.model.weights[name], value.astype(np.float32).reshape(-1, value.shape[-1])
+        bits = result.quantized.ranges[f"{name}/input"].bits
+        weight, rows = result.quantized.weights[name], value.astype(np.float32).reshape(-1, value.shape[-1])
         read = np.stack([on_its_grid(row, bits) for row in rows]).reshape(value.shape)
         values = (weight.codes.double() * weight.scale.double()).numpy()
         return read.astype(float) @ values.T + state[f"{name}.bias"]
@@ -119,7 +119,7 @@ def test_saved_loaded_and_run_on_integers(tmp_path: Path) -> None:
     result = applied("w4a8d")
     result.save(tmp_path)
     again = quantkit.load(tmp_path, mixer())
-    assert again.model.ranges == result.model.ranges == dict.fromkeys(result.plan.sites, TokenRange(8))
+    assert again.quantized.ranges == result.quantized.ranges == dict.fromkeys(result.plan.sites, TokenRange(8))
     wanted = outputs(result.model, unseen)
     assert torch.equal(outputs(again.model, unseen), wanted)
     real = result.to_real().model
@@ -162,7 +162,7 @@ def test_weights_are_rounded_for_the_inputs_on_their_grids() -> None:
     ready, tape, (block, *_) = recorded(mixer(), x)
     result = applied("w8a4d")
     ready.model.load_state_dict(mixer().state_dict())
-    simulated = type(result.model)(ready.model, result.model.sites, {}, result.model.ranges)
+    simulated = type(result.quantized)(ready.model, result.quantized.sites, {}, result.quantized.ranges)
     name, values = "up", tape.entering(ready.model, ((x,), {}))
     found = moments(SimulatedProgram(simulated, tape), ready.program, block, name, values).hessian
     rows = outputs(ready.model.norm, x).reshape(-1, WIDTH).numpy()
@@ -192,7 +192,7 @@ def test_the_first_and_the_last_layer_at_eight_bits() -> None:
 def test_a_convolution_left_float_by_a_rule() -> None:
     rules = dict.fromkeys(("stem.0", "conv", "mix"), "float")
     result = quantkit.quantize(small(), "40 bits", images(), schemes=["w4a8d"], rules=rules, progress=False)
-    assert list(result.model.weights) == ["head"] and set(result.plan.sites) == {"head/input"}
+    assert list(result.quantized.weights) == ["head"] and set(result.plan.sites) == {"head/input"}
 
 
 NO_DATA = {"calibration": None}

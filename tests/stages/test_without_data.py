@@ -32,7 +32,7 @@ def test_nothing_but_the_model_is_needed() -> None:
     assert result.plan.average_bits <= 4.5
     assert all(scheme.weight is not None and scheme.activation is None for scheme in result.plan.schemes.values())
     assert set(result.notes["rounding"].values()) == {"hqq"}
-    assert not result.model.ranges and not result.metrics and not result.folds
+    assert not result.quantized.ranges and not result.metrics and not result.folds
     assert result.profile.provenance["sensitivity"] == "weight-error"
 
 
@@ -40,7 +40,7 @@ def test_an_example_is_traced_and_changes_no_code() -> None:
     alone, traced = quantized(), quantized(example_inputs=images(2))
     assert traced.folds == (("stem.0", "stem.1"),)
     assert traced.plan.schemes == alone.plan.schemes
-    assert all(torch.equal(w.codes, traced.model.weights[n].codes) for n, w in alone.model.weights.items())
+    assert all(torch.equal(w.codes, traced.quantized.weights[n].codes) for n, w in alone.quantized.weights.items())
     assert torch.allclose(outputs(alone.model, images()), outputs(traced.model, images()), atol=1e-5)
     assert [layer.macs > 0 for layer in traced.profile.layers.values()] == [True] * 4
 
@@ -48,7 +48,7 @@ def test_an_example_is_traced_and_changes_no_code() -> None:
 def test_figures_say_what_they_are() -> None:
     """The predicted damage of a plan is the sum over layers of the mean relative error of their channels."""
     result, float_model, found = quantized(), small(), 0.0
-    for name, weight in result.model.weights.items():
+    for name, weight in result.quantized.weights.items():
         rows = float_model.get_submodule(name).weight.detach().flatten(1)
         error = (weight.dequantize().flatten(1) - rows).square().sum(1) / rows.square().sum(1)
         found += float(error.mean())
@@ -79,7 +79,7 @@ def test_with_data_weights_alone_are_rounded_and_learned_on_it() -> None:
     plan = dict.fromkeys(layers(), "w2")
     alone = quantkit.apply(model, plan, progress=False)
     rounded = quantkit.apply(model, plan, seen, reconstruction="none", correction=None, progress=False)
-    assert not rounded.model.ranges
+    assert not rounded.quantized.ranges
     assert damage(rounded) < 0.5 * damage(alone)
     found = quantkit.quantize(small(), "4.5 bits", images(), schemes=["w3", "w4", "w6"], progress=False)
     assert found.profile.provenance["sensitivity"] == "gram" and not found.profile.sites
@@ -90,8 +90,8 @@ def test_in_place() -> None:
     model = small()
     result = quantized()
     own = quantkit.apply(model, result.plan, inplace=True, progress=False)
-    assert own.model.model is model
-    assert torch.equal(model.conv.weight, result.model.weights["conv"].dequantize())
+    assert own.quantized.model is model
+    assert torch.equal(model.conv.weight, result.quantized.weights["conv"].dequantize())
 
 
 class Tied(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,11 @@ from quantkit.reconstruction.learning import Schedule
 from quantkit.rounding.by_blocks import moments
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
-from quantkit.stages import reconstruct
 from tests.program.models import randn
 from tests.program.replays import program_of
 from tests.rounding.test_rounding_by_blocks import recorded
 from tests.stages.networks import small
+from tests.stages.schedules import all_of, apply_with
 
 
 def linears(count: int, width: int) -> nn.ModuleList:
@@ -89,10 +91,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NETWORK", "BLOCK", "LAYER", "TUNING"):
-        monkeypatch.setattr(reconstruct, name, Schedule(steps=60, batch=32, checks=12))
+apply = partial(apply_with, all_of(Schedule(steps=60, batch=32, checks=12)))
 
 
 @pytest.mark.parametrize("how", ["block", "network", "adaquant"])
@@ -103,8 +102,7 @@ def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
     model = build().eval()
     plan = {name: "w2a8" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     found = {
-        way: quantkit.apply(model, plan, inputs(), reconstruction=way, correction=None, progress=False)
-        for way in ("none", how)
+        way: apply(model, plan, inputs(), reconstruction=way, correction=None, progress=False) for way in ("none", how)
     }
     learned = found[how].notes["reconstruction"]
     if how == "adaquant":
@@ -112,8 +110,8 @@ def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
         assert len(set(learned) & set(plan)) == expected  # the others have no row per sample
         return
     assert learned["network"].helped
-    for name, weight in found["none"].model.weights.items():
-        assert not torch.equal(weight.scale, found[how].model.weights[name].scale), name
+    for name, weight in found["none"].quantized.weights.items():
+        assert not torch.equal(weight.scale, found[how].quantized.weights[name].scale), name
 
 
 def test_a_program_knows_which_values_have_a_row_per_sample() -> None:
@@ -139,14 +137,14 @@ def test_all_frames_of_all_samples_are_rounded_on() -> None:
 def test_corrections_of_layers_without_biases_leave_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
-    result = quantkit.apply(
+    result = apply(
         model, {"0": "w2a8", "2": "w2a8"}, randn(80, 8), reconstruction="none", correction="auto", progress=False
     )
     assert not any(step.helped for step in result.notes["correction"].values())
 
 
 def test_asking_for_a_correction_starts_no_learning() -> None:
-    result = quantkit.apply(
+    result = apply(
         small(), {"head": "w8a8"}, randn(20, 2, 6, 6), reconstruction="auto", correction="bias", progress=False
     )
     assert "correction" in result.notes

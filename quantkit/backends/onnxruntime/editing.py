@@ -18,6 +18,7 @@ from onnx_ir.passes.common import (
 )
 
 from quantkit.backends.onnxruntime.marks import BATCH, OPSET, MarkedGraph
+from quantkit.backends.onnxruntime.replayed import SCOPES
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _WRAPPER = "model"
@@ -146,7 +147,9 @@ def _scope(node: ir.Node) -> str:
     """The name of the module a node was made in."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     scope = scopes[-2] if len(scopes) > 1 else ""
-    return "" if scope == _WRAPPER else scope.removeprefix(f"{_WRAPPER}.")
+    if scope in (_WRAPPER, SCOPES):
+        return ""
+    return scope.removeprefix(f"{_WRAPPER}.").removeprefix(f"{SCOPES}.")
 
 
 def _role(constant: ir.Value) -> str:

@@ -22,10 +22,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
+from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
-from quantkit.program.layers import Weights
+from quantkit.program.layers import Operands
+from quantkit.program.outputs import named_tensors
+from quantkit.program.program import Program
+from quantkit.program.record import record
+from quantkit.program.replayable import replayable
+from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, run_with
 
@@ -77,13 +83,56 @@ def _mark(kind: str, tensor: Tensor, **attributes: str) -> Tensor:
     )
 
 
-class _WeightMarks(TorchFunctionMode):
-    """Marks the layers' weights wherever a torch call reads them."""
+class _Marks:
+    """Marks the tensors of sites, and the parameters that hold layers' weights."""
 
-    def __init__(self, floats: Weights) -> None:
+    def __init__(self, simulated: SimulatedModel) -> None:
+        self.places = {place: site.name for site in simulated.sites for place in (site.place, *site.echoes)}
+        self.parameters = parameter_marks(simulated)
+        self.floats, self.quantized = simulated.floats, list(simulated.weights)
+
+    def change(self, place: OpKey, tensor: Tensor) -> Tensor:
+        if place not in self.places:
+            return tensor
+        return _mark("Site", tensor, name=self.places[place], place=str(place))
+
+    def parameter(self, name: str, tensor: Tensor) -> Tensor:
+        return _mark("Weight", tensor, name=self.parameters[name]) if name in self.parameters else tensor
+
+    def weight(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter by its name, or by a layer's the weight that is computed."""
+        if name in self.floats.layers and self.floats.layers[name].parameter is None:
+            return _mark("Weight", tensor, name=name)
+        return self.parameter(name, tensor)
+
+    def operands(self) -> Operands:
+        """What calls read instead of weights that the model computes."""
+        found: Operands = {}
+        for name in self.quantized:
+            for key, (position, operand) in self.floats.operands([name]).items():
+                found[key] = position, _mark("Weight", operand, name=name)
+        return found
+
+
+def parameter_marks(simulated: SimulatedModel) -> dict[str, str]:
+    """Parameter -> the name of its mark: the layer that reads the whole of it as it is, or itself where layers read
+    parts of it or turn it.
+    """
+    found: dict[str, str] = {}
+    for name, weight in simulated.floats.layers.items():
+        if weight.parameter is not None:
+            plain = weight.region is None and weight.order is None
+            found[weight.parameter] = name if plain else weight.parameter
+    return found
+
+
+class _WeightMarks(TorchFunctionMode):
+    """Marks parameters wherever a torch call reads them."""
+
+    def __init__(self, simulated: SimulatedModel, marks: _Marks) -> None:
         super().__init__()
-        whole = {name: w for name, w in floats.layers.items() if w.parameter is not None and w.region is None}
-        self.names = {id(floats.tensor(str(w.parameter))): name for name, w in whole.items()}
+        self.marks = marks
+        self.names = {id(simulated.floats.tensor(name)): name for name in marks.parameters}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -92,66 +141,72 @@ class _WeightMarks(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _marked(self, value: Any) -> Any:
-        return _mark("Weight", value, name=self.names[id(value)]) if id(value) in self.names else value
+        return self.marks.parameter(self.names[id(value)], value) if id(value) in self.names else value
 
 
 class _MarkedModel(nn.Module):
-    """A model as a function from its input tensors to its output tensors, with marks."""
+    """A model as a function from its input tensors to its output tensors, with marks. ``keys`` are those of the calls
+    of its last run.
+    """
 
     def __init__(self, simulated: SimulatedModel, leaves: Sequence[Any], spec: TreeSpec) -> None:
         super().__init__()
-        self.model, self.floats = simulated.model, simulated.floats
-        self.places = {place: site.name for site in simulated.sites for place in (site.place, *site.echoes)}
+        self.model, self.marks = simulated.model, _Marks(simulated)
+        self.weight_marks = _WeightMarks(simulated, self.marks)
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.spec = spec
+        self.keys: list[OpKey] = []
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.constants)
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        with _WeightMarks(self.floats):
-            return tuple(tensors_of(run_with(self.model, self._change, args, kwargs)))
-
-    def _change(self, place: OpKey, tensor: Tensor) -> Tensor:
-        if place not in self.places:
-            return tensor
-        return _mark("Site", tensor, name=self.places[place], place=str(place))
+        self.keys = []
+        with self.weight_marks:
+            result = run_with(
+                self.model, self.marks.change, args, kwargs,
+                before=lambda key, *_: self.keys.append(key), operands=self.marks.operands(),
+            )  # fmt: skip
+        return tuple(tensor for _, tensor in named_tensors(result))
 
 
 def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     """Export the float graph of ``simulated`` with a dynamic batch dimension where the model allows one.
 
-    A model whose code only runs at the example's batch size keeps it, with a notice. Raises InvalidRequest when
-    torch.export cannot follow the model at all.
+    A model whose code takes another path while it is exported, or fixes its batch size, is exported by its program
+    where that stands for it. One that runs at the example's batch size only keeps that, with a notice. Raises
+    InvalidRequest when torch.export cannot follow the model at all.
     """
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
     batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]
-    outputs = _output_names(model, example)
+    outputs, keys = _outputs_and_calls(simulated, example)
     small = _resized(example, size)
     try:
-        exported = _export(simulated, small, batched)
+        exported = _export(simulated, small, batched, keys)
     except _EXPORT_ERRORS as error:
         notice(
-            f"the ONNX file takes batches of {size} only: the model's code fixes the size, as len(x) or a written-out "
-            f"size does and x.shape[0] does not ({_summary(error)})"
+            f"the ONNX file takes batches of {size} only: the model's code fixes the size, as a written-out size does "
+            f"and x.shape[0] does not ({_summary(error)})"
         )
         batched = [False] * len(batched)
-        exported = _export_at_fixed_size(simulated, example, batched)
+        exported = _export_at_fixed_size(simulated, example, batched, keys)
     return MarkedGraph(exported, inputs, outputs, tuple(n for n, b in zip(inputs, batched, strict=True) if b))
 
 
-def _output_names(model: nn.Module, example: Batch) -> tuple[str, ...]:
-    with torch.no_grad():
-        result = model(*example[0], **example[1])
+def _outputs_and_calls(simulated: SimulatedModel, example: Batch) -> tuple[tuple[str, ...], list[OpKey]]:
+    """The names of the outputs, and the keys of the calls of a run that is not being exported."""
+    keys: list[OpKey] = []
+    with plain_mode(simulated.model), restored(simulated.model, simulated.updated):
+        result = run_with(simulated.model, lambda _, tensor: tensor, *example, before=lambda key, *_: keys.append(key))
     if not tensors_of(result):
         raise InvalidRequest(
             f"The model cannot be exported to ONNX: it returns {type(result).__name__}, in which no tensor is found. "
             "Let it return a tensor, a tuple or a dict."
         )
-    return leaf_names(result, "output")
+    return leaf_names(result, "output"), keys
 
 
 def _resized(example: Batch, size: int) -> Batch:
@@ -165,9 +220,11 @@ def _resized(example: Batch, size: int) -> Batch:
     return tree_map(doubled, example)
 
 
-def _export_at_fixed_size(simulated: SimulatedModel, example: Batch, batched: Sequence[bool]) -> ir.Model:
+def _export_at_fixed_size(
+    simulated: SimulatedModel, example: Batch, batched: Sequence[bool], keys: Sequence[OpKey]
+) -> ir.Model:
     try:
-        return _export(simulated, example, batched)
+        return _export(simulated, example, batched, keys)
     except _EXPORT_ERRORS as error:
         raise InvalidRequest(
             f"The model cannot be exported to ONNX: torch.export stopped at {_summary(error)} "
@@ -180,16 +237,38 @@ def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool]) -> ir.Model:
+def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], keys: Sequence[OpKey]) -> ir.Model:
     leaves, spec = tree_flatten(example)
     marked = _MarkedModel(simulated, leaves, spec).eval()
+    try:
+        exported = _exported(marked, example, batched)
+        if marked.keys == list(keys):
+            return exported
+    except _EXPORT_ERRORS:
+        if (program := _program_of(simulated, example)) is None:
+            raise
+    else:
+        program = _program_of(simulated, example)
+    if program is None:
+        raise RuntimeError("the model's code takes another path while it is exported")
+    marks = _Marks(simulated)
+    return _exported(ReplayedModel(simulated, program, marks.change, marks.weight).eval(), example, batched)
+
+
+def _exported(marked: nn.Module, example: Batch, batched: Sequence[bool]) -> ir.Model:
     tensors = tuple(tensors_of(example))
     dims = tuple({0: torch.export.Dim(BATCH)} if dynamic else {} for dynamic in batched)
-    with torch.no_grad(), _quiet():
+    with plain_mode(marked), restored(marked), _quiet():
         program = torch.export.export(marked, tensors, dynamic_shapes=(dims,), strict=False)
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None
     return exported.model
+
+
+def _program_of(simulated: SimulatedModel, example: Batch) -> Program | None:
+    """The program that stands for a model; None where none does, as where values of inputs decide what is called."""
+    program = record(simulated.model, example)
+    return None if program.decides_by_values else replayable(program, simulated.model, example, ())
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from quantkit.errors import ParityError
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, tensors_of
 from quantkit.program.sites import Site, coded_sites
+from quantkit.program.updates import plain_mode, restored
 from quantkit.simulation.model import SimulatedModel, at_sites, run_with
 
 _HALF_ULP = 2.0**-24  # of a float32 value
@@ -98,7 +99,7 @@ def _compared(
 def measure_parity(path: str | Path, simulated: SimulatedModel, batches: Sequence[Batch]) -> tuple[OutputParity, ...]:
     """Compare every output of an ONNX file with the simulated model's, without and with optimization."""
     disturb = _disturbance(simulated)
-    with torch.no_grad():
+    with plain_mode(simulated.model), restored(simulated.model):
         wanted = _joined([tensors_of(simulated(*args, **kwargs)) for args, kwargs in batches])
         disturbed = _joined([tensors_of(run_with(simulated.model, disturb, *batch)) for batch in batches])
     compared = []
@@ -117,7 +118,7 @@ def _disturbance(simulated: SimulatedModel) -> Callable[[OpKey, Tensor], Tensor]
     generator = torch.Generator().manual_seed(0)
 
     def quantize(site: Site, tensor: Tensor) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=generator) * tensor.abs().max() * _HALF_ULP
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * tensor.abs().max() * _HALF_ULP
         return simulated.ranges[site.name].fake_quantize(tensor + noise)
 
     return at_sites(coded_sites(simulated.sites, simulated.ranges), quantize)

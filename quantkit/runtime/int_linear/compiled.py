@@ -17,7 +17,7 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.progress import notice
 from quantkit.runtime.int_linear.panels import Panels
-from quantkit.runtime.int_linear.reference import require_operands
+from quantkit.runtime.int_linear.reference import Rows, require_operands
 
 AVX2, VNNI = 1, 2
 NAMES = {AVX2: "AVX2", VNNI: "AVX512-VNNI"}
@@ -80,8 +80,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def int_linear_compiled(
-    activations: Tensor,
-    activation_scale: Tensor,
+    given: Rows,
     weight: Panels,
     offset: Tensor | None = None,
     bias: Tensor | None = None,
@@ -93,9 +92,10 @@ def int_linear_compiled(
     Rows may be longer than the weight's inputs by its padding. ``through`` names the instruction set, ``built``
     another library. The output has the padded channels.
     """
+    activations, activation_scale = given
     require_operands(activations, weight.padded_inputs, weight.groups, offset)
     rows, channels = len(activations), weight.padded_channels
-    out = torch.empty(rows, channels)
+    out = torch.empty(rows, channels, dtype=torch.float32)
     if out.numel() == 0:
         return out
     activations, scales = activations.contiguous(), activation_scale.float().contiguous()
@@ -159,13 +159,13 @@ class DynamicLinear:
         return out
 
 
-def quantize_rows_compiled(x: Tensor, built: ctypes.CDLL | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows_compiled(x: Tensor, built: ctypes.CDLL | None = None) -> Rows:
     """``quantize_rows`` in one pass over contiguous float32 rows."""
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
     (built or _built()).quantkit_quantize_rows(
         x.data_ptr(), x.shape[0], x.shape[1], codes.data_ptr(), scale.data_ptr(), torch.get_num_threads()
     )
-    return codes, scale
+    return Rows(codes, scale)
 
 
 def quantize_padded_compiled(

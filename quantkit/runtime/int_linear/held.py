@@ -23,7 +23,7 @@ from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import int_linear_compiled
 from quantkit.runtime.int_linear.panels import Panels, from_panels, misfit, to_panels
-from quantkit.runtime.int_linear.reference import require_inputs, require_operands
+from quantkit.runtime.int_linear.reference import Rows, require_inputs, require_operands
 from quantkit.runtime.int_linear.through_torch import int_linear_torch
 
 
@@ -96,15 +96,13 @@ class HeldWeight(nn.Module):
         """
         panels = self.runnable()
         if panels is None:
-            weight, rows = self.quantized(), activations[:, : self.inputs]
-            require_operands(rows, self.inputs, weight.scale.shape[1], offset)
-            return int_linear_torch(
-                rows, activation_scale, weight.codes, weight.scale, weight.zero_point, offset, bias
-            )
+            weight, rows = self.quantized(), Rows(activations[:, : self.inputs], activation_scale)
+            require_operands(rows.codes, self.inputs, weight.scale.shape[1], offset)
+            return int_linear_torch(rows, weight.codes, weight.scale, weight.zero_point, offset, bias)
         filled = _filled(activations, panels.padded_inputs)
         assert filled is not None
         offset, bias = _filled(offset, panels.padded_channels), _filled(bias, panels.padded_channels)
-        out = int_linear_compiled(filled, activation_scale, panels, offset, bias)
+        out = int_linear_compiled(Rows(filled, activation_scale), panels, offset, bias)
         return out if out.shape[1] == self.channels else out[:, : self.channels]
 
 

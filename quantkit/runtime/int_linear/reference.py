@@ -7,6 +7,8 @@ by its scale and added to the groups before it, each operation rounded, and the 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,30 +19,36 @@ SMALLEST_STEP = torch.finfo(torch.float32).tiny
 LARGEST_INPUTS = 1 << 16  # 65536 * 255 * 128 fits 32 bits
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 codes, scale per row) of float32 rows: symmetric, the largest magnitude of a row is code 127."""
+class Rows(NamedTuple):
+    """Activations of a layer: int8 codes (rows, inputs) and a scale for each row."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def quantize_rows(x: Tensor) -> Rows:
+    """Codes and scales of float32 rows: symmetric, the largest magnitude of a row is code 127."""
     largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     scale = (largest / LARGEST_CODE).clamp_min(SMALLEST_STEP)
-    return torch.round(x / scale.unsqueeze(-1)).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale
+    return Rows(torch.round(x / scale.unsqueeze(-1)).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale)
 
 
 def int_linear_reference(
-    activations: Tensor,
-    activation_scale: Tensor,
+    rows: Rows,
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None = None,
     offset: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """float32 (rows, channels) of int8 ``activations`` (rows, inputs) and int8 ``codes`` (channels, inputs).
+    """float32 (rows, channels) of ``rows`` and int8 ``codes`` (channels, inputs).
 
     ``scale`` and ``zero_point`` (channels, groups); ``offset`` int32 (channels,) is added to the integer sums, where
     there is one group; ``bias`` (channels,) to the result.
     """
-    groups = scale.shape[1]
+    (activations, activation_scale), groups = rows, scale.shape[1]
     per_group = activations.shape[1] // groups
-    total = torch.zeros(activations.shape[0], codes.shape[0])
+    total = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.float32)
     for group in range(groups):
         part = slice(group * per_group, (group + 1) * per_group)
         sums = activations[:, part].double() @ codes[:, part].double().t()  # exact: far below 2^53

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.runtime.int_linear.reference import LARGEST_CODE
+from quantkit.runtime.int_linear.reference import LARGEST_CODE, Rows
 
 EXACT_IN_FLOAT = 1 << 24
 
@@ -39,8 +39,7 @@ def float_mm(activations: Tensor, codes: Tensor) -> Tensor:
 
 
 def int_linear_torch(
-    activations: Tensor,
-    activation_scale: Tensor,
+    rows: Rows,
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor | None = None,
@@ -48,15 +47,16 @@ def int_linear_torch(
     bias: Tensor | None = None,
 ) -> Tensor:
     """``int_linear_reference`` bit for bit, on torch's fastest exact integer product."""
+    activations, activation_scale = rows
     multiply = int_mm if has_vnni() and activations.numel() and codes.numel() else float_mm
     per_group = codes.shape[1] // scale.shape[1]
-    total = torch.zeros(activations.shape[0], codes.shape[0])
+    total = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.float32)
     for group in range(scale.shape[1]):
         part = slice(group * per_group, (group + 1) * per_group)
-        rows = activations[:, part]
-        sums = multiply(rows.contiguous(), codes[:, part].contiguous())
+        inside = activations[:, part].contiguous()
+        sums = multiply(inside, codes[:, part].contiguous())
         if zero_point is not None:
-            sums = sums - rows.sum(1, dtype=torch.int32).unsqueeze(1) * zero_point[:, group].to(torch.int32)
+            sums = sums - inside.sum(1, dtype=torch.int32).unsqueeze(1) * zero_point[:, group].to(torch.int32)
         if offset is not None:
             sums = sums + offset
         total += sums.float() * scale[:, group]

@@ -40,8 +40,8 @@ def kv_attention(
     parts = split or max(1, min(PROGRAMS // programs, triton.cdiv(cache.tokens, 4 * tokens_at_once)))
     parts = min(parts, triton.cdiv(cache.tokens, tokens_at_once))
     every = batch * key_heads * total
-    partial = torch.empty(parts, every, dim, device=out.device)
-    largest, sums = (torch.empty(parts, every, device=out.device) for _ in range(2))
+    partial = torch.empty(parts, every, dim, dtype=torch.float32, device=out.device)
+    largest, sums = (torch.empty(parts, every, dtype=torch.float32, device=out.device) for _ in range(2))
     held = (tensor.contiguous() for tensor in (cache.keys, cache.key_scale, cache.values, cache.value_scale))
     grid = (triton.cdiv(total, rows), batch * key_heads, parts)
     attend[grid](

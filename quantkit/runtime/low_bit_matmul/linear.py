@@ -26,13 +26,13 @@ def low_bit_linear(
     """
     require_shapes(x, weight, bias, gated)
     rows = x.reshape(-1, weight.inputs).contiguous()
-    codes, scale = _activations(rows, weight.kind)
     columns = weight.channels // 2 if gated else weight.channels
     out = torch.empty(len(rows), columns, dtype=x.dtype, device=x.device)
     if out.numel():
         device = torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
         sizes = (len(rows), weight.channels, weight.inputs)
-        _launch(codes, scale, weight, bias, out, gated, tile or _MEASURED.tile(device, weight.kind, *sizes))
+        tile = tile or _MEASURED.tile(device, weight.kind, *sizes)
+        _launch(_activations(rows, weight.kind), weight, bias, out, gated, tile)
     return out.reshape(*x.shape[:-1], columns)
 
 
@@ -63,15 +63,14 @@ def _activations(rows: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _launch(
-    codes: Tensor,
-    row_scale: Tensor | None,
+    given: tuple[Tensor, Tensor | None],
     weight: MatmulWeight,
     bias: Tensor | None,
     out: Tensor,
     gated: bool,
     tile: Tile,
 ) -> None:
-    rows, columns = out.shape
+    (codes, row_scale), (rows, columns) = given, out.shape
     four_bits, integer = weight.group > 0, weight.kind == INT8
     step = min(tile.step, weight.group // 2) if four_bits else tile.step
     steps = weight.inputs // weight.group if four_bits else triton.cdiv(weight.inputs, step)

@@ -39,7 +39,7 @@ def quantize_rows_fp8(x: Tensor, gain: Tensor | None = None, epsilon: float = 1e
         )
     rows = x.reshape(-1, count).contiguous()
     codes = torch.empty(rows.shape, dtype=E4M3, device=x.device)
-    scale = torch.empty(len(rows), device=x.device)
+    scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
     if rows.numel():
         block = triton.next_power_of_2(count)
         norm = gain is not None

@@ -1,0 +1,57 @@
+"""``quantkit.apply`` and ``quantize`` with schedules of the test's own: what they learn has to take seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantkit.plan import Plan
+from quantkit.reconstruction.learning import LearningOptions, Schedule
+from quantkit.session import Session
+from quantkit.stages.apply import Application, apply_plan
+from quantkit.stages.inputs import Inputs
+from quantkit.stages.options import ApplyOptions, Run
+from quantkit.stages.quantize import Search, quantize_request
+from quantkit.stages.request import DEFAULT_TARGET, make_ready
+from quantkit.stages.result import Result
+from quantkit.targets import Target
+
+
+def all_of(schedule: Schedule) -> LearningOptions:
+    """One schedule for everything."""
+    return LearningOptions(network=schedule, block=schedule, layer=schedule, tuning=schedule)
+
+
+def _asked(
+    learning: LearningOptions, inplace: bool, workdir: Path | None, correction: str | None, **options: Any
+) -> Application:
+    how = ApplyOptions(correction=correction or "none", learning=learning, **options)
+    return Application(how, run=Run(False, workdir), inplace=inplace)
+
+
+def apply_with(
+    learning: LearningOptions,
+    model: nn.Module,
+    plan: Any,
+    calibration: Any,
+    *,
+    samples: int | None = None,
+    target: Any = DEFAULT_TARGET,
+    progress: bool = False,
+    **options: Any,
+) -> Result:
+    """The result of ``quantkit.apply`` with these ``options``."""
+    asked = _asked(learning, **{"inplace": False, "workdir": None, "correction": "auto"} | options)
+    session = Session.open(model, Inputs.of(model, calibration, None, samples), Target.load(target))
+    return apply_plan(session, Plan.of(plan), asked)
+
+
+def quantize_with(
+    learning: LearningOptions, model: nn.Module, budget: str, calibration: Any, schemes: list[str], **options: Any
+) -> Result:
+    """The result of ``quantkit.quantize`` with these ``options`` of how its plan is applied."""
+    asked = _asked(learning, **{"inplace": False, "workdir": None, "correction": "auto"} | options)
+    request = make_ready(model, calibration, schemes=schemes)
+    return quantize_request(request, Search.of(budget, "auto", "fast", asked))

@@ -1,0 +1,132 @@
+"""What torch is set to around a call changes neither plan nor codes, and is found as it was afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantkit
+from quantkit import Result
+from quantkit.reconstruction.learning import Schedule
+from quantkit.stages import reconstruct
+from tests.program.architectures import ARCHITECTURES
+from tests.stages.networks import images, small
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=12, batch=32, code_rate=3e-4))
+    monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=6, batch=32))
+
+
+@contextmanager
+def _set(get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> Iterator[None]:
+    before = get()
+    put(value)
+    try:
+        yield
+        assert get() == value, "changed inside"
+    finally:
+        put(before)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "float64 by default": lambda: _set(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "bfloat16 by default": lambda: _set(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "deterministic": lambda: _set(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "two threads": lambda: _set(torch.get_num_threads, torch.set_num_threads, 2),
+    "another seed": lambda: _seeded(1234),
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+}
+
+
+def cnn() -> tuple[nn.Module, Any]:
+    return small(), images(64)
+
+
+def decoder() -> tuple[nn.Module, Any]:
+    entry = ARCHITECTURES["llama"]
+    return entry.build(), entry.batch(64)[1]
+
+
+BUILD = {"cnn": cnn, "decoder": decoder}
+
+
+def call(kind: str, setting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Result:
+    """3 bits for a small CNN, learning included; w4a8 for the linear layers of a decoder."""
+    model, samples = BUILD[kind]()
+    with setting():
+        if kind == "cnn":
+            return quantkit.quantize(model, "3 bits", samples, progress=False)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        return quantkit.apply(model, dict.fromkeys(linear, "w3a8"), samples, progress=False)
+
+
+@cache
+def plain(kind: str) -> Result:
+    return call(kind)
+
+
+def tensors(result: Result) -> dict[str, Tensor]:
+    """All that was decided: codes, scales, ranges, biases and whatever else the model holds."""
+    state = result.simulated()
+    found = {f"{name}.codes": weight.codes for name, weight in state.weights.items()}
+    found |= {f"{name}.scale": weight.scale for name, weight in state.weights.items()}
+    return found | dict(state.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_plan_and_codes_are_those_of_a_plain_call(kind: str, setting: str) -> None:
+    wanted = plain(kind)
+    found = call(kind, SETTINGS[setting])
+    with SETTINGS[setting]():
+        model, samples = small(), images(8)
+        quantkit.apply(model, {"head": "w8a8"}, samples, reconstruction="none", correction=None, progress=False)
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        assert grad == (setting not in ("inference mode", "no gradients"))
+        assert inference == (setting == "inference mode")
+        assert torch.is_autocast_enabled("cpu") == (setting == "autocast")
+
+    assert found.plan.digest() == wanted.plan.digest()
+    expected = tensors(wanted)
+    assert tensors(found).keys() == expected.keys()
+    for name, tensor in tensors(found).items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+    assert found.simulated().ranges == wanted.simulated().ranges
+    assert found.metrics == wanted.metrics
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("real", [False, True], ids=["simulated", "real"])
+def test_quantized_models_compute_the_same(kind: str, setting: str, real: bool) -> None:
+    result = plain(kind).to_real() if real else plain(kind)
+    _, samples = BUILD[kind]()
+
+    def outputs() -> Tensor:
+        return result.model(**samples).logits if isinstance(samples, dict) else result.model(samples)
+
+    wanted = outputs()
+    with SETTINGS[setting]():
+        found = outputs()
+    assert torch.equal(found, wanted)

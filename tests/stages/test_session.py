@@ -1,0 +1,81 @@
+"""A session prepares a model once: what is recorded, folded and copied is counted."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+import quantkit
+from quantkit.program.record import Recorder
+from quantkit.reconstruction.learning import Schedule
+from quantkit.transforms import prepare
+from tests.stages.networks import images, small
+from tests.stages.schedules import all_of, apply_with, quantize_with
+from tests.stages.test_reconstruct import SMALL
+
+SHORT = all_of(Schedule(steps=4, batch=8))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often a model was recorded, folded and copied."""
+    found: Counter[str] = Counter()
+    begin, fold, deepcopy = Recorder.__init__, prepare.fold, copy.deepcopy
+
+    def recorded(self: Recorder, *given: Any) -> None:
+        found["recorded"] += 1
+        begin(self, *given)
+
+    def folded(*given: Any) -> None:
+        found["folded"] += 1
+        fold(*given)
+
+    def copied(x: Any, *given: Any) -> Any:
+        found["copied"] += isinstance(x, nn.Module)
+        return deepcopy(x, *given)
+
+    monkeypatch.setattr(Recorder, "__init__", recorded)
+    monkeypatch.setattr(prepare, "fold", folded)
+    monkeypatch.setattr(copy, "deepcopy", copied)
+    yield found
+
+
+@pytest.mark.parametrize(("way", "count"), [("none", 20), ("block", 64), ("network", 64), ("adaquant", 64)])
+def test_a_plan_is_applied_to_a_model_that_is_prepared_once(way: str, count: int, counted: Counter[str]) -> None:
+    apply_with(SHORT, small(), dict.fromkeys(SMALL, "w4a8"), images(count), reconstruction=way)
+    assert counted == {"recorded": 2, "folded": 1, "copied": 1}
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_a_model_is_quantized_that_is_prepared_once(effort: str, counted: Counter[str]) -> None:
+    schemes = ["w4a8", "w8a8"]
+    quantkit.quantize(small(), "5 bits", images(), schemes=schemes, effort=effort, progress=False)
+    assert counted == {"recorded": 2, "folded": 1, "copied": 1}
+
+
+def test_in_place_the_users_model_is_folded_too_and_not_recorded(counted: Counter[str]) -> None:
+    model = small()
+    result = quantize_with(SHORT, model, "5 bits", images(), ["w4a8", "w8a8"], inplace=True)
+    assert result.model.model is model
+    assert counted == {"recorded": 2, "folded": 2, "copied": 1}
+
+
+def test_a_limit_on_accuracy_copies_once_for_each_plan_applied(
+    counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied = []
+    apply_plan = quantkit.stages.quantize.apply_plan
+    monkeypatch.setattr("quantkit.stages.quantize.apply_plan", lambda *given: applied.append(1) or apply_plan(*given))
+    model, x = small(), images()
+    answers = model(x).argmax(1)
+    quantkit.quantize(
+        model, "accuracy_drop=0.3", x, schemes=["w2a8", "w4a8", "w8a8"], progress=False,
+        evaluate=lambda m: float((m(x).argmax(1) == answers).float().mean()),
+    )  # fmt: skip
+    assert applied
+    assert counted == {"recorded": 2, "folded": 1, "copied": 1 + len(applied)}

@@ -107,7 +107,12 @@ def study_of(name: str, rounding: str, data: Path, samples: int, seed: int, ways
     case = case_of(name, rounding, data, BITS)
     batches = case.batches[: -(-samples // 128)]
     mixed = mixed_pairs(batches, torch.Generator().manual_seed(seed))
-    subjects = {"plain": Subject(case.ready.model, batches, {}), "mixed": Subject(case.ready.model, mixed, {})}
+    assert mixed is not None, "images can be mixed"
+    weights = case.ready.weights
+    subjects = {
+        "plain": Subject(case.ready.model, batches, {}, weights=weights),
+        "mixed": Subject(case.ready.model, mixed, {}, weights=weights),
+    }
     profiles, orders = {}, {}
     for inputs, estimator, _ in dict.fromkeys(WAYS[way] for way in ways):
         generator = torch.Generator().manual_seed(seed)
@@ -124,7 +129,7 @@ def row(study: Study, bits: float, seed: int) -> str:
     cells = [f"{study.unseen(study.plan(way, bits, seed)):.4f}" for way in WAYS]
     start = study.plan("profile", bits, seed)
     for effort in IMPROVED:
-        better = refine(start, study.profile, Budget(average_bits=bits), study.evaluator, effort, seed, progress=True)
+        better = refine(start, study.profile, Budget(average_bits=bits), study.evaluator, effort, progress=True)
         cells.append(f"{study.unseen(better):.4f} ({better.provenance['operating_point']['measurements']:.0f})")
     return f"{bits:<5}" + "".join(f" {cell:>12}" for cell in cells)
 

@@ -91,7 +91,7 @@ def moments(
             accumulate(sums, "hessian", columns)
             if floats is not None:
                 accumulate(sums, "cross", columns, read.columns(floats[0], other, same_draws))
-    return Moments(sums.get("hessian"), sums.get("cross"))
+    return Moments(sums["hessian"], sums.get("cross"))
 
 
 @dataclass(frozen=True)

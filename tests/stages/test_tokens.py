@@ -164,7 +164,7 @@ def test_weights_are_rounded_for_the_inputs_on_their_grids() -> None:
     ready.model.load_state_dict(mixer().state_dict())
     simulated = type(result.quantized)(ready.model, result.quantized.sites, {}, result.quantized.ranges)
     name, values = "up", tape.entering(ready.model, ((x,), {}))
-    found = moments(SimulatedProgram(simulated, tape), ready.program, block, name, values).hessian
+    found = moments(SimulatedProgram(simulated, tape), block, name, values).hessian
     rows = outputs(ready.model.norm, x).reshape(-1, WIDTH).numpy()
     read = np.stack([on_its_grid(row, 4) for row in rows]).astype(float)
     np.testing.assert_allclose(found[0].numpy(), read.T @ read, rtol=1e-5, atol=1e-4)

@@ -29,7 +29,9 @@ def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KLDamage:
-    """KL divergence to the float model's own distribution: no labels, zero gradient at the float point."""
+    """KL divergence to the float model's own distribution: no labels, zero gradient at the float point
+    (docs/methods/damage.md).
+    """
 
     name = "KL divergence of the output distribution"
     softens = True

@@ -22,6 +22,7 @@ from quantkit.numbers.packed_weight import PackedWeight, dequantize_packed, pack
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.arguments import leaves_of, replaced
+from quantkit.program.halves import widened
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
 from quantkit.program.updates import restored
@@ -160,7 +161,7 @@ class RealModel(nn.Module):
         """Bytes of all layers' weights, counted from the tensors held: packed where quantized, float elsewhere."""
         held = sum(layer.weight_bytes for layer in self.layers.values())
         others = [name for name in self.floats.layers if name not in self.layers]
-        return held + sum(self.floats[name].nbytes for name in others)
+        return held + sum(self.floats.stored_bytes(name) for name in others)
 
     @property
     def expanded_bytes(self) -> int:
@@ -182,9 +183,22 @@ class RealModel(nn.Module):
         quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         placeholders = {id(self.floats.tensor(name)): name for name in self.covered}
-        watch = Watch(change, call=partial(self._call, placeholders), operands=self.floats.operands(self.layers))
+        watch = Watch(
+            change,
+            call=partial(self._call, placeholders),
+            operands=self.floats.operands(self.layers),
+            substitutes=self.floats.substitutes(self._beside_float()),
+        )
         with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
             yield
+
+    def _beside_float(self) -> dict[str, QuantizedWeight]:
+        """The codes of layers that share a parameter in half precision, which they cannot be written to, with float
+        ones.
+        """
+        own = self.floats
+        shared = [name for name in self.layers if own.layers[name].parameter not in self.covered]
+        return {name: self._codes(name) for name in shared if own.stores_half(name)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.computing():
@@ -221,7 +235,7 @@ class RealModel(nn.Module):
         """
         if name is None:
             return value
-        filled = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        filled = torch.empty_strided(value.shape, value.stride(), dtype=widened(value.dtype))
         for layer, weight in self.floats.layers.items():
             if weight.parameter == name:
                 weight.write(filled, self._codes(layer).dequantize())

@@ -102,17 +102,20 @@ class Landscape:
         """The model at the base plan and ready to be differentiated by the perturbed weights; as it was on the way
         out, whatever happens. Raises InvalidRequest for a model that overwrites what its gradient needs.
         """
-        weights = [self.weight(name) for name, _ in self.layers]
-        with swapped_weights(self.subject.floats, self.base_weights), differentiable(self.subject.model, weights):
-            try:
-                yield
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise
-                raise InvalidRequest(
-                    f"The model cannot be differentiated: it overwrites in place what its gradient needs ({error}). "
-                    "Choose 'gram', 'kl' or another estimator that only runs the model forward."
-                ) from error
+        floats = self.subject.floats
+        exact = {name: floats[name] for name, _ in self.layers if floats.stores_half(name)}  # for exact gradients
+        with swapped_weights(floats, exact | self.base_weights):
+            weights = [self.weight(name) for name, _ in self.layers]
+            with differentiable(self.subject.model, weights):
+                try:
+                    yield
+                except RuntimeError as error:
+                    if "modified by an inplace operation" not in str(error):
+                        raise
+                    raise InvalidRequest(
+                        f"The model cannot be differentiated: it overwrites in place what its gradient needs ({error})"
+                        ". Choose 'gram', 'kl' or another estimator that only runs the model forward."
+                    ) from error
 
     def point(self, i: int, at_output: AtOutput | None = None, before: Before | None = None) -> Point:
         """Run batch ``i``. ``before(key, args, kwargs)`` sees every torch call, ``at_output(place, tensor)`` may

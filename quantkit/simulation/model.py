@@ -6,6 +6,7 @@ module's own weights are their dequantized values, so its class, methods and gra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -13,15 +14,15 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.arguments import replaced
+from quantkit.program.halves import stores_halves, widened
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
-from quantkit.program.layers import Operands, Weights
+from quantkit.program.layers import Operands, Substitutes, Weights
 from quantkit.program.sites import Site, coded_sites
 from quantkit.program.updates import restored, without_autocast
 
@@ -40,18 +41,22 @@ class Watch:
     call makes and to what it reads first (``read_place``).
 
     ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out. ``operands``
-    take the place of tensors that calls read: by key, the position among them and the tensor.
+    take the place of tensors that calls read: by key, the position among them and the tensor; what ``substitutes``
+    compute takes that of the parameters with these identities.
     """
 
     change: Callable[[OpKey, Tensor], Tensor]
     before: Callable[[OpKey, Any, Any], None] | None = None
     call: Handler | None = None
     operands: Operands = field(default_factory=dict)
+    substitutes: Substitutes = field(default_factory=dict)
 
     def handle(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Carry out one call."""
         if key in self.operands:
             args, kwargs = _with_operand(args, kwargs, *self.operands[key])
+        if self.substitutes:
+            args, kwargs = replaced((args, kwargs), self._substituted)
         args, kwargs = change_read(key, args, kwargs, self.change)
         if self.before is not None:
             self.before(key, args, kwargs)
@@ -60,6 +65,9 @@ class Watch:
         if changed is not result and any(result is a for a in (*args, *kwargs.values())):
             return _put_in_place(result, lambda x: map_tensors(x, key, self.change), changed)
         return changed
+
+    def _substituted(self, value: Any) -> Any:
+        return self.substitutes[id(value)]() if id(value) in self.substitutes else value
 
 
 @contextmanager
@@ -94,11 +102,6 @@ def _put_in_place(result: Tensor, change: Callable[[Tensor], Tensor], changed: T
     return changed
 
 
-def _widened(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
-
-
 class SimulatedModel(nn.Module):
     """``model`` with quantized layers and sites. Calls, attributes and gradients go through to the wrapped module, and
     every method of it computes quantized.
@@ -128,12 +131,23 @@ class SimulatedModel(nn.Module):
             self.set_weight(name, weight)
 
     def set_weight(self, name: str, weight: QuantizedWeight) -> None:
-        """Give a layer its codes; what it computes with becomes their dequantized value."""
+        """Give a layer its codes; what it computes with becomes their dequantized value, which takes the place of a
+        parameter in half precision call by call.
+        """
         self.weights[name] = weight
-        self.floats.write(name, weight.dequantize())
+        if not self.floats.stores_half(name):
+            self.floats.write(name, weight.dequantize())
+
+    def in_float32(self) -> SimulatedModel:
+        """The same on a float32 copy of the model, which holds what it computes with; itself where it is float32."""
+        if not stores_halves(self.model):
+            return self
+        own = copy.deepcopy(self.model).float()
+        floats = self.floats.on(own)
+        return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*tree_map(_widened, (args, kwargs)))
+        return self.run(*tree_map(widened, (args, kwargs)))
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
@@ -145,7 +159,8 @@ class SimulatedModel(nn.Module):
         """The wrapped module computes quantized inside the block."""
         coded = coded_sites(self.sites, self.ranges)
         change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
-        watch = Watch(change, before, operands=self.floats.operands(self.weights))
+        floats, codes = self.floats, self.weights
+        watch = Watch(change, before, operands=floats.operands(codes), substitutes=floats.substitutes(codes))
         with restored(self.model, self.updated), watching(self.model, watch):
             yield
 

@@ -16,10 +16,11 @@ from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.program.codes import can_hold_codes
-from quantkit.program.inputs import Batch, first_samples
+from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
+from quantkit.program.inputs import Batch, first_samples, pieces
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
 from quantkit.program.program import Program, Step
-from quantkit.program.record import VIEWS, record, unrecorded
+from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
 from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.progress import notice
@@ -36,7 +37,8 @@ _CONSTANT = "it reads a constant, not an activation"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A float32 copy of the model in eval mode with BatchNorm folded, and what is known about it.
+    """A copy of the model in eval mode with BatchNorm folded, and what is known about it. It stays on its device, and
+    matrices in half precision stay that (``program.halves``): what computes with one widens it.
 
     ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm)
     pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
@@ -74,7 +76,13 @@ def prepare(
     rejects, or a model without a quantizable layer.
     """
     own, element_bytes, sizes = _checked_copy(model, inplace)
-    example, program = _first_recording(own, batches[0])
+    try:
+        example, program = _first_recording(own, batches[0])
+    except InvalidRequest:
+        if not stores_halves(own):
+            raise
+        example, program = _first_recording(own.float(), batches[0])
+        notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
@@ -183,7 +191,7 @@ def _held_by_layers(ready: Prepared) -> int:
         else:
             count = math.prod(weight.shape)
             held[weight.parameter] = held.get(weight.parameter, 0) + count
-    return 4 * sum(held.values())
+    return sum(count * (state[name].element_size() if name in state else 4) for name, count in held.items())
 
 
 def _require_plain_model(model: nn.Module) -> None:
@@ -207,9 +215,8 @@ def _own_copy(model: nn.Module, inplace: bool) -> nn.Module:
     own = model if inplace else _copied(model)
     if own.training:
         notice(f"the model is in training mode: quantizing {'it' if inplace else 'a copy'} in eval mode")
-    if any(p.device.type != "cpu" for p in own.parameters()):
-        notice(f"the model is not on the CPU: measuring and quantizing {'it' if inplace else 'a copy'} there")
-    own = own.cpu().float().eval()
+    own.eval()
+    keep_only_matrices_half(own)
     make_weights_plain(own)
     return own
 
@@ -247,7 +254,8 @@ def _stored(model: nn.Module) -> list[torch.Tensor]:
 
 def _require_finite_weights(model: nn.Module) -> None:
     statistics = [(name, b) for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    bad = [name for name, p in (*model.named_parameters(), *statistics) if not torch.isfinite(p).all()]
+    named = (*model.named_parameters(), *statistics)
+    bad = [name for name, p in named if not all(torch.isfinite(part).all() for part in pieces(p.detach()))]
     if bad:
         raise InvalidRequest(
             f"These weights contain NaN or infinite values: {', '.join(bad[:5])}. Repair the checkpoint."
@@ -316,7 +324,8 @@ def _only_turns(step: Step) -> bool:
 def _held_elsewhere(name: str, weights: Weights) -> str:
     """Why a layer of a model that was not recorded stays float: others may compute with its weight."""
     model, layer = weights.model, weights.layers[name]
-    weight, own = weights[name], str(layer.parameter)
+    own = str(layer.parameter)
+    weight = weights.tensor(own)
     others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != own]
     module = model.get_submodule(own.rpartition(".")[0])
     same = [n for n in others if model.get_submodule(n.rpartition(".")[0]) is not module]

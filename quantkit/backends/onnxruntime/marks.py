@@ -124,8 +124,9 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     """Export the float graph of ``simulated`` with a dynamic batch dimension where the model allows one.
 
     A model whose code only runs at the example's batch size keeps it, with a notice. Raises InvalidRequest when
-    torch.export cannot follow the model at all.
+    torch.export cannot follow the model at all. The graph is float32.
     """
+    simulated = simulated.in_float32()
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
     batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]

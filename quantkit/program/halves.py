@@ -2,9 +2,9 @@
 
 A model keeps its matrices in the type that the user stores them in. A call that computes with one widens it for itself
 alone, so that what is between calls is float32 and the result is that of the float32 model with the same weights,
-while at most one layer's weight is held twice. Calls that only show a part of what they read, as views of a stored
-tensor do, leave it as it is stored: whoever computes with the part widens that. A type named in the model's code counts
-as float32 too, since it is there to save memory or time.
+while at most one layer's weight is held twice. Calls that only show a part of a stored tensor, as views do, leave it
+as it is stored: whoever computes with the part widens that. A type in half precision that the model's code names
+counts as float32 too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from quantkit.program.arguments import leaves_of, replaced
@@ -30,6 +31,7 @@ VIEWS = frozenset(
 )
 _PICKS = VIEWS | {"embedding", "index_select"}  # their values are those that they read
 _NARROWING = ("half", "bfloat16")
+LINEAR_ELEMENTS = 1 << 23  # of a weight that are widened at once
 
 
 def is_half(value: Any) -> bool:
@@ -79,10 +81,21 @@ def in_float32(func: Callable[..., Any], op: str) -> Callable[..., Any]:
             return func(*_like_the_first(args), **kwargs)
         if op in _NARROWING:
             return args[0].float()
+        if op == "linear" and not kwargs and is_half(args[1]) and args[1].numel() > LINEAR_ELEMENTS:
+            return _linear_in_slices(*args)
         args, kwargs = replaced((args, kwargs), widened)
         return func(*args, **kwargs)
 
     return call
+
+
+def _linear_in_slices(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear call that widens some rows of its weight at a time: the head over a vocabulary is the largest layer."""
+    count = max(1, LINEAR_ELEMENTS // weight.shape[1])
+    x, rows = widened(x), weight.split(count)
+    biases = [None] * len(rows) if bias is None else bias.split(count)
+    parts = [F.linear(x, r.float(), b if b is None else b.float()) for r, b in zip(rows, biases, strict=True)]
+    return torch.cat(parts, -1)
 
 
 def _stored_or_widened(result: Any, args: Any, kwargs: Any) -> Any:

@@ -164,7 +164,7 @@ def digest_model(model: nn.Module) -> str:
 def _update(hasher: hashlib._Hash, tensor: Tensor) -> None:
     """Hash the bytes of a tensor, without a copy of the whole."""
     for part in pieces(tensor.detach()):
-        hasher.update(memoryview(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        hasher.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -77,7 +77,7 @@ class ShardedSource:
                 hint = did_you_mean(name, list(self.files))
                 raise InvalidRequest(f"The checkpoint {str(self.folder)!r} has no tensor {name!r}.{hint}")
             wanted.setdefault(self.files[name], []).append(name)
-        found = {}
+        found: dict[str, Tensor] = {}
         for shard, held in wanted.items():
             try:
                 with safe_open(str(self.folder / shard), framework="pt") as file:

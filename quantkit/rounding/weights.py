@@ -47,9 +47,9 @@ def quantize_weight(
     named, with one factorization for all formats. Without it, or where it cannot be factored, rounding is to nearest
     with ranges of least squared error, or HQQ. ``cross`` (groups, K, K) is the sum of Y^T X, Y the inputs of the float
     network: for "gptaq", which rounds the weight that makes up for the difference. ``groups`` is the convolution's.
-    Computed in float32 unless the weight is float64.
+    Computed on the CPU, in float32 unless the weight is float64.
     """
-    rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
+    rows = weight.detach().cpu().reshape(groups, weight.shape[0] // groups, -1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     usable = hessian is not None and rounding not in WITHOUT_INPUTS
     ordered = ordered_factor(hessian) if usable and hessian is not None else None

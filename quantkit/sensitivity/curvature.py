@@ -9,6 +9,7 @@ derivative (docs/methods/hessian-trace.md). ``torch.autograd.grad`` is used thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,10 @@ class Landscape:
                 "do not follow yet. Choose 'gram', 'kl' or another estimator that only runs the model forward."
             )
         return weight
+
+    def elements(self, layer: str) -> int:
+        """How many elements a layer's weight has."""
+        return math.prod(self.subject.floats.layers[layer].shape)
 
     @property
     def shares(self) -> np.ndarray:

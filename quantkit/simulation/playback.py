@@ -204,7 +204,7 @@ def room_for(count: int, like: Tensor, axis: int = 0, limit: int = SPILL_BYTES) 
     elements = math.prod(shape)
     if elements * like.element_size() <= limit:
         layout = torch.channels_last if like.dim() == 4 and _is_channels_last(like) else torch.contiguous_format
-        return torch.empty(shape, dtype=like.dtype, memory_format=layout)
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
     with tempfile.NamedTemporaryFile(prefix="quantkit-") as file:
         return torch.from_file(file.name, shared=True, size=elements, dtype=like.dtype).reshape(shape)
 

@@ -169,8 +169,9 @@ def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str
                 f"{name!r} has shape {tuple(wanted[name].shape)} in the model and {tuple(tensor.shape)} in the saved "
                 "weights: this is not the model that was saved."
             )
-        if wanted[name].is_floating_point():
-            wanted[name].data = wanted[name].data.to(tensor.dtype)
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name in own.keys() & tensors.keys():
+        own[name].data = own[name].data.to(tensors[name].dtype)  # as it was saved, whatever the architecture's type
     model.load_state_dict(dict(tensors), strict=False)
 
 

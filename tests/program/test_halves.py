@@ -34,7 +34,7 @@ class Mixed(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids) + self.position[:, : ids.shape[1]]
-        x = self.norm(x.to(self.packed.dtype)).half().type_as(self.packed)
+        x = self.norm(x.to(self.packed.dtype)).type_as(self.packed)
         q, k, _ = (F.linear(x, part) for part in self.packed.chunk(3))
         room = torch.zeros(q.shape, dtype=self.packed.dtype)
         room[:, 1:] = q[:, 1:]
@@ -92,6 +92,20 @@ def test_a_recording_finds_the_same_layers_in_slices_and_views():
     assert found.weights == wanted.weights
     assert found.calls == wanted.calls
     assert found.shape == wanted.shape
+
+
+@pytest.mark.parametrize("narrowed", (Tensor.half, Tensor.bfloat16, lambda x: x.to(torch.float16)))
+def test_types_that_the_code_names_round_nothing(narrowed):
+    class Narrowing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return narrowed(super().forward(x))
+
+    model = Narrowing(3, 3).bfloat16()
+    keep_only_matrices_half(model)
+    x = torch.randn(2, 3)
+    with torch.no_grad(), computing(model):
+        found = model(x)
+    torch.testing.assert_close(found, F.linear(x, model.weight.float(), model.bias), rtol=1e-6, atol=1e-6)
 
 
 class Alive(TorchDispatchMode):

@@ -169,7 +169,10 @@ class SimulatedModel(nn.Module):
         change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         operands = self.floats.operands(self.weights)
         watch = Watch(change, before, operands=operands, outside=outside, reads=read_by_layers(coded))
-        with restored(self.model, self.updated), watching(self.model, watch):
+        # With weights alone in codes, held by the modules themselves, there is nothing to change on the way.
+        plain = before is None and not coded and not operands
+        seen = without_autocast(self.model) if plain else watching(self.model, watch)
+        with restored(self.model, self.updated), seen:
             yield
 
 

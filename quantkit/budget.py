@@ -209,17 +209,14 @@ def unit_size(name: str, unit: str, profile: Profile) -> Fraction:
     if name == "latency":
         assert profile.latency is not None, "checked before"
         return Fraction(profile.latency.float_ns, 100)
-    return Fraction(_float32_bytes(profile) if name == "size" else _float32_bops(profile), 100)
+    macs = sum(layer.macs for layer in profile.layers.values())
+    return Fraction(_float32_bytes(profile) if name == "size" else FLOAT_BITS**2 * macs, 100)
 
 
 def _float32_bytes(profile: Profile) -> int:
     if profile.float32_bytes:
         return profile.float32_bytes
     return profile.float_bytes + sum(4 * layer.weights - layer.float_bytes for layer in profile.layers.values())
-
-
-def _float32_bops(profile: Profile) -> int:
-    return FLOAT_BITS**2 * sum(layer.macs for layer in profile.layers.values())
 
 
 def _read(name: str, asked: object) -> tuple[Fraction, str]:

@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 
 from quantkit.errors import InvalidRequest
 
-INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 _FLOAT_BITS = {"fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
 SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
 _FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"
@@ -50,15 +49,10 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 @dataclass(frozen=True)
-class WeightFormat:
-    """How a layer's weight is stored. ``group`` 0 is one scale per output channel, n is one per n inputs of a
-    channel.
-    """
+class _Format:
+    """Numbers of one kind."""
 
     fmt: str
-    group: int = 0
-    zero_point: bool = False
-    scale: str = "f32"
 
     @property
     def bits(self) -> int:
@@ -67,6 +61,17 @@ class WeightFormat:
     @property
     def is_integer(self) -> bool:
         return self.fmt.isdigit()
+
+
+@dataclass(frozen=True)
+class WeightFormat(_Format):
+    """How a layer's weight is stored. ``group`` 0 is one scale per output channel, n is one per n inputs of a
+    channel.
+    """
+
+    group: int = 0
+    zero_point: bool = False
+    scale: str = "f32"
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -93,20 +98,11 @@ class WeightFormat:
 
 
 @dataclass(frozen=True)
-class ActivationFormat:
+class ActivationFormat(_Format):
     """How a site's tensor is quantized: static per tensor, or ``dynamic`` per token (``group`` n: per n channels)."""
 
-    fmt: str
     dynamic: bool = False
     group: int = 0
-
-    @property
-    def bits(self) -> int:
-        return element_bits(self.fmt)
-
-    @property
-    def is_integer(self) -> bool:
-        return self.fmt.isdigit()
 
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group else ""

@@ -37,7 +37,6 @@ from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.compiled import NAMES, instruction_set
 from quantkit.runtime.int_linear.layer import IntLinear
-from quantkit.runtime.weight_only.layer import WeightOnlyLinear
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CACHE_BYTES = 64 << 20  # a chain of 4-bit weights is at least as long as this
@@ -80,9 +79,15 @@ def real_layers(weights: list[Tensor], scheme: str) -> Contender:
 
 
 def int4pack(weights: list[Tensor], group: int) -> Contender:
-    layers = [WeightOnlyLinear(quantized(weight, f"w4g{group}")) for weight in weights]
+    multiply, layers, size = torch.ops.aten._weight_int4pack_mm_for_cpu, [], 0
+    for weight in weights:
+        found = quantized(weight, f"w4g{group}")
+        codes = torch._convert_weight_to_int4pack_for_cpu(found.codes.to(torch.int32) + 8, 2)
+        both = torch.stack((found.scale.t(), torch.zeros_like(found.scale).t()), -1).bfloat16().contiguous()
+        layers.append(lambda x, c=codes, b=both: multiply(x, c, group, b))
+        size = codes.nbytes + both.nbytes
     run = chain(layers)
-    return Contender(lambda x: run(x.bfloat16()), layers[0].weight_bytes)
+    return Contender(lambda x: run(x.bfloat16()), size)
 
 
 def bfloat16(weights: list[Tensor]) -> Contender:

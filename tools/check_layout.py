@@ -51,7 +51,7 @@ MAX_FUNCTION_LINES = 40
 MAX_PARAMETERS = 6
 
 # Where kinds of quantized numbers are told apart, and what their classes inherit.
-NUMBERS, QUANTIZER = "numbers", "Quantizer"
+OF_QUANTIZERS, QUANTIZER = "numbers", "Quantizer"
 
 # Public, and not among what the package's own __init__ imports.
 ALSO_PUBLIC = frozenset({f"{PACKAGE}.stages.bench.bench"})
@@ -210,7 +210,7 @@ def names_in(node: ast.AST) -> set[str]:
 
 def quantizer_names(trees: dict[str, ast.Module]) -> set[str]:
     """The classes of quantized numbers, and the unions of them that have a name."""
-    inside = [node for name, tree in trees.items() if part_of(name) == NUMBERS for node in tree.body]
+    inside = [node for name, tree in trees.items() if part_of(name) == OF_QUANTIZERS for node in tree.body]
     classes = [node for node in inside if isinstance(node, ast.ClassDef)]
     found = {QUANTIZER} | {node.name for node in classes if any(QUANTIZER in names_in(base) for base in node.bases)}
     for node in inside:
@@ -234,11 +234,11 @@ def check_quantizers(trees: dict[str, ast.Module], paths: dict[str, Path]) -> li
     """Kinds of quantized numbers told apart by their classes outside the folder that knows them."""
     known, messages = quantizer_names(trees), []
     for name, tree in trees.items():
-        for node in ast.walk(tree) if part_of(name) != NUMBERS else ():
+        for node in ast.walk(tree) if part_of(name) != OF_QUANTIZERS else ():
             if isinstance(node, ast.expr | ast.pattern) and (found := sorted(told_apart(node) & known)):
                 messages.append(
                     f"{paths[name]}:{node.lineno}: asks whether a quantizer is {' or '.join(found)}, ask for what it "
-                    f"can do ({QUANTIZER} in {PACKAGE}/{NUMBERS}) or look up its kind"
+                    f"can do ({QUANTIZER} in {PACKAGE}/{OF_QUANTIZERS}) or look up its kind"
                 )
     return messages
 

@@ -46,7 +46,7 @@ NETWORKS = {
     "vit_hybrid": (DATA / "vit_hybrid_cifar10.safetensors", DATA / "cifar10_calib.npz", "images"),
 }
 # what a quantizer says of its numbers -> the attributes that may hold it
-NUMBERS = {
+FIELDS = {
     "codes": ("codes",),
     "scale": ("scale", "scales"),
     "zero_point": ("zero_point", "zero_points"),
@@ -160,9 +160,9 @@ def codes_of(quantizer: Any) -> str:
     """A hash of a weight's or a site's numbers, whatever type holds them: codes, scales as float32, zero points (none
     are as good as zeros) and bits.
     """
-    found = {key: value for key, names in NUMBERS.items() if (value := _first_of(quantizer, names)) is not None}
+    found = {key: value for key, names in FIELDS.items() if (value := _first_of(quantizer, names)) is not None}
     if not found:
-        raise ValueError(f"nothing of {', '.join(NUMBERS)} in {quantizer!r}: teach codes_of its names")
+        raise ValueError(f"nothing of {', '.join(FIELDS)} in {quantizer!r}: teach codes_of its names")
     parts: list[object] = []
     for key, value in found.items():
         numbers = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)

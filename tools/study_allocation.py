@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,9 +29,8 @@ from quantkit.allocation.allocate import allocate
 from quantkit.budget import Budget
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity import ESTIMATORS
-from quantkit.sensitivity.blocks import layer_order
 from quantkit.sensitivity.inputs import mixed_pairs
-from quantkit.sensitivity.measure import Scores, Subject
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.stages.operating_point import EFFORTS, refine
 from quantkit.stages.profile import Evaluator
 
@@ -94,12 +93,26 @@ def profile_of(case: Case, scores: Scores) -> Profile:
     )
 
 
+def layer_order(perturbations: Sequence[Perturbation], scores: Scores) -> tuple[str, ...]:
+    """Layers by their highest score, highest first; what comes first in the model comes first among equals."""
+    highest: dict[str, float] = {}
+    for p, score in zip(perturbations, scores.damage, strict=True):
+        if not p.at_site:
+            highest[p.owner] = max(float(score), highest.get(p.owner, float("-inf")))
+    return tuple(sorted(highest, key=highest.__getitem__, reverse=True))
+
+
 def study_of(name: str, rounding: str, data: Path, samples: int, seed: int, ways: Iterable[str]) -> Study:
     """What some ways of choosing, the profile's among them, need to know."""
     case = case_of(name, rounding, data, BITS)
     batches = case.batches[: -(-samples // 128)]
     mixed = mixed_pairs(batches, torch.Generator().manual_seed(seed))
-    subjects = {"plain": Subject(case.ready.model, batches, {}), "mixed": Subject(case.ready.model, mixed, {})}
+    assert mixed is not None, "images can be mixed"
+    weights = case.ready.weights
+    subjects = {
+        "plain": Subject(case.ready.model, batches, {}, weights=weights),
+        "mixed": Subject(case.ready.model, mixed, {}, weights=weights),
+    }
     profiles, orders = {}, {}
     for inputs, estimator, _ in dict.fromkeys(WAYS[way] for way in ways):
         generator = torch.Generator().manual_seed(seed)
@@ -116,7 +129,7 @@ def row(study: Study, bits: float, seed: int) -> str:
     cells = [f"{study.unseen(study.plan(way, bits, seed)):.4f}" for way in WAYS]
     start = study.plan("profile", bits, seed)
     for effort in IMPROVED:
-        better = refine(start, study.profile, Budget(average_bits=bits), study.evaluator, effort, seed, progress=True)
+        better = refine(start, study.profile, Budget(average_bits=bits), study.evaluator, effort, progress=True)
         cells.append(f"{study.unseen(better):.4f} ({better.provenance['operating_point']['measurements']:.0f})")
     return f"{bits:<5}" + "".join(f" {cell:>12}" for cell in cells)
 

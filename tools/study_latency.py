@@ -28,6 +28,7 @@ from study_sensitivity import REPOSITORY, SOURCES, recipe_model
 from torch import Tensor, nn
 
 from quantkit.allocation.allocate import allocate
+from quantkit.api import apply, profile
 from quantkit.backends.onnxruntime.marks import MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.node_times import clock
 from quantkit.backends.onnxruntime.sessions import feeds, open_session
@@ -35,9 +36,7 @@ from quantkit.backends.onnxruntime.writer import ExportOptions, export_float, ex
 from quantkit.errors import InfeasibleBudget
 from quantkit.plan import Plan, Profile
 from quantkit.program.inputs import Batch, first_samples
-from quantkit.stages.apply import apply
 from quantkit.stages.bench import bench
-from quantkit.stages.profile import profile
 from quantkit.stages.result import Result
 from quantkit.targets import Target
 

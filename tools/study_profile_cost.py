@@ -3,9 +3,10 @@
     python tools/study_profile_cost.py [--samples 256]
 
 Five weight formats of every layer and two activation formats of every site, so many measured pairs. Forwards are
-counted where the model runs, in sample sets, rounding left out and its time printed. Memory is the peak of the process
-over what it held before (Linux; glibc is told to give back what is freed, so that only what is held counts), against
-1.5 times that of one calibration forward, plus the weights, plus the output shifts that are kept.
+counted where the model runs, in sample sets, of replays by the share of steps they take; rounding is left out, its
+time printed. Memory is the peak of the process over what it held before (Linux; glibc is told to give back what is
+freed, so that only what is held counts), against 1.5 times that of one calibration forward, plus the weights, plus the
+output shifts that are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import ctypes
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +27,13 @@ from study_sensitivity import REPOSITORY, SOURCES, recipe_model
 
 from quantkit.formats import ActivationFormat, Scheme
 from quantkit.program.inputs import Batch, batch_size, split_batches
+from quantkit.program.program import Program, Step
 from quantkit.program.record import run_model
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
+from quantkit.stages.recording import Replay, replay_of
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 
@@ -58,14 +63,23 @@ def _status(field: str) -> int:
 
 
 class Counter:
-    """Counts the samples that went through a model."""
+    """Counts the samples that went through a model, whole or, in replays, step by step."""
 
-    def __init__(self, ready: Prepared) -> None:
-        self.samples = 0
+    def __init__(self, ready: Prepared, program: Program) -> None:
+        self.samples = 0.0
+        steps = [step for step in program.steps if not step.constant]
+        self.program = replace(program, steps=tuple(self._counting(step, len(steps)) for step in steps))
         ready.model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _: object, args: tuple, kwargs: dict) -> None:
         self.samples += batch_size((args, kwargs))
+
+    def _counting(self, step: Step, steps: int) -> Step:
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            self.samples += len(args[0]) / steps
+            return step.func(*args, **kwargs)
+
+        return replace(step, func=compute)
 
 
 def prepared(samples: int, data: Path) -> tuple[Prepared, list[Batch]]:
@@ -92,6 +106,11 @@ def one_forward(ready: Prepared, batch: Batch) -> tuple[int, int]:
     return peak() - before, classes
 
 
+def subject_of(ready: Prepared, inputs: list[Batch], program: Program) -> Subject:
+    sites = {site.name: site for site in ready.sites}
+    return Subject(ready.model, inputs, sites, weights=ready.weights, program=program)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=256, help="calibration images (default 256)")
@@ -104,11 +123,13 @@ def main() -> None:
     candidates = {name: [Scheme.parse(f"w{b}") for b in BITS] for name in ready.quantizable}
     changes, _ = weight_perturbations(ready, candidates, batches, "gptq", progress=True)
     rounding = time.process_time() - started
-    counter = Counter(ready)
+    replay = replay_of(ready, batches)
+    assert isinstance(replay, Replay), replay
+    counter = Counter(ready, replay.program)
     changes += site_perturbations(ready, activation_formats(SITE_BITS), batches, "mse", progress=True)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(0))
     assert inputs is not None, "images can be mixed"
-    subject = Subject(ready.model, inputs, {site.name: site for site in ready.sites})
+    subject = subject_of(ready, inputs, counter.program)
     forward, classes = one_forward(ready, batches[0])
     counter.samples -= batch_size(batches[0])
     before, started = peak_reset(), time.process_time()

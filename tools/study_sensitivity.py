@@ -105,7 +105,7 @@ def case_of(
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
     candidates = {layer: [Scheme.parse(f"w{b}") for b in bits] for layer in ready.quantizable}
     changes, _ = weight_perturbations(ready, candidates, batches, rounding, progress=True, artefacts=artefacts)
-    return Case(ready, batches, Subject(ready.model, quick_batches(evaluation), {}), changes)
+    return Case(ready, batches, Subject(ready.model, quick_batches(evaluation), {}, weights=ready.weights), changes)
 
 
 def quick_batches(x: torch.Tensor) -> list[Batch]:

@@ -132,14 +132,10 @@ def _fixed(profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], name: st
         return fixed_cost(profile, allowed, name)
     table = profile.latency
     assert table is not None
-    chosen = {choice.partition(" ")[2] for choice in builder.options if _is_operation(choice)}
+    chosen = {choice.partition(" ")[2] for choice in builder.options if choice.startswith(("layer ", "integer "))}
     operations = sum(time.float_ns for op, time in table.operations.items() if op not in chosen)
     sites = sum(time.float_ns for site, time in table.sites.items() if f"site {site}" not in builder.options)
     return table.rest_ns + operations + sites
-
-
-def _is_operation(choice: str) -> bool:
-    return choice.startswith(("layer ", "integer "))
 
 
 def _own(op: Operation, allowed: Mapping[str, tuple[Scheme, ...]]) -> Operation:

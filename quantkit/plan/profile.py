@@ -108,10 +108,6 @@ class Profile:
         chosen = self.chosen(schemes, sites)
         return float(saturated(0.5 * float(self.gram[np.ix_(chosen, chosen)].sum()), self.saturation, self.growth))
 
-    def predict_separable(self, schemes: Mapping[str, str | Scheme], sites: Mapping[str, str] | None = None) -> float:
-        """The same without pair terms: the sum of the damages measured alone."""
-        return float(self.damage[self.chosen(schemes, sites)].sum())
-
     def digest(self) -> str:
         arrays = hashlib.sha256(self.damage.tobytes() + self.gram.tobytes()).hexdigest()
         return digest_of([self._header(), arrays])

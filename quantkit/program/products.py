@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Region, layer_kind, weight_at
+from quantkit.program.updates import named_state
 
 CONVOLUTIONS = tuple(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding")
@@ -101,10 +102,7 @@ class Owners:
     """Finds the parameter that holds a tensor, and the layer's name."""
 
     def __init__(self, model: nn.Module) -> None:
-        named = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
-        self.named = {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+        self.named = {name: x for name, x in named_state(model).items() if x.is_floating_point()}
         self.by_id: dict[int, str] = {}
         self.by_memory: dict[int, str] = {}
         own = [f"{n}.weight" if n else "weight" for n, m in model.named_modules() if layer_kind(m) is not None]

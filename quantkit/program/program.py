@@ -22,6 +22,7 @@ from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, change_inputs, map_tensors, read_place, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight
 from quantkit.program.sizes import Shapes
+from quantkit.program.updates import named_state
 
 Change = Callable[[OpKey, Tensor], Tensor]
 
@@ -151,6 +152,11 @@ class Program:
         read = {n for step in self.steps[start:] if not step.constant for n in step.reads}
         return sorted(made & (read | set(self.outputs)))
 
+    def last_reads(self, start: int, stop: int) -> dict[int, int]:
+        """Value -> the last of these steps that reads it."""
+        steps = enumerate(self.steps[start:stop], start)
+        return {number: i for i, step in steps if not step.constant for number in step.reads}
+
     def first_use(self, weight: LayerWeight) -> int:
         """The position of the first step that reads a layer's weight, or the parameter that holds it."""
         numbers = set(weight.numbers) if weight.parameter is None else {self.stored[weight.parameter]}
@@ -164,8 +170,7 @@ class Program:
 
     def state_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters and buffers of the model by all their names, detached and laid out."""
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return {name: self.laid_out(tensor.detach()) for name, tensor in named}
+        return {name: self.laid_out(tensor.detach()) for name, tensor in named_state(model).items()}
 
     def entering(self, model: nn.Module, batch: Batch) -> dict[int, Tensor]:
         """The values a batch of inputs starts a replay with: copies, as calls may work in place."""
@@ -251,7 +256,7 @@ class _Run:
     def values_of(self, values: Mapping[int, Tensor], wanted: Sequence[int]) -> list[Tensor]:
         for number, value in values.items():
             self._set(number, value)
-        last, kept = self._last_uses(), set(wanted)
+        last, kept = self.program.last_reads(self.part.start, self.part.stop), set(wanted)
         for i in range(self.part.start, self.part.stop):
             step = self.program.steps[i]
             if step.constant or not (step.makes or step.rewrites):
@@ -297,12 +302,3 @@ class _Run:
         if number in self.program.written:  # the model's own stays as it is
             found = self.alive[number] = found.clone()
         return found
-
-    def _last_uses(self) -> dict[int, int]:
-        """Number -> the last step of the part that reads it."""
-        last: dict[int, int] = {}
-        for i in range(self.part.start, self.part.stop):
-            step = self.program.steps[i]
-            if not step.constant:
-                last.update(dict.fromkeys(step.reads, i))
-        return last

@@ -21,7 +21,7 @@ from quantkit.program.outputs import main_output, named_tensors
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
 from quantkit.program.sizes import Computed, Extent, following
-from quantkit.program.updates import plain_mode, restored
+from quantkit.program.updates import named_state, plain_mode, restored
 
 # Calls that carry values out of torch, where they may decide anything.
 _READ_OUT = frozenset(
@@ -115,9 +115,8 @@ class Recorder:
         self.sources: dict[int, frozenset[str]] = {}  # of what depends on parameters: their names
         self.calls: dict[str, list[LayerCall]] = defaultdict(list)
         self.weights: dict[str, LayerWeight] = {}
-        state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self.stored: dict[str, int] = {}
-        for name, tensor in state:
+        for name, tensor in named_state(model).items():
             known = self.numbers.of_tensor.get(tensor)
             self.stored[name] = self._number_new(tensor) if known is None else known
             self.sources.setdefault(self.stored[name], frozenset([name]))

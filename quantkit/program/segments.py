@@ -90,16 +90,15 @@ def _segments(program: Program, cuts: Sequence[_Cut], positions: Sequence[tuple[
 
 
 def between_layers(program: Program, layers: Collection[str]) -> list[Segment]:
-    """The program cut before the first call of each layer, whatever number of values passes there, so that one replay
-    in parts comes past every layer. Layers that read the same value share a segment, as do those before which the
-    values cannot be held. All that enters behind the first cut is as its sites leave it.
+    """The program cut before each layer, whatever number of values passes there: one replay in parts comes past every
+    layer, in the order of their first calls. Layers that read the same value share a segment, as do those before which
+    the values cannot be held. All that enters behind the first cut is as its sites leave it.
     """
-    position = {step.key: i for i, step in enumerate(program.steps)}
-    first = {name: min(position[call.key] for call in program.calls[name]) for name in layers if name in program.calls}
+    starts = _starts_of(program, layers)
     live = _live_before(program)
     cuts: list[tuple[int, tuple[int, ...], list[str]]] = [(0, program.inputs, [])]
     last_read = None
-    for name, i in sorted(first.items(), key=lambda item: item[1]):
+    for name, i in starts.items():
         reads = program.calls[name][0].input
         if reads != last_read and _can_be_held(program, i, live[i]):
             cuts.append((i, live[i], []))
@@ -114,9 +113,22 @@ def between_layers(program: Program, layers: Collection[str]) -> list[Segment]:
     ]
 
 
+def _starts_of(program: Program, layers: Collection[str]) -> dict[str, int]:
+    """Layer -> the step before which a replay has to halt for it, in the order of first calls: behind it the weight of
+    this layer or of a later one is read, if only to be turned or divided.
+    """
+    position = {step.key: i for i, step in enumerate(program.steps)}
+    first = {name: min(position[call.key] for call in program.calls[name]) for name in layers if name in program.calls}
+    starts, earliest = {}, len(program.steps)
+    for name in sorted(first, key=first.__getitem__, reverse=True):
+        earliest = min(earliest, first[name], program.first_use(program.weights[name]))
+        starts[name] = earliest
+    return dict(reversed(starts.items()))
+
+
 def _live_before(program: Program) -> list[tuple[int, ...]]:
     """The values that each step and those behind it read of what is there before it."""
-    last = _last_reads(program)
+    last = program.last_reads(0, len(program.steps)) | {program.output: len(program.steps)}
     live, found = set(program.inputs), []
     for i, step in enumerate(program.steps):
         live = {number for number in live if last.get(number, -1) >= i}
@@ -137,9 +149,9 @@ def _can_be_held(program: Program, start: int, live: Collection[int]) -> bool:
 
 def cuts_of(program: Program) -> dict[int, _Cut]:
     """Step -> the cut behind it, where a forward can be cut in two."""
-    last = _last_reads(program)
+    last = program.last_reads(0, len(program.steps)) | {program.output: len(program.steps)}
     behind = _behind_layers(program)
-    readers = _readers_left(program)
+    readers = Counter(n for i in range(len(program.steps)) for n in _read_by_layer(program, i))
     live = set(program.inputs)
     mains: set[int] = set()
     found = {}
@@ -164,14 +176,6 @@ def _can_pass(program: Program, carried: Collection[int]) -> bool:
     return all(number in program.rows or number not in program.varying for number in carried)
 
 
-def _last_reads(program: Program) -> dict[int, int]:
-    last: dict[int, int] = {}
-    for i, step in enumerate(program.steps):
-        if not step.constant:
-            last.update(dict.fromkeys(step.reads, i))
-    return last | {program.output: len(program.steps)}
-
-
 def _behind_layers(program: Program) -> set[int]:
     """The values that depend on what a layer makes of a varying value; what is looked up in a table does not."""
     layers = {call.key for name, calls in program.calls.items() if program.weights[name].reads_rows for call in calls}
@@ -181,10 +185,6 @@ def _behind_layers(program: Program) -> set[int]:
         if depends or (step.key in layers and not program.varying.isdisjoint(step.inputs)):
             behind.update(step.makes, (new for _, new in step.rewrites))
     return behind & program.varying
-
-
-def _readers_left(program: Program) -> Counter[int]:
-    return Counter(n for i in range(len(program.steps)) for n in _read_by_layer(program, i))
 
 
 def _read_by_layer(program: Program, i: int) -> tuple[int, ...]:

@@ -86,6 +86,12 @@ class _Held:
             self.value[:] = self.content
 
 
+def named_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model by all their names."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
 def _same(found: Collection[Any], before: Collection[Any]) -> bool:
     return len(found) == len(before) and all(a is b for a, b in zip(found, before, strict=True))
 

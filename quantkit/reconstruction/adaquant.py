@@ -22,9 +22,9 @@ from quantkit.program.intercept import OpKey, read_place
 from quantkit.program.program import Part, Program
 from quantkit.program.segments import Segment
 from quantkit.progress import track
-from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
+from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, settle
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through
-from quantkit.reconstruction.learning import Schedule, Training, learn
+from quantkit.reconstruction.learning import Rated, Schedule, Training, learn
 from quantkit.reconstruction.snapshot import Learned
 from quantkit.simulation.playback import SimulatedProgram, Values, float_program, in_chunks, play, play_output
 
@@ -41,6 +41,10 @@ class JointWeight(LearnedWeight):
 
     def zeros(self) -> Tensor:
         return round_through(self.zero + self.zero_shift).clamp(*self.start.format.code_range)
+
+    def rated(self, schedule: Schedule) -> list[Rated]:
+        joint = [(self.zero_shift, schedule.code_rate)] if self.zero_shift.requires_grad else []
+        return [*super().rated(schedule), *joint]
 
     @torch.no_grad()
     def found(self) -> QuantizedWeight:
@@ -195,7 +199,7 @@ class LayerInTraining:
     runner: SimulatedProgram
     name: str
     weight: JointWeight
-    ranges: Mapping[str, LearnedRange]
+    ranges: dict[str, LearnedRange]
     state: Mapping[str, Tensor]
 
     @classmethod
@@ -206,18 +210,6 @@ class LayerInTraining:
         starts = [(site, model.ranges[site]) for site in sorted(sites & model.ranges.keys())]
         ranges = {site: LearnedRange(start, joint=True) for site, start in starts if start.static and start.integer}
         return cls(runner, name, weight, ranges, runner.program.state_of(model.model))
-
-    def rated(self, schedule: Schedule) -> list[tuple[Tensor, float]]:
-        """Everything that is learned, with its rate; zero points move as fast, in codes, as codes do."""
-        weight = self.weight
-        found = [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
-        if weight.zero_shift.requires_grad:
-            found.append((weight.zero_shift, schedule.code_rate))
-        if weight.bias_start is not None:
-            found.append((weight.bias_shift, schedule.bias_rate))
-        for learned in self.ranges.values():
-            found += [(learned.log_factor, schedule.scale_rate), (learned.zero_shift, schedule.code_rate)]
-        return found
 
     def error(self, task: Task, x: Tensor, wanted: Tensor) -> Tensor:
         """The squared error of what a call makes of ``x``, in units of what its task wants."""
@@ -231,15 +223,6 @@ class LayerInTraining:
         call = Part(task.call.start, task.call.stop)
         (made,) = program.replay({task.call.reads: x}, now, [task.call.makes], part=call)
         return (made - wanted).square().mean() / task.unit
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Give the simulated model what was learned."""
-        model, found = self.runner.model, self.weight.bias()
-        model.set_weight(self.name, self.weight.found())
-        if (bias := model.floats.bias(self.name)) is not None and found is not None:
-            bias.copy_(found)
-        model.ranges.update({site: learned.found() for site, learned in self.ranges.items()})
 
 
 def learn_layer(
@@ -265,6 +248,8 @@ def learn_layer(
         return sum(float(layer.error(task, laid_out(task.held_inputs), task.held_wanted)) for task in tasks)
 
     silent, samples = replace(training, progress=False), len(tasks[0].inputs)
-    learned = learn(layer.rated(training.schedule), loss, held_back, samples, silent, name)
-    layer.settle()
+    parts: list[JointWeight | LearnedRange] = [layer.weight, *layer.ranges.values()]
+    rated = [one for part in parts for one in part.rated(training.schedule)]
+    learned = learn(rated, loss, held_back, samples, silent, name)
+    settle(runner.model, {name: layer.weight}, layer.ranges)
     return learned

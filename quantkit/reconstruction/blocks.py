@@ -18,8 +18,9 @@ from torch import Tensor
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment, whole
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
-from quantkit.reconstruction.learning import Schedule, Training, learn
+from quantkit.reconstruction.learning import Rated, Schedule, Training, learn
 from quantkit.reconstruction.snapshot import Learned
+from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import (
     EIGHT_BITS,
     SimulatedProgram,
@@ -90,31 +91,26 @@ def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collectio
             runner.ranges[site.name] = LearnedRange(found)
 
 
-def rated(runner: SimulatedProgram, schedule: Schedule, only_biases: bool = False) -> list[tuple[Tensor, float]]:
+def rated(runner: SimulatedProgram, schedule: Schedule, only_biases: bool = False) -> list[Rated]:
     """Everything that is being learned, or only the biases, with its rate."""
     if only_biases:
         shifts = [w.bias_shift for w in runner.weights.values() if w.bias_start is not None]
         return [(shift, schedule.bias_rate) for shift in shifts]
-    found = []
-    for weight in runner.weights.values():
-        found += [(weight.code, schedule.code_rate), (weight.log_factor, schedule.scale_rate)]
-        if weight.bias_start is not None:
-            found.append((weight.bias_shift, schedule.bias_rate))
-    return found + [(r.log_factor, schedule.scale_rate) for r in runner.ranges.values()]
+    parts: list[LearnedWeight | LearnedRange] = [*runner.weights.values(), *runner.ranges.values()]
+    return [one for part in parts for one in part.rated(schedule)]
 
 
 @torch.no_grad()
-def settle(runner: SimulatedProgram) -> None:
-    """Give the simulated model what was learned, and stop learning."""
-    model = runner.model
-    for name, weight in runner.weights.items():
+def settle(model: SimulatedModel, weights: dict[str, LearnedWeight], ranges: dict[str, LearnedRange]) -> None:
+    """Give a simulated model what was learned, and stop learning."""
+    for name, weight in weights.items():
         model.set_weight(name, weight.found())
         bias, own = weight.bias(), model.floats.bias(name)
         if bias is not None and own is not None:
             own.copy_(bias)
-    model.ranges.update({name: learned.found() for name, learned in runner.ranges.items()})
-    runner.weights.clear()
-    runner.ranges.clear()
+    model.ranges.update({name: learned.found() for name, learned in ranges.items()})
+    weights.clear()
+    ranges.clear()
 
 
 @torch.no_grad()
@@ -145,7 +141,7 @@ def learn_network(
     begin(runner, reference, runner.model.weights, whole(runner.program))
     moved, title = rated(runner, training.schedule, only_biases), "biases" if only_biases else "network"
     learned = learn(moved, loss, held_back, len(data), training, title)
-    settle(runner)
+    settle(runner.model, runner.weights, runner.ranges)
     return learned
 
 
@@ -193,7 +189,7 @@ def learn_block(
     title = f"block of {segment.layers[0]}"
     learned = learn(rated(runner, training.schedule), loss, held_back, len(block_data.wanted), training, title)
     runner.dropping = None
-    settle(runner)
+    settle(runner.model, runner.weights, runner.ranges)
     return learned
 
 

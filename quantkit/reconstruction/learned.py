@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.reconstruction.learning import Rated, Schedule
 
 HALF = 0.49  # of a rounding cell: as far as a learned code starts from the code it has
 
@@ -66,6 +67,11 @@ class LearnedRange:
     def fake_quantize(self, x: Tensor) -> Tensor:
         return _LearnedStep.apply(x, self.log_factor, self.zero_shift, self.start)
 
+    def rated(self, schedule: Schedule) -> list[Rated]:
+        """What is learned, with its rate; zero points move as fast, in codes, as codes do."""
+        joint = [(self.zero_shift, schedule.code_rate)] if self.zero_shift.requires_grad else []
+        return [(self.log_factor, schedule.scale_rate), *joint]
+
     def found(self) -> SiteRange:
         """The quantizer as it would ship now."""
         factor = float(self.log_factor.detach().exp())
@@ -108,6 +114,11 @@ class LearnedWeight:
 
     def bias(self) -> Tensor | None:
         return None if self.bias_start is None else self.bias_start + self.unit * self.bias_shift
+
+    def rated(self, schedule: Schedule) -> list[Rated]:
+        """What is learned, with its rate."""
+        biases = [] if self.bias_start is None else [(self.bias_shift, schedule.bias_rate)]
+        return [(self.code, schedule.code_rate), (self.log_factor, schedule.scale_rate), *biases]
 
     @torch.no_grad()
     def found(self) -> QuantizedWeight:

@@ -12,6 +12,7 @@ from torch import Tensor
 from quantkit.progress import track
 from quantkit.reconstruction.snapshot import Cache, Learned
 
+Rated = tuple[Tensor, float]  # what is learned, and its rate
 WARM_UP = 10  # steps until rates are reached: Adam's first steps have full length whatever the gradient
 
 
@@ -76,7 +77,7 @@ def shuffled(count: int, batch: int, steps: int, generator: torch.Generator) -> 
 
 
 def learn(
-    rated: Sequence[tuple[Tensor, float]],
+    rated: Sequence[Rated],
     loss: Callable[[Tensor], Tensor],
     held_back: Callable[[], float],
     samples: int,

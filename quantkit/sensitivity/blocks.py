@@ -142,12 +142,3 @@ def ranking(
 
     values = np.array([of(p) for p in perturbations])
     return Scores(values, np.zeros(len(values)), notes=dict(notes) | {"ranking": True}, ranking=True)
-
-
-def layer_order(perturbations: Sequence[Perturbation], scores: Scores) -> tuple[str, ...]:
-    """Layers by their highest score, highest first; what comes first in the model comes first among equals."""
-    highest: dict[str, float] = {}
-    for p, score in zip(perturbations, scores.damage, strict=True):
-        if not p.at_site:
-            highest[p.owner] = max(float(score), highest.get(p.owner, float("-inf")))
-    return tuple(sorted(highest, key=highest.__getitem__, reverse=True))

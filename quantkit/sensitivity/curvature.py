@@ -22,9 +22,9 @@ from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import split_batches
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
-from quantkit.program.updates import restored
+from quantkit.program.updates import restored, without_autocast
 from quantkit.sensitivity.damage import Reference
-from quantkit.sensitivity.measure import Perturbation, Place, Subject, applied, swapped_weights, without_autocast
+from quantkit.sensitivity.measure import Perturbation, Place, Subject, applied, swapped_weights
 from quantkit.sensitivity.outputs import Outputs
 from quantkit.simulation.model import at_sites, run_with
 

@@ -153,11 +153,6 @@ def swapped_weights(floats: Weights, weights: Mapping[str, Tensor]) -> Iterator[
             floats.swap(layer, before)
 
 
-def without_autocast(model: nn.Module) -> torch.autocast:
-    """Plain float32 inside the block, whatever the caller's code is wrapped in."""
-    return torch.autocast(next((p.device.type for p in model.parameters()), "cpu"), enabled=False)
-
-
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """+1 or -1 for every element, each with probability one half (Rademacher), drawn on the CPU."""
     return torch.randint(0, 2, like.shape, generator=generator).to(like).mul_(2).sub_(1)

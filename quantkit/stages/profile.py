@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def measure(request: Request, run: Run, evaluator: Evaluator | None = None) -> P
         else:
             notice(f"reusing the profile {kept}")
             artefacts.remove()
-            return request.with_latency(found)
+            return replace(found, latency=request.target.latency)
     if request.batches:
         expected = forecast(request)
         notice(str(expected))

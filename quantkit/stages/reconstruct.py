@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
@@ -62,14 +62,6 @@ class ReconstructionPlan:
     def training(self, schedule: Schedule, progress: bool, kept: Cache) -> Training:
         """How anything of it is learned, with draws that begin anew."""
         return Training(schedule, torch.Generator().manual_seed(self.seed), progress, kept)
-
-    def float_on(self, model: nn.Module) -> SimulatedProgram:
-        """The float network, on a model that may be quantized by now."""
-        return float_program(model, self.recording.program, self.reference.state)
-
-    def held_damage(self, runner: SimulatedProgram) -> float:
-        """The damage on inputs that are held back."""
-        return mean_damage(runner, self.data.held_inputs, self.data.held_outputs, self.reference.damage)
 
 
 def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], batches: Sequence[Batch]) -> bool:
@@ -180,10 +172,8 @@ def reconstruct(
     learning, reference, data = reconstruction.learning, reconstruction.reference, reconstruction.data
     runner, blocks = SimulatedProgram(simulated, reconstruction.recording.program), reconstruction.recording.blocks
     if how in ADAQUANT:
-        few, training = (
-            reconstruction.block_data.first(learning.layer_samples),
-            reconstruction.training(learning.layer, progress, kept),
-        )
+        few = reconstruction.block_data.first(learning.layer_samples)
+        training = reconstruction.training(learning.layer, progress, kept)
         found: dict[str, Learned] = {}
 
         def by_layers() -> None:
@@ -235,9 +225,11 @@ def _where_it_helps(
 ) -> Learned:
     """Change a model, and undo it unless that lowers the damage on held-back inputs."""
     runner, kept = SimulatedProgram(simulated, reconstruction.recording.program), Snapshot.of(simulated)
-    before = reconstruction.held_damage(runner)
+    data = reconstruction.data
+    held_back = partial(mean_damage, runner, data.held_inputs, data.held_outputs, reconstruction.reference.damage)
+    before = held_back()
     change()
-    after = reconstruction.held_damage(runner)
+    after = held_back()
     if not after < before:
         kept.put_back(simulated)
     return Learned(before, min(before, after))
@@ -246,7 +238,7 @@ def _where_it_helps(
 def _match(reconstruction: ReconstructionPlan, runner: SimulatedProgram, deviations: bool) -> None:
     """Match statistics of the outputs."""
     some = reconstruction.data.first(reconstruction.learning.statistics_samples).inputs
-    floats = reconstruction.float_on(runner.model.model)
+    floats = float_program(runner.model.model, runner.program, reconstruction.reference.state)
     match_outputs(runner, floats, reconstruction.recording.blocks, some, deviations)
 
 

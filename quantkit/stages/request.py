@@ -97,10 +97,6 @@ class Request:
             latency=self.target.latency,
         )
 
-    def with_latency(self, profile: Profile) -> Profile:
-        """A profile measured earlier, with this target's latency table."""
-        return replace(profile, latency=self.target.latency)
-
     def unmeasured(self) -> Profile:
         """The profile with all damages zero: enough to tell which budgets can be met."""
         entries = self.entries()

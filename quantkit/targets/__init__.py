@@ -152,15 +152,13 @@ class Target:
         if weight.scale != "f32":
             return f"{weight.scale} scales ({weight}) are ?"
         if act is not None and not self._runs(act):
-            return f"activation format {act} is ? ({self._ways()}, bits: {_list(self.activation_bits)})"
+            ways = "static or per token" if self.dynamic_layers else "static"
+            return f"activation format {act} is ? ({ways}, bits: {_list(self.activation_bits)})"
         return None
 
     def _runs(self, act: ActivationFormat) -> bool:
         in_time = not act.dynamic or bool(self.dynamic_layers)
         return act.is_integer and act.bits in self.activation_bits and in_time and not act.group
-
-    def _ways(self) -> str:
-        return "static or per token" if self.dynamic_layers else "static"
 
 
 def is_target_file(name: object) -> bool:

@@ -20,8 +20,9 @@ from quantkit.runtime.int_conv.reference import int_conv_reference
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.held import HeldWeight
 from quantkit.runtime.int_linear.layer import CENTRE, IntLinear, centred_codes, integer_offset
-from quantkit.runtime.int_linear.reference import int_linear_reference, quantize_rows
+from quantkit.runtime.int_linear.reference import quantize_rows
 from tests.numbers.test_packing import random_codes
+from tests.runtime.twins import int_linear_reference
 
 
 @pytest.fixture(params=["kernels", "torch"])

@@ -15,8 +15,9 @@ from torch import Tensor
 from quantkit.errors import InvalidRequest
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.panels import Panels, from_panels, misfit, to_panels
-from quantkit.runtime.int_linear.reference import Rows, int_linear_reference, quantize_rows
+from quantkit.runtime.int_linear.reference import Rows, quantize_rows
 from quantkit.runtime.int_linear.through_torch import float_mm, int_linear_torch, int_mm
+from tests.runtime.twins import int_linear_reference
 
 needs_kernels = pytest.mark.skipif(
     compiled.instruction_set() is None, reason="the compiled kernels are not installed, or the CPU has no AVX2"

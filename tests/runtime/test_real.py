@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantkit.formats import WeightFormat
 from quantkit.runtime.real import PackedLayer, RealModel
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.quantized import QuantizedModel
 from tests.backends.helpers import prepared, simulate
 from tests.backends.models import ConvTwice, InPlace, LinearTwice, Residual, TwoInputs
 
@@ -92,7 +93,7 @@ def test_a_layer_without_a_kernel_says_why(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_attributes_go_through_to_the_model() -> None:
-    real = RealModel(simulated("residual")[0])
+    real = QuantizedModel.of(RealModel(simulated("residual")[0]))
     assert torch.equal(real.offset, torch.full((4,), 0.5))
     assert not real.training
     with pytest.raises(AttributeError):

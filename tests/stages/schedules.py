@@ -25,10 +25,15 @@ def all_of(schedule: Schedule) -> LearningOptions:
 
 
 def _asked(
-    learning: LearningOptions, inplace: bool, workdir: Path | None, correction: str | None, **options: Any
+    learning: LearningOptions,
+    correction: str | None = "auto",
+    inplace: bool = False,
+    progress: bool = False,
+    workdir: Path | None = None,
+    **options: Any,
 ) -> Application:
     how = ApplyOptions(correction=correction or "none", learning=learning, **options)
-    return Application(how, run=Run(False, workdir), inplace=inplace)
+    return Application(how, run=Run(progress, workdir), inplace=inplace)
 
 
 def apply_with(
@@ -39,11 +44,10 @@ def apply_with(
     *,
     samples: int | None = None,
     target: Any = DEFAULT_TARGET,
-    progress: bool = False,
     **options: Any,
 ) -> Result:
     """The result of ``quantkit.apply`` with these ``options``."""
-    asked = _asked(learning, **{"inplace": False, "workdir": None, "correction": "auto"} | options)
+    asked = _asked(learning, **options)
     session = Session.open(model, Inputs.of(model, calibration, None, samples), Target.load(target))
     return apply_plan(session, Plan.of(plan), asked)
 
@@ -52,6 +56,6 @@ def quantize_with(
     learning: LearningOptions, model: nn.Module, budget: str, calibration: Any, schemes: list[str], **options: Any
 ) -> Result:
     """The result of ``quantkit.quantize`` with these ``options`` of how its plan is applied."""
-    asked = _asked(learning, **{"inplace": False, "workdir": None, "correction": "auto"} | options)
+    asked = _asked(learning, **options)
     request = make_ready(model, calibration, schemes=schemes)
     return quantize_request(request, Search.of(budget, "auto", "fast", asked))

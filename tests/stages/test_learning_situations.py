@@ -1,4 +1,4 @@
-"""Learning on models that people bring: flattening by ``view``, transformers with samples of one length, masks."""
+"""Learning on models that people bring: flattening by ``view``, transformers with many samples of one length."""
 
 from __future__ import annotations
 

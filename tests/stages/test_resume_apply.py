@@ -250,7 +250,7 @@ def test_another_version_does_not_use_them(kept: list[str], tmp_path: Path, monk
     usual = {"model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False}
     apply(**usual, workdir=tmp_path)
     before = len(kept)
-    monkeypatch.setattr("quantkit.stages.request.VERSION", "99")
+    monkeypatch.setattr("quantkit.session.VERSION", "99")
     apply(**usual, workdir=tmp_path)
     assert len(kept) == 2 * before
 

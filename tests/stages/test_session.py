@@ -61,7 +61,7 @@ def test_a_model_is_quantized_that_is_prepared_once(effort: str, counted: Counte
 def test_in_place_the_users_model_is_folded_too_and_not_recorded(counted: Counter[str]) -> None:
     model = small()
     result = quantize_with(SHORT, model, "5 bits", images(), ["w4a8", "w8a8"], inplace=True)
-    assert result.model.model is model
+    assert result.quantized.model is model
     assert counted == {"recorded": 2, "folded": 2, "copied": 1}
 
 

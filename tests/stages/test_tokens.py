@@ -123,7 +123,7 @@ def test_saved_loaded_and_run_on_integers(tmp_path: Path) -> None:
     wanted = outputs(result.model, unseen)
     assert torch.equal(outputs(again.model, unseen), wanted)
     real = result.to_real().model
-    assert not any(isinstance(layer, PackedLayer) for layer in real.layers.values())
+    assert not any(isinstance(layer, PackedLayer) for layer in result.to_real().quantized.layers.values())
     assert float((outputs(real, unseen) - wanted).abs().max()) < float(wanted.abs().max()) / 2**8
     narrow = applied("w4a5d")
     assert torch.equal(outputs(narrow.to_real().model, unseen), outputs(narrow.model, unseen))

@@ -10,61 +10,64 @@ import pytest
 import torch
 from torch import Tensor
 
-import quantkit
 from quantkit.program.segments import whole
 from quantkit.simulation import playback
-from quantkit.simulation.playback import copied_state, float_program, play, room_for
-from quantkit.stages.recording import Recording, recording_of
+from quantkit.simulation.playback import copied_state, float_program, play_output, room_for
+from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
 from quantkit.stages.working_memory import working_memory
 from quantkit.targets import Target
-from quantkit.transforms.prepare import prepare
+from quantkit.transforms.prepare import Prepared, prepare
 from tests.stages.networks import images, small
-from tests.stages.test_reconstruct import SMALL, short  # noqa: F401  # a fixture
+from tests.stages.test_reconstruct import SMALL, apply
+
+
+def recorded(x: Tensor) -> tuple[Prepared, Recording]:
+    batch = ((x,), {})
+    ready = prepare(small(), [batch], Target.load("onnxruntime-cpu"))
+    replay = replay_of(ready, [batch])
+    assert isinstance(replay, Replay)
+    return ready, recording_of(ready, replay)
 
 
 def test_the_figures_of_a_small_network_by_hand() -> None:
-    batch = ((images(40),), {})
-    ready = prepare(small(), [batch], Target.load("onnxruntime-cpu"))
-    recording = recording_of(ready, [batch])
-    assert isinstance(recording, Recording) and len(recording.blocks) == 1
+    ready, recording = recorded(images(40))
+    assert len(recording.blocks) == 1
     inputs, logits = 4 * 2 * 6 * 6, 4 * 10
     rounding = working_memory(ready, recording, 40, 0, by_blocks=0)
-    assert rounding.values == 40 * (inputs + logits)
-    learning = working_memory(ready, recording, 40, 100, by_blocks=60)
-    assert learning.values == 100 * inputs + 60 * (2 * inputs + 3 * logits)
+    assert rounding.values == 40 * 2 * (4 * 12 * 6 * 6)  # before "mix": what it reads, and what is added behind it
+    learning = working_memory(ready, recording, 40, 100, by_blocks=200)
+    assert learning.values == 100 * inputs + 200 * (2 * inputs + 3 * logits)
     assert (rounding.drawing, learning.drawing) == (0, 9 * 40 * inputs)
     assert learning.peak_bytes == rounding.peak_bytes + learning.values - rounding.values + learning.drawing
     widest = 12 * 9  # inputs of an output of the second convolution
-    assert rounding.hessian == 6 * 8 * widest**2 + 3 * 4 * 40 * 128 * widest
+    assert rounding.hessian == 6 * 8 * widest**2 + 3 * 4 * playback.CHUNK * 128 * widest
     assert rounding.peak_bytes == rounding.values + max(rounding.hessian, rounding.graph) + rounding.copies
-    made = sum(torch.Size(shape[1:]).numel() for shape in ready.program.shape.values())
-    assert rounding.graph == 3 * 4 * 40 * made
+    program = recording.program
+    made = sum(torch.Size(program.shape[number][1:]).numel() for number in program.producer)
+    assert rounding.graph == 3 * 4 * playback.CHUNK * made
 
 
 @pytest.mark.parametrize("how", ["none", "network", "block", "adaquant"])
 def test_it_is_announced_before_and_noted_after(how: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="quantkit"):
-        result = quantkit.apply(
-            small(), dict.fromkeys(SMALL, "w3a8"), images(96), reconstruction=how, correction=None, progress=False
-        )
+        result = apply(small(), dict.fromkeys(SMALL, "w3a8"), images(96), reconstruction=how, correction=None)
     said = [record.getMessage() for record in caplog.records if "memory at most about" in record.getMessage()]
     assert len(said) == 1 and f"{result.notes['working_bytes'] / 1e6:,.0f} MB" in said[0]
 
 
 def leaving(count: int) -> Tensor:
-    """What the small network makes of so many images, played from its tape."""
-    batch = ((images(count),), {})
-    ready = prepare(small(), [batch], Target.load("onnxruntime-cpu"))
-    recording = recording_of(ready, [batch])
-    assert isinstance(recording, Recording)
+    """What the small network makes of so many images, played from its program."""
+    ready, recording = recorded(images(count))
     floats = float_program(ready.model, recording.program, copied_state(recording.program, ready.model))
-    return play(floats, recording.program.entering(ready.model, recording.samples), whole(recording.program, ()))
+    return play_output(floats, recording.program.entering(ready.model, recording.samples), whole(recording.program))
 
 
 def test_values_on_disk_are_those_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     held, asked = leaving(150), []
-    monkeypatch.setattr(playback, "room_for", lambda count, like: asked.append(count) or room_for(count, like, 0))
+    monkeypatch.setattr(
+        playback, "room_for", lambda count, like, *_: asked.append(count) or room_for(count, like, limit=0)
+    )
     spilled = leaving(150)
     assert asked == [150]
     assert torch.equal(spilled, held)
@@ -75,7 +78,7 @@ def test_room_is_in_a_file_only_beyond_the_limit(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     like = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     size = 7 * 60 * 4
-    inside, beyond = room_for(7, like, size), room_for(7, like, size - 1)
+    inside, beyond = room_for(7, like, limit=size), room_for(7, like, limit=size - 1)
     assert inside.is_contiguous(memory_format=torch.channels_last) and inside.shape == beyond.shape == (7, 3, 4, 5)
     beyond[:] = torch.arange(7 * 60.0).reshape(7, 3, 4, 5)
     assert "deleted" in Path("/proc/self/maps").read_text().split("quantkit-", 1)[1].splitlines()[0]

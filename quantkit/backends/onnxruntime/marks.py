@@ -26,6 +26,7 @@ from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
+from quantkit.program.layers import Operands
 from quantkit.program.outputs import named_tensors
 from quantkit.program.program import Program
 from quantkit.program.record import record
@@ -88,6 +89,8 @@ class _Marks:
     def __init__(self, simulated: SimulatedModel) -> None:
         self.places = {place: site.name for site in simulated.sites for place in (site.place, *site.echoes)}
         self.parameters = parameter_marks(simulated)
+        self.floats, self.quantized = simulated.floats, list(simulated.weights)
+        self.keys: list[OpKey] = []  # of the calls of the last run: the exporter puts a module's own attributes back
 
     def change(self, place: OpKey, tensor: Tensor) -> Tensor:
         if place not in self.places:
@@ -96,6 +99,20 @@ class _Marks:
 
     def parameter(self, name: str, tensor: Tensor) -> Tensor:
         return _mark("Weight", tensor, name=self.parameters[name]) if name in self.parameters else tensor
+
+    def weight(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter by its name, or by a layer's the weight that is computed."""
+        if name in self.floats.layers and self.floats.layers[name].parameter is None:
+            return _mark("Weight", tensor, name=name)
+        return self.parameter(name, tensor)
+
+    def operands(self) -> Operands:
+        """What calls read instead of weights that the model computes."""
+        found: Operands = {}
+        for name in self.quantized:
+            for key, (position, operand) in self.floats.operands([name]).items():
+                found[key] = position, _mark("Weight", operand, name=name)
+        return found
 
 
 def parameter_marks(simulated: SimulatedModel) -> dict[str, str]:
@@ -129,30 +146,26 @@ class _WeightMarks(TorchFunctionMode):
 
 
 class _MarkedModel(nn.Module):
-    """A model as a function from its input tensors to its output tensors, with marks. ``keys`` are those of the calls
-    of its last run.
-    """
+    """A model as a function from its input tensors to its output tensors, with marks."""
 
     def __init__(self, simulated: SimulatedModel, leaves: Sequence[Any], spec: TreeSpec) -> None:
         super().__init__()
         self.model, self.marks = simulated.model, _Marks(simulated)
         self.weight_marks = _WeightMarks(simulated, self.marks)
-        self.operands = simulated.floats.operands(simulated.weights)
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.spec = spec
-        self.keys: list[OpKey] = []
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.constants)
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        self.keys = []
+        self.marks.keys.clear()
         with self.weight_marks:
             result = run_with(
                 self.model, self.marks.change, args, kwargs,
-                before=lambda key, *_: self.keys.append(key), operands=self.operands,
+                before=lambda key, *_: self.marks.keys.append(key), operands=self.marks.operands(),
             )  # fmt: skip
         return tuple(tensor for _, tensor in named_tensors(result))
 
@@ -227,7 +240,7 @@ def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], 
     marked = _MarkedModel(simulated, leaves, spec).eval()
     try:
         exported = _exported(marked, example, batched)
-        if marked.keys == list(keys):
+        if marked.marks.keys == list(keys):
             return exported
     except _EXPORT_ERRORS:
         if (program := _program_of(simulated, example)) is None:
@@ -237,7 +250,7 @@ def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], 
     if program is None:
         raise RuntimeError("the model's code takes another path while it is exported")
     marks = _Marks(simulated)
-    return _exported(ReplayedModel(simulated, program, marks.change, marks.parameter).eval(), example, batched)
+    return _exported(ReplayedModel(simulated, program, marks.change, marks.weight).eval(), example, batched)
 
 
 def _exported(marked: nn.Module, example: Batch, batched: Sequence[bool]) -> ir.Model:

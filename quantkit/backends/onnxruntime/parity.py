@@ -78,19 +78,15 @@ def _ratio(error: float, size: float) -> float:
     return error / size if size and math.isfinite(error) else math.inf
 
 
-def _extent(values: np.ndarray) -> float:
-    return float(np.ptp(values.astype(np.float64)))
-
-
 def _compared(
     output: str, optimized: bool, found: np.ndarray, wanted: np.ndarray, disturbed: np.ndarray
 ) -> OutputParity:
-    rows = wanted.ndim > 1 and wanted.shape[-1] > 1
+    rows, exact = wanted.ndim > 1 and wanted.shape[-1] > 1, wanted.astype(np.float64)
     return OutputParity(
         output=output,
         optimized=optimized,
         relative_error=relative_error(found, wanted),
-        worst_error=_ratio(float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max()), _extent(wanted)),
+        worst_error=_ratio(float(np.abs(found.astype(np.float64) - exact).max()), float(np.ptp(exact))),
         rounding_noise=relative_error(disturbed, wanted),
         top1_agreement=float(np.mean(found.argmax(-1) == wanted.argmax(-1))) if rows else None,
     )

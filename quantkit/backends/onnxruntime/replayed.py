@@ -4,7 +4,7 @@ is exported, as grouped-query attention in transformers does, or that fixes size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,8 @@ class _Scope(nn.Module):
 class ReplayedModel(nn.Module):
     """A simulated model as a function from its input tensors to its output tensors: its program, replayed.
 
-    ``change(place, tensor)`` is applied to inputs and to what calls make, ``marked(name, parameter)`` to parameters.
+    ``change(place, tensor)`` is applied to inputs and to what calls make, ``marked(name, tensor)`` to
+    parameters, and by a layer's name to a weight that is computed.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ReplayedModel(nn.Module):
         layers = program.weights
         computed = {n: w for n, w in simulated.floats.computed.items() if n in simulated.weights}
         self.computed = {
-            str(number): layers[name].operand(value, layers[name].region.size)  # type: ignore[union-attr]
+            str(number): (name, layers[name].operand(value, layers[name].region.size))  # type: ignore[union-attr]
             for name, value in computed.items()
             for number in layers[name].numbers
         }
@@ -72,5 +73,6 @@ class ReplayedModel(nn.Module):
             *self.model.named_parameters(remove_duplicate=False),
             *self.model.named_buffers(remove_duplicate=False),
         ]
-        state: Mapping[str, Tensor] = {name: self.marked(name, tensor) for name, tensor in named} | self.computed
+        state = {name: self.marked(name, tensor) for name, tensor in named}
+        state |= {number: self.marked(name, operand) for number, (name, operand) in self.computed.items()}
         return tuple(self.program.replay(values, state, self.program.outputs, self.change))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from quantkit.backends.onnxruntime.composed_weights import composed, layers_marked
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, marks
 from quantkit.backends.onnxruntime.moved_codes import move_codes
@@ -61,7 +62,9 @@ def quantize_marks(model: ir.Model, simulated: SimulatedModel, instruction_set: 
     graph = model.graph
     writer = _Writer(graph, simulated, instruction_set)
     for name, mark in marks(graph, "Weight"):
-        if name in simulated.weights:
+        if layers := layers_marked(simulated, name):
+            writer.compose_weight(layers, mark)
+        elif name in simulated.weights:
             writer.quantize_weight(name, mark)
         else:
             writer.editor.bypass(mark)
@@ -130,6 +133,7 @@ class _Writer:
         self.instruction_set = instruction_set
         self.weights: dict[tuple[str, bool, bool], ir.Value] = {}
         self.biases: dict[tuple[str, str], ir.Value] = {}
+        self.composed: dict[tuple[str, ...], ir.Value] = {}
         coded = coded_sites(simulated.sites, simulated.ranges)
         self.places = {str(place) for site in coded for place in (site.place, *site.echoes)}
         self.sites: dict[str, set[str | None]] = defaultdict(set)
@@ -191,6 +195,14 @@ class _Writer:
                 zeros = self.editor.initializer(f"{name}.zero_points", np.full(channels, site.zero_point, np.uint8))
                 made[channels] = self.editor.node(mark, "DequantizeLinear", [codes, scales, zeros], name, axis=1)
             use.node.replace_input_with(0, made[channels])
+
+    def compose_weight(self, layers: Sequence[str], mark: ir.Node) -> None:
+        """Write the codes of layers that lie in one value otherwise than as they are read."""
+        self.editor.set_aside(mark.inputs[0])
+        key = tuple(layers)
+        if key not in self.composed:
+            self.composed[key] = composed(self.editor, mark, self.simulated, layers)
+        self.editor.replace(mark, self.composed[key])
 
     def quantize_weight(self, name: str, mark: ir.Node) -> None:
         """Write a layer's codes, and the biases of the calls that read them. Where the graph transposes the weight,

@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.progress import notice
 from quantkit.runtime.int_conv.reference import int_conv_reference
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import quantize_padded_compiled, windows_compiled
-from quantkit.runtime.int_linear.held import HeldWeight
+from quantkit.runtime.int_linear.held import HeldWeight, OnHeldWeight
 from quantkit.runtime.int_linear.layer import integer_offset
 from quantkit.runtime.int_linear.panels import Panels
 
@@ -42,7 +42,7 @@ def border_of(padding: Any, kernel: Pair, dilation: Pair) -> Border:
     return down, down, right, right
 
 
-class IntConv(nn.Module):
+class IntConv(OnHeldWeight):
     """Replaces the torch call of a convolution: ``forward`` takes the function and its options as the call had them.
 
     Two-dimensional convolutions without groups run on the compiled kernels; all others, and installations without the
@@ -119,11 +119,3 @@ class IntConv(nn.Module):
         rows, (height, width) = windows_compiled(codes, kernel, stride, dilation, panels.padded_inputs)
         out = self.weight(rows, torch.full((len(rows),), site.scale, dtype=torch.float32), self.offset)
         return out.reshape(len(x), height, width, self.shape[0]).permute(0, 3, 1, 2)
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.weight.nbytes
-
-    @property
-    def expanded_bytes(self) -> int:
-        return self.weight.expanded_bytes

@@ -87,7 +87,7 @@ def int_linear_compiled(
     through: int | None = None,
     built: ctypes.CDLL | None = None,
 ) -> Tensor:
-    """``int_linear_reference`` on panels, bit for bit, on torch's number of threads.
+    """``int_linear_torch`` on panels, bit for bit, on torch's number of threads.
 
     Rows may be longer than the weight's inputs by its padding. ``through`` names the instruction set, ``built``
     another library. The output has the padded channels.

@@ -91,7 +91,7 @@ class HeldWeight(nn.Module):
     def forward(
         self, activations: Tensor, activation_scale: Tensor, offset: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """``int_linear_reference`` of int8 rows with this weight, bit for bit, by the fastest way there is. Rows may
+        """``int_linear_torch`` of int8 rows with this weight, bit for bit, by the fastest way there is. Rows may
         be filled up with zeros to the panels' inputs.
         """
         panels = self.runnable()
@@ -104,6 +104,20 @@ class HeldWeight(nn.Module):
         offset, bias = _filled(offset, panels.padded_channels), _filled(bias, panels.padded_channels)
         out = int_linear_compiled(Rows(filled, activation_scale), panels, offset, bias)
         return out if out.shape[1] == self.channels else out[:, : self.channels]
+
+
+class OnHeldWeight(nn.Module):
+    """A layer that computes with a held weight."""
+
+    weight: HeldWeight
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
+
+    @property
+    def expanded_bytes(self) -> int:
+        return self.weight.expanded_bytes
 
 
 def _filled(tensor: Tensor | None, length: int) -> Tensor | None:

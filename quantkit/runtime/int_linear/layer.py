@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import DynamicLinear, quantize_padded_compiled, quantize_rows_compiled
-from quantkit.runtime.int_linear.held import HeldWeight
+from quantkit.runtime.int_linear.held import HeldWeight, OnHeldWeight
 from quantkit.runtime.int_linear.reference import quantize_rows
 
 CENTRE = 128  # unsigned codes less this fit a signed byte
@@ -47,7 +47,7 @@ def integer_offset(weight: QuantizedWeight, bias: Tensor | None, site: SiteRange
     return offset.to(torch.int32)
 
 
-class IntLinear(nn.Module):
+class IntLinear(OnHeldWeight):
     """Replaces a Linear layer. ``site`` is the static quantizer of its input; None quantizes every row by itself."""
 
     offset: Tensor | None
@@ -125,11 +125,3 @@ class IntLinear(nn.Module):
     def quantized(self) -> QuantizedWeight:
         """The weight as it came in."""
         return self.weight.quantized()
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.weight.nbytes
-
-    @property
-    def expanded_bytes(self) -> int:
-        return self.weight.expanded_bytes

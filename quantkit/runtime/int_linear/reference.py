@@ -1,4 +1,4 @@
-"""What an integer linear layer computes, in plain math: the definition that every fast version equals bit for bit.
+"""What an integer linear layer computes and takes: every version of it equals the others bit for bit.
 
 Activations are signed bytes, each row with its own scale; weights are signed codes with a scale (and a zero point) per
 output channel and group of inputs. Sums of products are integers; each group's sum becomes one float32, is multiplied
@@ -31,34 +31,6 @@ def quantize_rows(x: Tensor) -> Rows:
     largest = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     scale = (largest / LARGEST_CODE).clamp_min(SMALLEST_STEP)
     return Rows(torch.round(x / scale.unsqueeze(-1)).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scale)
-
-
-def int_linear_reference(
-    rows: Rows,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    offset: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """float32 (rows, channels) of ``rows`` and int8 ``codes`` (channels, inputs).
-
-    ``scale`` and ``zero_point`` (channels, groups); ``offset`` int32 (channels,) is added to the integer sums, where
-    there is one group; ``bias`` (channels,) to the result.
-    """
-    (activations, activation_scale), groups = rows, scale.shape[1]
-    per_group = activations.shape[1] // groups
-    total = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.float32)
-    for group in range(groups):
-        part = slice(group * per_group, (group + 1) * per_group)
-        sums = activations[:, part].double() @ codes[:, part].double().t()  # exact: far below 2^53
-        if zero_point is not None:
-            sums -= activations[:, part].double().sum(1, keepdim=True) * zero_point[:, group]
-        if offset is not None:
-            sums += offset
-        total = total + sums.float() * scale[:, group]
-    total = total * activation_scale.unsqueeze(1)
-    return total if bias is None else total + bias
 
 
 def require_inputs(inputs: int) -> None:

@@ -46,7 +46,12 @@ def int_linear_torch(
     offset: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``int_linear_reference`` bit for bit, on torch's fastest exact integer product."""
+    """float32 (rows, channels) of ``rows`` and int8 ``codes`` (channels, inputs), on torch's fastest exact integer
+    product.
+
+    ``scale`` and ``zero_point`` (channels, groups); ``offset`` int32 (channels,) is added to the integer sums, where
+    there is one group; ``bias`` (channels,) to the result.
+    """
     activations, activation_scale = rows
     multiply = int_mm if has_vnni() and activations.numel() and codes.numel() else float_mm
     per_group = codes.shape[1] // scale.shape[1]

@@ -40,7 +40,7 @@ from quantkit.sensitivity.damage import kl_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHUNK = 250
-METHODS: dict[str, dict[str, str]] = {
+QUANTIZED_BY: dict[str, dict[str, str]] = {
     "nearest": {"rounding": "nearest", "reconstruction": "none", "correction": "none"},
     "gptq": {"rounding": "gptq", "reconstruction": "none", "correction": "none"},
     "gptaq": {"rounding": "gptaq", "reconstruction": "none", "correction": "none"},
@@ -139,7 +139,7 @@ def run(
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(draw))
             images = images[chosen[: round(options.share * len(images))]]
         start, held = time.perf_counter(), resident_mb(reset=True)
-        result = quantkit.apply(case.model, plan, images, seed=draw, progress=False, **METHODS[method])
+        result = quantkit.apply(case.model, plan, images, seed=draw, progress=False, **QUANTIZED_BY[method])
         seconds, taken = time.perf_counter() - start, peak_mb() - held
         said = result.notes.get("working_bytes", float("nan")) / 1e6
         rows.append(case.measured(result, options.onnx) | {"seconds": seconds, "MB": taken, "said": said})
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SOURCES, default=["resnet20"])
     parser.add_argument("--schemes", nargs="*", default=["w2a8", "w3a8", "w4a8", "w4a4"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["nearest", "gptq", "network"])
+    parser.add_argument("--methods", nargs="+", choices=QUANTIZED_BY, default=["nearest", "gptq", "network"])
     parser.add_argument("--budgets", nargs="*", default=[], help="average bits of mixed plans, such as 3 2.5")
     parser.add_argument("--activation", default="a8", help="of the mixed plans (default a8)")
     parser.add_argument("--draws", type=int, default=1, help="seeds to take the mean over (default 1)")

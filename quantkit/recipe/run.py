@@ -28,7 +28,7 @@ from quantkit.stages.inputs import calibration_batches
 from quantkit.stages.measure_plans import measured_damages
 from quantkit.stages.metric import metric_of
 from quantkit.stages.operating_point import EFFORTS
-from quantkit.stages.options import CHOICES, choose
+from quantkit.stages.options import choices, choose
 from quantkit.stages.request import DEFAULT_TARGET
 from quantkit.stages.result import Result, load_result
 from quantkit.store import require_writable, write_atomically
@@ -80,7 +80,7 @@ def _check_names(recipe: Recipe) -> None:
     if recipe.get("solver") is not None:
         with recipe.blame("solver"):
             require_solver(recipe.get("solver"))
-    for key, known in {**CHOICES, "effort": tuple(EFFORTS)}.items():
+    for key, known in {**choices(), "effort": tuple(EFFORTS)}.items():
         if recipe.get(key) is not None:
             with recipe.blame(key):
                 choose(key, recipe.get(key), known)

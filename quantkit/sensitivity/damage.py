@@ -29,8 +29,8 @@ def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KLDamage:
-    """KL divergence to the float model's own distribution: no labels, zero gradient at the float point (METHODS
-    0.1).
+    """KL divergence to the float model's own distribution: no labels, zero gradient at the float point
+    (docs/methods/damage.md).
     """
 
     name = "KL divergence of the output distribution"

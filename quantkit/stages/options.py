@@ -23,21 +23,24 @@ from quantkit.targets.rules import Rules
 Schemes = Sequence[str | Scheme]
 REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
 
-CHOICES: dict[str, Iterable[str]] = {
-    "sensitivity": ("auto", *ESTIMATORS),
-    "rounding": (AUTO, *ROUNDINGS),
-    "ranges": tuple(RANGES),
-    "reconstruction": RECONSTRUCTIONS,
-    "correction": CORRECTIONS,
-    "reparameterization": REPARAMETERIZATIONS,
-    "loss": ("auto", *LOSSES),
-    "first_last": FIRST_LAST,
-}
+
+def choices() -> dict[str, tuple[str, ...]]:
+    """The names that each argument may take, those registered so far among them."""
+    return {
+        "sensitivity": ("auto", *ESTIMATORS),
+        "rounding": (AUTO, *ROUNDINGS),
+        "ranges": tuple(RANGES),
+        "reconstruction": RECONSTRUCTIONS,
+        "correction": CORRECTIONS,
+        "reparameterization": REPARAMETERIZATIONS,
+        "loss": ("auto", *LOSSES),
+        "first_last": FIRST_LAST,
+    }
 
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What is measured, and how: the candidates and the names in ``CHOICES``."""
+    """What is measured, and how: the candidates and the names in ``choices``."""
 
     schemes: Schemes | None = None
     rules: Rules | None = None
@@ -54,7 +57,7 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """How a plan is met, by the names in ``CHOICES``; a correction that is None is off."""
+    """How a plan is met, by the names in ``choices``; a correction that is None is off."""
 
     rounding: str = "auto"
     ranges: str = "mse"
@@ -94,8 +97,8 @@ class Run:
 
 
 def chosen(options: ProfileOptions | ApplyOptions) -> dict[str, str]:
-    """The options that are names in ``CHOICES``."""
-    return {field.name: getattr(options, field.name) for field in fields(options) if field.name in CHOICES}
+    """The options that are names in ``choices``."""
+    return {field.name: getattr(options, field.name) for field in fields(options) if field.name in choices()}
 
 
 def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> None:
@@ -105,6 +108,6 @@ def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> N
 
 
 def require_choices(**asked: str) -> None:
-    """Raise InvalidRequest for a name that is not among the ``CHOICES`` of its argument."""
+    """Raise InvalidRequest for a name that is not among the ``choices`` of its argument."""
     for name, value in asked.items():
-        choose(name, value, CHOICES[name])
+        choose(name, value, choices()[name])

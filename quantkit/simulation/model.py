@@ -184,7 +184,10 @@ class SimulatedModel(nn.Module):
         floats, codes, reads = self.floats, self.weights, read_by_layers(coded)
         operands, substitutes = floats.operands(codes), floats.substitutes(codes)
         watch = Watch(change, before, operands=operands, outside=outside, reads=reads, substitutes=substitutes)
-        with restored(self.model, self.updated), watching(self.model, watch):
+        # With weights alone in codes, held by the modules themselves, there is nothing to change on the way.
+        plain = before is None and not (coded or operands or substitutes or stores_halves(self.model))
+        seen = without_autocast(self.model) if plain else watching(self.model, watch)
+        with restored(self.model, self.updated), seen:
             yield
 
 

@@ -186,6 +186,27 @@ def play(runner: SimulatedProgram, values: Values, segment: Segment) -> dict[int
     return found
 
 
+@torch.no_grad()
+def move(runner: SimulatedProgram, parts: list[Values], segment: Segment) -> None:
+    """Put what leaves a segment, as its sites leave it, in the place of what enters it: samples go part by part, so
+    that either is held once. What is the same for all samples is held once, too.
+    """
+    same: dict[int, Tensor] = {}
+    for i, part in enumerate(parts):
+        held = dict(zip(segment.leaving, runner.inside(part, segment, segment.leaving), strict=True))
+        for number, x in held.items():
+            axis = runner.program.rows.get(number)
+            held[number] = same.setdefault(number, x) if axis is None else _held(x, axis, len(parts))
+        parts[i] = held
+
+
+def _held(x: Tensor, axis: int, parts: int) -> Tensor:
+    """A value of one of several parts of the samples: in memory, or on disk where all of it is beyond the limit."""
+    if parts * x.numel() * x.element_size() <= SPILL_BYTES:
+        return x
+    return room_for(x.shape[axis], x, axis, limit=0).copy_(x)
+
+
 def play_output(runner: SimulatedProgram, values: Values, segment: Segment) -> Tensor:
     """The output of a segment, of all samples."""
     return play(runner, values, replace(segment, leaving=(segment.output,)))[segment.output]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.program.arguments import Ref, SizeRef, leaves_of, thawed
+from quantkit.program.arguments import Ref, SizeRef, leaves_of, replaced, thawed
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, change_inputs, map_tensors, read_place, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight
@@ -168,6 +168,11 @@ class Program:
         """
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
 
+    def names_read(self, start: int, stop: int, wanted: Sequence[int] = ()) -> set[str]:
+        """The parameters and buffers that some steps read, or that are ``wanted`` themselves."""
+        read = {n for step in self.steps[start:stop] if not step.constant for n in step.reads}
+        return {self.names[number] for number in (*read, *wanted) if number in self.names}
+
     def state_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters and buffers of the model by all their names, detached and laid out."""
         return {name: self.laid_out(tensor.detach()) for name, tensor in named_state(model).items()}
@@ -209,7 +214,11 @@ class Program:
                 number: torch.zeros(self.shape_at(number, samples), dtype=dtype, device=device)
                 for number, dtype in zip(self.inputs, self.dtypes, strict=True)
             }
-            moved = replace(self, constants={number: x.to(device) for number, x in self.constants.items()})
+            moved = replace(
+                self,
+                steps=tuple(_on_device(step, device) for step in self.steps),
+                constants={number: x.to(device) for number, x in self.constants.items()},
+            )
             part = Part(0, len(self.steps), shapes)
             try:
                 with torch.no_grad():
@@ -219,6 +228,14 @@ class Program:
                 if device != "meta":
                     raise
         return shapes
+
+
+def _on_device(step: Step, device: str) -> Step:
+    """A step with every device in its arguments replaced, for what it creates to be there."""
+    args, kwargs = replaced(
+        (step.args, step.kwargs), lambda leaf: torch.device(device) if isinstance(leaf, torch.device) else leaf
+    )
+    return replace(step, args=args, kwargs=kwargs)
 
 
 @dataclass(frozen=True)

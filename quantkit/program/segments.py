@@ -89,6 +89,64 @@ def _segments(program: Program, cuts: Sequence[_Cut], positions: Sequence[tuple[
     return segments
 
 
+def between_layers(program: Program, layers: Collection[str]) -> list[Segment]:
+    """The program cut before each layer, whatever number of values passes there: one replay in parts comes past every
+    layer, in the order of their first calls. Layers that read the same value share a segment, as do those before which
+    the values cannot be held. All that enters behind the first cut is as its sites leave it.
+    """
+    starts = _starts_of(program, layers)
+    live = _live_before(program)
+    cuts: list[tuple[int, tuple[int, ...], list[str]]] = [(0, program.inputs, [])]
+    last_read = None
+    for name, i in starts.items():
+        reads = program.calls[name][0].input
+        if reads != last_read and _can_be_held(program, i, live[i]):
+            cuts.append((i, live[i], []))
+        cuts[-1][2].append(name)
+        last_read = reads
+
+    ends = [*((at, passing) for at, passing, _ in cuts[1:]), (len(program.steps), (program.output,))]
+    raw = [frozenset(program.inputs), *(frozenset[int]() for _ in cuts[1:])]
+    return [
+        Segment(start, stop, entering, leaving, leaving[0], tuple(names), first)
+        for (start, entering, names), (stop, leaving), first in zip(cuts, ends, raw, strict=True)
+    ]
+
+
+def _starts_of(program: Program, layers: Collection[str]) -> dict[str, int]:
+    """Layer -> the step before which a replay has to halt for it, in the order of first calls: behind it the weight of
+    this layer or of a later one is read, if only to be turned or divided.
+    """
+    position = {step.key: i for i, step in enumerate(program.steps)}
+    first = {name: min(position[call.key] for call in program.calls[name]) for name in layers if name in program.calls}
+    starts, earliest = {}, len(program.steps)
+    for name in sorted(first, key=first.__getitem__, reverse=True):
+        earliest = min(earliest, first[name], program.first_use(program.weights[name]))
+        starts[name] = earliest
+    return dict(reversed(starts.items()))
+
+
+def _live_before(program: Program) -> list[tuple[int, ...]]:
+    """The values that each step and those behind it read of what is there before it."""
+    last = program.last_reads(0, len(program.steps)) | {program.output: len(program.steps)}
+    live, found = set(program.inputs), []
+    for i, step in enumerate(program.steps):
+        live = {number for number in live if last.get(number, -1) >= i}
+        found.append(tuple(sorted(live)))
+        if not step.constant:
+            live.update(step.makes, (new for _, new in step.rewrites))
+    return found
+
+
+def _can_be_held(program: Program, start: int, live: Collection[int]) -> bool:
+    """Whether a replay from step ``start`` can begin with these values: there are rows of samples, and no two of them
+    are in one piece of memory that is written to.
+    """
+    writes = ({old for old, _ in step.rewrites} for step in program.steps[start:])
+    apart = all(len(written.intersection(live)) < 2 for written in writes)
+    return apart and _can_pass(program, live) and not program.rows.keys().isdisjoint(live)
+
+
 def cuts_of(program: Program) -> dict[int, _Cut]:
     """Step -> the cut behind it, where a forward can be cut in two."""
     last = program.last_reads(0, len(program.steps)) | {program.output: len(program.steps)}

@@ -4,8 +4,8 @@ Frantar et al., "GPTQ" (arXiv 2210.17323), algorithm 1: with H = X^T X over the 
 factor of H^-1, column j is rounded, and its error divided by U_jj is spread over later columns along row j of U.
 Equal to optimal brain quantization in fixed order. One factorization serves every format of a layer.
 
-A network is rounded layer by layer. ``collected`` in ``by_blocks`` sums X^T X over a layer's inputs in the network
-quantized so far, ``gptq`` below turns it and the weight into codes, and ``round_by_blocks`` puts them into the model
+A network is rounded layer by layer: ``moments`` in ``by_layers`` sums X^T X over a layer's inputs in the network
+quantized so far, ``gptq`` here turns that and the weight into codes, and ``round_by_layers`` puts them into the model
 and goes on to the next layer. ``in_sequence`` does the same for models of which only whole forwards can be run.
 """
 

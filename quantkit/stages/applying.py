@@ -16,7 +16,7 @@ from quantkit.ranges.activations import RANGES, Histogram
 from quantkit.ranges.logarithmic import log_range, squared_error
 from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.snapshot import Cache
-from quantkit.rounding.by_blocks import round_by_blocks
+from quantkit.rounding.by_layers import round_by_layers
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
 from quantkit.rounding.request import RoundingRequest
 from quantkit.sensitivity.damage import Reference
@@ -156,4 +156,4 @@ class PlanApplication:
         if isinstance(recording, str):
             return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
         inputs = recording.program.entering(self.ready.model, recording.samples)
-        return round_by_blocks(SimulatedProgram(simulated, recording.program), recording.blocks, inputs, request)
+        return round_by_layers(SimulatedProgram(simulated, recording.program), inputs, request)

@@ -14,8 +14,9 @@ from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.program import Program
 from quantkit.program.replayable import replayable
 from quantkit.program.segments import Segment, blocks_of
-from quantkit.simulation.playback import CHUNK
 from quantkit.transforms.prepare import Prepared
+
+TRIED = 8  # samples from either end that a replay must agree with the model on, beside those it was recorded on
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
     if samples is None:
         return "its inputs cannot be put into batches of one size"
     order = torch.arange(batch_size(samples))
-    size = min(CHUNK, len(order))
-    others = [some_samples(samples, order[:size]), some_samples(samples, order.flip(0)[:size])]
+    others = [some_samples(samples, order[:TRIED]), some_samples(samples, order.flip(0)[:TRIED])]
     program = replayable(ready.program, ready.model, ready.example, others)
     if program is None or program.rows.get(program.output) != 0:
         return "what it computes depends on more than its inputs' values and batch size"

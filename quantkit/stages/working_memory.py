@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from quantkit.program.segments import between_layers
 from quantkit.rounding.layer_inputs import positions_wanted
 from quantkit.simulation.playback import CHUNK, SPILL_BYTES
 from quantkit.stages.recording import Recording
@@ -20,9 +21,10 @@ _GRAPH = 3  # what a gradient keeps of a value: itself, quantized, and its own g
 
 @dataclass(frozen=True)
 class WorkingMemory:
-    """Bytes beyond the model and its calibration inputs: ``values`` that enter and leave one block for all samples,
-    ``drawing`` what is learned from (freed before learning, but a process seldom gives small pieces back), ``hessian``
-    of the largest layer, ``graph`` of one batch while it is differentiated, ``copies`` of the model's state.
+    """Bytes beyond the model and its calibration inputs: ``values`` between layers, or that enter and leave one block,
+    for all samples, ``drawing`` what is learned from (freed before learning, but a process seldom gives small pieces
+    back), ``hessian`` of the largest layer, ``graph`` of one batch while it is differentiated, ``copies`` of the
+    model's state.
     """
 
     values: int
@@ -38,7 +40,7 @@ class WorkingMemory:
     def __str__(self) -> str:
         return (
             f"rounding and learning: memory at most about {self.peak_bytes / 1e6:,.0f} MB beyond the model and its "
-            f"inputs, {self.values / 1e6:,.0f} MB of them what enters and leaves a block; a single value beyond "
+            f"inputs, {self.values / 1e6:,.0f} MB of them values between layers and blocks; a single value beyond "
             f"{SPILL_BYTES / 1e6:,.0f} MB goes to disk"
         )
 
@@ -47,7 +49,7 @@ def working_memory(ready: Prepared, recording: Recording, samples: int, learned:
     """The working memory of rounding on ``samples`` and learning the network on ``learned`` ones and its blocks on
     ``by_blocks`` ones, held-back ones included (0 where nothing is learned so).
 
-    Rounding holds what enters a block and makes what leaves it. Learning holds what enters it in the quantized and in
+    Rounding holds what is read from a layer on. Learning holds what enters it in the quantized and in
     the float network, what leaves it in both, and what is wanted.
     """
     program = recording.program
@@ -55,7 +57,8 @@ def working_memory(ready: Prepared, recording: Recording, samples: int, learned:
     edges = [(_together(sizes, b.entering), _together(sizes, b.leaving)) for b in recording.blocks]
     enters, leaves = (max(side) for side in zip(*edges, strict=True))
     inputs = _together(sizes, program.inputs)
-    values = max(samples * (enters + leaves), learned * inputs + by_blocks * (2 * enters + 3 * leaves))
+    held = max(_together(sizes, segment.entering) for segment in between_layers(program, ready.quantizable))
+    values = max(samples * held, learned * inputs + by_blocks * (2 * enters + 3 * leaves))
     state = _FLOAT * sum(t.numel() for t in ready.model.state_dict().values())
     floating = sum(math.prod(program.shape[number][1:]) for number in program.producer)
     graph = _GRAPH * CHUNK * floating * _FLOAT

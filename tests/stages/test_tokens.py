@@ -20,12 +20,12 @@ from quantkit.backends.onnxruntime import token_forms as tokens_of_onnx
 from quantkit.backends.onnxruntime.onnx_model import OnnxModel
 from quantkit.numbers.per_token import TokenRange
 from quantkit.ranges.statistics import layer_hessians
-from quantkit.rounding.by_blocks import moments
+from quantkit.rounding.by_layers import moments
 from quantkit.runtime.real import PackedLayer
 from quantkit.simulation.playback import SimulatedProgram
 from tests.numbers.test_token_codes import on_its_grid
 from tests.program.models import randn
-from tests.rounding.test_rounding_by_blocks import recorded
+from tests.rounding.test_rounding_by_layers import parts_of, recorded
 from tests.stages.networks import images, small
 
 WIDTH = 12
@@ -159,12 +159,12 @@ def test_learning_lowers_the_damage_on_unseen_inputs(how: str) -> None:
 
 def test_weights_are_rounded_for_the_inputs_on_their_grids() -> None:
     x = tokens(21)
-    ready, tape, (block, *_) = recorded(mixer(), x)
+    ready, program, segments = recorded(mixer(), x)
     result = applied("w8a4d")
     ready.model.load_state_dict(mixer().state_dict())
     simulated = type(result.quantized)(ready.model, result.quantized.sites, {}, result.quantized.ranges)
-    name, values = "up", tape.entering(ready.model, ((x,), {}))
-    found = moments(SimulatedProgram(simulated, tape), block, name, values).hessian
+    name = "up"
+    found = moments(SimulatedProgram(simulated, program), segments[0], name, parts_of(ready, program, x)).hessian
     rows = outputs(ready.model.norm, x).reshape(-1, WIDTH).numpy()
     read = np.stack([on_its_grid(row, 4) for row in rows]).astype(float)
     np.testing.assert_allclose(found[0].numpy(), read.T @ read, rtol=1e-5, atol=1e-4)

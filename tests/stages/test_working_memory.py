@@ -34,9 +34,9 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     assert len(recording.blocks) == 1
     inputs, logits = 4 * 2 * 6 * 6, 4 * 10
     rounding = working_memory(ready, recording, 40, 0, by_blocks=0)
-    assert rounding.values == 40 * (inputs + logits)
-    learning = working_memory(ready, recording, 40, 100, by_blocks=60)
-    assert learning.values == 100 * inputs + 60 * (2 * inputs + 3 * logits)
+    assert rounding.values == 40 * 2 * (4 * 12 * 6 * 6)  # before "mix": what it reads, and what is added behind it
+    learning = working_memory(ready, recording, 40, 100, by_blocks=200)
+    assert learning.values == 100 * inputs + 200 * (2 * inputs + 3 * logits)
     assert (rounding.drawing, learning.drawing) == (0, 9 * 40 * inputs)
     assert learning.peak_bytes == rounding.peak_bytes + learning.values - rounding.values + learning.drawing
     widest = 12 * 9  # inputs of an output of the second convolution

@@ -13,12 +13,12 @@ from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.program.segments import cuts_of
 from quantkit.reconstruction.learning import Schedule
-from quantkit.rounding.by_blocks import moments
+from quantkit.rounding.by_layers import moments
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
 from tests.program.models import randn
 from tests.program.replays import program_of
-from tests.rounding.test_rounding_by_blocks import recorded
+from tests.rounding.test_rounding_by_layers import parts_of, recorded
 from tests.stages.networks import small
 from tests.stages.schedules import all_of, apply_with
 
@@ -127,9 +127,9 @@ def test_a_program_knows_which_values_have_a_row_per_sample() -> None:
 
 def test_all_frames_of_all_samples_are_rounded_on() -> None:
     x = randn(21, 4, 3, 8, 8)
-    ready, program, (block,) = recorded(Frames().eval(), x)
+    ready, program, segments = recorded(Frames().eval(), x)
     runner = SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), program)
-    found = moments(runner, block, "one", program.entering(ready.model, ((x,), {})))
+    found = moments(runner, segments[0], "one", parts_of(ready, program, x))
     windows = x.flatten(0, 1).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27).double()
     torch.testing.assert_close(found.hessian[0], windows.T @ windows, rtol=1e-4, atol=1e-2)
 

@@ -175,8 +175,9 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
 
     A model whose code takes another path while it is exported, or fixes its batch size, is exported by its program
     where that stands for it. One that runs at the example's batch size only keeps that, with a notice. Raises
-    InvalidRequest when torch.export cannot follow the model at all.
+    InvalidRequest when torch.export cannot follow the model at all. The graph is float32.
     """
+    simulated = simulated.in_float32()
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
     batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]

@@ -1,4 +1,4 @@
-"""Rounding block by block gives the codes of rounding in sequence: the same layers on the same inputs."""
+"""Rounding in one replay gives the codes of rounding in sequence: the same layers on the same inputs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from quantkit.formats import Scheme
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.program import Program
-from quantkit.program.segments import Segment, blocks_of
+from quantkit.program.segments import Segment, between_layers
 from quantkit.ranges.statistics import layer_hessians
-from quantkit.rounding.by_blocks import moments, round_by_blocks
+from quantkit.rounding.by_layers import moments, round_by_layers
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
 from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.model import SimulatedModel
-from quantkit.simulation.playback import SimulatedProgram, play
+from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, move
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.program.models import randn
@@ -29,37 +29,42 @@ def recorded(model: nn.Module, x: Tensor) -> tuple[Prepared, Program, list[Segme
     ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
     program = program_of(ready.model, ((x[:8],), {}), ((x[8:16],), {}))
     assert program is not None
-    return ready, program, blocks_of(program, ready.quantizable, {s.place for s in ready.sites})
+    return ready, program, between_layers(program, ready.quantizable)
+
+
+def parts_of(ready: Prepared, program: Program, x: Tensor) -> list[Values]:
+    """What enters the program, in parts."""
+    return [part for part, _ in in_chunks(program, program.entering(ready.model, ((x,), {})))]
 
 
 @pytest.mark.parametrize("build", [Chain, MobileNet, ConvReused], ids=lambda build: build.__name__)
 def test_hessians_are_those_of_whole_forwards(build: type[nn.Module]) -> None:
     x = randn(21, 3, 8, 8, seed=1)
-    ready, program, blocks = recorded(build().eval(), x)
+    ready, program, segments = recorded(build().eval(), x)
     ranges = {site.name: SiteRange(0.0037, 60) for site in ready.sites}
     simulated = SimulatedModel(ready.model, ready.sites, {}, ranges)
     wanted = layer_hessians(simulated, ready.program, ready.quantizable, [((x[:12],), {}), ((x[12:],), {})])
-    values = program.entering(ready.model, ((x,), {}))
-    for block in blocks:
-        for name in block.layers:
-            found = moments(SimulatedProgram(simulated, program), block, name, values).hessian
+    parts = parts_of(ready, program, x)
+    for segment in segments:
+        for name in segment.layers:
+            found = moments(SimulatedProgram(simulated, program), segment, name, parts).hessian
             assert float((found - wanted[name]).norm() / wanted[name].norm()) < 5e-3, name  # sums on a tie tip a code
-        values = play(SimulatedProgram(simulated, program), values, block)
+        move(SimulatedProgram(simulated, program), parts, segment)
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
 def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
     x, formats = randn(75, 3, 8, 8, seed=1), {}
     found = []
-    for by_blocks in (False, True):
+    for by_layers in (False, True):
         torch.manual_seed(0)
-        ready, program, blocks = recorded(Chain().eval(), x)
+        ready, program, _ = recorded(Chain().eval(), x)
         simulated = SimulatedModel(ready.model, ready.sites, {}, {s.name: SiteRange(0.05, 60) for s in ready.sites})
         formats = {name: Scheme.parse("w3").weight for name in ready.quantizable[1:-1]}
         request = RoundingRequest(formats, rounding, progress=False)
-        if by_blocks:
+        if by_layers:
             inputs = program.entering(ready.model, ((x,), {}))
-            how = round_by_blocks(SimulatedProgram(simulated, program), blocks, inputs, request)
+            how = round_by_layers(SimulatedProgram(simulated, program), inputs, request)
         else:
             how = round_in_sequence(simulated, ready.program, [((x,), {})], request)
         found.append((simulated.weights, how))

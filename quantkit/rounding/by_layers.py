@@ -1,0 +1,142 @@
+"""Rounding in sequence in a single replay: every layer on the inputs it really gets, and nothing is run twice. Held in
+memory: what is read from a layer on, for all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quantkit.program.intercept import read_place
+from quantkit.program.layers import LayerCall
+from quantkit.program.program import Step
+from quantkit.program.segments import Segment, between_layers
+from quantkit.progress import track
+from quantkit.ranges.statistics import accumulate
+from quantkit.rounding.layer_inputs import input_columns
+from quantkit.rounding.moments import Moments
+from quantkit.rounding.request import RoundingRequest
+from quantkit.simulation.playback import (
+    SimulatedProgram,
+    Values,
+    copied_state,
+    float_program,
+    in_chunks,
+    move,
+)
+
+
+def round_by_layers(runner: SimulatedProgram, inputs: Values, request: RoundingRequest) -> dict[str, str]:
+    """``round_in_sequence`` for a model that its program stands for; returns how each layer was rounded. The model's
+    weights are still float when it starts.
+    """
+    simulated, program, how = runner.model, runner.program, {}
+    floats = None
+    if request.method.cross:
+        floats = float_program(simulated.model, program, copied_state(program, simulated.model))
+    segments = between_layers(program, request.formats)
+    ours: list[Values] = [part for part, _ in in_chunks(program, inputs)]
+    walk = _Walk(runner, floats, segments, ours, list(ours))
+    place = {name: i for i, segment in enumerate(segments) for name in segment.layers}
+    outside = [name for name in request.formats if name not in place]  # they do not look at inputs
+    for name in track([*outside, *place], "quantizing layers", enabled=request.progress):
+        seen = partial(walk.moments, name, place.get(name, 0))
+        weight, how[name] = request.rounded(simulated.floats, name, seen)
+        simulated.set_weight(name, weight)
+    return how
+
+
+@dataclass
+class _Walk:
+    """The samples, in parts, as they enter segment number ``at`` in the quantized network and, where there is one, in
+    the float one.
+    """
+
+    runner: SimulatedProgram
+    floats: SimulatedProgram | None
+    segments: Sequence[Segment]
+    ours: list[Values]
+    theirs: list[Values]
+    at: int = 0
+    seen: tuple[int, Moments] | None = None
+
+    def moments(self, name: str, place: int) -> Moments | None:
+        """The moments of a layer's inputs, in this segment or a later one."""
+        for passed in self.segments[self.at : place]:
+            self.seen = None
+            move(self.runner, self.ours, passed)
+            if self.floats is not None:
+                move(self.floats, self.theirs, passed)
+        self.at = place
+
+        # Several linear layers that read one value, as query, key and value do, have the same moments.
+        read = _plainly_read(self.runner, name)
+        if self.seen is not None and self.seen[0] == read:
+            return self.seen[1]
+        floats = None if self.floats is None else (self.floats, self.theirs)
+        found = moments(self.runner, self.segments[place], name, self.ours, floats)
+        self.seen = None if read is None or found is None else (read, found)
+        return found
+
+
+def _plainly_read(runner: SimulatedProgram, name: str) -> int | None:
+    """The value whose rows are the inputs of a linear layer; None where it is called several times or has a site of
+    its own, and for other layers.
+    """
+    program = runner.program
+    if program.kinds[name] != "linear" or len(program.calls[name]) > 1:
+        return None
+    (call,) = program.calls[name]
+    return None if read_place(call.key) in runner.sites else call.input
+
+
+@torch.no_grad()
+def moments(
+    runner: SimulatedProgram,
+    segment: Segment,
+    name: str,
+    parts: Sequence[Values],
+    floats: tuple[SimulatedProgram, Sequence[Values]] | None = None,
+) -> Moments | None:
+    """The moments of a layer's inputs, given the values that enter a segment before all its calls, in ``floats`` those
+    of the float network; None where it is not called.
+    """
+    program = runner.program
+    sums: dict[str, Tensor] = {}
+    draws, same_draws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    calls = {call.key: call for call in program.calls[name]}
+    for i in range(segment.start, len(program.steps)):
+        step = program.steps[i]
+        if step.key not in calls:
+            continue
+        read = _Read(step, calls[step.key], segment.until(i, step.inputs[0]), program.kinds[name])
+        theirs = parts if floats is None else floats[1]
+        for part, other in zip(parts, theirs, strict=True):
+            columns = read.columns(runner, part, draws)
+            accumulate(sums, "hessian", columns)
+            if floats is not None:
+                accumulate(sums, "cross", columns, read.columns(floats[0], other, same_draws))
+    return Moments(sums["hessian"], sums.get("cross")) if sums else None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A layer's call, and the part of its segment before it."""
+
+    step: Step
+    call: LayerCall
+    before: Segment
+    kind: str
+
+    def columns(self, runner: SimulatedProgram, part: Values, draws: torch.Generator) -> Tensor:
+        """What the call reads, as its site leaves it, given the values that enter the segment."""
+        if self.before.stop > self.before.start:  # steps on the way may write to their arguments
+            part = {number: x.clone() for number, x in part.items()}
+        first, shapes = self.step.inputs[0], runner.part(self.before, part).shapes
+        read = dict(zip(self.step.inputs, runner.inside(part, self.before, self.step.inputs), strict=True))
+        read[first] = runner.quantize(read_place(self.step.key), read[first])
+        return input_columns(self.kind, *self.step.called(read, shapes), draws, self.call.source)

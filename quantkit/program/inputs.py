@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.program.intercept import forward_parameters, tensors_of
 from quantkit.progress import notice
 
+PIECE = 1 << 20  # elements
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -133,7 +134,7 @@ def digest_batches(batches: Sequence[Batch]) -> str:
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 hasher.update(str((leaf.dtype, tuple(leaf.shape))).encode())
-                hasher.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                _update(hasher, leaf)
             else:
                 hasher.update(repr(leaf).encode())
     return hasher.hexdigest()[:16]
@@ -156,6 +157,22 @@ def digest_model(model: nn.Module) -> str:
             hasher.update(f"{name}{tensor!r}".encode())
             continue
         hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        _update(hasher, tensor)
     return hasher.hexdigest()[:16]
+
+
+def _update(hasher: hashlib._Hash, tensor: Tensor) -> None:
+    """Hash the bytes of a tensor, without a copy of the whole."""
+    for part in pieces(tensor.detach()):
+        hasher.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in pieces of at most ``PIECE`` elements, in the order of its elements."""
+    if tensor.numel() <= PIECE or not tensor.dim():
+        yield from [tensor] if tensor.numel() else []
+    elif (row := tensor.numel() // len(tensor)) > PIECE:
+        for part in tensor:
+            yield from pieces(part)
+    else:
+        yield from tensor.split(PIECE // row)

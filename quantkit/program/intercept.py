@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.program.arguments import replaced
 from quantkit.program.composites import parts_of
+from quantkit.program.halves import in_float32, stores_halves, widened
 
 
 @dataclass(frozen=True, order=True)
@@ -76,9 +77,12 @@ def operation_name(func: Callable[..., Any]) -> str | None:
 class _Calls(TorchFunctionMode):
     """Routes torch calls to a handler while module hooks keep track of the scope."""
 
-    def __init__(self, handler: Handler, read_shape: ReadShape | None, enter_model: EnterModel | None) -> None:
+    def __init__(
+        self, handler: Handler, read_shape: ReadShape | None, enter_model: EnterModel | None, halves: bool
+    ) -> None:
         super().__init__()
         self.handler, self.read_shape, self.enter_model = handler, read_shape, enter_model
+        self.halves = halves
         self.scopes = [""]
         self.resting = False
         self.counts: dict[tuple[str, str], int] = defaultdict(int)
@@ -112,7 +116,8 @@ class _Calls(TorchFunctionMode):
         scope = self.scopes[-1]
         index = self.counts[scope, op]
         self.counts[scope, op] += 1
-        result = self.handler(OpKey(scope, op, index), func, args, kwargs)
+        call = in_float32(func, op) if self.halves else func
+        result = self.handler(OpKey(scope, op, index), call, args, kwargs)
         if self.read_shape is not None and op in ("size", "numel", "nelement"):
             return self.read_shape(args[0], result, *args[1:], **kwargs)
         return result
@@ -176,8 +181,9 @@ def intercept(
     model is called with, by whichever of its methods, through ``enter_model(args, kwargs)``.
 
     Composite functions are taken apart: of attention the handler gets the products and the softmax. It runs with
-    interception off, so it may compute freely. Several threads may do this with one model at once. Hooks are removed
-    with the last of them, whatever happens.
+    interception off, so it may compute freely. The ``func`` of a model with state in half precision computes in
+    float32. Several threads may do this with one model at once. Hooks are removed with the last of them, whatever
+    happens.
     """
     with _lock:
         scopes = _scopes.setdefault(model, _Scopes(model))
@@ -185,7 +191,7 @@ def intercept(
         if scopes.users == 1:
             scopes.add()
     outer = getattr(scopes.active, "calls", None)
-    scopes.active.calls = calls = _Calls(handler, read_shape, enter_model)
+    scopes.active.calls = calls = _Calls(handler, read_shape, enter_model, stores_halves(model))
     try:
         with calls:
             yield
@@ -195,6 +201,20 @@ def intercept(
             scopes.users -= 1
             if not scopes.users:
                 scopes.remove()
+
+
+def computing(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which a model computes in float32, whatever the type of its state."""
+
+    def plainly(key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    return intercept(model, plainly) if stores_halves(model) else nullcontext()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: its first parameter that holds values."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def map_tensors(value: Any, key: OpKey, change: Callable[[OpKey, Tensor], Tensor]) -> Any:
@@ -227,9 +247,11 @@ def forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
 def change_inputs(
     model: nn.Module, args: Any, kwargs: Any, change: Callable[[OpKey, Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Apply ``change`` to copies of every floating-point model input; keys are ``input``, ``input[1]``, ... in the
-    order of the forward's parameters. Objects that are no plain containers, as caches are, stay themselves.
+    """Apply ``change`` to copies of every floating-point model input, where the model is and at least float32; keys
+    are ``input``, ``input[1]``, ... in the order of the forward's parameters. Objects that are no plain containers, as
+    caches are, stay themselves.
     """
+    device = device_of(model)
     order = {parameter.name: i for i, parameter in enumerate(forward_parameters(model))}
     ordered = dict(sorted(kwargs.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
     positions = iter(range(1 << 30))
@@ -238,7 +260,8 @@ def change_inputs(
         if not isinstance(leaf, Tensor):
             return leaf
         key = replace(INPUT, output=next(positions))
-        return change(key, leaf.clone()) if leaf.is_floating_point() else leaf.clone()
+        own = _copied(leaf, device)
+        return change(key, widened(own)) if own.is_floating_point() else own
 
     return tuple(replaced(item, changed) for item in args), replaced(ordered, changed)
 
@@ -262,13 +285,17 @@ def change_read(
     return args, kwargs
 
 
-def own_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of a model's inputs: one that works in place must not change the caller's data."""
+def own_inputs(args: Any, kwargs: Any, device: torch.device | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of a model's inputs on its device: one that works in place must not change the caller's data."""
 
     def copied(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+        return _copied(leaf, device or leaf.device) if isinstance(leaf, Tensor) else leaf
 
     return tuple(replaced(item, copied) for item in args), replaced(dict(kwargs), copied)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.clone() if tensor.device == device else tensor.to(device)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -9,16 +9,21 @@ named as the module that owns its weight, or as the parameter where the module o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.program.halves import is_half, widened
 from quantkit.program.intercept import OpKey
 
 Operands = dict[OpKey, tuple[int, Tensor]]
+Substitutes = dict[int, Callable[[], Tensor]]
 
 MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -122,11 +127,13 @@ class LayerWeight:
         turned.copy_(value.reshape(turned.shape))
 
     def placed(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """The parameter with this value in its place, differentiable in the value."""
+        """The parameter, at least float32, with this value in its place, differentiable in the value."""
         if self.region is None:
             return self.operand(value, tuple(parameter.shape))
         part = self.operand(value, self.region.size)
-        return torch.as_strided_scatter(parameter, part, self.region.size, self.region.stride, self.region.offset)
+        return torch.as_strided_scatter(
+            widened(parameter), part, self.region.size, self.region.stride, self.region.offset
+        )
 
     def operand(self, value: Tensor, size: tuple[int, ...]) -> Tensor:
         """A value as it is read, turned back to the axes of what is read, of this size."""
@@ -197,30 +204,60 @@ class Weights:
         return layer in self.layers
 
     def __getitem__(self, layer: str) -> Tensor:
-        """A layer's weight, output channels first: the parameter itself where that holds it so."""
+        """A layer's weight, output channels first: the parameter itself where that holds it so, and a float32 copy
+        where it is stored in half precision.
+        """
         weight = self.layers[layer]
-        return self.computed[layer] if weight.parameter is None else weight.read(self.tensor(weight.parameter))
+        if weight.parameter is None:
+            return self.computed[layer]
+        found: Tensor = widened(weight.read(self.tensor(weight.parameter)))
+        return found
+
+    def stores_half(self, layer: str) -> bool:
+        """Whether a layer's weight is in a parameter in half precision, which holds no dequantized codes."""
+        parameter = self.layers[layer].parameter
+        return parameter is not None and is_half(self.tensor(parameter))
+
+    def stored_bytes(self, layer: str) -> int:
+        """The bytes of a layer's weight in float, as it is stored."""
+        weight = self.layers[layer]
+        held = self.computed[layer] if weight.parameter is None else self.tensor(weight.parameter)
+        return math.prod(weight.shape) * held.element_size()
 
     @torch.no_grad()
     def write(self, layer: str, value: Tensor) -> None:
-        """Let the layer compute with this weight, output channels first."""
+        """Let the layer compute with this weight, output channels first; a parameter in half precision becomes
+        float32.
+        """
         weight = self.layers[layer]
         if weight.parameter is None:
             self.computed[layer] = value.to(self.computed[layer])
-        else:
-            weight.write(self.tensor(weight.parameter), value)
+            return
+        own = self.tensor(weight.parameter)
+        if is_half(own):
+            own.data = own.data.float()
+        weight.write(own, value)
 
     @torch.no_grad()
-    def swap(self, layer: str, value: Tensor) -> Tensor:
-        """``write``, returning what the layer computed with before; a whole parameter is exchanged, not copied."""
+    def swap(self, layer: str, value: Tensor) -> Callable[[], None]:
+        """``write``, returning what undoes it; a whole parameter is exchanged, not copied."""
         weight = self.layers[layer]
-        own = self[layer]
-        if weight.parameter is not None and weight.region is None and weight.order is None:
-            before, own.data = own.data, value.to(own)
-            return before
-        before = own.detach().clone()
+        if weight.parameter is None:
+            before = self.computed[layer]
+            self.write(layer, value)
+            return partial(self.computed.__setitem__, layer, before)
+        own = self.tensor(weight.parameter)
+        if is_half(own):
+            undo = partial(setattr, own, "data", own.data)
+            self.write(layer, value)
+            return undo
+        if weight.region is None and weight.order is None:
+            undo = partial(setattr, own, "data", own.data)
+            own.data = value.to(own)
+            return undo
+        before = self[layer].detach().clone()
         self.write(layer, value)
-        return before
+        return partial(self.write, layer, before)
 
     def bias(self, layer: str) -> Tensor | None:
         """A layer's bias; None where it has none of its own."""
@@ -233,7 +270,8 @@ class Weights:
         if weight.parameter is None:
             assert weight.region is not None, "a computed weight has sizes"
             return {str(number): weight.operand(value, weight.region.size) for number in weight.numbers}
-        return {weight.parameter: weight.placed(state[weight.parameter], value)}
+        held = state[weight.parameter]
+        return {weight.parameter: weight.placed(held, value.to(held.device))}
 
     def operands(self, layers: Collection[str]) -> dict[OpKey, tuple[int, Tensor]]:
         """What calls of those of ``layers`` whose weights are computed read instead of computing them."""
@@ -243,6 +281,22 @@ class Weights:
             if weight.parameter is None and weight.region is not None:
                 operand = weight.operand(self.computed[name], weight.region.size)
                 found |= {key: (position, operand) for key, position in weight.at}
+        return found
+
+    def substitutes(self, coded: Mapping[str, QuantizedWeight]) -> Substitutes:
+        """Of the parameters in half precision that hold weights of ``coded``, by identity, what computes their float32
+        values with these codes: one at a time, when a call reads it.
+        """
+        held: dict[str, list[str]] = defaultdict(list)
+        for name in coded:
+            if self.stores_half(name):
+                held[str(self.layers[name].parameter)].append(name)
+        return {id(self.tensor(p)): partial(self._with_codes, p, names, coded) for p, names in held.items()}
+
+    def _with_codes(self, parameter: str, layers: Collection[str], coded: Mapping[str, QuantizedWeight]) -> Tensor:
+        found = self.tensor(parameter).detach()
+        for name in layers:
+            found = self.layers[name].placed(found, coded[name].dequantize().to(found.device))
         return found
 
     def inputs(self, layer: str) -> int:

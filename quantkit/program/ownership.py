@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quantkit.program.halves import VIEWS
 from quantkit.program.layers import LayerWeight
 from quantkit.program.program import Program, Step
-from quantkit.program.record import VIEWS
 
 LAYER, FLOAT, OTHER = "layer", "float", "other"
 CONSTANT = "it reads a constant, not an activation"
 UNREAD = "its weight takes part in no call of the recorded run"
 _COPIES = VIEWS | frozenset(
-    "to float double half bfloat16 type type_as clone repeat repeat_interleave tile flip".split()
+    "index_select to float double half bfloat16 type type_as clone repeat repeat_interleave tile flip".split()
 )
 _UNARY = frozenset("clamp exp log sigmoid tanh softplus abs sqrt rsqrt pow neg reciprocal".split())
 _ELEMENTWISE = frozenset("add sub rsub mul div where maximum minimum masked_fill lerp addcmul cat stack".split())

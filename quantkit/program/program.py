@@ -168,6 +168,11 @@ class Program:
         """
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
 
+    def names_read(self, start: int, stop: int, wanted: Sequence[int] = ()) -> set[str]:
+        """The parameters and buffers that some steps read, or that are ``wanted`` themselves."""
+        read = {n for step in self.steps[start:stop] if not step.constant for n in step.reads}
+        return {self.names[number] for number in (*read, *wanted) if number in self.names}
+
     def state_of(self, model: nn.Module) -> dict[str, Tensor]:
         """The parameters and buffers of the model by all their names, detached and laid out."""
         return {name: self.laid_out(tensor.detach()) for name, tensor in named_state(model).items()}

@@ -14,8 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quantkit.errors import InvalidRequest, QuantkitError
 from quantkit.program.arguments import SizeRef, frozen, leaves_of
+from quantkit.program.halves import VIEWS, may_write
 from quantkit.program.inputs import Batch, batch_size
-from quantkit.program.intercept import OpKey, change_inputs, intercept, own_inputs, tensors_of
+from quantkit.program.intercept import OpKey, change_inputs, computing, device_of, intercept, own_inputs, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layers
 from quantkit.program.outputs import main_output, named_tensors
 from quantkit.program.products import Owners, operations_per_sample, products_of
@@ -26,14 +27,6 @@ from quantkit.program.updates import named_state, plain_mode, restored
 # Calls that carry values out of torch, where they may decide anything.
 _READ_OUT = frozenset(
     "item tolist numpy array bool int float complex index contains equal allclose is_nonzero".split()
-)
-
-
-# Calls whose result may share the memory of what they read.
-VIEWS = frozenset(
-    "view view_as reshape reshape_as getitem select index_select narrow expand expand_as t T mT transpose permute "
-    "squeeze unsqueeze chunk split unbind flatten unflatten movedim swapaxes contiguous detach diagonal unfold "
-    "as_strided".split()
 )
 
 
@@ -70,14 +63,6 @@ def _state(tensor: Tensor) -> Any:
 
 def _written(tensor: Tensor, state: Any) -> bool:
     return not torch.equal(tensor, state) if isinstance(state, Tensor) else tensor._version != state
-
-
-def _may_write(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    dunder = name.startswith("__")
-    return (
-        "out" in kwargs or (name.endswith("_") and not dunder) or name.startswith(("__i", "__setitem__", "_foreach"))
-    )
 
 
 @dataclass(frozen=True)
@@ -167,7 +152,7 @@ class Recorder:
         read = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         call = self._call(key, args, kwargs, read)
         states = [_state(t) for t in read]
-        if not call.constant and _may_write(func, kwargs):
+        if not call.constant and may_write(func, kwargs):
             self._keep_as_it_is(read)
         result = func(*args, **kwargs)
 
@@ -267,8 +252,8 @@ def run_model(model: nn.Module, batch: Batch, updated: Collection[str] | None = 
     """Call the model on a copy of a batch, without gradients; a failure becomes InvalidRequest with what the batch
     was. Of what its forward updates, what is named comes out as it was: default all.
     """
-    with plain_mode(model), restored(model, updated):
-        return _called(model, *own_inputs(*batch))
+    with plain_mode(model), restored(model, updated), computing(model):
+        return _called(model, *own_inputs(*batch, device_of(model)))
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

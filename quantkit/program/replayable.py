@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from quantkit.errors import InvalidRequest
 from quantkit.program.arguments import SizeRef, leaves_of, replaced
 from quantkit.program.inputs import Batch, batch_size
-from quantkit.program.intercept import own_inputs, tensors_of
+from quantkit.program.intercept import computing, device_of, own_inputs, tensors_of
 from quantkit.program.outputs import results_of
 from quantkit.program.program import Program, Step
 from quantkit.program.record import recorded
@@ -132,8 +132,8 @@ class _Extents:
 
 
 def _results(model: nn.Module, batch: Batch) -> list[Tensor]:
-    with plain_mode(model), restored(model):
-        args, kwargs = own_inputs(*batch)
+    with plain_mode(model), restored(model), computing(model):
+        args, kwargs = own_inputs(*batch, device_of(model))
         return results_of(model(*args, **kwargs))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,11 @@ def own_modes() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Run the block in the precision of its tensors, whatever the caller's code is wrapped in."""
-    devices = (p.device.type for p in model.parameters() if not p.is_meta)
-    with torch.autocast(next(devices, "cpu"), enabled=False):
-        yield
+def without_autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """A block that computes in the types of its tensors, on the device of a model."""
+    device = next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
+    # where it is off nothing is entered: torch.export makes a part of its own of what runs in such a block
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @contextmanager

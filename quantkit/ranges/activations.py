@@ -52,7 +52,7 @@ class Histogram:
         if width <= 0 or x.numel() == 0:
             return self
         bins = ((x.reshape(-1) - low) / width).long().clamp_(0, BINS - 1)
-        return Histogram(self.extremes, self.counts + torch.bincount(bins, minlength=BINS))
+        return Histogram(self.extremes, self.counts + torch.bincount(bins, minlength=BINS).cpu())
 
     def merged(self, other: Histogram) -> Histogram:
         return Histogram(self.extremes, self.counts + other.counts)

@@ -108,7 +108,7 @@ def accumulate(sums: dict[str, Tensor], name: str, columns: Tensor, others: Tens
         sums[name] = torch.zeros(groups, width, width, dtype=torch.float64)
     left = columns if others is None else others
     for rows, others_rows in zip(columns.float().split(ROWS, dim=1), left.float().split(ROWS, dim=1), strict=True):
-        sums[name] += (others_rows.transpose(1, 2) @ rows).double()
+        sums[name] += (others_rows.transpose(1, 2) @ rows).double().cpu()
 
 
 def rows_seen(

@@ -22,6 +22,7 @@ from quantkit.numbers.packed_weight import PackedWeight, dequantize_packed, pack
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.arguments import leaves_of, replaced
+from quantkit.program.halves import widened
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
 from quantkit.program.updates import restored
@@ -159,7 +160,7 @@ class RealModel(nn.Module):
         """Bytes of all layers' weights, counted from the tensors held: packed where quantized, float elsewhere."""
         held = sum(layer.weight_bytes for layer in self.layers.values())
         others = [name for name in self.floats.layers if name not in self.layers]
-        return held + sum(self.floats[name].nbytes for name in others)
+        return held + sum(self.floats.stored_bytes(name) for name in others)
 
     @property
     def expanded_bytes(self) -> int:
@@ -167,11 +168,9 @@ class RealModel(nn.Module):
 
     def simulated(self) -> SimulatedModel:
         """The simulated model these codes came from."""
-        own = copy.deepcopy(self.model)
-        for name in self.covered:
-            owner, _, attribute = name.rpartition(".")
-            empty = torch.empty(self.floats.tensor(name).shape, dtype=torch.float32)
-            setattr(own.get_submodule(owner), attribute, nn.Parameter(empty))
+        state = dict(self.model.named_parameters(remove_duplicate=False))
+        room = {id(state[name]): nn.Parameter(torch.empty(state[name].shape)) for name in self.covered}
+        own = copy.deepcopy(self.model, dict(room))  # under all names of a parameter that is tied
         floats = self.floats.on(own)
         return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
@@ -181,11 +180,20 @@ class RealModel(nn.Module):
         quantized = [site for site in self.sites if self._is_quantized(site)]
         change = at_sites(quantized, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         operands, reads = self.floats.operands(self.layers), read_by_layers(quantized)
+        substitutes = self.floats.substitutes(self._beside_float())
         placeholders = {id(self.floats.tensor(name)): name for name in self.covered}
         call = partial(self._call, placeholders)
-        watch = Watch(change, call=call, operands=operands, outside=outside, reads=reads)
+        watch = Watch(change, call=call, operands=operands, outside=outside, reads=reads, substitutes=substitutes)
         with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
             yield
+
+    def _beside_float(self) -> dict[str, QuantizedWeight]:
+        """The codes of layers that share a parameter in half precision, which they cannot be written to, with float
+        ones.
+        """
+        own = self.floats
+        shared = [name for name in self.layers if own.layers[name].parameter not in self.covered]
+        return {name: self._codes(name) for name in shared if own.stores_half(name)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.quantizing():
@@ -222,7 +230,7 @@ class RealModel(nn.Module):
         """
         if name is None:
             return value
-        filled = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        filled = torch.empty_strided(value.shape, value.stride(), dtype=widened(value.dtype))
         for layer, weight in self.floats.layers.items():
             if weight.parameter == name:
                 weight.write(filled, self._codes(layer).dequantize())

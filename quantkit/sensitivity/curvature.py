@@ -9,6 +9,7 @@ derivative (docs/methods/hessian-trace.md). ``torch.autograd.grad`` is used thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,20 @@ class Point:
     here: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    """The error that torch raises for a tensor overwritten in place, as an InvalidRequest."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise InvalidRequest(
+            f"The model cannot be differentiated: it overwrites in place what its gradient needs ({error}). "
+            "Choose 'gram', 'kl' or another estimator that only runs the model forward."
+        ) from error
+
+
 class Landscape:
     """The damage around a subject's base plan, batch by batch, and the displacements that perturbations are there.
 
@@ -84,6 +99,10 @@ class Landscape:
             )
         return weight
 
+    def elements(self, layer: str) -> int:
+        """How many elements a layer's weight has."""
+        return math.prod(self.subject.floats.layers[layer].shape)
+
     @property
     def shares(self) -> np.ndarray:
         """The share of all rows that each batch has, by its mean over the outputs."""
@@ -103,18 +122,12 @@ class Landscape:
         """The model at the base plan and ready to be differentiated by the perturbed weights; as it was on the way
         out, whatever happens. Raises InvalidRequest for a model that overwrites what its gradient needs.
         """
-        weights = [self.weight(name) for name, _ in self.layers]
         model, floats = self.subject.model, self.subject.floats
-        with restored(model), swapped_weights(floats, self.base_weights), differentiable(model, weights):
-            try:
+        exact = {name: floats[name] for name, _ in self.layers if floats.stores_half(name)}  # for exact gradients
+        with restored(model), swapped_weights(floats, exact | self.base_weights):
+            weights = [self.weight(name) for name, _ in self.layers]
+            with differentiable(model, weights), _explained():
                 yield
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise
-                raise InvalidRequest(
-                    f"The model cannot be differentiated: it overwrites in place what its gradient needs ({error}). "
-                    "Choose 'gram', 'kl' or another estimator that only runs the model forward."
-                ) from error
 
     def point(self, i: int, at_output: AtOutput | None = None, before: Before | None = None) -> Point:
         """Run batch ``i``. ``before(key, args, kwargs)`` sees every torch call, ``at_output(place, tensor)`` may

@@ -55,7 +55,7 @@ def hessian_eigenvalue(
 
 def _orders(land: Landscape, values: dict[Place, float], damage: np.ndarray) -> dict[str, object]:
     """Eigenvalues by layer, and the two orders HAWQ takes from them."""
-    mean = {name: values[name, False] / land.weight(name).numel() for name, _ in land.layers}
+    mean = {name: values[name, False] / land.elements(name) for name, _ in land.layers}
     omega = {place[0]: max(damage[k] for k in land.members[place]) for place in land.layers}
     return {
         "eigenvalues": {name: value for (name, _), value in values.items()},

@@ -143,14 +143,14 @@ def applied(perturbations: Iterable[Perturbation]) -> tuple[LayerValues, AtSites
 @contextmanager
 def swapped_weights(floats: Weights, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Layers compute with these weights inside the block, and with their own again after it, whatever happens."""
-    saved: list[tuple[str, Tensor]] = []
+    undone: list[Callable[[], None]] = []
     try:
         for layer, values in weights.items():
-            saved.append((layer, floats.swap(layer, values)))
+            undone.append(floats.swap(layer, values))
         yield
     finally:
-        for layer, before in reversed(saved):
-            floats.swap(layer, before)
+        for undo in reversed(undone):
+            undo()
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -63,7 +63,7 @@ def spectral_density(
     ``steps`` float64 vectors as long as all the weights.
     """
     land = Landscape(subject, layers=layers)
-    count = sum(land.weight(name).numel() for name in layers)
+    count = sum(land.elements(name) for name in layers)
     rounds = []
     with land.opened():
         for _ in range(starts):
@@ -77,7 +77,7 @@ def spectral_density(
 
 def weight_product(land: Landscape, vector: Tensor) -> Tensor:
     """Hessian of the mean damage by all layers' weights, flattened one after the other, times ``vector``, float64."""
-    sizes = [land.weight(name).numel() for name, _ in land.layers]
+    sizes = [land.elements(name) for name, _ in land.layers]
     total = torch.zeros_like(vector)
     for i in range(len(land)):
         total += _batch_product(land, i, vector.split(sizes)).to(total)

@@ -6,20 +6,21 @@ module's own weights are their dequantized values, so its class, methods and gra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.arguments import replaced
+from quantkit.program.halves import stores_halves, widened
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
-from quantkit.program.layers import Operands, Weights
+from quantkit.program.layers import Operands, Substitutes, Weights
 from quantkit.program.sites import Site, coded_sites
 from quantkit.program.updates import restored, without_autocast
 
@@ -47,9 +48,10 @@ class Watch:
     call makes and to what it reads first (``read_place``).
 
     ``before(key, args, kwargs)`` sees each call first, ``call(key, func, args, kwargs)`` carries it out. ``operands``
-    take the place of tensors that calls read: by key, the position among them and the tensor.
-    ``outside`` are tensors that were passed to a part of the model: a layer that reads one quantizes it by the place
-    in ``reads``, as what makes it in the whole model does not run.
+    take the place of tensors that calls read: by key, the position among them and the tensor; what ``substitutes``
+    compute takes that of the parameters with these identities. ``outside`` are tensors that were passed to a part of
+    the model: a layer that reads one quantizes it by the place in ``reads``, as what makes it in the whole model does
+    not run.
     """
 
     change: Callable[[OpKey, Tensor], Tensor]
@@ -58,11 +60,14 @@ class Watch:
     operands: Operands = field(default_factory=dict)
     outside: Sequence[Tensor] = ()
     reads: Mapping[str, OpKey] = field(default_factory=dict)
+    substitutes: Substitutes = field(default_factory=dict)
 
     def handle(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Carry out one call."""
         if key in self.operands:
             args, kwargs = _with_operand(args, kwargs, *self.operands[key])
+        if self.substitutes:
+            args, kwargs = replaced((args, kwargs), self._substituted)
         args, kwargs = change_read(key, args, kwargs, self._read)
         if self.before is not None:
             self.before(key, args, kwargs)
@@ -76,6 +81,9 @@ class Watch:
         if self.outside and place.scope in self.reads and any(_share(tensor, x) for x in self.outside):
             tensor = self.change(self.reads[place.scope], tensor)
         return self.change(place, tensor)
+
+    def _substituted(self, value: Any) -> Any:
+        return self.substitutes[id(value)]() if id(value) in self.substitutes else value
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
@@ -115,11 +123,6 @@ def _put_in_place(result: Tensor, change: Callable[[Tensor], Tensor], changed: T
     return changed
 
 
-def _widened(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
-
-
 class SimulatedModel(nn.Module):
     """``model`` with quantized layers and sites; gradients go through to it.
 
@@ -148,12 +151,23 @@ class SimulatedModel(nn.Module):
             self.set_weight(name, weight)
 
     def set_weight(self, name: str, weight: QuantizedWeight) -> None:
-        """Give a layer its codes; what it computes with becomes their dequantized value."""
+        """Give a layer its codes; what it computes with becomes their dequantized value, which takes the place of a
+        parameter in half precision call by call.
+        """
         self.weights[name] = weight
-        self.floats.write(name, weight.dequantize())
+        if not self.floats.stores_half(name):
+            self.floats.write(name, weight.dequantize())
+
+    def in_float32(self) -> SimulatedModel:
+        """The same on a float32 copy of the model, which holds what it computes with; itself where it is float32."""
+        if not stores_halves(self.model):
+            return self
+        own = copy.deepcopy(self.model).float()
+        floats = self.floats.on(own)
+        return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*tree_map(_widened, (args, kwargs)))
+        return self.run(*tree_map(widened, (args, kwargs)))
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
@@ -167,10 +181,11 @@ class SimulatedModel(nn.Module):
         """The module, or a part of it that takes tensors from ``outside``, computes quantized inside the block."""
         coded = coded_sites(self.sites, self.ranges)
         change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
-        operands = self.floats.operands(self.weights)
-        watch = Watch(change, before, operands=operands, outside=outside, reads=read_by_layers(coded))
+        floats, codes, reads = self.floats, self.weights, read_by_layers(coded)
+        operands, substitutes = floats.operands(codes), floats.substitutes(codes)
+        watch = Watch(change, before, operands=operands, outside=outside, reads=reads, substitutes=substitutes)
         # With weights alone in codes, held by the modules themselves, there is nothing to change on the way.
-        plain = before is None and not coded and not operands
+        plain = before is None and not (coded or operands or substitutes or stores_halves(self.model))
         seen = without_autocast(self.model) if plain else watching(self.model, watch)
         with restored(self.model, self.updated), seen:
             yield

@@ -14,6 +14,7 @@ from quantkit.program.intercept import OpKey
 from quantkit.program.program import Change, Part, Program
 from quantkit.program.segments import Segment, whole
 from quantkit.program.sizes import Shapes
+from quantkit.program.weight_source import ModuleSource, WeightSource
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.simulation.model import SimulatedModel, as_float
 
@@ -39,23 +40,36 @@ class SimulatedProgram:
     fixed: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
+        self.source: WeightSource = ModuleSource(self.model.model)
+        self.names: dict[tuple[int, ...], set[str]] = {}  # that segments read
         self.sites = {site.place: site.name for site in self.model.sites}
         self.shapes: dict[int, Shapes] = {}  # that calls follow, by the number of samples
 
-    def state(self) -> dict[str, Tensor]:
-        """The parameters and buffers to compute with, by name."""
+    def state(self, segment: Segment, wanted: Sequence[int] = ()) -> dict[str, Tensor]:
+        """The parameters and buffers that a segment computes with, or that are ``wanted`` of it, by name."""
         if self.fixed is not None:
             return dict(self.fixed)
-        floats, found = self.model.floats, self.program.state_of(self.model.model)
-        for name in self.model.weights:
-            if floats.layers[name].parameter is None:
+        floats, layers = self.model.floats, self.model.floats.layers
+        names = self._names(segment, wanted)
+        learned_in = {str(p) for name in self.weights if (p := layers[name].parameter) is not None}
+        found = {n: self.program.laid_out(x) for n, x in self.source.tensors(names | learned_in).items()}
+        for name, weight in self.model.weights.items():
+            if layers[name].parameter is None:
                 found |= floats.placed(name, floats[name], found)
+            elif layers[name].parameter in names and name not in self.weights and floats.stores_half(name):
+                found |= floats.placed(name, weight.dequantize(), found)
         for name, learned in self.weights.items():
             placed = floats.placed(name, learned.value(), found)
             found |= {key: self.program.laid_out(x) for key, x in placed.items()}
             if (bias := learned.bias()) is not None:
                 found[str(floats.layers[name].bias)] = bias
         return found
+
+    def _names(self, segment: Segment, wanted: Sequence[int]) -> set[str]:
+        key = (segment.start, segment.stop, *wanted)
+        if key not in self.names:
+            self.names[key] = self.program.names_read(segment.start, segment.stop, wanted)
+        return self.names[key]
 
     def part(self, segment: Segment, values: Values) -> Part:
         """The steps of a segment, with the shapes that they follow from before it."""
@@ -108,7 +122,7 @@ class SimulatedProgram:
     ) -> list[Tensor]:
         places = self.program.producer
         entering = {n: at_entry(places[n], x) if n in segment.raw and n in places else x for n, x in values.items()}
-        return self.program.replay(entering, self.state(), wanted, change, self.part(segment, values))
+        return self.program.replay(entering, self.state(segment, wanted), wanted, change, self.part(segment, values))
 
     def output(self, values: Values) -> Tensor:
         """The output of the whole model for its input values, with its own site applied."""
@@ -211,7 +225,7 @@ def room_for(count: int, like: Tensor, axis: int = 0, limit: int = SPILL_BYTES) 
     elements = math.prod(shape)
     if elements * like.element_size() <= limit:
         layout = torch.channels_last if like.dim() == 4 and _is_channels_last(like) else torch.contiguous_format
-        return torch.empty(shape, dtype=like.dtype, memory_format=layout)
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
     with tempfile.NamedTemporaryFile(prefix="quantkit-") as file:
         return torch.from_file(file.name, shared=True, size=elements, dtype=like.dtype).reshape(shape)
 

@@ -97,7 +97,7 @@ def _width(request: Request, layer: str) -> int:
 
 def _work(request: Request, layer: str) -> int:
     """What rounding a layer by GPTQ costs, in multiplications per format."""
-    return request.ready.weights[layer].numel() * _width(request, layer)
+    return math.prod(request.ready.weights.layers[layer].shape) * _width(request, layer)
 
 
 def _rounding_seconds(request: Request) -> float:

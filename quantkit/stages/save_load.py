@@ -33,6 +33,7 @@ from quantkit.numbers.kinds import range_of
 from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, canonical_json
+from quantkit.program.halves import keep_only_matrices_half
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.sites import Site
@@ -85,7 +86,8 @@ def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, P
             f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. "
             "Apply the plan to the model again."
         )
-    own = copy_with_computed_tensors(model).cpu().float().eval()
+    own = copy_with_computed_tensors(model).eval()
+    keep_only_matrices_half(own)
     make_weights_plain(own)
     folds = tuple((layer, norm) for layer, norm in header["folds"])
     try:
@@ -118,7 +120,7 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         hasher.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()[:16]
 
 
@@ -171,6 +173,9 @@ def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str
                 f"{name!r} has shape {tuple(wanted[name].shape)} in the model and {tuple(tensor.shape)} in the saved "
                 "weights: this is not the model that was saved."
             )
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name in own.keys() & tensors.keys():
+        own[name].data = own[name].data.to(tensors[name].dtype)  # as it was saved, whatever the architecture's type
     model.load_state_dict(dict(tensors), strict=False)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from quantkit.program.arguments import Ref, SizeRef, replaced
+from quantkit.program.halves import widened
 from quantkit.program.program import Program, Step
 
 _FOLDABLE: dict[str, type[nn.Module]] = {
@@ -72,14 +73,17 @@ def _read_only_by(program: Program, module: str, ops: Iterable[Step]) -> bool:
 
 
 def fold(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
-    """Fold each BatchNorm into its layer, in place; the BatchNorm becomes an Identity. Computed in float64."""
+    """Fold each BatchNorm into its layer, in place; the BatchNorm becomes an Identity. Computed in float64, stored in
+    at least float32.
+    """
     for name, norm_name in pairs:
         layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
         weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
         gain, shift = _affine_of(norm)
         moved = shift if bias is None else shift + gain * bias.double()
-        layer.weight = nn.Parameter(gain.reshape(-1, *[1] * (weight.dim() - 1)).mul(weight).to(weight), False)
-        layer.bias = nn.Parameter(moved.to(weight), False)
+        dtype = widened(weight.dtype)
+        layer.weight = nn.Parameter(gain.reshape(-1, *[1] * (weight.dim() - 1)).mul(weight).to(dtype), False)
+        layer.bias = nn.Parameter(moved.to(dtype), False)
         layer.requires_grad_(weight.requires_grad)
         replace_by_identity(model, norm_name)
 
@@ -143,7 +147,7 @@ def shape_like_folded(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> Non
         layer = model.get_submodule(name)
         if layer.bias is None:
             weight = layer.weight
-            layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
+            layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=widened(weight.dtype), device=weight.device))
         replace_by_identity(model, norm_name)
 
 

@@ -12,20 +12,25 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+
 
 def make_weights_plain(model: nn.Module) -> None:
     """Replace the parametrizations of a model in eval mode, and the hooks of ``torch.nn.utils`` that came before
-    parametrizations, by the values they compute.
+    parametrizations, by the values they compute, which are float32.
     """
     for module in list(model.modules()):
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _HOOKS)]
+        if hooks or parametrize.is_parametrized(module):
+            module.float()
         if parametrize.is_parametrized(module):
             _remove_parametrizations(module)
-        for hook in list(module._forward_pre_hooks.values()):
+        for hook in hooks:
             if isinstance(hook, WeightNorm):
                 nn.utils.remove_weight_norm(module, hook.name)
             elif isinstance(hook, SpectralNorm):
                 nn.utils.remove_spectral_norm(module, hook.name)
-            elif isinstance(hook, prune.BasePruningMethod):
+            else:
                 prune.remove(module, hook._tensor_name)
 
 

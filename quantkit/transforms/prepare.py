@@ -16,11 +16,12 @@ from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.program.codes import can_hold_codes
-from quantkit.program.inputs import Batch, first_samples
+from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
+from quantkit.program.inputs import Batch, first_samples, pieces
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
 from quantkit.program.ownership import CONSTANT, Owned, ownership, why_uncalled
 from quantkit.program.program import Program, Step
-from quantkit.program.record import VIEWS, record, unrecorded
+from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
 from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.progress import notice
@@ -37,7 +38,8 @@ KEPT = "kept float by a rule"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A float32 copy of the model in eval mode with BatchNorm folded, and what is known about it.
+    """A copy of the model in eval mode with BatchNorm folded, and what is known about it. It stays on its device, and
+    matrices in half precision stay that (``program.halves``): what computes with one widens it.
 
     ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm)
     pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
@@ -75,7 +77,13 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
     compiled code, a batch the model rejects, or a model without a quantizable layer.
     """
     own, element_bytes, sizes = _checked_copy(model)
-    example, program = _first_recording(own, batches[0])
+    try:
+        example, program = _first_recording(own, batches[0])
+    except InvalidRequest:
+        if not stores_halves(own):
+            raise
+        example, program = _first_recording(own.float(), batches[0])
+        notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
@@ -86,6 +94,8 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
 def prepare_own(ready: Prepared, model: nn.Module) -> Prepared:
     """The same on the user's own model, which becomes what the copy was before anything was quantized."""
     own = _in_eval_mode(model, "it")
+    if not stores_halves(ready.model):
+        own.float()
     fold(own, ready.folds)
     return replace(ready, model=own, weights=Weights(own, ready.program.weights, computed_weights(own, ready.program)))
 
@@ -197,11 +207,10 @@ def _require_plain_model(model: nn.Module) -> None:
 def _in_eval_mode(model: nn.Module, called: str) -> nn.Module:
     if model.training:
         notice(f"the model is in training mode: quantizing {called} in eval mode")
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        notice(f"the model is not on the CPU: measuring and quantizing {called} there")
-    own = model.cpu().float().eval()
-    make_weights_plain(own)
-    return own
+    model.eval()
+    keep_only_matrices_half(model)
+    make_weights_plain(model)
+    return model
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -237,7 +246,8 @@ def _stored(model: nn.Module) -> list[torch.Tensor]:
 
 def _require_finite_weights(model: nn.Module) -> None:
     statistics = [(name, b) for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    bad = [name for name, p in (*model.named_parameters(), *statistics) if not torch.isfinite(p).all()]
+    named = (*model.named_parameters(), *statistics)
+    bad = [name for name, p in named if not all(torch.isfinite(part).all() for part in pieces(p.detach()))]
     if bad:
         raise InvalidRequest(
             f"These weights contain NaN or infinite values: {', '.join(bad[:5])}. Repair the checkpoint."
@@ -304,7 +314,8 @@ def _only_turns(step: Step) -> bool:
 def _held_elsewhere(name: str, weights: Weights) -> str:
     """Why a layer of a model that was not recorded stays float: others may compute with its weight."""
     model, layer = weights.model, weights.layers[name]
-    weight, own = weights[name], str(layer.parameter)
+    own = str(layer.parameter)
+    weight = weights.tensor(own)
     others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != own]
     module = model.get_submodule(own.rpartition(".")[0])
     same = [n for n in others if model.get_submodule(n.rpartition(".")[0]) is not module]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from quantkit.plan import Plan
+from quantkit.program.updates import own_modes
 from quantkit.reconstruction.learning import LearningOptions, Schedule
 from quantkit.session import Session
 from quantkit.stages.apply import Application, apply_plan
@@ -36,6 +37,7 @@ def _asked(
     return Application(how, run=Run(progress, workdir), inplace=inplace)
 
 
+@own_modes()
 def apply_with(
     learning: LearningOptions,
     model: nn.Module,
@@ -52,8 +54,14 @@ def apply_with(
     return apply_plan(session, Plan.of(plan), asked)
 
 
+@own_modes()
 def quantize_with(
-    learning: LearningOptions, model: nn.Module, budget: str, calibration: Any, schemes: list[str], **options: Any
+    learning: LearningOptions,
+    model: nn.Module,
+    budget: str,
+    calibration: Any,
+    schemes: list[str] | None = None,
+    **options: Any,
 ) -> Result:
     """The result of ``quantkit.quantize`` with these ``options`` of how its plan is applied."""
     asked = _asked(learning, **options)

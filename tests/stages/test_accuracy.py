@@ -177,6 +177,6 @@ def test_more_effort_copes_with_readers_of_one_tensor_that_are_offered_different
     ],
 )
 def test_request_without_what_it_needs_is_refused_first(budget: str, evaluate, message: str, monkeypatch) -> None:
-    monkeypatch.setattr("quantkit.stages.quantize.make_ready", lambda *a, **k: pytest.fail("looked at the model"))
+    monkeypatch.setattr("quantkit.api.make_ready", lambda *a, **k: pytest.fail("looked at the model"))
     with pytest.raises(InvalidRequest, match=message):
         quantize(budget, evaluate)

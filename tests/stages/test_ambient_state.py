@@ -13,16 +13,12 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit import Result
-from quantkit.reconstruction.learning import Schedule
-from quantkit.stages import reconstruct
+from quantkit.reconstruction.learning import LearningOptions, Schedule
 from tests.program.architectures import ARCHITECTURES
 from tests.stages.networks import images, small
+from tests.stages.schedules import apply_with, quantize_with
 
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=12, batch=32, code_rate=3e-4))
-    monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=6, batch=32))
+SHORT = LearningOptions(network=Schedule(steps=12, batch=32, code_rate=3e-4), block=Schedule(steps=6, batch=32))
 
 
 @contextmanager
@@ -75,9 +71,9 @@ def call(kind: str, setting: Callable[[], AbstractContextManager[Any]] = nullcon
     model, samples = BUILD[kind]()
     with setting():
         if kind == "cnn":
-            return quantkit.quantize(model, "3 bits", samples, progress=False)
+            return quantize_with(SHORT, model, "3 bits", samples)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        return quantkit.apply(model, dict.fromkeys(linear, "w3a8"), samples, progress=False)
+        return apply_with(SHORT, model, dict.fromkeys(linear, "w3a8"), samples)
 
 
 @cache

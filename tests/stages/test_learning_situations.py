@@ -8,21 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import quantkit
 from quantkit.errors import InvalidRequest
-from quantkit.reconstruction.learning import Schedule
-from quantkit.stages import reconstruct
+from quantkit.reconstruction.learning import LearningOptions, Schedule
 from tests.program.architectures import ARCHITECTURES
 from tests.program.models import randn
+from tests.stages.schedules import apply_with, quantize_with
 
 SAMPLES = 64
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "NETWORK", Schedule(steps=24, batch=32, code_rate=3e-4))
-    monkeypatch.setattr(reconstruct, "BLOCK", Schedule(steps=8, batch=32))
-    monkeypatch.setattr(reconstruct, "LAYER", Schedule(steps=8, batch=32, checks=2))
+SHORT = LearningOptions(
+    network=Schedule(steps=24, batch=32, code_rate=3e-4),
+    block=Schedule(steps=8, batch=32),
+    layer=Schedule(steps=8, batch=32, checks=2),
+)
 
 
 class Flattened(nn.Module):
@@ -58,7 +57,7 @@ NOTATIONS = (
 @pytest.mark.parametrize("notation", NOTATIONS)
 def test_flattening_is_learned_with_more_samples_than_recorded(notation: str) -> None:
     torch.manual_seed(0)
-    result = quantkit.quantize(Flattened(notation).eval(), "3 bits", randn(SAMPLES, 3, 12, 12), progress=False)
+    result = quantize_with(SHORT, Flattened(notation).eval(), "3 bits", randn(SAMPLES, 3, 12, 12))
     assert "network" in result.notes["reconstruction"]
     assert result.model(randn(5, 3, 12, 12)).shape == (5, 4)
 
@@ -66,11 +65,11 @@ def test_flattening_is_learned_with_more_samples_than_recorded(notation: str) ->
 def test_a_loop_over_samples_is_quantized_and_says_why_it_is_not_learned() -> None:
     torch.manual_seed(0)
     model, samples = Flattened("stacked").eval(), randn(SAMPLES, 3, 12, 12)
-    result = quantkit.quantize(model, "3 bits", samples, progress=False)
+    result = quantize_with(SHORT, model, "3 bits", samples)
     assert not result.notes.get("reconstruction")
     assert result.model(samples[:7]).shape == (7, 4)
     with pytest.raises(InvalidRequest, match="cannot learn this model"):
-        quantkit.quantize(model, "3 bits", samples, reconstruction="network", progress=False)
+        quantize_with(SHORT, model, "3 bits", samples, reconstruction="network")
 
 
 def plan_of(name: str, model: nn.Module, scheme: str) -> dict[str, str]:
@@ -85,8 +84,8 @@ def test_transformers_learn_from_many_samples_of_one_length(name: str, how: str)
     entry = ARCHITECTURES[name]
     model = entry.build()
     _, inputs = entry.batch(SAMPLES)
-    options: dict[str, Any] = {"reconstruction": how, "correction": None, "progress": False}
-    result = quantkit.apply(model, plan_of(name, model, "w3a8"), inputs, **options)
+    options: dict[str, Any] = {"reconstruction": how, "correction": None}
+    result = apply_with(SHORT, model, plan_of(name, model, "w3a8"), inputs, **options)
     learned = result.notes["reconstruction"]
     assert learned["network"].after <= learned["network"].before
     assert len(learned) >= (entry.blocks if how == "block" else 1)

@@ -26,7 +26,7 @@ from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
-from quantkit.program.layers import Operands
+from quantkit.program.layers import Operands, Weights
 from quantkit.program.outputs import named_tensors
 from quantkit.program.program import Program
 from quantkit.program.record import record
@@ -130,10 +130,10 @@ def parameter_marks(simulated: SimulatedModel) -> dict[str, str]:
 class _WeightMarks(TorchFunctionMode):
     """Marks parameters wherever a torch call reads them."""
 
-    def __init__(self, simulated: SimulatedModel, marks: _Marks) -> None:
+    def __init__(self, floats: Weights, marks: _Marks) -> None:
         super().__init__()
         self.marks = marks
-        self.names = {id(simulated.floats.tensor(name)): name for name in marks.parameters}
+        self.names = {id(floats.tensor(name)): name for name in marks.parameters}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -151,7 +151,7 @@ class _MarkedModel(nn.Module):
     def __init__(self, simulated: SimulatedModel, leaves: Sequence[Any], spec: TreeSpec) -> None:
         super().__init__()
         self.model, self.marks = simulated.model, _Marks(simulated)
-        self.weight_marks = _WeightMarks(simulated, self.marks)
+        self.floats = simulated.floats
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.spec = spec
@@ -162,7 +162,7 @@ class _MarkedModel(nn.Module):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         self.marks.keys.clear()
-        with self.weight_marks:
+        with _WeightMarks(self.floats, self.marks):  # built here: the exporter puts tensors of its own in their places
             result = run_with(
                 self.model, self.marks.change, args, kwargs,
                 before=lambda key, *_: self.marks.keys.append(key), operands=self.marks.operands(),
@@ -175,8 +175,9 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
 
     A model whose code takes another path while it is exported, or fixes its batch size, is exported by its program
     where that stands for it. One that runs at the example's batch size only keeps that, with a notice. Raises
-    InvalidRequest when torch.export cannot follow the model at all.
+    InvalidRequest when torch.export cannot follow the model at all. The graph is float32.
     """
+    simulated = simulated.in_float32()
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
     batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]

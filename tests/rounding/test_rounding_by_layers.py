@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.formats import Scheme
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment, between_layers
 from quantkit.ranges.statistics import layer_hessians
+from quantkit.rounding import Moments, by_layers
 from quantkit.rounding.by_layers import moments, round_by_layers
 from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
 from quantkit.rounding.request import RoundingRequest
+from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, move
 from quantkit.targets import Target
@@ -23,6 +28,8 @@ from tests.program.models import randn
 from tests.program.replays import program_of
 from tests.program.test_segments import Chain
 from tests.stages.networks import ConvReused, MobileNet
+
+W3 = Scheme.parse("w3").weight
 
 
 def recorded(model: nn.Module, x: Tensor) -> tuple[Prepared, Program, list[Segment]]:
@@ -56,13 +63,13 @@ def test_hessians_are_those_of_whole_forwards(build: type[nn.Module]) -> None:
 def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
     x, formats = randn(75, 3, 8, 8, seed=1), {}
     found = []
-    for by_layers in (False, True):
+    for in_one_replay in (False, True):
         torch.manual_seed(0)
         ready, program, _ = recorded(Chain().eval(), x)
         simulated = SimulatedModel(ready.model, ready.sites, {}, {s.name: SiteRange(0.05, 60) for s in ready.sites})
         formats = {name: Scheme.parse("w3").weight for name in ready.quantizable[1:-1]}
         request = RoundingRequest(formats, rounding, progress=False)
-        if by_layers:
+        if in_one_replay:
             inputs = program.entering(ready.model, ((x,), {}))
             how = round_by_layers(SimulatedProgram(simulated, program), inputs, request)
         else:
@@ -74,6 +81,59 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
         same = (one[name].codes == other[name].codes).float().mean()
         assert same > 0.97, name  # a sum in another order may tip a code on a tie, and that those after it
         torch.testing.assert_close(one[name].scale, other[name].scale)
+
+
+class Counted(TorchDispatchMode):
+    """How often operations are carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_layer_is_run_twice() -> None:
+    """The last layer is not run at all, and the others once for each of two parts of the samples."""
+    x = randn(75, 3, 8, 8, seed=1)
+    ready, program, _ = recorded(Chain().eval(), x)
+    request = RoundingRequest(dict.fromkeys(ready.quantizable, W3), progress=False)
+    runner = SimulatedProgram(SimulatedModel(ready.model, ready.sites, {}, {}), program)
+    with Counted() as counted:
+        round_by_layers(runner, program.entering(ready.model, ((x,), {})), request)
+    convolutions = [name for name in ready.quantizable if name != "head"]
+    assert counted.counts["convolution"] == 2 * len(convolutions) == 14
+
+
+class Attention(nn.Module):
+    """Three layers that read one value, and a fourth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).mT
+        return self.out(scores.softmax(-1) @ self.value(x))
+
+
+def test_layers_that_read_one_value_share_its_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = randn(6, 5, 8, seed=1)
+    ready, program, segments = recorded(Attention().eval(), x)
+    assert [segment.layers for segment in segments] == [(), ("query", "key", "value"), ("out",)]
+    collected = []
+    monkeypatch.setattr(by_layers, "moments", lambda *given: collected.append(given[2]) or moments(*given))
+    request = RoundingRequest(dict.fromkeys(ready.quantizable, W3), progress=False)
+    floats = {name: ready.weights[name].clone() for name in ready.quantizable}
+    simulated = SimulatedModel(ready.model, (), {}, {})
+    round_by_layers(SimulatedProgram(simulated, program), program.entering(ready.model, ((x,), {})), request)
+    assert collected == ["query", "out"]
+    rows = x.reshape(-1, 8).double()
+    for name in ("query", "key", "value"):
+        alone = quantize_weight(floats[name], [W3], Moments((rows.T @ rows)[None])).weights[W3]
+        assert torch.equal(simulated.weights[name].codes, alone.codes)
 
 
 def test_of_many_positions_some_are_drawn_and_their_inputs_are_right() -> None:

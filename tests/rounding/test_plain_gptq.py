@@ -1,0 +1,35 @@
+"""GPTQ with its search of scales beside a plain one: less error in every layer, less damage to a language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.formats import Scheme
+from quantkit.rounding import Moments
+from quantkit.rounding.weights import quantize_weight
+from tests.rounding.plain_gptq import rounded
+from tests.rounding.test_gptq import uneven_hessian
+from tests.rounding.test_weights import output_error
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_less_error_in_every_layer(bits: int) -> None:
+    for seed in range(10):
+        weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        hessian, format = uneven_hessian(1, 32, seed), Scheme.parse(f"w{bits}g8z").weight
+        own = quantize_weight(weight, [format], Moments(hessian)).weights[format].dequantize()
+        plain = rounded(weight, hessian[0], bits, 8)
+        assert output_error(weight, own, hessian) < output_error(weight, plain, hessian), seed
+
+
+@pytest.mark.slow
+def test_less_damage_to_a_language_model(data_dir: Path) -> None:
+    pytest.importorskip("transformers")
+    from tools.study_gptq import by_quantkit, by_reference, calibration_windows, kl, language_model, unseen_windows
+
+    model, ids, unseen = language_model(data_dir), calibration_windows(data_dir, 16, 0), unseen_windows(data_dir, 12)
+    own, plain = (kl(model, work(model, ids, 2, 64), unseen) for work in (by_quantkit, by_reference))
+    assert own < plain

@@ -7,7 +7,7 @@ packs, exports or executes codes is checked against these few lines.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -69,6 +69,11 @@ class QuantizedWeight(Quantizer):
     @property
     def bits(self) -> int:
         return self.format.bits
+
+    def on(self, device: torch.device | str) -> QuantizedWeight:
+        """The same in the memory of a device."""
+        zero = None if self.zero_point is None else self.zero_point.to(device)
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero_point=zero)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, to be broadcast over (O, groups, inputs of a group)."""

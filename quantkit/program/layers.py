@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.halves import is_half, widened
-from quantkit.program.intercept import OpKey
+from quantkit.program.intercept import OpKey, device_of
 
 Operands = dict[OpKey, tuple[int, Tensor]]
 Substitutes = dict[int, Callable[[], Tensor]]
@@ -198,7 +198,9 @@ class Weights:
 
     def on(self, model: nn.Module) -> Weights:
         """The same of another copy of the model."""
-        return Weights(model, self.layers, {name: x.clone() for name, x in self.computed.items()})
+        return Weights(
+            model, self.layers, {name: x.to(device_of(model), copy=True) for name, x in self.computed.items()}
+        )
 
     def __contains__(self, layer: str) -> bool:
         return layer in self.layers
@@ -269,7 +271,8 @@ class Weights:
         weight = self.layers[layer]
         if weight.parameter is None:
             assert weight.region is not None, "a computed weight has sizes"
-            return {str(number): weight.operand(value, weight.region.size) for number in weight.numbers}
+            device = self.computed[layer].device
+            return {str(number): weight.operand(value.to(device), weight.region.size) for number in weight.numbers}
         held = state[weight.parameter]
         return {weight.parameter: weight.placed(held, value.to(held.device))}
 

@@ -206,7 +206,7 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
 def agreement(one: nn.Module, other: nn.Module, samples: Samples) -> float:
     """Percent of samples on which two models have the same largest output."""
     pairs = zip(outputs_of(one, samples), outputs_of(other, samples), strict=True)
-    same = np.concatenate([(a.argmax(-1) == b.argmax(-1)).numpy().reshape(-1) for a, b in pairs])
+    same = np.concatenate([(a.argmax(-1) == b.argmax(-1)).cpu().numpy().reshape(-1) for a, b in pairs])
     return float(100 * same.mean())
 
 

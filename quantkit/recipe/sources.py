@@ -231,7 +231,7 @@ def outputs_of(model: nn.Module, samples: Samples) -> Iterator[torch.Tensor]:
 
 def top1(model: nn.Module, samples: Samples) -> np.ndarray:
     """For each sample 100 where its largest output is its label, 0 otherwise: the mean is a percentage."""
-    found = np.concatenate([output.argmax(-1).numpy() for output in outputs_of(model, samples)])
+    found = np.concatenate([output.argmax(-1).cpu().numpy() for output in outputs_of(model, samples)])
     if samples.labels is None or found.shape != samples.labels.shape:
         expected = None if samples.labels is None else samples.labels.shape
         raise InvalidRequest(

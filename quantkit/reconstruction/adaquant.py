@@ -49,7 +49,8 @@ class JointWeight(LearnedWeight):
     @torch.no_grad()
     def found(self) -> QuantizedWeight:
         kept = super().found()
-        return kept if kept.zero_point is None else replace(kept, zero_point=self.zeros().squeeze(-1).to(torch.int8))
+        zero = self.zeros().squeeze(-1).to("cpu", torch.int8)
+        return kept if kept.zero_point is None else replace(kept, zero_point=zero)
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,7 @@ class LayerInTraining:
         """The squared error of what a call makes of ``x``, in units of what its task wants."""
         model, program, site = self.runner.model, self.runner.program, task.call.site or ""
         quantizer = self.ranges.get(site, model.ranges.get(site))
+        x, wanted = (one.to(self.weight.code.device) for one in (x, wanted))
         x = x if quantizer is None else quantizer.fake_quantize(x)
         placed = model.floats.placed(self.name, self.weight.value(), self.state)
         now = {**self.state, **{key: program.laid_out(tensor) for key, tensor in placed.items()}}

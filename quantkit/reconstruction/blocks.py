@@ -160,6 +160,7 @@ class BlockData:
     importance: Tensor
 
     def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        found, wanted = (x.to(self.importance.device) for x in (found, wanted))
         return 0.5 * ((found - wanted).square() * self.importance).flatten(1).sum(1).mean()
 
 
@@ -239,10 +240,12 @@ def fisher(
     count = 0
     order = torch.randperm(len(data), generator=generator)[:FISHER_SAMPLES]
     some = take(program, data.inputs, order)
+    device = next((x.device for x in reference.state.values()), some[program.inputs[0]].device)
     # gradients begin at the parameters: inputs may be token ids
     state = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in reference.state.items()}
     for part, samples in in_chunks(program, some):
-        values = program.replay(part, state, [*numbers, program.output])
+        own = {n: x.to(device) for n, x in part.items()}
+        values = program.replay(own, state, [*numbers, program.output])
         gradients = torch.autograd.grad(reference.pull(values[-1], generator), values[:-1])
         squares = (rows_first(program, n, g).square() for n, g in zip(numbers, gradients, strict=True))
         sums = [total + square.sum(0) for total, square in zip(sums, squares, strict=True)]

@@ -77,7 +77,7 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
         usable = (found.deviation > tiny) & (wanted.deviation > tiny)
         ratio = torch.where(usable, wanted.deviation / found.deviation, ratio).clamp(LEAST_RATIO, MOST_RATIO)
         weight = model.weights[name]
-        model.set_weight(name, replace(weight, scale=weight.scale * ratio.float().unsqueeze(1)))
+        model.set_weight(name, replace(weight, scale=weight.scale * ratio.to(weight.scale).unsqueeze(1)))
     bias = model.floats.bias(name)
     assert bias is not None
     bias.copy_((bias.double() - found.mean) * ratio + wanted.mean)

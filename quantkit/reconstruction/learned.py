@@ -49,8 +49,8 @@ class _LearnedStep(torch.autograd.Function):
     def backward(ctx, gradient):
         x, y = ctx.saved_tensors
         passed = gradient * ((y - x).abs_() <= ctx.reach)
-        of_scale = (gradient * y).sum() - (passed * x).sum()
-        of_zero = ctx.scale * (passed.sum() - gradient.sum()) if ctx.needs_input_grad[2] else None
+        of_scale = ((gradient * y).sum() - (passed * x).sum()).cpu()  # ranges are learned there
+        of_zero = ctx.scale * (passed.sum() - gradient.sum()).cpu() if ctx.needs_input_grad[2] else None
         return passed if ctx.needs_input_grad[0] else None, of_scale, of_zero, None
 
 
@@ -82,11 +82,13 @@ class LearnedRange:
 
 class LearnedWeight:
     """A layer's weight and bias, from the codes ``start``: each code begins inside its own rounding cell, where the
-    float weight is nearest. ``unit`` (output channels) is how far the bias moves for a change of one.
+    float weight is nearest. ``unit`` (output channels) is how far the bias moves for a change of one. Learned on the
+    device of the weight; what is ``found`` is on the CPU, as all codes are.
     """
 
     def __init__(self, weight: Tensor, start: QuantizedWeight, bias: Tensor | None, unit: Tensor) -> None:
-        self.start, self.unit = start, unit
+        self.start = start = start.on(weight.device)
+        self.unit = unit
         rows = (*start.scale.shape, -1)
         scale, self.zero = start.grid()
         codes = start.codes.reshape(rows).float()
@@ -94,7 +96,9 @@ class LearnedWeight:
         self.code = (codes + (exact - codes).clamp(-HALF, HALF)).requires_grad_()
         self.log_factor = torch.zeros_like(start.scale).requires_grad_()
         self.bias_start = bias if bias is None else bias.detach().clone()
-        self.bias_shift = torch.zeros(len(weight), dtype=torch.float32, requires_grad=bias is not None)
+        self.bias_shift = torch.zeros(
+            len(weight), dtype=torch.float32, device=weight.device, requires_grad=bias is not None
+        )
 
     def _codes(self) -> Tensor:
         low, high = self.start.format.code_range
@@ -124,4 +128,4 @@ class LearnedWeight:
     def found(self) -> QuantizedWeight:
         """The codes and scales as they would ship now."""
         codes = self._codes().reshape(self.start.codes.shape).to(torch.int8)
-        return replace(self.start, codes=codes, scale=self._scale())
+        return replace(self.start, codes=codes, scale=self._scale()).on("cpu")

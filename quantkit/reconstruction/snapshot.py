@@ -61,7 +61,7 @@ class Snapshot:
         """Those of ``layers`` (default: all that have codes), and every range."""
         weights = {name: model.weights[name] for name in (model.weights if layers is None else layers)}
         biases = {name: model.floats.bias(name) for name in weights}
-        own = {name: bias.detach().clone() for name, bias in biases.items() if bias is not None}
+        own = {name: bias.detach().to("cpu", copy=True) for name, bias in biases.items() if bias is not None}
         return cls(weights, own, dict(model.ranges))
 
     @torch.no_grad()

@@ -52,12 +52,13 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
             continue
         input_scale = site.scale
         with torch.no_grad():
-            least = bias.abs().unsqueeze(1) / LARGEST_BIAS / input_scale
+            exact = bias.cpu()
+            least = exact.abs().unsqueeze(1) / LARGEST_BIAS / input_scale
             if (weight.scale.abs() < least).any():
                 weight = _coarser(weight, least)
                 simulated.set_weight(name, weight)
             step = input_scale * weight.scale.squeeze(1)
-            bias.copy_(torch.round(bias / step) * step)
+            bias.copy_(torch.round(exact / step) * step)
 
 
 def _coarser(weight: QuantizedWeight, least: Tensor) -> QuantizedWeight:

@@ -35,12 +35,12 @@ def quantize_weight(
 
     A rounding that needs the Hessian of the layer's inputs gets it with ``moments``; without them, or where it cannot
     be factored, the weight is rounded to nearest. ``groups`` is the convolution's. Computed in float32 unless the
-    weight is float64.
+    weight is float64, on the CPU, where codes stay.
     """
     method = rounding_of(rounding)
     if method.hessian and (moments is None or moments.factor is None):
         method = ROUNDINGS["nearest"]
-    rows = weight.detach().reshape(groups, weight.shape[0] // groups, -1)
+    rows = weight.detach().cpu().reshape(groups, weight.shape[0] // groups, -1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     found = {format: _stored(method.codes(rows, format, moments), weight, format) for format in formats}
     factor = moments.factor if method.factored and moments is not None else None

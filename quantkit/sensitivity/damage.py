@@ -175,7 +175,7 @@ class Damage:
 
 class RunningDamage:
     """The damage of outputs that stream by, batch after batch: a number per row is kept, so that two runs can be
-    compared row by row. What was measured apart can be merged.
+    compared row by row, on the CPU. What was measured apart can be merged.
     """
 
     def __init__(self, damage: Damage, parts: Sequence[Tensor] | None = None) -> None:
@@ -185,7 +185,7 @@ class RunningDamage:
     def update(self, reference: Outputs, output: Outputs, temperature: float = 1.0) -> None:
         """Add a batch: the rows of the float model's outputs and of the others, padding left out."""
         for kept, rows in zip(self._parts, self.damage.rows(reference, output, temperature), strict=True):
-            kept.append(rows.double())
+            kept.append(rows.double().cpu())
 
     def merge(self, other: RunningDamage) -> None:
         """Add what was measured on other batches, which come after these."""

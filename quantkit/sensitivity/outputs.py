@@ -159,8 +159,8 @@ class OutputRule:
 
 
 def joined(batches: Sequence[Outputs]) -> Outputs:
-    """The rows of all batches together, by output."""
-    return tuple(torch.cat(column) for column in zip(*batches, strict=True))
+    """The rows of all batches together, by output, on the CPU."""
+    return tuple(torch.cat(column).cpu() for column in zip(*batches, strict=True))
 
 
 def _loss(asked: str, name: str, classes: int, alone: bool) -> str:

@@ -64,4 +64,4 @@ def _relative_error(floats: Weights, one: Perturbation) -> float:
     if not one.change.stored:
         return 0.0
     weight = floats[one.owner].detach().double()
-    return float((one.change.dequantize().double() - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+    return float((one.change.dequantize().to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30))

@@ -50,7 +50,7 @@ def channel_error(weight: Tensor, rounded: Tensor) -> float:
     """The squared error of each output channel over its square, the mean over channels that are not zero."""
     rows = weight.detach().flatten(1).double()
     squares = rows.square().sum(1)
-    errors = (rounded.flatten(1).double() - rows).square().sum(1)
+    errors = (rounded.flatten(1).to(rows) - rows).square().sum(1)
     alive = squares > 0
     return float((errors[alive] / squares[alive]).mean()) if alive.any() else 0.0
 

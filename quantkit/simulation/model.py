@@ -19,7 +19,7 @@ from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.arguments import replaced
 from quantkit.program.halves import stores_halves, widened
-from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, intercept, map_tensors
+from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, device_of, intercept, map_tensors
 from quantkit.program.layers import Operands, Substitutes, Weights
 from quantkit.program.sites import Site, coded_sites
 from quantkit.program.updates import restored, without_autocast
@@ -162,9 +162,15 @@ class SimulatedModel(nn.Module):
         """The same on a float32 copy of the model, which holds what it computes with; itself where it is float32."""
         if not stores_halves(self.model):
             return self
-        own = copy.deepcopy(self.model).float()
-        floats = self.floats.on(own)
-        return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        return self._on(copy.deepcopy(self.model).float())
+
+    def on_cpu(self) -> SimulatedModel:
+        """The same on a copy of the model on the CPU; itself where it is there."""
+        return self if device_of(self.model).type == "cpu" else self._on(copy.deepcopy(self.model).cpu())
+
+    def _on(self, model: nn.Module) -> SimulatedModel:
+        floats = self.floats.on(model)
+        return SimulatedModel(model, self.sites, self.weights, self.ranges, floats, self.updated).eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*tree_map(widened, (args, kwargs)))

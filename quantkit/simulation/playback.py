@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from quantkit.program.intercept import OpKey
+from quantkit.program.intercept import OpKey, device_of
 from quantkit.program.program import Change, Part, Program
 from quantkit.program.segments import Segment, whole
 from quantkit.program.sizes import Shapes
@@ -120,8 +120,9 @@ class SimulatedProgram:
     def _replay(
         self, values: Values, segment: Segment, wanted: Sequence[int], change: Change, at_entry: Change
     ) -> list[Tensor]:
-        places = self.program.producer
-        entering = {n: at_entry(places[n], x) if n in segment.raw and n in places else x for n, x in values.items()}
+        places, device = self.program.producer, device_of(self.model.model)
+        own = {n: x.to(device) for n, x in values.items()}  # what was spilled is on the CPU
+        entering = {n: at_entry(places[n], x) if n in segment.raw and n in places else x for n, x in own.items()}
         return self.program.replay(entering, self.state(segment, wanted), wanted, change, self.part(segment, values))
 
     def output(self, values: Values) -> Tensor:
@@ -142,8 +143,8 @@ def float_program(model: nn.Module, program: Program, state: Mapping[str, Tensor
 
 def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
     """Each element from one of two tensors, with equal chances."""
-    draw = torch.empty_like(one, dtype=torch.uint8).random_(0, 2, generator=generator)
-    return torch.where(draw.bool(), one, other)
+    draw = torch.empty_like(one, dtype=torch.uint8, device="cpu").random_(0, 2, generator=generator)
+    return torch.where(draw.to(one.device).bool(), one, other)
 
 
 def in_chunks(program: Program, values: Values) -> Iterator[tuple[dict[int, Tensor], int]]:

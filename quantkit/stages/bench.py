@@ -85,13 +85,12 @@ class _TimingRig:
     ranges: dict[str, SiteRange]
 
     def simulated(self, mixture: Mixture) -> SimulatedModel:
-        """The model with these layers quantized, and the sites that they need."""
+        """The model with these layers quantized, and the sites that they need, on the CPU."""
         ready = self.ready
         sites = place_sites(ready.model, ready.program, self.target, [n for n in ready.quantizable if n in mixture])
         weights = {name: self.weights[name, bits] for name, bits in mixture.items()}
-        return SimulatedModel(
-            ready.model, sites, weights, {site.name: self.ranges[site.name] for site in sites}, ready.weights
-        )
+        ranges = {site.name: self.ranges[site.name] for site in sites}
+        return SimulatedModel(ready.model, sites, weights, ranges, ready.weights).on_cpu()
 
 
 def _timing_rig(ready: Prepared, target: Target, example: Batch, progress: bool) -> _TimingRig:

@@ -119,8 +119,8 @@ def _reference(ready: Prepared, program: Program, damage: Damage, few: Batch) ->
         state,
         {name: ready.weights[name].detach().clone() for name in ready.quantizable},
         _spreads(ready, program, state, program.entering(ready.model, few)),
-        lambda wanted, found: measure.rows(rows(wanted), rows(found)),
-        lambda wanted, found: measure.smooth_rows(rows(wanted), rows(found), SOFTENED),
+        lambda wanted, found: measure.rows(rows(wanted.to(found.device)), rows(found)),
+        lambda wanted, found: measure.smooth_rows(rows(wanted.to(found.device)), rows(found), SOFTENED),
         lambda output, draw: (measure.cotangent(rows(output).detach(), draw) * rows(output)).sum(),
     )
 

@@ -105,7 +105,7 @@ def _codec(norm: Norm) -> Codec[tuple[Rewrite, float, float]]:
 def _outputs_of(
     ready: Prepared, norms: Sequence[Norm], batches: Sequence[Batch], seed: int
 ) -> Iterator[tuple[Norm, Tensor]]:
-    """Each norm with rows of its output, drawn over all batches; as many norms a pass as memory allows."""
+    """Each norm with rows of its output, on the CPU, drawn over all batches; as many norms a pass as memory allows."""
     widths = {norm.site: ready.weights.inputs(norm.layers[0]) for norm in norms}
     at_once = max(1, ROW_BYTES // (4 * ROWS * max(widths.values(), default=1)))
     by_name = {site.name: site for site in ready.sites}
@@ -119,7 +119,7 @@ def _outputs_of(
         ) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
             drawn = torch.randperm(len(rows), generator=draws)[: -(-ROWS // len(batches))]
-            found[site.name].append(rows[drawn])
+            found[site.name].append(rows[drawn].cpu())
             return x
 
         change = at_sites([by_name[norm.site] for norm in some], keep)
@@ -133,7 +133,7 @@ def _outputs_of(
 def _change(floats: Weights, norm: Norm, rows: Tensor, bits: int, learned: bool, seed: int) -> Rewrite:
     if not learned:
         return Rewrite.of(norm, mse_ranges(rows, bits)[0])
-    weight = torch.cat([floats[name].detach() for name in norm.layers])
+    weight = torch.cat([floats[name].detach().cpu() for name in norm.layers])
     return Rewrite.of(norm, clipped_ranges(rows, weight, bits, torch.Generator().manual_seed(seed)))
 
 
@@ -154,7 +154,7 @@ def _error(
         quantized, ratio = found.fake_quantize(rows), torch.ones_like(rows[0])
     total = 0.0
     for name in norm.layers:
-        weight = floats[name].detach()
+        weight = floats[name].detach().cpu()
         rounded = quantize_weight(weight * ratio, [weights[name]], rounding="nearest").weights[weights[name]]
         total += float((quantized @ (rounded.dequantize() / ratio).T - rows @ weight.T).square().sum())
     return total

@@ -57,12 +57,13 @@ class Result:
         return save_result(self.simulated(), self.plan, self.folds, folder)
 
     def to_real(self, expand: bool = False) -> Result:
-        """This result with a model that computes on integers from packed weights, which take the plan's bytes.
+        """This result with a model that computes on integers from packed weights, which take the plan's bytes, on the
+        CPU.
 
         ``expand`` also keeps 8-bit expansions of the weights that kernels cannot read as they are packed: faster, and
         counted apart in ``quantized.expanded_bytes``.
         """
-        return replace(self, quantized=RealModel(self.simulated(), expand))
+        return replace(self, quantized=RealModel(self.simulated().on_cpu(), expand))
 
     def simulated(self) -> SimulatedModel:
         """The model in simulation: differentiable, and what files are written from."""
@@ -84,7 +85,7 @@ class Result:
         batch = self.example() if example is None else as_batch(example)
         checked = [as_batch(item) for item in check]
         options = ExportOptions(self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan)
-        return export_onnx(self.simulated(), batch, path, options)
+        return export_onnx(self.simulated().on_cpu(), batch, path, options)
 
     @property
     def instruction_set(self) -> str:

@@ -34,7 +34,7 @@ from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_wei
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.halves import keep_only_matrices_half
-from quantkit.program.intercept import OpKey
+from quantkit.program.intercept import OpKey, device_of
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.sites import Site
 from quantkit.simulation.model import SimulatedModel
@@ -96,7 +96,11 @@ def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, P
         floats = Weights(
             own,
             layers,
-            {n: torch.zeros(w.shape, dtype=torch.float32) for n, w in layers.items() if w.parameter is None},
+            {
+                n: torch.zeros(w.shape, dtype=torch.float32, device=device_of(own))
+                for n, w in layers.items()
+                if w.parameter is None
+            },
         )
         covered = set(floats.covered(layers))
         weights = {name: _weight(name, record, floats, tensors) for name, record in header["layers"].items()}

@@ -131,10 +131,11 @@ def rewrite(weights: Weights, change: Rewrite) -> None:
     norm = weights.model.get_submodule(change.norm.name)
     assert isinstance(norm, nn.LayerNorm)
     gain, offset = norm.weight.double(), norm.bias.double()
-    norm.weight.copy_(gain / change.ratio)
-    norm.bias.copy_((offset + change.shift) / change.ratio)
+    ratio, shift = change.ratio.to(gain), change.shift.to(gain)
+    norm.weight.copy_(gain / ratio)
+    norm.bias.copy_((offset + shift) / ratio)
     for name in change.norm.layers:
         weight, bias = weights[name], weights.bias(name)
         assert bias is not None, "checked when the norm was found"
-        bias.copy_(bias.double() - weight.double() @ change.shift)
-        weights.write(name, weight.double() * change.ratio)
+        bias.copy_(bias.double() - weight.double() @ shift)
+        weights.write(name, weight.double() * ratio)

@@ -120,11 +120,13 @@ def test_confidence_bound_of_the_drop_can_be_the_criterion() -> None:
         quantize("accuracy_drop=6, confident=true", fidelity())
 
 
-def test_what_learning_gains_is_spent_on_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smaller_plans_are_learned_too(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = fidelity()
     learned = quantize("accuracy_drop=2", evaluate)
     monkeypatch.setattr("quantkit.stages.accuracy.APPLIED_TRIES", {"fast": 0})
-    assert learned.plan.total_bytes < quantize("accuracy_drop=2", evaluate).plan.total_bytes
+    first = quantize("accuracy_drop=2", evaluate).plan.total_bytes
+    assert learned.plan.total_bytes == min(cost for cost, lost in learned.curve if lost <= 2) <= first
+    assert min(cost for cost, _ in learned.curve) < first
 
 
 def test_limit_that_only_learning_meets_is_met() -> None:

@@ -136,7 +136,7 @@ CALLS = {
     "a plan of text": ({"plan": "w4a8"}, r"^A plan is a Plan or a mapping layer name -> scheme, not 'w4a8'"),
     "unreadable scheme": ({"plan": {"conv": "w44"}}, r"^'conv': Unknown scheme 'w44'"),
     "empty plan": ({"plan": {}}, r"^The plan quantizes no layer"),
-    "unknown rounding": ({"rounding": "up"}, r"^Unknown rounding 'up'; known: auto, nearest, gptq"),
+    "unknown rounding": ({"rounding": "up"}, r"^Unknown rounding 'up'; known: auto, gptq, gptaq"),
     "unknown ranges": (
         {"ranges": "max"},
         r"^Unknown ranges 'max'; known: minmax, mse, percentile, entropy\. Did you mean 'minmax'",

@@ -78,7 +78,7 @@ def test_every_channel_gets_its_statistics_back(deviations: bool) -> None:
 
 
 def test_what_was_kept_is_put_back() -> None:
-    model = applied.__wrapped__(None).model
+    model = applied.__wrapped__(None).quantized
     kept, before = Snapshot.of(model), {name: t.clone() for name, t in model.model.state_dict().items()}
     for name, weight in list(model.weights.items()):
         model.set_weight(name, type(weight)(weight.codes, 2 * weight.scale, weight.zero_point, weight.format))

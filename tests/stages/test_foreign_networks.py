@@ -107,6 +107,6 @@ def test_four_bits_are_close_to_the_float_network(case: Case) -> None:
 @pytest.mark.parametrize("case", ["MobileNet block with Hardswish"], indirect=True)
 def test_the_file_is_smaller_than_the_float_one(case: Case, tmp_path: Path) -> None:
     """Of a network whose weights outweigh the description of its graph."""
-    floating = export_float(case.result.model, case.result.example(), tmp_path / "float.onnx")
+    floating = export_float(case.result.quantized, case.result.example(), tmp_path / "float.onnx")
     assert case.report.file_bytes == case.report.path.stat().st_size
     assert case.report.file_bytes < 0.5 * floating.stat().st_size

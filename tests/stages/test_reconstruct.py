@@ -128,8 +128,8 @@ def test_images_are_learned_from_as_the_network_could_have_seen_them(
 
 
 def test_it_repeats_itself_and_other_seeds_differ() -> None:
-    one, other = applied("network", "w2a8").model, applied("network", "w2a8", seed=1).model
-    again = applied.__wrapped__("network", "w2a8").model
+    one, other = applied("network", "w2a8").quantized, applied("network", "w2a8", seed=1).quantized
+    again = applied.__wrapped__("network", "w2a8").quantized
     assert all(torch.equal(w.codes, again.weights[n].codes) for n, w in one.weights.items())
     assert all(torch.equal(w.scale, again.weights[n].scale) for n, w in one.weights.items())
     assert any(not torch.equal(w.codes, other.weights[n].codes) for n, w in one.weights.items())

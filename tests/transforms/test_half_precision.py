@@ -56,14 +56,15 @@ def test_the_zoo_in_bf16_is_its_float32_twin(name):
     assert own.sites == twin.sites
     assert {n: x.reason for n, x in own.layers.items()} == {n: x.reason for n, x in twin.layers.items()}
     wanted = outputs_of(twin.float_model(), batch)
-    torch.testing.assert_close(outputs_of(own.float_model(), batch), wanted, rtol=1e-6, atol=1e-6)
+    # the twin's attention is one kernel, that of the half model several calls
+    torch.testing.assert_close(outputs_of(own.float_model(), batch), wanted, rtol=1e-5, atol=1e-5)
     program = replayable(own.program, own.model, batch, [])
     assert (program is None) == (replayable(twin.program, twin.model, batch, []) is None)
 
     before = {n: x.clone() for n, x in own.model.state_dict().items() if is_half(x)}
     quantized = simulated_at_8_bits(own)
     found = outputs_of(quantized, batch)
-    torch.testing.assert_close(found, outputs_of(simulated_at_8_bits(twin), batch), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, outputs_of(simulated_at_8_bits(twin), batch), rtol=1e-5, atol=1e-5)
     assert not all(map(torch.equal, found, wanted))
     after = quantized.model.state_dict()
     assert all(torch.equal(after[n], x) and after[n].dtype == x.dtype for n, x in before.items())

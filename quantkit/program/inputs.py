@@ -101,6 +101,13 @@ def first_samples(batch: Batch, count: int) -> Batch:
     return tree_map(lambda v: v[:count] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
 
 
+def repeated(batch: Batch, times: int) -> Batch:
+    """A batch with each of its samples so many times; what does not have one entry per sample stays as it is."""
+    size = batch_size(batch)
+    indices = torch.arange(size).repeat_interleave(times)
+    return tree_map(lambda v: v[indices] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
+
+
 def _require_usable(batch: Batch, number: int) -> None:
     for tensor in tensors_of(batch):
         if tensor.is_nested or tensor.layout is not torch.strided:

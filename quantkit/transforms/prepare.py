@@ -17,7 +17,7 @@ from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
-from quantkit.program.inputs import Batch, first_samples, pieces
+from quantkit.program.inputs import Batch, batch_size, first_samples, pieces, repeated
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
 from quantkit.program.ownership import CONSTANT, Owned, ownership, why_uncalled
 from quantkit.program.program import Program, Step
@@ -225,9 +225,10 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _first_recording(model: nn.Module, batch: Batch) -> tuple[Batch, Program]:
     """A recording on a few samples of the batch, and the inputs used; on all of it where the model does not take fewer
-    (as where rows refer to each other) or where the few leave layers out that others reach (as experts).
+    (as where rows refer to each other) or where the few leave layers out that others reach (as experts). A single
+    sample is taken twice: what is expanded or broadcast to one sample cannot be told from what is not.
     """
-    example = first_samples(batch, RECORDED_SAMPLES)
+    example = repeated(batch, 2) if batch_size(batch) == 1 else first_samples(batch, RECORDED_SAMPLES)
     try:
         program = record(model, example)
     except InvalidRequest:

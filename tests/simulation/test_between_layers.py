@@ -8,7 +8,7 @@ import torch
 from quantkit.formats import WeightFormat
 from quantkit.program.inputs import Batch
 from quantkit.program.program import Program
-from quantkit.program.segments import Segment, between_layers
+from quantkit.program.segments import Segment, between_layers, whole
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation import playback
 from quantkit.simulation.model import SimulatedModel
@@ -60,5 +60,6 @@ def test_ends_where_the_changed_network_does(name: str, monkeypatch: pytest.Monk
         move(runner, parts, segment)
     axis = program.rows.get(program.output, 0)
     found = torch.cat([part[program.output] for part in parts], axis)
-    (wanted,) = program.replay(inputs, runner.state(), [program.output])
+    with torch.no_grad():
+        (wanted,) = runner.inside(inputs, whole(program), [program.output])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))

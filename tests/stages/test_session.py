@@ -13,7 +13,12 @@ from torch import nn
 import quantkit
 from quantkit.program.record import Recorder
 from quantkit.reconstruction.learning import Schedule
+from quantkit.session import Session
+from quantkit.stages.inputs import Inputs
+from quantkit.stages.recording import Replay
 from quantkit.transforms import prepare
+from tests.program.architectures import ARCHITECTURES
+from tests.program.models import randn
 from tests.stages.networks import images, small
 from tests.stages.schedules import all_of, apply_with, quantize_with
 from tests.stages.test_reconstruct import SMALL
@@ -79,3 +84,31 @@ def test_a_limit_on_accuracy_copies_once_for_each_plan_applied(
     )  # fmt: skip
     assert applied
     assert counted == {"recorded": 2, "folded": 1, "copied": 1 + len(applied)}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "whisper_encoder"])
+def test_single_samples_are_recorded_twice_over_and_replayed(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    model, batches = entry.build(), [entry.batch(1, None, seed) for seed in range(3)]
+    inputs = Inputs.of(model, [kwargs or args for args, kwargs in batches], None, None)
+    session = Session.open(model, inputs, quantkit.Target.load("onnxruntime-cpu"))
+    assert session.prepared.program.size == 2
+    assert isinstance(session.replay, Replay)
+
+
+class OneSample(nn.Module):
+    """Takes one sample only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x.view(1, 6)).relu())
+
+
+def test_a_model_of_one_sample_is_recorded_on_it() -> None:
+    result = quantkit.apply(
+        OneSample(), {"first": "w4a8", "second": "w4a8"}, [randn(1, 6, seed=i) for i in range(4)], progress=False
+    )
+    assert set(result.notes["rounding"]) == {"first", "second"}

@@ -20,14 +20,7 @@ from quantkit.ranges.statistics import accumulate
 from quantkit.rounding.layer_inputs import input_columns
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.request import RoundingRequest
-from quantkit.simulation.playback import (
-    SimulatedProgram,
-    Values,
-    copied_state,
-    float_program,
-    in_chunks,
-    move,
-)
+from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, move
 
 
 def round_by_layers(runner: SimulatedProgram, inputs: Values, request: RoundingRequest) -> dict[str, str]:
@@ -40,7 +33,8 @@ def round_by_layers(runner: SimulatedProgram, inputs: Values, request: RoundingR
         floats = float_program(simulated.model, program, copied_state(program, simulated.model))
     segments = between_layers(program, request.formats)
     ours: list[Values] = [part for part, _ in in_chunks(program, inputs)]
-    walk = _Walk(runner, floats, segments, ours, list(ours))
+    theirs: list[Values] = [] if floats is None else [part for part, _ in in_chunks(program, inputs)]
+    walk = _Walk(runner, floats, segments, ours, theirs)
     place = {name: i for i, segment in enumerate(segments) for name in segment.layers}
     outside = [name for name in request.formats if name not in place]  # they do not look at inputs
     for name in track([*outside, *place], "quantizing layers", enabled=request.progress):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from quantkit.formats import WeightFormat
 from quantkit.program.layers import Weights
 from quantkit.reconstruction.snapshot import Cache, Rounded
-from quantkit.rounding import Moments, Rounding, rounding_of
+from quantkit.rounding import Moments, rounding_of
+from quantkit.rounding.registry import Rounding
 from quantkit.rounding.weights import rounded_layer
 
 

@@ -12,7 +12,8 @@ from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.layers import Weights
 from quantkit.progress import warn
-from quantkit.rounding import ROUNDINGS, Codes, Moments, rounding_of
+from quantkit.rounding import ROUNDINGS, Moments, rounding_of
+from quantkit.rounding.registry import Codes
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from quantkit.rounding.moments import InverseFactor, Moments, Ordered, damped
 from quantkit.rounding.registry import Codes, rounding
 
 # Of the scales of least squared error. The best scale for codes that correct each other is a larger one, at 2 bits by
-# about a fifth; half a step either way from the best of these is left to the second round.
+# about a fifth; the second round looks up to half a step either way from the best of these.
 COARSE = (0.9, 1.02, 1.16, 1.32, 1.5)
-FINE = (0.95, 1.0, 1.05)
+FINE = (0.92, 0.96, 1.0, 1.04, 1.08)
 _RIDGE = 1e-6  # of a scale's curvature
 _ELEMENTS_AT_ONCE = 1 << 22
 

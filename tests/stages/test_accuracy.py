@@ -132,11 +132,11 @@ def test_smaller_plans_are_learned_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_limit_that_only_learning_meets_is_met() -> None:
     evaluate = fidelity()
     with pytest.raises(AccuracyNotMet) as failed:
-        quantize("3 bits, accuracy_drop=0.001", evaluate, reconstruction="none", correction="none")
+        quantize("2.9 bits, accuracy_drop=0.001", evaluate, reconstruction="none", correction="none")
     rounded = min(lost for _, lost in failed.value.curve)
-    learned = quantize("3 bits, accuracy_drop=100", evaluate)
+    learned = quantize("2.9 bits, accuracy_drop=100", evaluate)
     asked = 0.95 * rounded
-    assert 100 - evaluate(quantize(f"3 bits, accuracy_drop={asked}", evaluate).model) <= asked
+    assert 100 - evaluate(quantize(f"2.9 bits, accuracy_drop={asked}", evaluate).model) <= asked
     assert all(found != rounded for _, found in learned.curve)
 
 

@@ -15,7 +15,6 @@ import multiprocessing
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantkit.session import Session
 from quantkit.stages.inputs import Inputs
@@ -29,8 +28,10 @@ LENGTH = 16  # tokens of a sample
 SAMPLES = 4
 
 
-def random_llama(hidden: int, layers: int) -> LlamaForCausalLM:
+def random_llama(hidden: int, layers: int) -> nn.Module:
     """A Llama with random weights, in bf16 from the start."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     heads = hidden // 64
     config = LlamaConfig(
         hidden_size=hidden,
@@ -49,7 +50,7 @@ def random_llama(hidden: int, layers: int) -> LlamaForCausalLM:
         torch.set_default_dtype(default)
 
 
-def prepare(model: LlamaForCausalLM) -> int:
+def prepare(model: nn.Module) -> int:
     """Everything that ``quantize`` does before it measures; returns the number of layers that may be quantized."""
     tokens = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     target = Target.load("onnxruntime-cpu")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 import quantkit
 from quantkit.errors import AccuracyNotMet, InfeasibleBudget, InvalidRequest
@@ -120,23 +121,37 @@ def test_confidence_bound_of_the_drop_can_be_the_criterion() -> None:
         quantize("accuracy_drop=6, confident=true", fidelity())
 
 
-def test_smaller_plans_are_learned_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate = fidelity()
-    learned = quantize("accuracy_drop=2", evaluate)
+def likeness() -> Callable[[nn.Module], float]:
+    """100 less the KL divergence from the float network's answers in thousandths, on 400 unseen images: what learning
+    lowers.
+    """
+    x = images(400, 9)
+    with torch.no_grad():
+        expected = small()(x).log_softmax(-1)
+
+    def evaluate(model: nn.Module) -> float:
+        with torch.no_grad():
+            found = model(x).log_softmax(-1)
+        return 100 - 1000 * float(kl_div(found, expected, log_target=True, reduction="batchmean"))
+
+    return evaluate
+
+
+def test_what_learning_gains_is_spent_on_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = likeness()
+    learned = quantize("accuracy_drop=0.01", evaluate)
     monkeypatch.setattr("quantkit.stages.accuracy.APPLIED_TRIES", {"fast": 0})
-    first = quantize("accuracy_drop=2", evaluate).plan.total_bytes
-    assert learned.plan.total_bytes == min(cost for cost, lost in learned.curve if lost <= 2) <= first
-    assert min(cost for cost, _ in learned.curve) < first
+    assert learned.plan.total_bytes < quantize("accuracy_drop=0.01", evaluate).plan.total_bytes
 
 
 def test_limit_that_only_learning_meets_is_met() -> None:
-    evaluate = fidelity()
+    evaluate = likeness()
     with pytest.raises(AccuracyNotMet) as failed:
-        quantize("2.9 bits, accuracy_drop=0.001", evaluate, reconstruction="none", correction="none")
+        quantize("3 bits, accuracy_drop=0.001", evaluate, reconstruction="none", correction="none")
     rounded = min(lost for _, lost in failed.value.curve)
-    learned = quantize("2.9 bits, accuracy_drop=100", evaluate)
+    learned = quantize("3 bits, accuracy_drop=100", evaluate)
     asked = 0.95 * rounded
-    assert 100 - evaluate(quantize(f"2.9 bits, accuracy_drop={asked}", evaluate).model) <= asked
+    assert 100 - evaluate(quantize(f"3 bits, accuracy_drop={asked}", evaluate).model) <= asked
     assert all(found != rounded for _, found in learned.curve)
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from quantkit.session import Session
 from quantkit.stages.inputs import Inputs

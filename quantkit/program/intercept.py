@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from quantkit.program.arguments import replaced
 from quantkit.program.composites import parts_of
 from quantkit.program.halves import in_float32, stores_halves, widened
+from quantkit.program.tracing import calling
 
 
 @dataclass(frozen=True, order=True)
@@ -185,18 +186,26 @@ def intercept(
     float32. Several threads may do this with one model at once. Hooks are removed with the last of them, whatever
     happens.
     """
+    with calling(), _hooked(model) as scopes:
+        outer = getattr(scopes.active, "calls", None)
+        scopes.active.calls = calls = _Calls(handler, read_shape, enter_model, stores_halves(model))
+        try:
+            with calls:
+                yield
+        finally:
+            scopes.active.calls = outer
+
+
+@contextmanager
+def _hooked(model: nn.Module) -> Iterator[_Scopes]:
     with _lock:
         scopes = _scopes.setdefault(model, _Scopes(model))
         scopes.users += 1
         if scopes.users == 1:
             scopes.add()
-    outer = getattr(scopes.active, "calls", None)
-    scopes.active.calls = calls = _Calls(handler, read_shape, enter_model, stores_halves(model))
     try:
-        with calls:
-            yield
+        yield scopes
     finally:
-        scopes.active.calls = outer
         with _lock:
             scopes.users -= 1
             if not scopes.users:

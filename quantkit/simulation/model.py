@@ -22,6 +22,7 @@ from quantkit.program.halves import stores_halves, widened
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, device_of, intercept, map_tensors
 from quantkit.program.layers import Operands, Substitutes, Weights
 from quantkit.program.sites import Site, coded_sites
+from quantkit.program.tracing import calling
 from quantkit.program.updates import restored, without_autocast
 
 
@@ -193,7 +194,7 @@ class SimulatedModel(nn.Module):
         # With weights alone in codes, held by the modules themselves, there is nothing to change on the way.
         plain = before is None and not (coded or operands or substitutes or stores_halves(self.model))
         seen = without_autocast(self.model) if plain else watching(self.model, watch)
-        with restored(self.model, self.updated), seen:
+        with calling(), restored(self.model, self.updated), seen:
             yield
 
 

@@ -31,6 +31,7 @@ from quantkit.program.outputs import named_tensors
 from quantkit.program.program import Program
 from quantkit.program.record import record
 from quantkit.program.replayable import replayable
+from quantkit.program.tracing import tracing
 from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, run_with
@@ -257,7 +258,7 @@ def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], 
 def _exported(marked: nn.Module, example: Batch, batched: Sequence[bool]) -> ir.Model:
     tensors = tuple(tensors_of(example))
     dims = tuple({0: torch.export.Dim(BATCH)} if dynamic else {} for dynamic in batched)
-    with plain_mode(marked), restored(marked), _quiet():
+    with tracing(), plain_mode(marked), restored(marked), _quiet():
         program = torch.export.export(marked, tensors, dynamic_shapes=(dims,), strict=False)
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None

@@ -140,7 +140,7 @@ class Twin:
 
 @pytest.mark.parametrize("text", ["w3", "w4", "w3z"])
 def test_it_learns_what_gradients_written_out_by_hand_do(text: str) -> None:
-    torch.manual_seed(2)
+    torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 3)), torch.randn(64, 24)
     format, schedule = (
         Scheme.parse(text).weight,

@@ -43,7 +43,8 @@ def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     factor = InverseFactor(found.upper.to(rows.dtype), found.dead, found.damping)
     ordered = Ordered(moments.factor.order, factor)
     hessian = damped(moments.hessian, found.damping).to(rows.dtype)
-    scale, zero = group_ranges(rows, format)
+    importance = moments.hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1).to(rows.dtype)
+    scale, zero = group_ranges(rows, format, importance)
 
     step = max(1, _ELEMENTS_AT_ONCE // (len(COARSE) * rows.shape[0] * rows.shape[2]))
     slices = zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True)

@@ -122,7 +122,10 @@ def searched_row(
 def test_gptq_searches_and_fits_scales_row_by_row(format: WeightFormat, shape: tuple[int, ...], groups: int) -> None:
     weight, hessian = random_weight(shape), uneven_hessian(groups, 18, 4)
     rows = weight.reshape(groups, -1, 18)
-    scale, zero = (x.squeeze(-1).numpy() for x in mse_range(rows.unflatten(-1, (-1, format.group or 18)), format))
+    groups_of_inputs = (-1, format.group or 18)
+    squares = hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1).expand_as(rows).unflatten(-1, groups_of_inputs)
+    start = mse_range(rows.unflatten(-1, groups_of_inputs), format, squares)
+    scale, zero = (x.squeeze(-1).numpy() for x in start)
     found = quantize_weight(weight, [format], Moments(hessian), groups).weights[format]
     codes, scales = found.codes.reshape(rows.shape).numpy(), found.scale.reshape(scale.shape).numpy()
     for g, o in np.ndindex(*rows.shape[:2]):

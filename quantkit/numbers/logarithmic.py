@@ -59,4 +59,4 @@ class LogRange(Quantizer):
 
     def table(self) -> Tensor:
         """The value of every code, in float32."""
-        return self.values(torch.arange(self.high + 1, dtype=torch.float32))
+        return self.values(torch.arange(self.high + 1, dtype=torch.float32, device="cpu"))

@@ -76,7 +76,7 @@ def pack_weight(weight: QuantizedWeight, order: Tensor | None = None) -> PackedW
         )
     if order is not None:
         inputs = weight.codes[0].numel()
-        if not torch.equal(order.sort().values, torch.arange(inputs, dtype=order.dtype)):
+        if not torch.equal(order.sort().values, torch.arange(inputs, dtype=order.dtype, device="cpu")):
             raise InvalidRequest(f"An order of inputs is a permutation of 0 to {inputs - 1}, each once.")
         order = order.to(torch.int32)
     bits = weight.format.bits

@@ -39,7 +39,7 @@ def pack_plane(values: Tensor, width: int) -> Tensor:
 def unpack_plane(packed: Tensor, width: int, count: int) -> Tensor:
     """The inverse of pack_plane for ``count`` values."""
     per_byte = 8 // width
-    values = torch.empty(len(packed), per_byte, dtype=torch.uint8)
+    values = torch.empty(len(packed), per_byte, dtype=torch.uint8, device="cpu")
     for position in range(per_byte):
         torch.bitwise_and(packed >> position * width, (1 << width) - 1, out=values[:, position])
     return values.reshape(-1)[:count]
@@ -60,7 +60,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
             f"{packed.numel()} packed bytes found where {count} codes of {bits} bits take "
             f"{packed_bytes(count, bits)}: the file is damaged or belongs to another model."
         )
-    unsigned = torch.zeros(count, dtype=torch.uint8)
+    unsigned = torch.zeros(count, dtype=torch.uint8, device="cpu")
     start = 0
     for width in bit_planes(bits):
         size = math.ceil(count * width / 8)

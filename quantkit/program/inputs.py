@@ -104,7 +104,7 @@ def first_samples(batch: Batch, count: int) -> Batch:
 def repeated(batch: Batch, times: int) -> Batch:
     """A batch with each of its samples so many times; what does not have one entry per sample stays as it is."""
     size = batch_size(batch)
-    indices = torch.arange(size).repeat_interleave(times)
+    indices = torch.arange(size, device="cpu").repeat_interleave(times)
     return tree_map(lambda v: v[indices] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
 
 

@@ -54,7 +54,7 @@ def _other_batches(batch: Batch) -> Iterator[Batch]:
     """The batch with another number of samples; first with other lengths of tokens, or sizes of images, too."""
     size = batch_size(batch)
     few = 3 if size == 2 else 2
-    indices = torch.arange(few) % size
+    indices = torch.arange(few, device="cpu") % size
 
     def samples(value: Any) -> Any:
         return value[indices] if isinstance(value, Tensor) and value.dim() and len(value) == size else value

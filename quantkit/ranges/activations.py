@@ -44,7 +44,7 @@ class Histogram:
 
     @classmethod
     def empty(cls, extremes: Extremes) -> Histogram:
-        return cls(extremes, torch.zeros(BINS, dtype=torch.int64))
+        return cls(extremes, torch.zeros(BINS, dtype=torch.int64, device="cpu"))
 
     def seen(self, x: Tensor) -> Histogram:
         low, high = self.extremes.low, self.extremes.high
@@ -59,7 +59,7 @@ class Histogram:
 
     def centres(self) -> Tensor:
         width = (self.extremes.high - self.extremes.low) / BINS
-        return self.extremes.low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+        return self.extremes.low + width * (torch.arange(BINS, dtype=torch.float64, device="cpu") + 0.5)
 
 
 def range_between(low: float, high: float, bits: int) -> SiteRange:
@@ -69,7 +69,7 @@ def range_between(low: float, high: float, bits: int) -> SiteRange:
     """
     low, high = min(low, 0.0), max(high, 0.0)
     steps = (1 << bits) - 1
-    scale = float(torch.tensor((high - low) / steps, dtype=torch.float32))
+    scale = float(torch.tensor((high - low) / steps, dtype=torch.float32, device="cpu"))
     if scale < torch.finfo(torch.float32).tiny:
         return SiteRange(1.0, 0, bits)
     return SiteRange(scale, max(0, min(steps, round(-low / scale))), bits)
@@ -92,7 +92,7 @@ def mse_range(histogram: Histogram, bits: int) -> SiteRange:
         return float((counts * (rounded - values).square()).sum())
 
     edges = histogram.extremes.with_zero()
-    grid = torch.linspace(1.0, 0.02, 99, dtype=torch.float32).tolist()
+    grid = torch.linspace(1.0, 0.02, 99, dtype=torch.float32, device="cpu").tolist()
     low = high = 1.0
     best = error(range_between(edges.low, edges.high, bits))
     improved = bool(counts.sum() > 0)
@@ -113,7 +113,9 @@ def percentile_range(histogram: Histogram, bits: int) -> SiteRange:
     total = float(counts.sum())
     if total == 0:
         return minmax_range(histogram, bits)
-    edges = torch.linspace(histogram.extremes.low, histogram.extremes.high, BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(
+        histogram.extremes.low, histogram.extremes.high, BINS + 1, dtype=torch.float64, device="cpu"
+    )
     below = counts.cumsum(0)
     first = int((below > TAIL * total).nonzero()[0])
     last = int((below >= (1 - TAIL) * total).nonzero()[0])
@@ -127,7 +129,7 @@ def entropy_range(histogram: Histogram, bits: int) -> SiteRange:
     edges, best, lowest = histogram.extremes.with_zero(), minmax_range(histogram, bits), float("inf")
     if histogram.counts.sum() == 0:
         return best
-    for shrink in torch.linspace(1.0, 0.1, 91, dtype=torch.float32).tolist():
+    for shrink in torch.linspace(1.0, 0.1, 91, dtype=torch.float32, device="cpu").tolist():
         trial = range_between(edges.low * shrink, edges.high * shrink, bits)
         if (found := _lost_information(histogram, trial)) < lowest * (1 - 1e-9):
             best, lowest = trial, found
@@ -145,7 +147,7 @@ def _lost_information(histogram: Histogram, trial: SiteRange) -> float:
         return float("inf")
     kept, codes = counts[inside].clone(), codes[inside].long()
     filled = (kept > 0).double()
-    each = torch.zeros(trial.high + 1, dtype=torch.float64)
+    each = torch.zeros(trial.high + 1, dtype=torch.float64, device="cpu")
     level = each.index_add(0, codes, kept) / each.index_add(0, codes, filled).clamp(min=1)
     q = level[codes] * filled
     first, last = inside.nonzero()[[0, -1], 0].tolist()

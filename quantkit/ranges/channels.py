@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.numbers.uniform import fake_quantize
 
-SHARES = torch.linspace(1.0, 0.3, 29, dtype=torch.float32)
+SHARES = torch.linspace(1.0, 0.3, 29, dtype=torch.float32, device="cpu")
 LARGEST_SHARE = 0.982  # sigmoid(4): where learning a bound that clips nothing starts
 STEPS = 300
 ROWS = 1024  # of a step
@@ -81,7 +81,7 @@ def clipped_ranges(rows: Tensor, weight: Tensor, bits: int, generator: torch.Gen
     channels): the weights of all layers that read them. Starts at those of least squared error and keeps them where
     learning does not lower the error on rows that were held back. Deterministic given the generator.
     """
-    held, training = rows[::HELD_BACK], rows[torch.arange(len(rows)) % HELD_BACK != 0]
+    held, training = rows[::HELD_BACK], rows[torch.arange(len(rows), device="cpu") % HELD_BACK != 0]
     start, share = mse_ranges(training, bits)
     if len(training) < 2:
         return start
@@ -92,7 +92,7 @@ def clipped_ranges(rows: Tensor, weight: Tensor, bits: int, generator: torch.Gen
     optimizer = torch.optim.Adam([lower, upper], lr=RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     for _ in range(STEPS):
-        drawn = training[torch.randint(len(training), (min(ROWS, len(training)),), generator=generator)]
+        drawn = training[torch.randint(len(training), (min(ROWS, len(training)),), generator=generator, device="cpu")]
         loss = output_error(_differentiable(drawn, spread, lower.sigmoid(), upper.sigmoid(), bits) - drawn, gram)
         optimizer.zero_grad()
         loss.backward()

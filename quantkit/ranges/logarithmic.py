@@ -8,13 +8,16 @@ from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.ranges.activations import Histogram
 
-SCALES = torch.linspace(1.0, 0.3, 71, dtype=torch.float32)  # of the largest probability
+SCALES = torch.linspace(1.0, 0.3, 71, dtype=torch.float32, device="cpu")  # of the largest probability
 
 
 def log_range(histogram: Histogram, bits: int) -> LogRange:
     """The logarithmic range with the least squared error over a histogram of probabilities."""
     highest = max(histogram.extremes.high, torch.finfo(torch.float32).tiny)
-    trials = [LogRange(float(torch.tensor(highest * share, dtype=torch.float32)), bits) for share in SCALES.tolist()]
+    trials = [
+        LogRange(float(torch.tensor(highest * share, dtype=torch.float32, device="cpu")), bits)
+        for share in SCALES.tolist()
+    ]
     return min(trials, key=lambda trial: squared_error(histogram, trial))
 
 

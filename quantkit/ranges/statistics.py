@@ -105,7 +105,7 @@ def accumulate(sums: dict[str, Tensor], name: str, columns: Tensor, others: Tens
     """Add X^T X of ``columns`` (groups, rows, K), or Y^T X with Y the ``others``, to the sum under a name."""
     if name not in sums:
         groups, _, width = columns.shape
-        sums[name] = torch.zeros(groups, width, width, dtype=torch.float64)
+        sums[name] = torch.zeros(groups, width, width, dtype=torch.float64, device="cpu")
     left = columns if others is None else others
     for rows, others_rows in zip(columns.float().split(ROWS, dim=1), left.float().split(ROWS, dim=1), strict=True):
         sums[name] += (others_rows.transpose(1, 2) @ rows).double().cpu()

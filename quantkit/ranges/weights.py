@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import dequantize, quantize
 
-SHARES = tuple(torch.linspace(1.0, 0.2, 81).tolist())  # tried of the range that clips nothing
+SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of the range that clips nothing
 
 
 def _between(lowest: Tensor, highest: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ HARMLESS = 0.1  # of the damage of another sample's output
 
 def mirrored(images: Tensor, draw: torch.Generator) -> Tensor:
     """Images (samples, channels, height, width), about half of them with left and right exchanged."""
-    chosen = torch.rand(len(images), generator=draw, dtype=torch.float32) < 0.5
+    chosen = torch.rand(len(images), generator=draw, dtype=torch.float32, device="cpu") < 0.5
     found = images.clone()
     found[chosen] = images[chosen].flip(-1)
     return found
@@ -37,7 +37,7 @@ def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
     """Images (samples, channels, height, width), each moved up or down and left or right; edges are reflected."""
     height, width = images.shape[-2:]
     up, left = height // SHIFT, width // SHIFT
-    moves = [torch.randint(2 * most + 1, (len(images),), generator=draw).tolist() for most in (up, left)]
+    moves = [torch.randint(2 * most + 1, (len(images),), generator=draw, device="cpu").tolist() for most in (up, left)]
     found = torch.empty_like(images)
     for i, (y, x) in enumerate(zip(*moves, strict=True)):  # one by one: images of all samples are large
         found[i] = pad(images[i : i + 1], (left, left, up, up), mode="reflect")[0, :, y : y + height, x : x + width]
@@ -51,7 +51,7 @@ def changed(batch: Batch, names: Sequence[str], generator: torch.Generator) -> B
     """A batch whose images are changed in these ways, all images of one sample alike."""
     if not names:
         return batch
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+    seed = int(torch.randint(1 << 62, (1,), generator=generator, device="cpu"))
 
     def one(tensor: Tensor) -> Tensor:
         draw = torch.Generator().manual_seed(seed)

@@ -236,9 +236,9 @@ def fisher(
     diagonal of the Fisher information, one weight per element of a sample.
     """
     numbers = [segment.output for segment in blocks]
-    sums: list[Tensor | float] = [0.0] * len(numbers)
+    sums: list[Tensor] = []
     count = 0
-    order = torch.randperm(len(data), generator=generator)[:FISHER_SAMPLES]
+    order = torch.randperm(len(data), generator=generator, device="cpu")[:FISHER_SAMPLES]
     some = take(program, data.inputs, order)
     device = next((x.device for x in reference.state.values()), some[program.inputs[0]].device)
     # gradients begin at the parameters: inputs may be token ids
@@ -247,7 +247,7 @@ def fisher(
         own = {n: x.to(device) for n, x in part.items()}
         values = program.replay(own, state, [*numbers, program.output])
         gradients = torch.autograd.grad(reference.pull(values[-1], generator), values[:-1])
-        squares = (rows_first(program, n, g).square() for n, g in zip(numbers, gradients, strict=True))
-        sums = [total + square.sum(0) for total, square in zip(sums, squares, strict=True)]
+        here = [rows_first(program, n, g).square().sum(0) for n, g in zip(numbers, gradients, strict=True)]
+        sums = [total + more for total, more in zip(sums, here, strict=True)] if sums else here
         count += samples
-    return [torch.as_tensor(total) / count for total in sums]
+    return [total / count for total in sums]

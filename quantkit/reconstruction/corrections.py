@@ -37,7 +37,7 @@ def output_spread(runner: SimulatedProgram, block: Segment, name: str, values: V
     """The spread of a layer's outputs over all its calls and positions, given the values that enter its block."""
     program = runner.program
     keys = {call.key for call in program.calls[name]}
-    count, total, squares = 0.0, *torch.zeros(2, dtype=torch.float64)
+    count, total, squares = 0.0, *torch.zeros(2, dtype=torch.float64, device="cpu")
     for i in range(block.start, block.stop):
         step = program.steps[i]
         if step.key not in keys:

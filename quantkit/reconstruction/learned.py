@@ -61,8 +61,8 @@ class LearnedRange:
 
     def __init__(self, start: SiteRange, joint: bool = False) -> None:
         self.start = start
-        self.log_factor = torch.zeros((), dtype=torch.float32, requires_grad=True)
-        self.zero_shift = torch.zeros((), dtype=torch.float32, requires_grad=joint)
+        self.log_factor = torch.zeros((), dtype=torch.float32, requires_grad=True, device="cpu")
+        self.zero_shift = torch.zeros((), dtype=torch.float32, requires_grad=joint, device="cpu")
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         return _LearnedStep.apply(x, self.log_factor, self.zero_shift, self.start)
@@ -75,7 +75,7 @@ class LearnedRange:
     def found(self) -> SiteRange:
         """The quantizer as it would ship now."""
         factor = float(self.log_factor.detach().exp())
-        scale = float(torch.tensor(self.start.scale * factor, dtype=torch.float32))
+        scale = float(torch.tensor(self.start.scale * factor, dtype=torch.float32, device="cpu"))
         zero = round(min(max(self.start.zero_point + float(self.zero_shift.detach()), 0), self.start.high))
         return replace(self.start, scale=scale, zero_point=zero)
 

@@ -66,11 +66,11 @@ class Training:
 
 def shuffled(count: int, batch: int, steps: int, generator: torch.Generator) -> list[Tensor]:
     """The samples of each step: every sample once before any comes again."""
-    order = torch.empty(0, dtype=torch.int64)
+    order = torch.empty(0, dtype=torch.int64, device="cpu")
     found = []
     for _ in range(steps):
         while len(order) < batch:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
+            order = torch.cat([order, torch.randperm(count, generator=generator, device="cpu")])
         found.append(order[:batch])
         order = order[batch:]
     return found

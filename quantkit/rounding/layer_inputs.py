@@ -66,14 +66,14 @@ def input_columns(
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)  # a convolution also takes one unbatched sample
     x = _pad(x, given.get("padding", 0), kernel, dilation)
-    places = torch.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
+    places = torch.arange(math.prod(x.shape[2:]), device="cpu").reshape(x.shape[2:])
     for axis in range(dims):
         places = places.unfold(axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])
     every: list[Any] = [slice(None, None, d) for d in dilation]
     places = places[(..., *every)].reshape(-1, math.prod(kernel))
     wanted = positions_wanted(x.shape[1] // groups * math.prod(kernel))
     if generator is not None and len(places) > wanted:
-        places = places[torch.randperm(len(places), generator=generator)[:wanted]]
+        places = places[torch.randperm(len(places), generator=generator, device="cpu")[:wanted]]
     # samples last: what is picked is then one piece of memory for each place
     picked = x.flatten(2).permute(1, 2, 0).contiguous().index_select(1, places.t().reshape(-1).to(x.device))
     return picked.view(groups, -1, len(places) * len(x)).transpose(1, 2)

@@ -169,7 +169,7 @@ class RealModel(nn.Module):
     def simulated(self) -> SimulatedModel:
         """The simulated model these codes came from."""
         state = dict(self.model.named_parameters(remove_duplicate=False))
-        room = {id(state[name]): nn.Parameter(torch.empty(state[name].shape)) for name in self.covered}
+        room = {id(state[name]): nn.Parameter(torch.empty(state[name].shape, device="cpu")) for name in self.covered}
         own = copy.deepcopy(self.model, dict(room))  # under all names of a parameter that is tied
         floats = self.floats.on(own)
         return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()

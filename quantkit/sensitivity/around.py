@@ -86,7 +86,7 @@ class PlanDamage:
         damage = np.full(len(self.perturbations), rows[0].mean)
         damage[others] = [one.mean for one in rows[1:]]
         here = joined(kept[0])
-        shifts = [torch.zeros(len(self.perturbations), *one.shape, dtype=torch.float32) for one in here]
+        shifts = [torch.zeros(len(self.perturbations), *one.shape, dtype=torch.float32, device="cpu") for one in here]
         for k, batches in zip(others, kept[1:], strict=True):
             for o, one in enumerate(joined(batches)):
                 shifts[o][k] = one - here[o]
@@ -105,7 +105,7 @@ def _by_sample(running: RunningDamage, numbers: Sequence[Tensor]) -> np.ndarray:
     """The damage by sample, given the sample of each row, by output; its mean is that over the rows."""
     count = 1 + max(int(every.max()) for every in numbers)
     found = [
-        count / len(every) * torch.zeros(count, dtype=torch.float64).index_add(0, every, rows)
+        count / len(every) * torch.zeros(count, dtype=torch.float64, device="cpu").index_add(0, every, rows)
         for rows, every in zip(running.rows, numbers, strict=True)
     ]
     return torch.stack(found).sum(0).numpy()

@@ -90,14 +90,14 @@ def _squares(land: Landscape, i: int, generator: torch.Generator) -> Tensor:
     count = max(1, batch_size(land.subject.batches[i]))
     variables: dict[OpKey | Place, Tensor] = dict(calls.added.items())
     variables |= {place: point.variables[place] for place in land.sites if place in point.variables}
-    total = torch.zeros(len(land.perturbations), count, dtype=torch.float64)
+    total = torch.zeros(len(land.perturbations), count, dtype=torch.float64, device="cpu")
     if not variables:
         return total
     drawn = _slopes(land, point, variables, generator)
     with torch.no_grad():
         for k in range(len(land.perturbations)):
             shifts = _shifts(land, calls, point, k)
-            products = torch.zeros(DRAWS, count, dtype=torch.float64)
+            products = torch.zeros(DRAWS, count, dtype=torch.float64, device="cpu")
             for key, shift in shifts.items():
                 products += per_sample(drawn[key], shift, count)
             total[k] = products.square().mean(0)
@@ -145,6 +145,6 @@ def per_sample(slopes: Tensor, shift: Tensor, count: int) -> Tensor:
     if shift.dim() and len(shift) == count:
         rows = shift.reshape(count, -1)
         return torch.einsum("rnd,nd->rn", slopes.reshape(len(slopes), count, -1), rows).double().cpu()
-    whole = torch.zeros(len(slopes), count, dtype=torch.float64)
+    whole = torch.zeros(len(slopes), count, dtype=torch.float64, device="cpu")
     whole[:, 0] = slopes.flatten(1).double().cpu() @ shift.flatten().double().cpu()
     return whole

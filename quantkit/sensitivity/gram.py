@@ -45,7 +45,7 @@ def gram(
     draw = generator or torch.Generator().manual_seed(0)
     sketches = Sketches.of(reference, len(perturbations), draw)
     here = joined([sketches(i, one) for i, one in enumerate(outputs)])
-    shifts = [torch.empty(len(perturbations), *rows.shape, dtype=torch.float32) for rows in here]
+    shifts = [torch.empty(len(perturbations), *rows.shape, dtype=torch.float32, device="cpu") for rows in here]
     means, errors = np.zeros(len(perturbations)), np.zeros(len(perturbations))
 
     def measure(k: int) -> Found:

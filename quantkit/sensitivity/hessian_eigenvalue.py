@@ -66,7 +66,10 @@ def _orders(land: Landscape, values: dict[Place, float], damage: np.ndarray) -> 
 
 def top_eigenvalues(land: Landscape, generator: torch.Generator, progress: bool = True) -> dict[Place, float]:
     """The eigenvalue of largest magnitude of every layer's block. The first batch alone finds where to start."""
-    start = {p: torch.randn(land.weight(p[0]).shape, generator=generator, dtype=torch.float32) for p in land.layers}
+    start = {
+        p: torch.randn(land.weight(p[0]).shape, generator=generator, dtype=torch.float32, device="cpu")
+        for p in land.layers
+    }
     vectors = {p: (v / v.norm()).to(land.weight(p[0])) for p, v in start.items()}
     if len(land) > 1:
         _iterate(land, range(1), vectors, progress)
@@ -131,7 +134,9 @@ def _sample_eigenvalues(point: Point, place: Place, count: int, generator: torch
     """The eigenvalue of largest magnitude of every sample's block, float64: the batch's Hessian has no others."""
     variable = point.variables[place]
     (first,) = gradients(point.loss, [variable])
-    vector = _rows(torch.randn(variable.shape, generator=generator, dtype=torch.float32).to(variable), count)
+    vector = _rows(
+        torch.randn(variable.shape, generator=generator, dtype=torch.float32, device="cpu").to(variable), count
+    )
     values = torch.zeros(len(vector), dtype=torch.float64, device=vector.device)
     still = 0
     for _ in range(MOST_STEPS):

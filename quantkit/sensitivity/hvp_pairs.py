@@ -38,7 +38,7 @@ def hvp_pairs(
     damage = 0.5 * np.diag(matrix) + linear
     if not subject.base:
         damage = np.maximum(damage, 0)
-    singles = torch.tensor(np.array([0.5 * np.diag(part) for part in parts]) / land.shares[:, None])
+    singles = torch.tensor(np.array([0.5 * np.diag(part) for part in parts]) / land.shares[:, None], device="cpu")
     errors = np.array([mean_and_error(column)[1] for column in singles.T])
     np.fill_diagonal(matrix, 2 * damage)
     return Scores(damage, errors, matrix, {"damage": land.damage.name})

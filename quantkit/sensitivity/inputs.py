@@ -29,7 +29,7 @@ def mixed_pairs(batches: Sequence[Batch], generator: torch.Generator) -> list[Ba
     if sum(sizes) < 2 or any(len(t) != n for column in columns for t, n in zip(column, sizes, strict=True)):
         return None
     partner = _partners(sum(sizes), generator)
-    weight = LEAST + (MOST - LEAST) * torch.rand(sum(sizes), generator=generator, dtype=torch.float32)
+    weight = LEAST + (MOST - LEAST) * torch.rand(sum(sizes), generator=generator, dtype=torch.float32, device="cpu")
     mixed = [_mix(torch.cat(list(column)), partner, weight).split(sizes) for column in columns]
     return [tree_unflatten([column[i] for column in mixed], spec) for i, (_, spec) in enumerate(flattened)]
 
@@ -41,7 +41,7 @@ def _continuous(column: Sequence[object]) -> bool:
 
 def _partners(count: int, generator: torch.Generator) -> Tensor:
     """For each sample another one: a step of one along a random cycle."""
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     partner = torch.empty_like(order)
     partner[order] = order.roll(1)
     return partner

@@ -155,4 +155,4 @@ def swapped_weights(floats: Weights, weights: Mapping[str, Tensor]) -> Iterator[
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """+1 or -1 for every element, each with probability one half (Rademacher), drawn on the CPU."""
-    return torch.randint(0, 2, like.shape, generator=generator).to(like).mul_(2).sub_(1)
+    return torch.randint(0, 2, like.shape, generator=generator, device="cpu").to(like).mul_(2).sub_(1)

@@ -35,14 +35,14 @@ def noise(
     """
     reference = Reference.of(subject)
     here = reference.damage_of(subject.outputs())
-    seeds = torch.randint(1 << 62, (len(perturbations),), generator=generator).tolist()
+    seeds = torch.randint(1 << 62, (len(perturbations),), generator=generator, device="cpu").tolist()
 
     def measure(k: int) -> Found:
         own = torch.Generator().manual_seed(seeds[k])
         noisy = [_noisy_outputs(subject, perturbations[k], own) for _ in range(DRAWS)]
         draws = [reference.damage_of(outputs).since(here) for outputs in noisy]
         mean, over_samples = average(draws).mean_and_error
-        _, over_draws = mean_and_error(torch.tensor([one.mean for one in draws], dtype=torch.float64))
+        _, over_draws = mean_and_error(torch.tensor([one.mean for one in draws], dtype=torch.float64, device="cpu"))
         return {"found": np.array([mean, np.hypot(over_samples, over_draws)])}
 
     found = np.zeros((len(perturbations), 2))
@@ -73,4 +73,4 @@ def noisy_weight(weight: Tensor, codes: QuantizedWeight, generator: torch.Genera
 
 
 def _with_noise(x: Tensor, step: Tensor | float, generator: torch.Generator) -> Tensor:
-    return x + step * (torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x) - 0.5)
+    return x + step * (torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x) - 0.5)

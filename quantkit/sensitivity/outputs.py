@@ -67,9 +67,11 @@ class Output:
         """
         count = batch_size(batch)
         if not self.padded or live is None:
-            return torch.arange(rows) * count // max(1, rows)
+            return torch.arange(rows, device="cpu") * count // max(1, rows)
         lengths = live.sum(1).cpu()
-        return torch.arange(len(lengths)).repeat_interleave(lengths * (rows // max(1, int(lengths.sum()))))
+        return torch.arange(len(lengths), device="cpu").repeat_interleave(
+            lengths * (rows // max(1, int(lengths.sum())))
+        )
 
     def __str__(self) -> str:
         return f"KL of {self.name} ({self.classes} classes)" if self.loss == "kl" else f"{SQUARED} of {self.name}"
@@ -139,7 +141,7 @@ class OutputRule:
         """
         if sum(map(batch_size, batches)) == 1:
             totals = [sum(column) for column in zip(*counts, strict=True)]
-            return [torch.arange(total) * 2 // max(1, total) for total in totals]
+            return [torch.arange(total, device="cpu") * 2 // max(1, total) for total in totals]
         numbers: list[list[Tensor]] = [[] for _ in self.outputs]
         start = 0
         for batch, rows in zip(batches, counts, strict=True):

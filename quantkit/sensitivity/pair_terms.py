@@ -80,7 +80,7 @@ def gram_matrix(damage: RowDamage, reference: Tensor, shifts: Tensor, temperatur
     """
     count = len(shifts)
     step = max(1, SLICE_BYTES // max(1, 8 * count * shifts.shape[-1]))
-    total = torch.zeros(count, count, dtype=torch.float64)
+    total = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     for some in rows.split(step):
         vectors = damage.metric(reference[some], shifts[:, some], temperature).double().flatten(1)
         total += vectors @ vectors.T
@@ -89,7 +89,7 @@ def gram_matrix(damage: RowDamage, reference: Tensor, shifts: Tensor, temperatur
 
 def metric_lengths(outputs: Sequence[Shifts], temperature: float = 1.0) -> np.ndarray:
     """Lengths (K) of the shifts in the metric where they start."""
-    every = [torch.arange(len(one.here)) for one in outputs]
+    every = [torch.arange(len(one.here), device="cpu") for one in outputs]
     return np.sqrt(np.diag(_gram_of_all(outputs, temperature, every)) / len(outputs[0].here))
 
 

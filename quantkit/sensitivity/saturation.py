@@ -57,7 +57,7 @@ def random_plans(perturbations: Sequence[Perturbation], count: int, generator: t
         for (_, at_sites), options in members.items():
             low, high = windows[at_sites]
             inside = [k for k in options if low <= perturbations[k].change.bits <= high] or options
-            plan.append(inside[int(torch.randint(len(inside), (1,), generator=generator))])
+            plan.append(inside[int(torch.randint(len(inside), (1,), generator=generator, device="cpu"))])
         found.append(plan)
     return found
 
@@ -69,7 +69,7 @@ def _window(
     if len(widths) < 2:
         return 0, 1 << 30
     low = number % (len(widths) - 1)
-    return widths[low], widths[int(torch.randint(low + 1, len(widths), (1,), generator=generator))]
+    return widths[low], widths[int(torch.randint(low + 1, len(widths), (1,), generator=generator, device="cpu"))]
 
 
 DAMAGE: Codec[float] = Codec(

@@ -111,11 +111,11 @@ def sketch_for(
     if not merge:
         return Sketch(counts, rows, None, None, min(share, 1.0))
     top = [r[kept.to(r.device)].topk(TOP, dim=1).indices for r, kept in zip(reference, rows, strict=True)]
-    bucket = torch.randint(0, BUCKETS, (classes,), generator=generator)
+    bucket = torch.randint(0, BUCKETS, (classes,), generator=generator, device="cpu")
     return Sketch(counts, rows, top, bucket, min(share, 1.0))
 
 
 def _sample(count: int, share: float, generator: torch.Generator) -> Tensor:
     """Rows to keep, in order: at least two, one for each half that pair terms are compared between."""
     kept = min(count, max(2, int(share * count)))
-    return torch.randperm(count, generator=generator)[:kept].sort().values
+    return torch.randperm(count, generator=generator, device="cpu")[:kept].sort().values

@@ -67,7 +67,7 @@ def spectral_density(
     rounds = []
     with land.opened():
         for _ in range(starts):
-            start = random_signs(torch.empty(count, dtype=torch.float64), generator)
+            start = random_signs(torch.empty(count, dtype=torch.float64, device="cpu"), generator)
             rounds.append(lanczos(lambda v: weight_product(land, v), start, steps, progress))
     values = np.concatenate([values for values, _ in rounds])
     weights = np.concatenate([weights for _, weights in rounds]) / starts

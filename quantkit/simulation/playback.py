@@ -151,7 +151,7 @@ def in_chunks(program: Program, values: Values) -> Iterator[tuple[dict[int, Tens
     """Values of all samples in pieces of at most ``CHUNK`` samples, and how many each has."""
     count = samples_of(program, values)
     for start in range(0, count, CHUNK):
-        some = torch.arange(start, min(start + CHUNK, count))
+        some = torch.arange(start, min(start + CHUNK, count), device="cpu")
         yield take(program, values, some), len(some)
 
 

@@ -108,7 +108,7 @@ def _rounding_seconds(request: Request) -> float:
     groups, width = request.ready.weights.layers[name].groups, _width(request, name)
     moments = None
     if rounding_of(request.settings["rounding"]).hessian:
-        moments = Moments(torch.eye(width, dtype=torch.float64).repeat(groups, 1, 1))
+        moments = Moments(torch.eye(width, dtype=torch.float64, device="cpu").repeat(groups, 1, 1))
     formats = list(dict.fromkeys(s.weight for s in request.candidates[name] if s.weight is not None))
     start = time.perf_counter()
     quantize_weight(request.ready.weights[name], formats, moments, groups, request.settings["rounding"])

@@ -89,16 +89,16 @@ def plan_reconstruction(
     held = max(2, count // learning.held_back)
     if count - held < 2:
         return f"{count} samples are too few"
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     training, testing = some_samples(recording.samples, order[held:]), some_samples(recording.samples, order[:held])
-    reference = _reference(ready, program, damage, some_samples(training, torch.arange(CHUNK)))
+    reference = _reference(ready, program, damage, some_samples(training, torch.arange(CHUNK, device="cpu")))
     floats, every = float_program(ready.model, program, reference.state), whole(program)
 
     def entering(batch: Batch) -> Values:
         return program.entering(ready.model, batch)
 
     # images are also learned from as the network could have seen them
-    few = some_samples(training, torch.arange(min(learning.changed_samples, count - held)))
+    few = some_samples(training, torch.arange(min(learning.changed_samples, count - held), device="cpu"))
     changes = harmless(few, lambda one: play_output(floats, entering(one), every), reference.damage, generator)
     if changes:
         notice(f"learning from images that are also {' and '.join(changes)}: the float outputs hardly change")

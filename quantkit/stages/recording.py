@@ -41,7 +41,7 @@ def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
     samples = _stacked(batches)
     if samples is None:
         return "its inputs cannot be put into batches of one size"
-    order = torch.arange(batch_size(samples))
+    order = torch.arange(batch_size(samples), device="cpu")
     others = [some_samples(samples, order[:TRIED]), some_samples(samples, order.flip(0)[:TRIED])]
     program = replayable(ready.program, ready.model, ready.example, others)
     if program is None or program.rows.get(program.output) != 0:

@@ -118,7 +118,7 @@ def _outputs_of(
             site: Site, x: Tensor, found: dict[str, list[Tensor]] = found, draws: torch.Generator = draws
         ) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            drawn = torch.randperm(len(rows), generator=draws)[: -(-ROWS // len(batches))]
+            drawn = torch.randperm(len(rows), generator=draws, device="cpu")[: -(-ROWS // len(batches))]
             found[site.name].append(rows[drawn].cpu())
             return x
 

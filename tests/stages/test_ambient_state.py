@@ -45,6 +45,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "float64 by default": lambda: _set(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "bfloat16 by default": lambda: _set(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "meta by default": lambda: torch.device("meta"),
     "deterministic": lambda: _set(
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
     ),
@@ -97,8 +98,8 @@ def test_plan_and_codes_are_those_of_a_plain_call(kind: str, setting: str) -> No
     learned = exact = setting != "two threads"
     wanted = plain(kind, learned)
     found = call(kind, SETTINGS[setting], learned)
+    model, samples = small(), images(8)
     with SETTINGS[setting]():
-        model, samples = small(), images(8)
         quantkit.apply(model, {"head": "w8a8"}, samples, reconstruction="none", correction=None, progress=False)
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         assert grad == (setting not in ("inference mode", "no gradients"))

@@ -114,7 +114,11 @@ def _disturbance(simulated: SimulatedModel) -> Callable[[OpKey, Tensor], Tensor]
     generator = torch.Generator().manual_seed(0)
 
     def quantize(site: Site, tensor: Tensor) -> Tensor:
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * tensor.abs().max() * _HALF_ULP
+        noise = (
+            torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+            * tensor.abs().max()
+            * _HALF_ULP
+        )
         return simulated.ranges[site.name].fake_quantize(tensor + noise)
 
     return at_sites(coded_sites(simulated.sites, simulated.ranges), quantize)

@@ -117,5 +117,5 @@ class IntConv(OnHeldWeight):
         last = x.permute(0, 2, 3, 1).contiguous()
         codes = quantize_padded_compiled(last, border, site.scale, site.zero_point, site.high)
         rows, (height, width) = windows_compiled(codes, kernel, stride, dilation, panels.padded_inputs)
-        out = self.weight(rows, torch.full((len(rows),), site.scale, dtype=torch.float32), self.offset)
+        out = self.weight(rows, torch.full((len(rows),), site.scale, dtype=torch.float32, device="cpu"), self.offset)
         return out.reshape(len(x), height, width, self.shape[0]).permute(0, 3, 1, 2)

@@ -95,7 +95,7 @@ def int_linear_compiled(
     activations, activation_scale = given
     require_operands(activations, weight.padded_inputs, weight.groups, offset)
     rows, channels = len(activations), weight.padded_channels
-    out = torch.empty(rows, channels, dtype=torch.float32)
+    out = torch.empty(rows, channels, dtype=torch.float32, device="cpu")
     if out.numel() == 0:
         return out
     activations, scales = activations.contiguous(), activation_scale.float().contiguous()
@@ -161,7 +161,7 @@ class DynamicLinear:
 
 def quantize_rows_compiled(x: Tensor, built: ctypes.CDLL | None = None) -> Rows:
     """``quantize_rows`` in one pass over contiguous float32 rows."""
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
+    codes, scale = torch.empty(x.shape, dtype=torch.int8, device="cpu"), torch.empty(x.shape[0], device="cpu")
     (built or _built()).quantkit_quantize_rows(
         x.data_ptr(), x.shape[0], x.shape[1], codes.data_ptr(), scale.data_ptr(), torch.get_num_threads()
     )
@@ -175,7 +175,9 @@ def quantize_padded_compiled(
     of zeros, ``pad`` = top, bottom, left, right.
     """
     images, height, width, channels = x.shape
-    codes = torch.empty(images, height + pad[0] + pad[1], width + pad[2] + pad[3], channels, dtype=torch.int8)
+    codes = torch.empty(
+        images, height + pad[0] + pad[1], width + pad[2] + pad[3], channels, dtype=torch.int8, device="cpu"
+    )
     sizes = (_SIZE * 4)(*pad)
     _built().quantkit_quantize_padded(
         x.data_ptr(), *x.shape, sizes, scale, zero_point, high, codes.data_ptr(), torch.get_num_threads()
@@ -192,7 +194,7 @@ def windows_compiled(
     images, tall, wide, channels = codes.shape
     height = (tall - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
     width = (wide - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    rows = torch.empty(images * height * width, inputs, dtype=torch.int8)
+    rows = torch.empty(images * height * width, inputs, dtype=torch.int8, device="cpu")
     shape = (_SIZE * 11)(tall, wide, channels, height, width, *kernel, *stride, *dilation)
     _built().quantkit_windows(codes.data_ptr(), images, shape, inputs, rows.data_ptr(), torch.get_num_threads())
     return rows, (height, width)

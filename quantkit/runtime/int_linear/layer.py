@@ -115,7 +115,7 @@ class IntLinear(OnHeldWeight):
             rows = rows[:, self.order]
         if self.site is not None:
             codes = centred_codes(rows, self.site)
-            scale = torch.full((len(rows),), self.site.scale, dtype=torch.float32)
+            scale = torch.full((len(rows),), self.site.scale, dtype=torch.float32, device="cpu")
         else:
             fast = compiled.instruction_set() is not None
             codes, scale = quantize_rows_compiled(rows.contiguous()) if fast else quantize_rows(rows)

@@ -31,7 +31,7 @@ def float_mm(activations: Tensor, codes: Tensor) -> Tensor:
     """``int_mm`` through float32."""
     largest = max(1, int(codes.to(torch.int16).abs().max())) if codes.numel() else 1
     part = max(1, EXACT_IN_FLOAT // ((LARGEST_CODE + 1) * largest))
-    sums = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.int32)
+    sums = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.int32, device="cpu")
     for start in range(0, codes.shape[1], part):
         end = start + part
         sums += (activations[:, start:end].float() @ codes[:, start:end].float().t()).to(torch.int32)
@@ -55,7 +55,7 @@ def int_linear_torch(
     activations, activation_scale = rows
     multiply = int_mm if has_vnni() and activations.numel() and codes.numel() else float_mm
     per_group = codes.shape[1] // scale.shape[1]
-    total = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.float32)
+    total = torch.zeros(activations.shape[0], codes.shape[0], dtype=torch.float32, device="cpu")
     for group in range(scale.shape[1]):
         part = slice(group * per_group, (group + 1) * per_group)
         inside = activations[:, part].contiguous()

@@ -29,6 +29,8 @@ def kv_attention_reference(queries: Tensor, cache: KVCache, causal: bool = True)
     scores = (codes.float() * scale.unsqueeze(-1)) @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
     if causal:
         positions, tokens = queries.shape[2], cache.tokens
-        seen = torch.arange(tokens) <= torch.arange(tokens - positions, tokens).unsqueeze(1)
+        seen = torch.arange(tokens, device="cpu") <= torch.arange(tokens - positions, tokens, device="cpu").unsqueeze(
+            1
+        )
         scores = scores.masked_fill(~seen.to(scores.device), -torch.inf)
     return torch.softmax(scores, -1) @ values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,11 +48,16 @@ def measured_damage(profile: Profile, plan: Plan) -> float:
     )[0]
 
 
+@cache
+def quantized(effort: str) -> quantkit.Result:
+    """From a start that leaves room."""
+    options = {"schemes": SCHEMES, "progress": False, "solver": "uniform", "effort": effort}
+    return quantkit.quantize(network(), "2.8 bits", [images()], **options)
+
+
 @pytest.mark.parametrize("effort", ["balanced", "thorough"])
 def test_more_effort_measures_better_and_says_what_it_took(effort: str) -> None:
-    options = {"schemes": SCHEMES, "progress": False, "solver": "uniform"}  # a start that leaves room
-    fast = quantkit.quantize(network(), "2.8 bits", [images()], **options)
-    better = quantkit.quantize(network(), "2.8 bits", [images()], effort=effort, **options)
+    fast, better = quantized("fast"), quantized(effort)
     assert better.plan.average_bits <= 2.8
     assert better.profile == fast.profile
     before, after = (measured_damage(fast.profile, one.plan) for one in (fast, better))

@@ -69,7 +69,9 @@ def digits(repo: Path) -> tuple[nn.Module, Tensor, Tensor, np.ndarray]:
 def check_agreement(model: nn.Module, calibration: Tensor, inputs: Tensor, labels: np.ndarray, scheme: str) -> None:
     """Both executions within 0.1 points on ``inputs`` (or one input), in the plan's bytes."""
     layers = {n: scheme for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    result = quantkit.apply(model, layers, list(calibration.split(32)), rounding="nearest", progress=False)
+    result = quantkit.apply(
+        model, layers, list(calibration.split(32)), rounding="nearest", reconstruction="none", progress=False
+    )
     real = result.to_real()
     assert real.quantized.weight_bytes == result.plan.size_bytes
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,10 @@ def replaced(value: Any, replace: Replace) -> Any:
             return items
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, dict):
-        return {name: replaced(item, replace) for name, item in value.items()}
+        own = copy.copy(value)  # of its class: what an encoder of transformers returns is read by number, too
+        for name, item in value.items():
+            own[name] = replaced(item, replace)
+        return own
     if isinstance(value, slice | SliceRef):
         parts = [replaced(part, replace) for part in (value.start, value.stop, value.step)]
         return SliceRef(*parts) if any(isinstance(part, Ref | SizeRef) for part in parts) else value

@@ -10,7 +10,7 @@ layer gets what the network quantized so far makes of them, and is to give what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.codes import root_of
 from quantkit.program.intercept import OpKey, read_place
-from quantkit.program.program import Part, Program
+from quantkit.program.program import Program
 from quantkit.program.segments import Segment
 from quantkit.progress import track
 from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, settle
@@ -56,7 +56,8 @@ class JointWeight(LearnedWeight):
 @dataclass(frozen=True)
 class TaskCall:
     """Steps ``start`` to ``stop`` of a program, a layer and the activation behind it: the numbers of the value it
-    reads and of the one it makes, and the site that quantizes the former with its place, if any.
+    reads and of the one it makes, and the site that quantizes the former with its place, if any. ``beside`` are the
+    others that it reads and that the program makes: weights and biases that are computed.
     """
 
     start: int
@@ -65,17 +66,26 @@ class TaskCall:
     makes: int
     site: str | None
     place: OpKey | None
+    beside: tuple[int, ...] = ()
+
+    @property
+    def segment(self) -> Segment:
+        """The steps, and what they read and make."""
+        return Segment(self.start, self.stop, (self.reads, *self.beside), (self.makes,), self.makes)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a layer's call reads before its site quantizes it, and what it is to make: to learn from, and held back."""
+    """What a layer's call reads before its site quantizes it, and what it is to make: to learn from, and held back.
+    ``beside`` has the values that it reads for all samples.
+    """
 
     call: TaskCall
     inputs: Tensor
     wanted: Tensor
     held_inputs: Tensor
     held_wanted: Tensor
+    beside: Values = field(default_factory=dict)
 
     @property
     def unit(self) -> Tensor:
@@ -96,7 +106,9 @@ def calls_of(runner: SimulatedProgram, block: Segment, name: str) -> Iterator[Ta
         place = program.producer.get(root_of(program, calls[step.key].input))
         place = own if (own := read_place(step.key)) in runner.sites else place
         site = None if place is None else runner.sites.get(place)
-        yield TaskCall(i, i + 2 if fused else i + 1, step.inputs[0], last.makes[0], site, place)
+        stop, known = i + 2 if fused else i + 1, {step.inputs[0], *step.makes, *program.names, *program.constants}
+        beside = {number for one in program.steps[i:stop] for number in one.inputs} - known
+        yield TaskCall(i, stop, step.inputs[0], last.makes[0], site, place, tuple(sorted(beside)))
 
 
 def _is_activation_of(program: Program, i: int) -> bool:
@@ -110,11 +122,13 @@ def _is_activation_of(program: Program, i: int) -> bool:
 
 
 @torch.no_grad()
-def _entering(runner: SimulatedProgram, block: Segment, call: TaskCall, values: Values) -> Tensor:
-    """What a call reads, without the quantizer of its own site."""
-    before = block.until(call.start, call.reads)
-    chunks = in_chunks(runner.program, values)
-    return torch.cat([runner.inside(part, before, [call.reads], call.place)[0] for part, _ in chunks])
+def _entering(
+    runner: SimulatedProgram, block: Segment, call: TaskCall, values: Values
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """What a call reads, without the quantizer of its own site, and what it reads beside."""
+    before, numbers = block.until(call.start, call.reads), (call.reads, *call.beside)
+    chunks = [runner.inside(part, before, numbers, call.place) for part, _ in in_chunks(runner.program, values)]
+    return torch.cat([read for read, *_ in chunks]), dict(zip(call.beside, chunks[-1][1:], strict=True))
 
 
 @torch.no_grad()
@@ -145,16 +159,20 @@ def _tasks(
     source: SimulatedProgram, floats: SimulatedProgram, block: Segment, calls: Sequence[TaskCall], streams: Streams
 ) -> list[Task]:
     """The tasks of a layer's calls, on what ``source`` makes of what enters its block."""
-    return [
-        Task(
-            call,
-            _entering(source, block, call, streams.ours),
-            _leaving(floats, block, call, streams.theirs),
-            _entering(source, block, call, streams.held_ours),
-            _leaving(floats, block, call, streams.held_theirs),
-        )
-        for call in calls
-    ]
+
+    def task(call: TaskCall) -> Task:
+        inputs, beside = _entering(source, block, call, streams.ours)
+        held_inputs, _ = _entering(source, block, call, streams.held_ours)
+        wanted, held_wanted = (_leaving(floats, block, call, v) for v in (streams.theirs, streams.held_theirs))
+        return Task(call, inputs, wanted, held_inputs, held_wanted, beside)
+
+    return [task(call) for call in calls]
+
+
+def _goes_by_rows(program: Program, call: TaskCall) -> bool:
+    """Whether a call reads and makes a row per sample, and nothing else that varies."""
+    rows = program.rows
+    return rows.get(call.reads) == rows.get(call.makes) == 0 and program.varying.isdisjoint(call.beside)
 
 
 def learn_layers(
@@ -168,9 +186,9 @@ def learn_layers(
     """Learn the quantized layers in order; returns the error on held-back inputs of each before and after, relative to
     the variance of its output. A site that several layers read is learned with the first of them. Held in memory: what
     enters one block, and what one layer reads and makes. Layers that are finished are not learned again, and
-    those that do not read and make a row per sample not at all.
+    those that do not read and make a row per sample, or read others that vary beside, not at all.
     """
-    rows, floats = runner.program.rows, float_program(runner.model.model, runner.program, reference.state)
+    program, floats = runner.program, float_program(runner.model.model, runner.program, reference.state)
     streams = Streams(data.inputs, data.inputs, data.held_inputs, data.held_inputs)
     names = [(block, name) for block in blocks for name in block.layers if name in runner.model.weights]
     found: dict[str, Learned] = {}
@@ -180,7 +198,7 @@ def learn_layers(
         while at is not block:
             streams = streams.after(runner, floats, at, parallel)
             at = blocks[blocks.index(at) + 1]
-        calls = [c for c in calls_of(runner, block, name) if rows.get(c.reads) == rows.get(c.makes) == 0]
+        calls = [call for call in calls_of(runner, block, name) if _goes_by_rows(program, call)]
         if not calls:
             continue
         sites = {call.site for call in calls if call.site is not None} - taken
@@ -222,8 +240,8 @@ class LayerInTraining:
         now = {**self.state, **{key: program.laid_out(tensor) for key, tensor in placed.items()}}
         if (bias := self.weight.bias()) is not None:
             now[str(model.floats.layers[self.name].bias)] = bias
-        call = Part(task.call.start, task.call.stop)
-        (made,) = program.replay({task.call.reads: x}, now, [task.call.makes], part=call)
+        values = {**task.beside, task.call.reads: x}
+        (made,) = program.replay(values, now, [task.call.makes], part=self.runner.part(task.call.segment, values))
         return (made - wanted).square().mean() / task.unit
 
 

@@ -100,6 +100,21 @@ def real_layer(
         return PackedLayer(weight)
 
 
+class _Placeholder(nn.Parameter):
+    """A parameter without memory. It says that it is where its codes are: models make tensors where their weights are,
+    and their users put inputs there.
+    """
+
+    device = torch.device("cpu")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """What is computed of it outside its model has no values either: torch's own code believes ``device``, too."""
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = replaced((args, kwargs or {}), lambda x: x.as_subclass(Tensor) if isinstance(x, cls) else x)
+            return func(*plain[0], **plain[1])
+
+
 class RealModel(nn.Module):
     """``simulated`` on integer kernels. The quantized weights of the module are placeholders without memory.
 
@@ -113,7 +128,7 @@ class RealModel(nn.Module):
         covered = floats.covered(simulated.weights)
         state = dict(simulated.model.named_parameters(remove_duplicate=False))
         placeholders = {
-            id(state[name]): nn.Parameter(torch.empty_like(state[name], device="meta"), False) for name in covered
+            id(state[name]): _Placeholder(torch.empty_like(state[name], device="meta"), False) for name in covered
         }
         self.model = copy.deepcopy(simulated.model, dict(placeholders))
         self.floats, self.updated = floats.on(self.model), simulated.updated
@@ -215,7 +230,7 @@ class RealModel(nn.Module):
             if isinstance(kernel, IntLinear) and named.get("bias") is bias:
                 return kernel(named["input"])
             if isinstance(kernel, IntConv) and named.get("bias") is bias:
-                return kernel(func, named["input"], *(named[name] for name in _ARGUMENTS[3:] if name in named))
+                return kernel(func, named["input"], **{name: named[name] for name in _ARGUMENTS[3:] if name in named})
         args, kwargs = replaced((args, kwargs), lambda leaf: self._filled(leaf, placeholders.get(id(leaf))))
         return func(*args, **kwargs)
 

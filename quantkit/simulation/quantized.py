@@ -39,7 +39,8 @@ class QuantizedModel(nn.Module):
     @classmethod
     def of(cls, state: Quantizing) -> QuantizedModel:
         """The whole model of ``state``."""
-        return _as_user_sees(state.model, state)
+        found: QuantizedModel = _as_user_sees(state.model, state)
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state, module = self._quantkit_state, self._quantkit_module
@@ -56,10 +57,8 @@ class QuantizedModel(nn.Module):
                 raise  # how Python copies or pickles the module is not how this one is
         module, state = self._quantkit_module, self._quantkit_state
         found = getattr(module, name)
-        if isinstance(found, nn.Module):
-            return _as_user_sees(found, state)
         own = isinstance(found, MethodType) and found.__self__ is module
-        return _quantizing(found, state) if own else found
+        return _quantizing(found, state) if own else _as_user_sees(found, state)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training" or name.startswith("_"):
@@ -75,8 +74,7 @@ class QuantizedContainer(QuantizedModel):
     """One that holds others by position or name."""
 
     def __getitem__(self, key: Any) -> Any:
-        found = self._quantkit_module[key]  # type: ignore[index]
-        return _as_user_sees(found, self._quantkit_state) if isinstance(found, nn.Module) else found
+        return _as_user_sees(self._quantkit_module[key], self._quantkit_state)  # type: ignore[index]
 
     def __len__(self) -> int:
         return len(self._quantkit_module)  # type: ignore[arg-type]
@@ -89,18 +87,21 @@ class QuantizedContainer(QuantizedModel):
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._quantkit_module:  # type: ignore[attr-defined]
-            yield _as_user_sees(item, self._quantkit_state) if isinstance(item, nn.Module) else item
+            yield _as_user_sees(item, self._quantkit_state)
 
 
-def _as_user_sees(module: nn.Module, state: Quantizing) -> QuantizedModel:
-    kind = QuantizedContainer if hasattr(type(module), "__getitem__") else QuantizedModel
-    return kind(module, state)
+def _as_user_sees(found: Any, state: Quantizing) -> Any:
+    """What is found in a model: modules compute quantized, all else is itself."""
+    if not isinstance(found, nn.Module):
+        return found
+    kind = QuantizedContainer if hasattr(type(found), "__getitem__") else QuantizedModel
+    return kind(found, state)
 
 
 def _quantizing(method: Callable[..., Any], state: Quantizing) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         with state.quantizing(tensors_of((args, kwargs))):
-            return method(*args, **kwargs)
+            return _as_user_sees(method(*args, **kwargs), state)
 
     return call

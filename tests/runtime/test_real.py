@@ -21,7 +21,19 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
+class Padded(nn.Module):
+    """The options of a convolution by name, but for the first of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.conv.weight, self.conv.bias, padding=2, dilation=1)
+
+
 NETWORKS = {
+    "options by name": (Padded, ((images(2, 3, 8, 8),), {})),
     "residual": (Residual, ((images(4, 3, 12, 12),), {})),
     "two inputs": (TwoInputs, ((images(4, 2, 6, 6),), {"features": images(4, 5)})),
     "in place": (InPlace, ((images(2, 3, 8, 8),), {})),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 import quantkit
 from quantkit import Result
 from quantkit.program.sites import Site
+from quantkit.targets import Target
 from tests.program.architectures import ARCHITECTURES
 from tests.program.models import randn
 from tests.stages.networks import small
@@ -204,6 +206,59 @@ def test_the_real_model_generates_too() -> None:
     found = real.generate(input_ids=ids, **GENERATE)
     assert torch.equal(found, greedy(real, ids, 6)[0])
     assert torch.equal(found[:, :9], result.model.generate(input_ids=ids, **GENERATE)[:, :9])
+
+
+@cache
+def with_tables() -> Result:
+    """T5 with its tables, which are tied or read by themselves, among the quantized layers."""
+    target = Target.load("onnxruntime-cpu")
+    target = replace(target, name="npu", layers=(*target.layers, "embedding"))
+    entry = ARCHITECTURES["t5"]
+    model, plain = entry.build(), {"reconstruction": "none", "correction": None, "progress": False}
+    modules = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    tied = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")  # other names of the table
+    plan = dict.fromkeys([name for name in modules if name not in tied], "w4a8")
+    return quantkit.apply(model, plan, entry.batch(16)[1], target=target, **plain)
+
+
+def through_its_encoder(model: Any, ids: Tensor) -> Tensor:
+    states = model.get_encoder()(input_ids=ids)
+    return model(encoder_outputs=states, decoder_input_ids=ids).logits
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        lambda model, ids: model(input_ids=ids, decoder_input_ids=ids).logits,
+        lambda model, ids: model.generate(input_ids=ids, **GENERATE),
+        lambda model, ids: model.generate(**GENERATE, bos_token_id=1),
+        through_its_encoder,
+        lambda model, ids: model.get_input_embeddings()(ids.to(model.device)),
+        lambda model, ids: model.decoder.block[0].layer[0].SelfAttention.compute_bias(4, 4),
+    ],
+    ids=["forward", "generate", "generate from nothing", "encoder", "table", "tensors where a weight is"],
+)
+def test_an_encoder_and_decoder_with_tables_in_codes_works_in_real(used: Callable[[Any, Tensor], Tensor]) -> None:
+    result, ids = with_tables(), ARCHITECTURES["t5"].batch(3)[1]["input_ids"]
+    with torch.no_grad():
+        found, wanted = used(result.to_real().model, ids), used(result.model, ids)
+    torch.testing.assert_close(found, wanted, atol=0.02, rtol=0)
+
+
+def test_modules_that_methods_return_compute_quantized() -> None:
+    result, ids = with_tables(), ARCHITECTURES["t5"].batch(3)[1]["input_ids"]
+    with torch.no_grad():
+        wanted = result.model.encoder(input_ids=ids).last_hidden_state
+        assert torch.equal(result.model.get_encoder()(input_ids=ids).last_hidden_state, wanted)
+        alone = result.simulated().model.encoder(input_ids=ids).last_hidden_state
+    assert not torch.allclose(alone, wanted, atol=1e-4)
+
+
+def test_placeholders_say_where_the_model_is_and_hold_nothing() -> None:
+    real = tagger()[1].to_real().model
+    weight = next(real.parameters())
+    assert weight.device == copy.deepcopy(weight).device == torch.device("cpu")
+    assert weight.is_meta and (weight * 2).device == torch.device("meta")
 
 
 def in_threads(work: Callable[[int], Any], count: int = 4) -> list[Any]:

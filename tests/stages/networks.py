@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, weight_norm
 
 from tests.program.models import conv_bn, randn, settled
 
@@ -103,3 +104,39 @@ class ConvReused(nn.Module):
         x = F.relu(self.step(x))
         x = F.relu(self.step(3 * x))
         return self.head(x.mean((2, 3)))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that computes its weight and its bias, and is told its padding."""
+
+    def forward(self, x, padding):
+        weight = 0.2 * self.weight / self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias - self.bias.mean(), padding=padding)
+
+
+class ComputedWeights(nn.Module):
+    """Every weight is computed from parameters; a padding follows the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooked = weight_norm(nn.Conv2d(3, 8, 3, padding=1))
+        self.parametrized = parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+        self.one, self.two = Standardized(8, 8, 3), Standardized(8, 8, 3)
+        self.head = parametrizations.spectral_norm(nn.Linear(8, 10))
+
+    def forward(self, image):
+        x = F.relu(self.parametrized(F.relu(self.hooked(image))))
+        for layer in (self.one, self.two):
+            x = F.relu(layer(x, image.shape[-1] // 8))
+        return self.head(x.mean((2, 3)))
+
+
+class ConstantBranch(nn.Module):
+    """Of two convolutions one reads a constant, and one, which no module makes, has the name of what it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.ones = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return F.conv2d(x, 0.5 * self.image.weight) + self.ones(x.new_ones(1, 3, 8, 8))

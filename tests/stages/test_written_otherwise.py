@@ -19,7 +19,7 @@ from quantkit.simulation.playback import SimulatedProgram
 from tests.program.models import randn
 from tests.program.replays import program_of
 from tests.rounding.test_rounding_by_layers import parts_of, recorded
-from tests.stages.networks import small
+from tests.stages.networks import ComputedWeights, small
 from tests.stages.schedules import all_of, apply_with
 
 
@@ -87,6 +87,7 @@ NETWORKS = {
     "tokens": (Tokens, lambda: torch.randint(20, (80, 6), generator=torch.Generator().manual_seed(0))),
     "sequence first": (SequenceFirst, lambda: randn(80, 7, 16)),
     "as many tokens as samples": (SequenceFirst, lambda: randn(80, 64, 16)),
+    "computed weights": (ComputedWeights, lambda: randn(80, 3, 8, 8)),
     "frames": (Frames, lambda: randn(80, 4, 3, 8, 8)),
 }
 
@@ -94,7 +95,7 @@ NETWORKS = {
 apply = partial(apply_with, all_of(Schedule(steps=60, batch=32, checks=12)))
 
 
-@pytest.mark.parametrize("how", ["block", "network", "adaquant"])
+@pytest.mark.parametrize("how", ["block", "network", "adaquant", "adaquant-parallel"])
 @pytest.mark.parametrize("case", NETWORKS)
 def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
     build, inputs = NETWORKS[case]
@@ -105,7 +106,7 @@ def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
         way: apply(model, plan, inputs(), reconstruction=way, correction=None, progress=False) for way in ("none", how)
     }
     learned = found[how].notes["reconstruction"]
-    if how == "adaquant":
+    if how.startswith("adaquant"):
         expected = {"sequence first": 0, "as many tokens as samples": 0, "frames": 1}.get(case, len(plan))
         assert len(set(learned) & set(plan)) == expected  # the others have no row per sample
         return

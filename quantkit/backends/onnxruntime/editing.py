@@ -17,7 +17,7 @@ from onnx_ir.passes.common import (
     RemoveUnusedOpsetsPass,
 )
 
-from quantkit.backends.onnxruntime.marks import BATCH, OPSET, MarkedGraph
+from quantkit.backends.onnxruntime.marks import BATCH, DOMAIN, OPSET, MarkedGraph
 from quantkit.backends.onnxruntime.replayed import SCOPES
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -153,8 +153,10 @@ def _scope(node: ir.Node) -> str:
 
 
 def _role(constant: ir.Value) -> str:
-    """What the first reader of a constant calls it, e.g. ``layer1/Slice.starts``."""
+    """What the first reader of a constant calls it, e.g. ``layer1/Slice.starts``; a mark by the name it remembers."""
     use = min(constant.uses(), key=lambda use: str(use.node.name))
+    if use.node.domain == DOMAIN:
+        return f"{use.node.attributes['name'].as_string()}.value"
     inputs = defs.get_schema(use.node.op_type, OPSET, use.node.domain).inputs
     return f"{use.node.name}.{inputs[min(use.idx, len(inputs) - 1)].name}"
 

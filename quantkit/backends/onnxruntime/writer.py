@@ -139,8 +139,8 @@ def _write(model: ir.Model, path: str) -> None:
 
 def _weight_bytes(model: ir.Model, simulated: SimulatedModel) -> int:
     """Bytes of the initializers that hold the layers' weights: codes in whatever form, scales, float weights."""
-    names = {str(weight.parameter or name) for name, weight in simulated.floats.layers.items()}
-    names |= {f"{name}.weight" for name in simulated.weights}
+    names = {f"{name}.weight" for name in simulated.weights}
+    names |= {weight.parameter for weight in simulated.floats.layers.values() if weight.parameter is not None}
     parts = tuple(f"{name}." for name in names)
     tensors = [(str(v.name), v.const_value) for v in model.graph.initializers.values()]
     return sum(int(t.nbytes) for name, t in tensors if t is not None and (name in names or name.startswith(parts)))

@@ -108,6 +108,18 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capsys: Any) ->
     assert "is no checkout of quantkit" in capsys.readouterr().err
 
 
+def test_every_run_can_be_asked_to_round_alike(monkeypatch: Any) -> None:
+    asked = []
+
+    def carried_out(run: Run, checkout: Path) -> dict[str, Any]:
+        asked.append(run.options)
+        return record()
+
+    monkeypatch.setattr(golden, "carried_out", carried_out)
+    assert main(["--only", RUN, "vit-repquant", "--rounding", "nearest"]) == 0
+    assert asked == [golden.RUNS[name].options | {"rounding": "nearest"} for name in (RUN, "vit-repquant")]
+
+
 def test_runs_are_listed(capsys: Any) -> None:
     assert main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(golden.RUNS)

@@ -2,6 +2,7 @@
 
     python tools/golden.py [--only NAME ...] [--json FILE]                            # what this checkout gives
     python tools/golden.py --against OTHER_CHECKOUT [--rounds 5] [--only NAME ...]    # and how the other one differs
+                           [--rounding nearest]    # every run rounds so: tells a change of GPTQ from one of all else
 
 Of each run: the plan (schemes and sites, not how they came about), codes and scales, the ONNX graph with its
 constants, how often the model was called while quantizing and exporting (calls of the model itself: recorded steps
@@ -21,8 +22,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,21 +186,21 @@ def print_comparison(name: str, found: Comparison) -> None:
         print(f" (until the result x {found.ratio('result_mb'):.3f})", flush=True)
 
 
-def alone(names: Iterable[str]) -> tuple[dict[str, Any], bool]:
+def alone(runs: Mapping[str, Run]) -> tuple[dict[str, Any], bool]:
     """The records of this checkout, printed, and whether none failed and some ran."""
     records = {}
-    for name in names:
-        records[name] = carried_out(RUNS[name], REPOSITORY)
+    for name, run in runs.items():
+        records[name] = carried_out(run, REPOSITORY)
         print_record(name, records[name])
     ran = [record for record in records.values() if "skipped" not in record]
     return records, bool(ran) and not any("failed" in record for record in ran)
 
 
-def against(other: Path, names: Iterable[str], rounds: int) -> tuple[dict[str, Any], bool]:
+def against(other: Path, runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, Any], bool]:
     """The comparisons with another checkout, printed, and whether some ran and nothing differs."""
     found: dict[str, Comparison] = {}
-    for name in names:
-        found[name] = in_turn(RUNS[name], other, rounds)
+    for name, run in runs.items():
+        found[name] = in_turn(run, other, rounds)
         print_comparison(name, found[name])
     ran = {name: one for name, one in found.items() if not one.skipped}
     timed = [one for one in ran.values() if "failed" not in one.problems]
@@ -224,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout of quantkit")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side runs, with --against (default 5)")
     parser.add_argument("--only", nargs="+", choices=RUNS, metavar="NAME", help="only these runs (--list names them)")
+    parser.add_argument("--rounding", help="of every run, instead of its own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     parser.add_argument("--list", action="store_true", help="name the runs")
     options = parser.parse_args(arguments)
@@ -234,9 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds {options.rounds}: at least 1.")
     if options.against and not (options.against / "quantkit" / "__init__.py").exists():
         parser.error(f"{options.against} is no checkout of quantkit: it has no quantkit/__init__.py.")
-    names = options.only or list(RUNS)
+    chosen = {name: RUNS[name] for name in options.only or RUNS}
+    if options.rounding:
+        chosen = {n: replace(run, options=run.options | {"rounding": options.rounding}) for n, run in chosen.items()}
     other = options.against and options.against.resolve()
-    shown, fine = against(other, names, options.rounds) if other else alone(names)
+    shown, fine = against(other, chosen, options.rounds) if other else alone(chosen)
     if options.json:
         options.json.write_text(json.dumps(shown, indent=1) + "\n")
     return 0 if fine else 1

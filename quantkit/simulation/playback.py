@@ -14,7 +14,6 @@ from quantkit.program.intercept import OpKey, device_of
 from quantkit.program.program import Change, Part, Program
 from quantkit.program.segments import Segment, whole
 from quantkit.program.sizes import Shapes
-from quantkit.program.weight_source import ModuleSource, WeightSource
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.simulation.model import SimulatedModel, as_float
 
@@ -40,7 +39,6 @@ class SimulatedProgram:
     fixed: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.source: WeightSource = ModuleSource(self.model.model)
         self.names: dict[tuple[int, ...], set[str]] = {}  # that segments read
         self.sites = {site.place: site.name for site in self.model.sites}
         self.shapes: dict[int, Shapes] = {}  # that calls follow, by the number of samples
@@ -52,7 +50,7 @@ class SimulatedProgram:
         floats, layers = self.model.floats, self.model.floats.layers
         names = self._names(segment, wanted)
         learned_in = {str(p) for name in self.weights if (p := layers[name].parameter) is not None}
-        found = {n: self.program.laid_out(x) for n, x in self.source.tensors(names | learned_in).items()}
+        found = {n: self.program.laid_out(floats.tensor(n).detach()) for n in names | learned_in}
         for name, weight in self.model.weights.items():
             if layers[name].parameter is None:
                 found |= floats.placed(name, floats[name], found)

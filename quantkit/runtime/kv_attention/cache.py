@@ -65,12 +65,6 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     return low | high << 4, scale
 
 
-def dequantize_heads(packed: Tensor, scale: Tensor) -> Tensor:
-    """float32 values of ``quantize_heads``."""
-    codes = torch.cat((packed & 15, packed >> 4), -1).float() - 8
-    return codes * scale.unsqueeze(-1)
-
-
 def quantize_kv(keys: Tensor, values: Tensor, key_factors: Tensor | None = None) -> KVCache:
     """A cache of keys (after RoPE) and values (batch, heads, tokens, dim). Raises InvalidRequest for odd
     dimensions.

@@ -97,15 +97,13 @@ def batch_size(batch: Batch) -> int:
 
 def first_samples(batch: Batch, count: int) -> Batch:
     """The first ``count`` samples of a batch; what does not have one entry per sample stays whole."""
-    size = batch_size(batch)
-    return tree_map(lambda v: v[:count] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
+    return picked_samples(batch, slice(count))
 
 
-def repeated(batch: Batch, times: int) -> Batch:
-    """A batch with each of its samples so many times; what does not have one entry per sample stays as it is."""
+def picked_samples(batch: Batch, which: slice | Tensor) -> Batch:
+    """Some samples of a batch, by their numbers; what does not have one entry per sample stays whole."""
     size = batch_size(batch)
-    indices = torch.arange(size).repeat_interleave(times)
-    return tree_map(lambda v: v[indices] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
+    return tree_map(lambda v: v[which] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
 
 
 def _require_usable(batch: Batch, number: int) -> None:

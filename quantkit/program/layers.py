@@ -168,19 +168,11 @@ def weight_at(kind: str, parameter: str, weight: Tensor, groups: int = 1, bias: 
     """The layer that reads the whole of a parameter as a module of this kind does."""
     if not kind.startswith("conv_transpose"):
         return LayerWeight(kind, tuple(weight.shape), parameter, groups=groups, bias=bias)
-    (size, stride), order, shape = _transposed_convolution(weight, groups)
-    return LayerWeight(kind, shape, parameter, Region(size, stride, 0), order, bias, groups)
-
-
-def _transposed_convolution(
-    weight: Tensor, groups: int
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...], tuple[int, ...]]:
-    """((sizes, strides), order, shape) of a weight (in, out / groups, ...) with output channels first."""
-    inputs, outputs, *kernel = weight.shape
+    inputs, outputs, *kernel = weight.shape  # (in, out / groups, ...)
     size = (groups, inputs // groups, outputs, *kernel)
     stride = (weight.stride(0) * (inputs // groups), *weight.stride())
-    order = (0, 2, 1, *range(3, len(size)))
-    return (size, stride), order, (groups * outputs, inputs // groups, *kernel)
+    order, shape = (0, 2, 1, *range(3, len(size))), (groups * outputs, inputs // groups, *kernel)
+    return LayerWeight(kind, shape, parameter, Region(size, stride, 0), order, bias, groups)
 
 
 class Weights:

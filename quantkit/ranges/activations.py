@@ -1,7 +1,7 @@
 """Ranges of activations, streamed: minimum and maximum, and the clipping with the least squared error.
 
-Two passes over the calibration data, each of fixed size and exactly mergeable: first the extremes, then a histogram
-between them. The same data gives the same range however it is split into batches.
+Two passes over the calibration data, each of fixed size: first the extremes, then a histogram between them. The same
+data gives the same range however it is split into batches.
 """
 
 from __future__ import annotations
@@ -53,9 +53,6 @@ class Histogram:
             return self
         bins = ((x.reshape(-1) - low) / width).long().clamp_(0, BINS - 1)
         return Histogram(self.extremes, self.counts + torch.bincount(bins, minlength=BINS).cpu())
-
-    def merged(self, other: Histogram) -> Histogram:
-        return Histogram(self.extremes, self.counts + other.counts)
 
     def centres(self) -> Tensor:
         width = (self.extremes.high - self.extremes.low) / BINS

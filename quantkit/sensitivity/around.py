@@ -29,11 +29,7 @@ class PlanDamage:
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        perturbations: Sequence[Perturbation],
-        progress: bool = True,
-        temperature: float = 1.0,
+        self, subject: Subject, perturbations: Sequence[Perturbation], progress: bool = True, temperature: float = 1.0
     ) -> None:
         self.subject, self.perturbations, self.progress = subject, perturbations, progress
         self.temperature = temperature

@@ -175,7 +175,7 @@ class Damage:
 
 class RunningDamage:
     """The damage of outputs that stream by, batch after batch: a number per row is kept, so that two runs can be
-    compared row by row, on the CPU. What was measured apart can be merged.
+    compared row by row, on the CPU.
     """
 
     def __init__(self, damage: Damage, parts: Sequence[Tensor] | None = None) -> None:
@@ -186,11 +186,6 @@ class RunningDamage:
         """Add a batch: the rows of the float model's outputs and of the others, padding left out."""
         for kept, rows in zip(self._parts, self.damage.rows(reference, output, temperature), strict=True):
             kept.append(rows.double().cpu())
-
-    def merge(self, other: RunningDamage) -> None:
-        """Add what was measured on other batches, which come after these."""
-        for kept, more in zip(self._parts, other._parts, strict=True):
-            kept += more
 
     @property
     def rows(self) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quantkit.sensitivity.measure import Batch
+from quantkit.program.inputs import Batch
 
 LEAST, MOST = 0.7, 1.0
 

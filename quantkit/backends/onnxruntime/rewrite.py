@@ -227,13 +227,18 @@ class _Writer:
 
     def _tokens_of(self, use: Any) -> Tokens | None:
         """The site of tokens that the call of a layer's weight reads."""
-        read = use.node.inputs[0] if use.idx == 1 else None
-        made = None if read is None else read.producer()
-        if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
+        mark = self._coded_mark(use.node) if use.idx == 1 else None
+        if mark is None:
             return None
-        name, value = made.attributes["name"].as_string(), made.inputs[0]
+        name, value = mark.attributes["name"].as_string(), mark.inputs[0]
         found = self.simulated.ranges[name]
         return None if found.static or value is None else Tokens(name, value, found)
+
+    def _coded_mark(self, call: ir.Node) -> ir.Node | None:
+        """The mark of the site that a call reads first, where that has codes."""
+        made = call.inputs[0].producer() if call.inputs[0] is not None else None
+        is_site = made is not None and made.domain == DOMAIN and made.op_type == "Site"
+        return made if made is not None and is_site and self.is_coded(made) else None
 
     def _weight(self, name: str, before: ir.Node, transposed: bool, integer: bool) -> ir.Value:
         """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do
@@ -261,10 +266,10 @@ class _Writer:
 
     def _input_site(self, call: ir.Node) -> str | None:
         """The site whose codes a layer's call reads; None where its input is float, as tokens on a grid are."""
-        made = call.inputs[0].producer() if call.inputs[0] is not None else None
-        if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
+        mark = self._coded_mark(call)
+        if mark is None:
             return None
-        name = made.attributes["name"].as_string()
+        name = mark.attributes["name"].as_string()
         found = self.simulated.ranges[name]
         return name if found.static and found.integer else None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.progress import notice
+from quantkit.rounding.layer_inputs import padded_sides, per_axis
 from quantkit.runtime.int_conv.reference import int_conv_reference
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import quantize_padded_compiled, windows_compiled
@@ -21,25 +22,8 @@ from quantkit.runtime.int_linear.layer import integer_offset
 from quantkit.runtime.int_linear.panels import Panels
 
 WINDOW_BYTES = 1 << 24  # of window rows at a time
-Pair = tuple[int, int]
+Pair = tuple[int, ...]  # down and right
 Border = tuple[int, int, int, int]
-
-
-def pair_of(value: Any) -> Pair:
-    """A convolution's option as (down, right)."""
-    down, right = (value, value) if isinstance(value, int) else (value * 2 if len(value) == 1 else value)
-    return int(down), int(right)
-
-
-def border_of(padding: Any, kernel: Pair, dilation: Pair) -> Border:
-    """Top, bottom, left and right padding; torch's "same" puts the odd one at the bottom and right."""
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":
-        down, right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-        return down // 2, down - down // 2, right // 2, right - right // 2
-    down, right = pair_of(padding)
-    return down, down, right, right
 
 
 class IntConv(OnHeldWeight):
@@ -75,13 +59,7 @@ class IntConv(OnHeldWeight):
         return QuantizedWeight(codes, flat.scale, flat.zero_point, flat.format)
 
     def forward(
-        self,
-        convolve: Any,
-        x: Tensor,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        self, convolve: Any, x: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
     ) -> Tensor:
         panels = self._panels(x, groups)
         if panels is None:
@@ -89,8 +67,9 @@ class IntConv(OnHeldWeight):
             operands = (x.float(), self.site, self.quantized(), self.bias)
             return int_conv_reference(convolve, *operands, stride, padding, dilation, groups).to(x.dtype)
         batched = x.float() if x.dim() == 4 else x.float().unsqueeze(0)
-        kernel, steps, spread = pair_of(self.shape[2:]), pair_of(stride), pair_of(dilation)
-        border = border_of(padding, kernel, spread)
+        kernel, steps, spread = self.shape[2:], per_axis(stride, 2), per_axis(dilation, 2)
+        (top, bottom), (left, right) = padded_sides(padding, kernel, spread)
+        border = top, bottom, left, right
         parts = batched.split(self._images_at_once(batched, panels))
         found = [self._convolved(part, panels, border, kernel, steps, spread) for part in parts]
         done = found[0] if len(found) == 1 else torch.cat(found)

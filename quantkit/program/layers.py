@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -313,8 +313,3 @@ class Weights:
         tensor = getattr(self.model.get_submodule(owner), attribute)
         assert isinstance(tensor, Tensor), f"{name} is a parameter or buffer"
         return tensor
-
-
-def joined(weight: LayerWeight, number: int, at: tuple[OpKey, int]) -> LayerWeight:
-    """A layer with a computed weight that is called once more."""
-    return replace(weight, numbers=(*weight.numbers, number), at=(*weight.at, at))

@@ -20,8 +20,6 @@ from quantkit.backends.onnxruntime.weight_forms import (
     LARGEST_UNPACKED,
     WeightForm,
     add_functions,
-    integer_form,
-    is_in_planes,
     stored_codes,
 )
 from quantkit.errors import InvalidRequest
@@ -30,6 +28,7 @@ from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.sites import coded_sites
 from quantkit.simulation.model import SimulatedModel
+from quantkit.targets.instruction_sets import VNNI
 
 BYTE = 8  # bits of a code as kernels read it
 _BIAS = 2  # its position among the inputs of Conv and Gemm
@@ -84,7 +83,8 @@ def _require_form(name: str, weight: QuantizedWeight) -> None:
             f"Layer {name!r} has weight format {fmt}, which ONNX files do not carry yet. "
             "Use 2 to 8 bits per output channel without zero points, such as w4."
         )
-    if is_in_planes(fmt.bits) and weight.codes.numel() > LARGEST_UNPACKED:
+    in_planes = fmt.bits not in (4, 8)
+    if in_planes and weight.codes.numel() > LARGEST_UNPACKED:
         raise InvalidRequest(
             f"Layer {name!r} has {weight.codes.numel():,} weights of {fmt.bits} bits; onnxruntime expands at most "
             f"{LARGEST_UNPACKED:,} when it loads a file and would expand more on every run. Give it 4 or 8 bits."
@@ -222,8 +222,9 @@ class _Writer:
                 use.node.replace_input_with(_BIAS, self._bias(name, use.node, site))
 
     def _integer_form(self, name: str) -> WeightForm:
-        """The form of a layer's codes in which integer kernels read them."""
-        return integer_form(self.simulated.weights[name].format.bits, self.instruction_set)
+        """The form of a layer's codes that integer kernels read fast and exactly with the instructions at hand."""
+        bits = self.simulated.weights[name].format.bits
+        return WeightForm(bits, unsigned=bits == 8 and self.instruction_set != VNNI)
 
     def _tokens_of(self, use: Any) -> Tokens | None:
         """The site of tokens that the call of a layer's weight reads."""

@@ -41,16 +41,12 @@ class IntConv(OnHeldWeight):
     ) -> None:
         super().__init__()
         self.shape, self.site, self.name = tuple(weight.codes.shape), site, name
-        flat = QuantizedWeight(self._by_window(weight.codes), weight.scale, weight.zero_point, weight.format)
+        by_window = weight.codes.movedim(1, -1).flatten(1).contiguous()  # (channels, inputs), the input channel last
+        flat = QuantizedWeight(by_window, weight.scale, weight.zero_point, weight.format)
         self.weight = HeldWeight(flat, expand)
         self.register_buffer("offset", integer_offset(weight, bias, site))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.told = False
-
-    @staticmethod
-    def _by_window(codes: Tensor) -> Tensor:
-        """(channels, inputs) codes, the input channel last."""
-        return codes.movedim(1, -1).flatten(1).contiguous()
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it came in."""
@@ -70,8 +66,8 @@ class IntConv(OnHeldWeight):
         kernel, steps, spread = self.shape[2:], per_axis(stride, 2), per_axis(dilation, 2)
         (top, bottom), (left, right) = padded_sides(padding, kernel, spread)
         border = top, bottom, left, right
-        parts = batched.split(self._images_at_once(batched, panels))
-        found = [self._convolved(part, panels, border, kernel, steps, spread) for part in parts]
+        at_once = max(1, WINDOW_BYTES // max(1, batched[0, 0].numel() * panels.padded_inputs))
+        found = [self._convolved(part, panels, border, kernel, steps, spread) for part in batched.split(at_once)]
         done = found[0] if len(found) == 1 else torch.cat(found)
         return (done if x.dim() == 4 else done.squeeze(0)).to(x.dtype)
 
@@ -85,9 +81,6 @@ class IntConv(OnHeldWeight):
             what = f"a convolution with {groups} groups" if groups > 1 else f"this {len(self.shape) - 2}-d convolution"
             notice(f"Layer {self.name!r}: {what} has no integer kernel here and runs on integers in float.")
         self.told = True
-
-    def _images_at_once(self, x: Tensor, panels: Panels) -> int:
-        return max(1, WINDOW_BYTES // max(1, x[0, 0].numel() * panels.padded_inputs))
 
     def _convolved(
         self, x: Tensor, panels: Panels, border: Border, kernel: Pair, stride: Pair, dilation: Pair

@@ -39,15 +39,14 @@ MODULES: dict[type[nn.Module], str] = {
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One run of a layer: the value it read, the one it made, its multiply-accumulates per sample, and the positions
-    of its weight and of the value it read among the tensors that the call reads.
+    """One run of a layer: the value it read, the one it made, its multiply-accumulates per sample, and the position of
+    the value it read among the tensors that the call reads.
     """
 
     key: OpKey
     input: int
     output: int
     macs: int
-    position: int = 1
     source: int = 0
 
 

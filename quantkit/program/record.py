@@ -237,16 +237,13 @@ class Recorder:
             if found is None or source is None:
                 continue
             name, weight = found
-            position = call.inputs.index(number)
             known = self.weights.setdefault(name, weight)
             if weight.parameter is None:
-                at = (*known.at, (call.key, position))
+                at = (*known.at, (call.key, call.inputs.index(number)))
                 self.weights[name] = replace(known, numbers=(*known.numbers, number), at=at)
             made = tensors_of(result)[0]
             macs = operations_per_sample(product, made, self.samples if call.varies else 1)
-            self.calls[name].append(
-                LayerCall(call.key, source, self.number(made), macs, position, call.inputs.index(source))
-            )
+            self.calls[name].append(LayerCall(call.key, source, self.number(made), macs, call.inputs.index(source)))
 
 
 def run_model(model: nn.Module, batch: Batch, updated: Collection[str] | None = None) -> Any:

@@ -195,9 +195,8 @@ def _recounted(
         raise QuantkitError(
             f"The plan promised {plan.size_bytes:,} bytes of weights, {size:,} were packed. Please report this."
         )
-    found = {
-        name: one.format for name, one in simulated.ranges.items()
-    }  # probabilities may have got logarithmic codes
+    # probabilities may have got logarithmic codes
+    found = {name: one.format for name, one in simulated.ranges.items()}
     sites = {name: str(found.get(name, asked)) for name, asked in formats.items()}
     return replace(
         plan,

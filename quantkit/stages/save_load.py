@@ -185,11 +185,5 @@ def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str
 
 
 def _site(record: Mapping[str, Any]) -> Site:
-    return Site(
-        name=record["name"],
-        place=OpKey(**record["place"]),
-        echoes=tuple(OpKey(**key) for key in record["echoes"]),
-        consumers=tuple(record["consumers"]),
-        shape=tuple(record["shape"]),
-        roles=tuple(record.get("roles", ())),
-    )
+    tuples = {part: tuple(record[part]) for part in ("consumers", "shape", "roles")}
+    return Site(record["name"], OpKey(**record["place"]), tuple(OpKey(**key) for key in record["echoes"]), **tuples)

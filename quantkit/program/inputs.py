@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.intercept import forward_parameters, tensors_of
@@ -123,11 +123,31 @@ def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
     for batch in batches:
         leaves, count = tree_flatten(batch)[0], batch_size(batch)
         uniform = all(isinstance(v, Tensor) and v.dim() and len(v) == count for v in leaves)
-        starts = range(0, count, size) if uniform and count > size else (0,)
-        for start in starts:
-            stop = start + size if len(starts) > 1 else count
-            result.append(tree_map(lambda v, a=start, b=stop: v[a:b], batch) if len(starts) > 1 else batch)
+        if uniform and count > size:
+            result += [tree_map(lambda v, at=start: v[at : at + size], batch) for start in range(0, count, size)]
+        else:
+            result.append(batch)
     return result
+
+
+def stacked(batches: Sequence[Batch]) -> Batch | None:
+    """All samples as one batch, where every argument is a tensor with a row per sample."""
+    flat = [tree_flatten(batch) for batch in batches]
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=False))
+    sizes = [batch_size(batch) for batch in batches]
+    same = all(spec == flat[0][1] for _, spec in flat)
+    if not same or not all(_is_column(column, sizes) for column in columns):
+        return None
+    return tree_unflatten([torch.cat(list(column)) for column in columns], flat[0][1])
+
+
+def _is_column(column: Sequence[Any], sizes: Sequence[int]) -> bool:
+    tensors = [t for t in column if isinstance(t, Tensor) and t.dim()]
+    return (
+        len(tensors) == len(column)
+        and [len(t) for t in tensors] == list(sizes)
+        and len({(t.shape[1:], t.dtype) for t in tensors}) == 1
+    )
 
 
 def digest_batches(batches: Sequence[Batch]) -> str:

@@ -50,7 +50,7 @@ class ParityError(QuantkitError):
     exit_code = 3
 
 
-def did_you_mean(name: str, known: Sequence[str], count: int = 3) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
     """A sentence with the nearest known names (empty when there are none), to end an error message with."""
-    near = get_close_matches(name, list(known), n=count, cutoff=0.4)
+    near = get_close_matches(name, list(known), n=3, cutoff=0.4)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -30,11 +30,6 @@ _ACT = rf"a(?P<afmt>{_FMT})(?P<dynamic>d)?(?:g(?P<agroup>[1-9]\d*))?"
 _SCHEME = re.compile(rf"(?:{_WEIGHT})?(?:{_ACT})?")
 
 
-def element_bits(fmt: str) -> int:
-    """Bits of one code of a number format."""
-    return _FLOAT_BITS.get(fmt) or int(fmt)
-
-
 def bit_planes(bits: int) -> tuple[int, ...]:
     """How codes of ``bits`` bits are stored: planes of 8, 4, 2 and 1 bits, high bits first. 3 -> (2, 1), 5 -> (4, 1),
     6 -> (4, 2).
@@ -56,7 +51,7 @@ class _Format:
 
     @property
     def bits(self) -> int:
-        return element_bits(self.fmt)
+        return _FLOAT_BITS.get(self.fmt) or int(self.fmt)
 
     @property
     def is_integer(self) -> bool:

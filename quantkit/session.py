@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from quantkit.plan import digest_of
-from quantkit.program.inputs import Batch, digest_batches, digest_model
+from quantkit.program.inputs import digest_batches, digest_model
 from quantkit.program.program import Program
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
@@ -79,10 +79,6 @@ class Session:
             subject = Subject(ready.model, batches, {}, loss, weights=ready.weights, program=ready.program)
             self.references[loss] = Reference.of(subject)
         return self.references[loss]
-
-    @property
-    def batches(self) -> list[Batch]:
-        return self.inputs.batches
 
 
 def _digest_operations(program: Program) -> str:

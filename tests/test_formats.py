@@ -13,7 +13,6 @@ from quantkit.formats import (
     WeightFormat,
     bit_planes,
     check_group,
-    element_bits,
     packed_bytes,
 )
 from tests.scheme_grammar import BITS, PLANES, SCHEMES
@@ -166,7 +165,7 @@ def test_codes_are_signed_over_the_whole_width() -> None:
     ranges = {fmt: WeightFormat(fmt).code_range for fmt in ("2", "3", "4", "5", "6", "7", "8")}
     expected = [(-2, 1), (-4, 3), (-8, 7), (-16, 15), (-32, 31), (-64, 63), (-128, 127)]
     assert list(ranges.values()) == expected
-    assert {fmt: element_bits(fmt) for fmt in BITS} == BITS
+    assert {fmt: WeightFormat(fmt).bits for fmt in BITS} == BITS
 
 
 @given(group=st.integers(1, 200), inputs=st.integers(1, 120))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_float_model_has_no_codes() -> None:
 
 
 def test_plain_data_comes_back_equal() -> None:
-    assert LatencyTable.from_dict(TABLE.to_dict()) == TABLE
+    assert LatencyTable.from_dict(asdict(TABLE)) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_plain_data_comes_back_equal() -> None:
 )
 def test_data_that_is_no_table_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError), match=message):
-        LatencyTable.from_dict(TABLE.to_dict() | change)
+        LatencyTable.from_dict(asdict(TABLE) | change)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from golden_run import recipe_model
 from safetensors.torch import load_file
-from study_sensitivity import REPOSITORY, SOURCES, recipe_model
+from study_sensitivity import REPOSITORY, SOURCES
 from torch import Tensor, nn
 
 from quantkit.allocation.allocate import allocate

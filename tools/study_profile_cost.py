@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from golden_run import recipe_model
 from safetensors.torch import load_file
-from study_sensitivity import REPOSITORY, SOURCES, recipe_model
+from study_sensitivity import REPOSITORY, SOURCES
 
 from quantkit.formats import ActivationFormat, Scheme
 from quantkit.program.inputs import Batch, batch_size, split_batches

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from golden_run import recipe_model
 from safetensors.torch import load_file
-from study_sensitivity import recipe_model
 from torch import Tensor, nn
 
 import quantkit

@@ -12,16 +12,15 @@ measurements stay in a folder, so that a run that was killed resumes and several
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
+from golden_run import recipe_model
 from predictors import BASES, DEFAULT, Predictor, predictors
 from safetensors.torch import load_file
 from scipy.stats import kendalltau, spearmanr
@@ -72,15 +71,6 @@ class Case:
             rows = [KLDamage().rows(a, b) for (a,), (b,) in zip(reference, outputs, strict=True)]
             found.append(float(torch.cat(rows).mean()))
         return found
-
-
-def recipe_model(name: str) -> ModuleType:
-    """The module ``recipes/models/<name>.py``."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "recipes" / "models" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def case_of(

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from golden_run import recipe_model
 from safetensors.torch import load_file
 from study_quantizers import equal_answers, outputs, outputs_in_onnxruntime
-from study_sensitivity import recipe_model
 from torch import Tensor, nn
 
 import quantkit

@@ -291,11 +291,7 @@ def _out_of_reach(
 
 
 def smallest(
-    profile: Profile,
-    name: str,
-    held: Mapping[str, int],
-    allowed: Mapping[str, tuple[Scheme, ...]],
-    settings: Settings,
+    profile: Profile, name: str, held: Mapping[str, int], allowed: Mapping[str, tuple[Scheme, ...]], settings: Settings
 ) -> int | None:
     """The least amount of a limit, all that counts included, while others hold; None where those cannot."""
     if name == "activation_bytes":

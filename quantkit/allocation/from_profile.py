@@ -19,11 +19,6 @@ FLOAT_BITS = 32
 FLOAT = "float"
 
 
-def layer_size(layer: Layer, scheme: Scheme) -> int:
-    """Packed bytes of a layer's weight."""
-    return layer.weight_bytes(scheme)
-
-
 def layer_bops(layer: Layer, scheme: Scheme) -> int:
     """Weight bits x activation bits x multiply-accumulates; what is float counts 32 bits."""
     weight = scheme.weight.bits if scheme.weight else FLOAT_BITS
@@ -31,7 +26,7 @@ def layer_bops(layer: Layer, scheme: Scheme) -> int:
 
 
 # What each limit of a budget counts per layer; constants of the whole model are taken off the limit.
-COSTS = {"size": layer_size, "average_bits": layer_size, "bops": layer_bops}
+COSTS = {"size": Layer.weight_bytes, "average_bits": Layer.weight_bytes, "bops": layer_bops}
 
 
 @dataclass(frozen=True)
@@ -235,7 +230,7 @@ def _layer_options(
 ) -> tuple[Option, ...]:
     layer, options = profile.layers[name], []
     for scheme, tag in tagged:
-        entry = None if scheme.weight is None else _entry(profile, index, name, str(scheme.weight))
+        entry = None if scheme.weight is None else profile.entry(index, name, str(scheme.weight))
         damage = 0.0 if entry is None else float(profile.damage[entry])
         costs = tuple(_layer_cost(profile, limit, layer, scheme) for limit in limits)
         options.append(Option(str(scheme), damage, costs, tag))
@@ -247,13 +242,6 @@ def _site_options(
 ) -> tuple[Option, ...]:
     damage = [0.0 if fmt == FLOAT else float(profile.damage[index[name, fmt]]) for fmt in formats]
     return tuple(Option(fmt, value, (0,) * limits, fmt) for fmt, value in zip(formats, damage, strict=True))
-
-
-def _entry(profile: Profile, index: Mapping[tuple[str, str], int], owner: str, fmt: str) -> int:
-    if (owner, fmt) not in index:
-        known = ", ".join(f for o, f in profile.entries if o == owner) or "none"
-        raise InvalidRequest(f"{fmt} was not profiled for {owner!r}; profiled: {known}.")
-    return index[owner, fmt]
 
 
 def _pairs(profile: Profile, choices: list[Choice], owners: list[str]) -> Floats | None:

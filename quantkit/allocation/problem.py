@@ -80,11 +80,6 @@ class Problem:
         """Where each choice's options begin among all options; the last entry is their number."""
         return tuple(accumulate((len(choice.options) for choice in self.choices), initial=0))
 
-    @property
-    def combinations(self) -> int:
-        """Number of assignments, ignoring limits and groups."""
-        return math.prod(len(choice.options) for choice in self.choices)
-
     def chosen(self, assignment: Sequence[int]) -> Iterator[Option]:
         """The options an assignment (an option index per choice) takes."""
         return (choice.options[k] for choice, k in zip(self.choices, assignment, strict=True))

@@ -61,21 +61,14 @@ class ProblemArrays:
         """State of each option."""
         return self.state[self.cell]
 
-    @cached_property
-    def component_of(self) -> Integers:
-        """Component of each option."""
-        return self.component[self.state_of]
-
     def cell_minimum(self, score: Floats) -> tuple[Floats, Integers]:
         """Smallest score in each cell and the position of the option that has it (the first among equals)."""
-        order = np.lexsort((score, self.cell))
-        first = order[np.searchsorted(self.cell[order], np.arange(len(self.state)))]
+        first = _first_of_each(self.cell, score, len(self.state))
         return score[first], first
 
     def lowest(self, score: Floats) -> tuple[Floats, Integers]:
         """Smallest score of each choice and the position of the option that has it (the first among equals)."""
-        order = np.lexsort((score, self.choice))
-        first = order[np.searchsorted(self.choice[order], np.arange(len(self.offsets) - 1))]
+        first = _first_of_each(self.choice, score, len(self.offsets) - 1)
         return score[first], first
 
     def state_sum(self, cell_values: Floats) -> Floats:
@@ -85,15 +78,14 @@ class ProblemArrays:
 
     def _best_states(self, total: Floats) -> Integers:
         """The state of least total of each component."""
-        order = np.lexsort((total, self.component))
-        return order[np.searchsorted(self.component[order], np.arange(self.component.max(initial=-1) + 1))]
+        return _first_of_each(self.component, total, int(self.component.max(initial=-1)) + 1)
 
     def forced(self, score: Floats) -> tuple[float, Floats]:
         """(least total score, limits ignored; the same for every option when it has to be taken)."""
         minimum, _ = self.cell_minimum(score)
         total = self.state_sum(minimum)
         least = total[self._best_states(total)]
-        rest = least.sum() - least[self.component_of]
+        rest = least.sum() - least[self.component[self.state_of]]
         return float(least.sum()), rest + total[self.state_of] - minimum[self.cell] + score
 
     def best(self, score: Floats) -> tuple[float, Integers]:
@@ -124,3 +116,9 @@ class ProblemArrays:
         """The least total cost under one limit, the others ignored."""
         _, positions = self.best(self.costs[:, limit].astype(np.float64))
         return int(self.costs[positions, limit].sum())
+
+
+def _first_of_each(group: Integers, score: Floats, count: int) -> Integers:
+    """The position of the least score in each of ``count`` groups, the first among equals."""
+    order = np.lexsort((score, group))
+    return order[np.searchsorted(group[order], np.arange(count))]

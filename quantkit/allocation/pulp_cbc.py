@@ -14,7 +14,7 @@ from quantkit.allocation.problem import Floats, Integers, Problem, SolverResult
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp, solver
 
 _TOLERANCE = 1e-6
-# FixedChoices seeds; CBC's default is to overlook improvements below 1e-5.
+# Fixed seeds; CBC's default is to overlook improvements below 1e-5.
 _OPTIONS = ("randomSeed 1", "randomCbcSeed 1", "increment 1e-9")
 # Its preprocessing (2.10.3) calls answers optimal that are not, in about one of a thousand small problems.
 _SOUND = (*_OPTIONS, "preprocess off")

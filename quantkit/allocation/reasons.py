@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import numpy as np
-
 from quantkit.allocation.from_profile import AllocationProblem, candidates, with_float
 from quantkit.allocation.plan_costs import latency_of
 from quantkit.allocation.problem import Assignment, Option, Problem
@@ -75,10 +73,7 @@ def _change(problem: Problem, assignment: Assignment, members: list[int], option
     for i in members:
         keys = [(o.name, o.tag) for o in problem.choices[i].options]
         changed[i] = keys.index((option.name, option.tag))
-    if problem.pairs is None:
-        return problem.separable_objective(changed) - problem.separable_objective(assignment)
-    old, new = (np.array(problem.positions(a)) for a in (assignment, changed))
-    return problem.objective(changed) - problem.objective(assignment) if not np.array_equal(old, new) else 0.0
+    return problem.objective(changed) - problem.objective(assignment)
 
 
 def explain_latency(plan: Plan, profile: Profile, schemes: Iterable[Scheme] | None = None) -> Plan:

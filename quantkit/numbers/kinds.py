@@ -19,7 +19,7 @@ KINDS: dict[str, type[AnyQuantizer]] = {k.kind: k for k in (QuantizedWeight, Sit
 
 def from_dict(record: Mapping[str, Any]) -> AnyQuantizer:
     """The quantizer whose ``to_dict`` a file holds. Raises CorruptFile for a kind that is not known."""
-    kind = record["kind"] if "kind" in record else _kind_of(record)
+    kind = record.get("kind", "")
     if kind not in KINDS:
         raise CorruptFile(f"A quantizer of kind {kind!r} was found in a file; known: {', '.join(KINDS)}.")
     return KINDS[kind].from_dict(record)
@@ -31,10 +31,3 @@ def range_of(record: Mapping[str, Any]) -> AnyRange:
     if found.stored:
         raise CorruptFile(f"A site has a quantizer of kind {found.kind!r}, which is one of weights.")
     return found
-
-
-def _kind_of(record: Mapping[str, Any]) -> str:
-    """The kind of a range in a file from before kinds were written."""
-    if "scale" not in record:
-        return TokenRange.kind
-    return SiteRange.kind if "zero_point" in record else LogRange.kind

@@ -8,7 +8,7 @@ the other, and a rest that no plan changes. Times are whole nanoseconds for one 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantkit.errors import InvalidRequest
@@ -83,10 +83,6 @@ class LatencyTable:
                 "The target's latency table was measured on a model with the same layer names and other shapes. Run "
                 "`quantkit bench RECIPE` for this one."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, one short table per part."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LatencyTable:

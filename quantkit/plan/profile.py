@@ -76,11 +76,12 @@ class Profile:
             if name not in self.layers:
                 raise InvalidRequest(f"The profile has no layer {name!r}.{did_you_mean(name, list(self.layers))}")
             if scheme.weight is not None:
-                picked.append(self._entry(index, name, str(scheme.weight)))
+                picked.append(self.entry(index, name, str(scheme.weight)))
         formats = self.site_formats(parsed) if sites is None else sites
-        return picked + [self._entry(index, name, fmt) for name, fmt in formats.items() if fmt != "float"]
+        return picked + [self.entry(index, name, fmt) for name, fmt in formats.items() if fmt != "float"]
 
-    def _entry(self, index: Mapping[tuple[str, str], int], owner: str, fmt: str) -> int:
+    def entry(self, index: Mapping[tuple[str, str], int], owner: str, fmt: str) -> int:
+        """The position of an entry; raises InvalidRequest, with what was profiled, where there is none."""
         try:
             return index[owner, fmt]
         except KeyError:

@@ -101,9 +101,9 @@ def _linear_in_slices(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def _stored_or_widened(result: Any, args: Any, kwargs: Any) -> Any:
     """What a call picked: as it is stored where it is in the memory of what was read, else float32."""
     memory = {_memory(x) for x in leaves_of((args, kwargs)) if is_half(x)}
-    return (
-        tree_map(lambda x: x.float() if is_half(x) and _memory(x) not in memory else x, result) if memory else result
-    )
+    if not memory:
+        return result
+    return tree_map(lambda x: x.float() if is_half(x) and _memory(x) not in memory else x, result)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -113,9 +113,8 @@ def _memory(tensor: Tensor) -> int:
 def _like_the_first(args: Any) -> Any:
     """The arguments of a call that writes to its first one, in the type of that, where types are mixed."""
     first, *others = args
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        return args
-    if not any(is_half(x) for x in leaves_of(args)):
+    floating = isinstance(first, Tensor) and first.is_floating_point()
+    if not floating or not any(map(is_half, leaves_of(args))):
         return args
 
     def alike(x: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.intercept import forward_parameters, tensors_of
@@ -97,15 +97,13 @@ def batch_size(batch: Batch) -> int:
 
 def first_samples(batch: Batch, count: int) -> Batch:
     """The first ``count`` samples of a batch; what does not have one entry per sample stays whole."""
-    size = batch_size(batch)
-    return tree_map(lambda v: v[:count] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
+    return picked_samples(batch, slice(count))
 
 
-def repeated(batch: Batch, times: int) -> Batch:
-    """A batch with each of its samples so many times; what does not have one entry per sample stays as it is."""
+def picked_samples(batch: Batch, which: slice | Tensor) -> Batch:
+    """Some samples of a batch, by their numbers; what does not have one entry per sample stays whole."""
     size = batch_size(batch)
-    indices = torch.arange(size, device="cpu").repeat_interleave(times)
-    return tree_map(lambda v: v[indices] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
+    return tree_map(lambda v: v[which] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
 
 
 def _require_usable(batch: Batch, number: int) -> None:
@@ -125,11 +123,31 @@ def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
     for batch in batches:
         leaves, count = tree_flatten(batch)[0], batch_size(batch)
         uniform = all(isinstance(v, Tensor) and v.dim() and len(v) == count for v in leaves)
-        starts = range(0, count, size) if uniform and count > size else (0,)
-        for start in starts:
-            stop = start + size if len(starts) > 1 else count
-            result.append(tree_map(lambda v, a=start, b=stop: v[a:b], batch) if len(starts) > 1 else batch)
+        if uniform and count > size:
+            result += [tree_map(lambda v, at=start: v[at : at + size], batch) for start in range(0, count, size)]
+        else:
+            result.append(batch)
     return result
+
+
+def stacked(batches: Sequence[Batch]) -> Batch | None:
+    """All samples as one batch, where every argument is a tensor with a row per sample."""
+    flat = [tree_flatten(batch) for batch in batches]
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=False))
+    sizes = [batch_size(batch) for batch in batches]
+    same = all(spec == flat[0][1] for _, spec in flat)
+    if not same or not all(_is_column(column, sizes) for column in columns):
+        return None
+    return tree_unflatten([torch.cat(list(column)) for column in columns], flat[0][1])
+
+
+def _is_column(column: Sequence[Any], sizes: Sequence[int]) -> bool:
+    tensors = [t for t in column if isinstance(t, Tensor) and t.dim()]
+    return (
+        len(tensors) == len(column)
+        and [len(t) for t in tensors] == list(sizes)
+        and len({(t.shape[1:], t.dtype) for t in tensors}) == 1
+    )
 
 
 def digest_batches(batches: Sequence[Batch]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -39,15 +39,14 @@ MODULES: dict[type[nn.Module], str] = {
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One run of a layer: the value it read, the one it made, its multiply-accumulates per sample, and the positions
-    of its weight and of the value it read among the tensors that the call reads.
+    """One run of a layer: the value it read, the one it made, its multiply-accumulates per sample, and the position of
+    the value it read among the tensors that the call reads.
     """
 
     key: OpKey
     input: int
     output: int
     macs: int
-    position: int = 1
     source: int = 0
 
 
@@ -168,19 +167,11 @@ def weight_at(kind: str, parameter: str, weight: Tensor, groups: int = 1, bias: 
     """The layer that reads the whole of a parameter as a module of this kind does."""
     if not kind.startswith("conv_transpose"):
         return LayerWeight(kind, tuple(weight.shape), parameter, groups=groups, bias=bias)
-    (size, stride), order, shape = _transposed_convolution(weight, groups)
-    return LayerWeight(kind, shape, parameter, Region(size, stride, 0), order, bias, groups)
-
-
-def _transposed_convolution(
-    weight: Tensor, groups: int
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...], tuple[int, ...]]:
-    """((sizes, strides), order, shape) of a weight (in, out / groups, ...) with output channels first."""
-    inputs, outputs, *kernel = weight.shape
+    inputs, outputs, *kernel = weight.shape  # (in, out / groups, ...)
     size = (groups, inputs // groups, outputs, *kernel)
     stride = (weight.stride(0) * (inputs // groups), *weight.stride())
-    order = (0, 2, 1, *range(3, len(size)))
-    return (size, stride), order, (groups * outputs, inputs // groups, *kernel)
+    order, shape = (0, 2, 1, *range(3, len(size))), (groups * outputs, inputs // groups, *kernel)
+    return LayerWeight(kind, shape, parameter, Region(size, stride, 0), order, bias, groups)
 
 
 class Weights:
@@ -321,8 +312,3 @@ class Weights:
         tensor = getattr(self.model.get_submodule(owner), attribute)
         assert isinstance(tensor, Tensor), f"{name} is a parameter or buffer"
         return tensor
-
-
-def joined(weight: LayerWeight, number: int, at: tuple[OpKey, int]) -> LayerWeight:
-    """A layer with a computed weight that is called once more."""
-    return replace(weight, numbers=(*weight.numbers, number), at=(*weight.at, at))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantkit.program.halves import VIEWS
 from quantkit.program.layers import LayerWeight
 from quantkit.program.program import Program, Step
+from quantkit.program.updates import named_state
 
 LAYER, FLOAT, OTHER = "layer", "float", "other"
 CONSTANT = "it reads a constant, not an activation"
@@ -63,9 +64,8 @@ def ownership(model: nn.Module, program: Program, reasons: Mapping[str, str] | N
 
 def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All parameters and buffers, of those in the same memory the largest; and by each name the one that counts."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     largest: dict[object, str] = {}
-    tensors = {name: tensor for name, tensor in named if tensor.numel()}
+    tensors = {name: tensor for name, tensor in named_state(model).items() if tensor.numel()}
     place = {name: x.data_ptr() or id(x) for name, x in tensors.items()}
     for name, tensor in tensors.items():
         known = largest.setdefault(place[name], name)

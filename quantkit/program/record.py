@@ -17,7 +17,7 @@ from quantkit.program.arguments import SizeRef, frozen, leaves_of
 from quantkit.program.halves import VIEWS, may_write
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.intercept import OpKey, change_inputs, computing, device_of, intercept, own_inputs, tensors_of
-from quantkit.program.layers import LayerCall, LayerWeight, joined, module_layers
+from quantkit.program.layers import LayerCall, LayerWeight, module_layers
 from quantkit.program.outputs import main_output, named_tensors
 from quantkit.program.products import Owners, operations_per_sample, products_of
 from quantkit.program.program import Program, Step
@@ -237,15 +237,13 @@ class Recorder:
             if found is None or source is None:
                 continue
             name, weight = found
-            position = call.inputs.index(number)
             known = self.weights.setdefault(name, weight)
             if weight.parameter is None:
-                self.weights[name] = joined(known, number, (call.key, position))
+                at = (*known.at, (call.key, call.inputs.index(number)))
+                self.weights[name] = replace(known, numbers=(*known.numbers, number), at=at)
             made = tensors_of(result)[0]
             macs = operations_per_sample(product, made, self.samples if call.varies else 1)
-            self.calls[name].append(
-                LayerCall(call.key, source, self.number(made), macs, position, call.inputs.index(source))
-            )
+            self.calls[name].append(LayerCall(call.key, source, self.number(made), macs, call.inputs.index(source)))
 
 
 def run_model(model: nn.Module, batch: Batch, updated: Collection[str] | None = None) -> Any:

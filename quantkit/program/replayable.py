@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.arguments import SizeRef, leaves_of, replaced
-from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.inputs import Batch, batch_size, picked_samples
 from quantkit.program.intercept import computing, device_of, own_inputs, tensors_of
 from quantkit.program.outputs import results_of
 from quantkit.program.program import Program, Step
@@ -54,12 +54,7 @@ def _other_batches(batch: Batch) -> Iterator[Batch]:
     """The batch with another number of samples; first with other lengths of tokens, or sizes of images, too."""
     size = batch_size(batch)
     few = 3 if size == 2 else 2
-    indices = torch.arange(few, device="cpu") % size
-
-    def samples(value: Any) -> Any:
-        return value[indices] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-
-    resized = tree_map(samples, batch)
+    resized = picked_samples(batch, torch.arange(few, device="cpu") % size)
     tensors = tensors_of(batch)
     lengths = {n: n - 1 for t in tensors if not t.is_floating_point() and t.dim() > 1 for n in t.shape[1:] if n > 2}
     sides = {n: n + n // 2 for t in tensors if t.is_floating_point() and t.dim() == 4 for n in t.shape[2:] if n > 3}

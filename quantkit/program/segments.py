@@ -41,10 +41,10 @@ class Segment:
         return Segment(self.start, stop, self.entering, (output,), output, (), self.raw)
 
 
-def whole(program: Program, layers: Sequence[str] = ()) -> Segment:
+def whole(program: Program) -> Segment:
     """The whole forward as one segment."""
     inputs = program.inputs
-    return Segment(0, len(program.steps), inputs, (program.output,), program.output, tuple(layers), frozenset(inputs))
+    return Segment(0, len(program.steps), inputs, (program.output,), program.output, raw=frozenset(inputs))
 
 
 @dataclass(frozen=True)

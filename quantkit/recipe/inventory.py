@@ -25,8 +25,8 @@ def inventory(folder: Path = Path("recipes")) -> str:
         lines += [
             f"target         {name}: {target.description}",
             f"  schemes      {', '.join(target.default_schemes)}, float",
+            f"  layers       {', '.join(target.layers)}",
         ]
-        lines += [f"  layers       {', '.join(target.layers)}"]
     for title, names in (
         ("sensitivity", [name for name in ESTIMATORS if name not in RANKINGS]),
         ("rankings", [name for name in ESTIMATORS if name in RANKINGS]),

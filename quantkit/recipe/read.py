@@ -54,14 +54,8 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "reparameterization": _TEXT,
     "seed": _NUMBER,
 }
-DECIDED_LATER = (
-    "budget",
-    "solver",
-    "effort",
-    "reconstruction",
-    "correction",
-    "reparameterization",
-)  # settings that a profile does not depend on
+# settings that a profile does not depend on
+DECIDED_LATER = ("budget", "solver", "effort", "reconstruction", "correction", "reparameterization")
 PLACES: dict[str, tuple[type, ...]] = {"output": _TEXT, "workdir": _TEXT}
 REQUIRED = ("model", "budget")
 _VARIABLE = re.compile(r"\$\{QUANTKIT_DATA(?::-(?P<default>[^}]*))?\}")

@@ -131,11 +131,7 @@ def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> 
     require_writable(path.parent)
     inputs = inputs_of(recipe)
     measured = profile(
-        inputs.model,
-        **inputs.shown(),
-        progress=progress,
-        workdir=recipe.workdir,
-        **_measuring_settings(recipe),
+        inputs.model, **inputs.shown(), progress=progress, workdir=recipe.workdir, **_measuring_settings(recipe)
     )
     return measured, measured.save(path)
 

@@ -63,10 +63,7 @@ def changed(batch: Batch, names: Sequence[str], generator: torch.Generator) -> B
 
 
 def harmless(
-    batch: Batch,
-    outputs: Callable[[Batch], T],
-    damage: Callable[[T, T], Tensor],
-    generator: torch.Generator,
+    batch: Batch, outputs: Callable[[Batch], T], damage: Callable[[T, T], Tensor], generator: torch.Generator
 ) -> tuple[str, ...]:
     """The changes that do at most ``HARMLESS`` of the ``damage`` to the ``outputs`` of a batch, a tensor (samples,
     ...) or several, that giving each sample the output of another one does.

@@ -18,22 +18,20 @@ from torch import Tensor
 from quantkit.program.arguments import leaves_of
 
 LEAST_POSITIONS = 128
-_CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-def _tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+def per_axis(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """A convolution's option for each of its axes."""
     return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
 
 
-def _pad(x: Tensor, padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    if padding == "valid":
-        return x
+def padded_sides(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """(before, after) on each axis; torch's "same" puts the odd one after."""
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        sides = [(t // 2, t - t // 2) for t in total]
-    else:
-        sides = [(p, p) for p in _tuple(padding, len(kernel))]
-    return F.pad(x, [p for side in reversed(sides) for p in side])
+        return [(t // 2, t - t // 2) for t in total]
+    return [(p, p) for p in per_axis(0 if padding == "valid" else padding, len(kernel))]
 
 
 def positions_wanted(inputs: int) -> int:
@@ -42,11 +40,7 @@ def positions_wanted(inputs: int) -> int:
 
 
 def input_columns(
-    kind: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    generator: torch.Generator | None = None,
-    source: int = 0,
+    kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator | None = None, source: int = 0
 ) -> Tensor:
     """Inputs of one layer call as (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
 
@@ -58,14 +52,15 @@ def input_columns(
     if not kind.startswith("conv"):
         tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         return tensors[source].reshape(1, -1, tensors[source].shape[-1])
-    given = dict(zip(_CONV_ARGUMENTS, args, strict=False)) | kwargs
+    given = dict(zip(CONV_ARGUMENTS, args, strict=False)) | kwargs
     x, kernel = given["input"], given["weight"].shape[2:]
     dims = len(kernel)
-    stride, dilation = _tuple(given.get("stride", 1), dims), _tuple(given.get("dilation", 1), dims)
+    stride, dilation = per_axis(given.get("stride", 1), dims), per_axis(given.get("dilation", 1), dims)
     groups = given.get("groups", 1)
     if x.dim() == dims + 1:
         x = x.unsqueeze(0)  # a convolution also takes one unbatched sample
-    x = _pad(x, given.get("padding", 0), kernel, dilation)
+    sides = padded_sides(given.get("padding", 0), kernel, dilation)
+    x = F.pad(x, [p for side in reversed(sides) for p in side])
     places = torch.arange(math.prod(x.shape[2:]), device="cpu").reshape(x.shape[2:])
     for axis in range(dims):
         places = places.unfold(axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])

@@ -39,10 +39,11 @@ class InverseFactor:
     damping: float
 
 
-def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor | None:
+def inverse_factor(hessian: Tensor) -> InverseFactor | None:
     """Factor H^-1 for ``hessian`` (groups, K, K); damping grows tenfold until it succeeds, None if it never does."""
     if not torch.isfinite(hessian).all():
         return None
+    damping = DAMPING
     while damping <= MAX_DAMPING * 1.0001:
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed.any():

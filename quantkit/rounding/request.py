@@ -10,7 +10,7 @@ from quantkit.program.layers import Weights
 from quantkit.reconstruction.snapshot import Cache, Rounded
 from quantkit.rounding import Moments, rounding_of
 from quantkit.rounding.registry import Rounding
-from quantkit.rounding.weights import rounded_layer
+from quantkit.rounding.weights import quantize_weight, rounding_note
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class RoundingRequest:
             rounding, looks = "nearest", False
 
         def compute() -> Rounded:
-            return rounded_layer(floats, layer, format, moments() if looks else None, rounding)
+            seen, groups = moments() if looks else None, floats.layers[layer].groups
+            found = quantize_weight(floats[layer], [format], seen, groups, rounding)
+            return found.weights[format], rounding_note(layer, found, rounding)
 
         return self.cache.rounding(layer, format, compute)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import Weights
 from quantkit.progress import warn
 from quantkit.rounding import ROUNDINGS, Moments, rounding_of
 from quantkit.rounding.registry import Codes
@@ -57,14 +56,6 @@ def _stored(found: Codes, weight: Tensor, format: WeightFormat) -> QuantizedWeig
         zero_point=zero.reshape(shape).to(torch.int8) if format.zero_point else None,
         format=format,
     )
-
-
-def rounded_layer(
-    floats: Weights, name: str, format: WeightFormat, moments: Moments | None, rounding: str
-) -> tuple[QuantizedWeight, str]:
-    """A layer's weight in one format, and the note on how it was rounded."""
-    rounded = quantize_weight(floats[name], [format], moments, floats.layers[name].groups, rounding)
-    return rounded.weights[format], rounding_note(name, rounded, rounding)
 
 
 def rounding_note(layer: str, rounded: Rounded, asked: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
-from quantkit.numbers.packed_weight import PackedWeight, dequantize_packed, pack_weight, unpack_weight
+from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.arguments import leaves_of, replaced
@@ -27,12 +27,12 @@ from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
 from quantkit.program.updates import restored
 from quantkit.progress import notice
+from quantkit.rounding.layer_inputs import CONV_ARGUMENTS
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.layer import IntLinear
 from quantkit.simulation.model import SimulatedModel, Watch, at_sites, read_by_layers, watching
 
 KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 class PackedLayer(nn.Module):
@@ -50,13 +50,10 @@ class PackedLayer(nn.Module):
             self.register_buffer(name, getattr(packed, name))
 
     def packed(self) -> PackedWeight:
-        return PackedWeight(self.codes, self.scale, self.zero_point, None, self.shape, self.format)
+        return PackedWeight(self.codes, self.scale, self.zero_point, self.shape, self.format)
 
     def quantized(self) -> QuantizedWeight:
         return unpack_weight(self.packed())
-
-    def dequantized(self) -> Tensor:
-        return dequantize_packed(self.packed())
 
     @property
     def weight_bytes(self) -> int:
@@ -222,7 +219,7 @@ class RealModel(nn.Module):
         """
         if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves_of((args, kwargs))):
             return func(*args, **kwargs)
-        named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        named = dict(zip(CONV_ARGUMENTS, args, strict=False)) | kwargs
         name = placeholders.get(id(named.get("weight")))
         layer = None if name is None else self._kernel_of(name)
         if layer is not None and self.floats.layers[layer].kind == key.op:
@@ -230,7 +227,9 @@ class RealModel(nn.Module):
             if isinstance(kernel, IntLinear) and named.get("bias") is bias:
                 return kernel(named["input"])
             if isinstance(kernel, IntConv) and named.get("bias") is bias:
-                return kernel(func, named["input"], **{name: named[name] for name in _ARGUMENTS[3:] if name in named})
+                return kernel(
+                    func, named["input"], **{name: named[name] for name in CONV_ARGUMENTS[3:] if name in named}
+                )
         args, kwargs = replaced((args, kwargs), lambda leaf: self._filled(leaf, placeholders.get(id(leaf))))
         return func(*args, **kwargs)
 

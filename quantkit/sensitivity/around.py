@@ -29,11 +29,7 @@ class PlanDamage:
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        perturbations: Sequence[Perturbation],
-        progress: bool = True,
-        temperature: float = 1.0,
+        self, subject: Subject, perturbations: Sequence[Perturbation], progress: bool = True, temperature: float = 1.0
     ) -> None:
         self.subject, self.perturbations, self.progress = subject, perturbations, progress
         self.temperature = temperature
@@ -41,19 +37,14 @@ class PlanDamage:
         self.damage = self.reference.damage
 
     def plans(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[float]:
-        """Mean damage of each plan, of which ``rows`` are the parts."""
-        return [float(one.mean()) for one in self.rows(many, share)]
-
-    def rows(self, many: Sequence[Sequence[int]], share: float = 1.0) -> list[np.ndarray]:
-        """Damage of each plan on the first inputs, ``share`` of them: (samples,), each weighed by its number of output
-        rows. The rows of one sample, as its tokens are, say much the same: they are no numbers of their own.
-        """
-        return [one[0] for one in self.rows_at([self.temperature], many, share)]
+        """Mean damage of each plan on the first inputs, ``share`` of them."""
+        return [float(one.mean()) for one in self.rows_at([self.temperature], many, share)]
 
     def rows_at(
         self, temperatures: Sequence[float], many: Sequence[Sequence[int]], share: float = 1.0
     ) -> list[np.ndarray]:
-        """The same at several temperatures, (temperatures, samples), for one run of each plan.
+        """Damage of each plan at several temperatures, (temperatures, samples), each sample weighed by its number of
+        output rows. The rows of one sample, as its tokens are, say much the same: they are no numbers of their own.
 
         Plans that differ from the first in a few late layers cost little more than it.
         """

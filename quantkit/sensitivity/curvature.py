@@ -24,6 +24,7 @@ from quantkit.program.inputs import split_batches
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
 from quantkit.program.updates import restored, without_autocast
+from quantkit.sensitivity.by_place import members_of
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Perturbation, Place, Subject, applied, swapped_weights
 from quantkit.sensitivity.outputs import Outputs
@@ -78,9 +79,8 @@ class Landscape:
     ) -> None:
         self.subject = replace(subject, batches=split_batches(subject.batches, GRAPH_SAMPLES))
         self.perturbations = perturbations
-        self.members: dict[Place, list[int]] = {(name, False): [] for name in layers}
-        for k, p in enumerate(perturbations):
-            self.members.setdefault(p.place, []).append(k)
+        studied: dict[Place, list[int]] = {(name, False): [] for name in layers}
+        self.members = studied | members_of(perturbations)
         reference = Reference.of(self.subject)
         self.reference, self.damage = reference.outputs, reference.damage
         self.rows = self.damage.counts[0]

@@ -73,11 +73,7 @@ def gram(
 
 
 def _with_saturation(
-    scores: Scores,
-    subject: Subject,
-    perturbations: Sequence[Perturbation],
-    reference: Reference,
-    progress: bool,
+    scores: Scores, subject: Subject, perturbations: Sequence[Perturbation], reference: Reference, progress: bool
 ) -> Scores:
     """Scores with pair terms as strong as they show themselves, and an end to damage, from whole plans measured on the
     subject's inputs. Always the same plans: what they are has nothing to do with the draws of the inputs.

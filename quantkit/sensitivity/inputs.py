@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quantkit.sensitivity.measure import Batch
+from quantkit.program.inputs import Batch, batch_size, stacked
 
 LEAST, MOST = 0.7, 1.0
 
@@ -22,21 +22,15 @@ def mixed_pairs(batches: Sequence[Batch], generator: torch.Generator) -> list[Ba
     """Each sample mixed with another, weight uniform in [0.7, 1]; None where inputs are not floating-point tensors
     of one shape per argument, or there are fewer than two samples.
     """
-    flattened = [tree_flatten(batch) for batch in batches]
-    columns = list(zip(*(leaves for leaves, _ in flattened), strict=False))
-    mixable = all(spec == flattened[0][1] for _, spec in flattened) and all(_continuous(c) for c in columns)
-    sizes = [len(leaves[0]) for leaves, _ in flattened] if mixable and columns else []
-    if sum(sizes) < 2 or any(len(t) != n for column in columns for t, n in zip(column, sizes, strict=True)):
+    sizes = [batch_size(batch) for batch in batches]
+    samples = stacked(batches) if sum(sizes) >= 2 else None
+    leaves, spec = tree_flatten(samples)
+    if samples is None or not all(x.is_floating_point() and x.dim() > 1 for x in leaves):
         return None
     partner = _partners(sum(sizes), generator)
     weight = LEAST + (MOST - LEAST) * torch.rand(sum(sizes), generator=generator, dtype=torch.float32, device="cpu")
-    mixed = [_mix(torch.cat(list(column)), partner, weight).split(sizes) for column in columns]
-    return [tree_unflatten([column[i] for column in mixed], spec) for i, (_, spec) in enumerate(flattened)]
-
-
-def _continuous(column: Sequence[object]) -> bool:
-    tensors = [t for t in column if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1]
-    return len(tensors) == len(column) and len({t.shape[1:] for t in tensors}) == 1
+    mixed = [_mix(x, partner, weight).split(sizes) for x in leaves]
+    return [tree_unflatten(list(parts), spec) for parts in zip(*mixed, strict=True)]
 
 
 def _partners(count: int, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantkit.numbers.kinds import AnyQuantizer
 from quantkit.plan import saturated
+from quantkit.program.inputs import Batch
 from quantkit.program.layers import Weights
 from quantkit.program.program import Program
 from quantkit.program.record import run_model
@@ -24,7 +25,6 @@ from quantkit.sensitivity.outputs import OutputRule, Outputs
 from quantkit.simulation.model import at_sites, run_with
 from quantkit.store import Artefacts
 
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
 Place = tuple[str, bool]  # a layer's weight (name, False) or a site's tensor (name, True)
 
 

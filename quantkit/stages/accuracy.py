@@ -28,7 +28,7 @@ from quantkit.allocation.accuracy_search import (
 from quantkit.allocation.allocate import allocate, plan_of
 from quantkit.allocation.from_profile import FLOAT_BITS, allocation_problem, assignment_of, candidates
 from quantkit.allocation.pareto import pareto
-from quantkit.allocation.plan_costs import COUNTED, counted
+from quantkit.allocation.plan_costs import counted
 from quantkit.allocation.presolve import presolve
 from quantkit.allocation.problem import Problem
 from quantkit.budget import Budget
@@ -66,8 +66,6 @@ def require_accuracy_request(limit: Budget, evaluate: Evaluate | None, inplace: 
         raise InvalidRequest(
             "accuracy_drop tries several plans, and inplace=True leaves one model. Leave inplace out."
         )
-    if limit.minimize not in (None, *COUNTED):
-        raise InvalidRequest(f"minimize={limit.minimize} is not supported yet; supported: {', '.join(COUNTED)}.")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import nn
 
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
-from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.packed_weight import pack_weight
 from quantkit.plan import FLOAT, Plan, average_bits, digest_of
 from quantkit.progress import notice
@@ -60,7 +59,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     formats = _site_formats(plan, ready, target)
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
-    formatted = Formatted(ready, _weight_formats(plan, ready), formats, inputs.batches)
+    weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
+    formatted = Formatted(ready, weights, formats, inputs.batches)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
     if asked.inplace:  # only now that nothing can be refused any more
         applying = applying.moved_to(prepare_own(ready, session.model))
@@ -103,10 +103,6 @@ def _coded(ready: Prepared, plan: Plan, target: Target) -> Prepared:
                 f"The plan leaves site {site.name!r} float, which is a {role}, and {target.name} needs codes there."
             )
     return without_sites(ready, [name for name, fmt in plan.sites.items() if fmt == FLOAT])
-
-
-def _weight_formats(plan: Plan, ready: Prepared) -> dict[str, WeightFormat]:
-    return {n: s.weight for n in ready.quantizable if (s := plan.schemes[n]).weight is not None}
 
 
 def require_layers(model: nn.Module, plan: Plan, target: Target) -> None:
@@ -199,7 +195,9 @@ def _recounted(
         raise QuantkitError(
             f"The plan promised {plan.size_bytes:,} bytes of weights, {size:,} were packed. Please report this."
         )
-    sites = {name: _found_format(simulated.ranges.get(name), fmt) for name, fmt in formats.items()}
+    # probabilities may have got logarithmic codes
+    found = {name: one.format for name, one in simulated.ranges.items()}
+    sites = {name: str(found.get(name, asked)) for name, asked in formats.items()}
     return replace(
         plan,
         schemes={name: plan.schemes.get(name, Scheme()) for name in ready.layers},
@@ -213,11 +211,6 @@ def _recounted(
             INSTRUCTION_SET: target.instruction_set,
         },
     )
-
-
-def _found_format(found: AnyRange | None, asked: ActivationFormat) -> str:
-    """The format a site got: probabilities may have got logarithmic codes."""
-    return str(asked if found is None else found.format)
 
 
 def compare_outputs(model: nn.Module, reference: Reference) -> dict[str, float]:

@@ -149,10 +149,8 @@ class PlanApplication:
 
     def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
         """Give every layer its codes; returns how."""
-        recording, request = (
-            self.recording,
-            RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished),
-        )
+        recording = self.recording
+        request = RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished)
         if isinstance(recording, str):
             return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
         inputs = recording.program.entering(self.ready.model, recording.samples)

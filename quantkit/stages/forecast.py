@@ -84,20 +84,16 @@ def _held_bytes(request: Request) -> int:
     model = sum(t.numel() * t.element_size() for t in request.ready.model.state_dict().values())
     inputs = sum(t.numel() * t.element_size() for batch in request.batches for t in tensors_of(batch))
     hessians = sum(
-        8 * weight.groups * _width(request, name) ** 2
+        8 * weight.groups * request.ready.weights.inputs(name) ** 2
         for name in request.candidates
         if (weight := request.ready.weights.layers[name]).reads_rows
     )
     return 2 * model + 2 * inputs + min(hessians, HESSIAN_BYTES)
 
 
-def _width(request: Request, layer: str) -> int:
-    return request.ready.weights.inputs(layer)
-
-
 def _work(request: Request, layer: str) -> int:
     """What rounding a layer by GPTQ costs, in multiplications per format."""
-    return math.prod(request.ready.weights.layers[layer].shape) * _width(request, layer)
+    return math.prod(request.ready.weights.layers[layer].shape) * request.ready.weights.inputs(layer)
 
 
 def _rounding_seconds(request: Request) -> float:
@@ -105,7 +101,7 @@ def _rounding_seconds(request: Request) -> float:
     rows = [name for name in request.candidates if request.ready.weights.layers[name].reads_rows]
     layers = sorted(rows or request.candidates, key=lambda name: _work(request, name))
     name = layers[len(layers) // 2]
-    groups, width = request.ready.weights.layers[name].groups, _width(request, name)
+    groups, width = request.ready.weights.layers[name].groups, request.ready.weights.inputs(name)
     moments = None
     if rounding_of(request.settings["rounding"]).hessian:
         moments = Moments(torch.eye(width, dtype=torch.float64, device="cpu").repeat(groups, 1, 1))

@@ -49,10 +49,6 @@ class Inputs:
             return cls([], None)
         return cls([], read_batches(model, [example_inputs])[0])
 
-    def items(self) -> list[Any] | None:
-        """The data as a ``calibration`` argument."""
-        return [kwargs or args for args, kwargs in self.batches] or None
-
     @property
     def shown(self) -> list[Batch]:
         """What there is to show the model's inputs by: the batches, or the example."""

@@ -74,9 +74,7 @@ class ApplyOptions:
     def require_known(self, inputs: Inputs) -> None:
         """Raise InvalidRequest for what needs data that is not there."""
         inputs.require_none(
-            reconstruction=self.reconstruction,
-            correction=self.correction,
-            reparameterization=self.reparameterization,
+            reconstruction=self.reconstruction, correction=self.correction, reparameterization=self.reparameterization
         )
 
     def with_inputs(self, inputs: Inputs, schemes: Iterable[Scheme]) -> ApplyOptions:

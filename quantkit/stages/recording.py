@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
-from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.inputs import Batch, batch_size, stacked
 from quantkit.program.program import Program
 from quantkit.program.replayable import replayable
 from quantkit.program.segments import Segment, blocks_of
@@ -38,7 +37,7 @@ def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
     """The replay of a model, or why there is none."""
     if not batches or ready.example is None:
         return "there is no calibration data"
-    samples = _stacked(batches)
+    samples = stacked(batches)
     if samples is None:
         return "its inputs cannot be put into batches of one size"
     order = torch.arange(batch_size(samples), device="cpu")
@@ -58,23 +57,3 @@ def recording_of(ready: Prepared, replay: Replay) -> Recording:
 def some_samples(batch: Batch, indices: Tensor) -> Batch:
     """Samples of a batch, again from the first where indices pass the last."""
     return tree_map(lambda tensor: tensor[indices % len(tensor)], batch)
-
-
-def _stacked(batches: Sequence[Batch]) -> Batch | None:
-    """All samples as one batch, where every argument is a tensor with a row per sample."""
-    flat = [tree_flatten(batch) for batch in batches]
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=False))
-    sizes = [batch_size(batch) for batch in batches]
-    same = all(spec == flat[0][1] for _, spec in flat)
-    if not same or not all(_is_column(column, sizes) for column in columns):
-        return None
-    return tree_unflatten([torch.cat(list(column)) for column in columns], flat[0][1])
-
-
-def _is_column(column: Sequence[Any], sizes: Sequence[int]) -> bool:
-    tensors = [t for t in column if isinstance(t, Tensor) and t.dim()]
-    return (
-        len(tensors) == len(column)
-        and [len(t) for t in tensors] == list(sizes)
-        and len({(t.shape[1:], t.dtype) for t in tensors}) == 1
-    )

@@ -73,7 +73,8 @@ def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Art
     def measured(norm: Norm, rows: Tensor) -> tuple[Rewrite, float, float]:
         bits = sites[norm.site].bits
         change = _change(ready.weights, norm, rows, bits, "clip" in parts, seed)
-        before = _error(ready.weights, rows, weights, norm, _one_range(rows, bits, ranges))
+        one_range = RANGES[ranges](Histogram.empty(Extremes().seen(rows)).seen(rows), bits)
+        before = _error(ready.weights, rows, weights, norm, one_range)
         return change, before, _error(ready.weights, rows, weights, norm, change)
 
     for norm, rows in _outputs_of(ready, norms, batches, seed):
@@ -135,10 +136,6 @@ def _change(floats: Weights, norm: Norm, rows: Tensor, bits: int, learned: bool,
         return Rewrite.of(norm, mse_ranges(rows, bits)[0])
     weight = torch.cat([floats[name].detach().cpu() for name in norm.layers])
     return Rewrite.of(norm, clipped_ranges(rows, weight, bits, torch.Generator().manual_seed(seed)))
-
-
-def _one_range(rows: Tensor, bits: int, ranges: str) -> SiteRange:
-    return RANGES[ranges](Histogram.empty(Extremes().seen(rows)).seen(rows), bits)
 
 
 @torch.no_grad()

@@ -130,7 +130,8 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
     """The request for ``wanted`` candidates. Raises InvalidRequest for what the model or the target cannot do."""
     rules = with_policy(options.first_last, session.prepared, wanted, options.rules)
     ready, allowed = _with_candidates(session, wanted, rules)
-    require_own_table(session.target, ready)
+    if (table := session.target.latency) is not None:
+        table.require(digest_shapes(ready.layers), list(ready.quantizable), [site.name for site in ready.sites])
     settings: dict[str, Any] = {
         "schemes": [str(s) for s in wanted],
         "rules": repr(options.rules),
@@ -157,10 +158,3 @@ def _with_candidates(
     if always_float:
         ready = leave_float(ready, target, always_float)
     return with_sites_of(ready, offered), allowed
-
-
-def require_own_table(target: Target, ready: Prepared) -> None:
-    """Raise InvalidRequest where the target's latency table was measured on another model."""
-    if target.latency is not None:
-        sites = [site.name for site in ready.sites]
-        target.latency.require(digest_shapes(ready.layers), list(ready.quantizable), sites)

@@ -1,6 +1,6 @@
 """A quantized model on disk: ``plan.json`` beside ``weights.safetensors``.
 
-``weights.safetensors`` holds, for every quantized layer, the tensors of ``kernels.packed_weight`` under
+``weights.safetensors`` holds, for every quantized layer, the tensors of ``numbers.packed_weight`` under
 ``<layer>.weight``: codes packed at true width, scales and, where the format has them, zero points; and every other
 tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON with:
 
@@ -37,6 +37,7 @@ from quantkit.program.halves import keep_only_matrices_half
 from quantkit.program.intercept import OpKey, device_of
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.sites import Site
+from quantkit.program.updates import named_state
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import write_atomically
 from quantkit.transforms.fold_bn import shape_like_folded
@@ -177,18 +178,12 @@ def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str
                 f"{name!r} has shape {tuple(wanted[name].shape)} in the model and {tuple(tensor.shape)} in the saved "
                 "weights: this is not the model that was saved."
             )
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    own = named_state(model)
     for name in own.keys() & tensors.keys():
         own[name].data = own[name].data.to(tensors[name].dtype)  # as it was saved, whatever the architecture's type
     model.load_state_dict(dict(tensors), strict=False)
 
 
 def _site(record: Mapping[str, Any]) -> Site:
-    return Site(
-        name=record["name"],
-        place=OpKey(**record["place"]),
-        echoes=tuple(OpKey(**key) for key in record["echoes"]),
-        consumers=tuple(record["consumers"]),
-        shape=tuple(record["shape"]),
-        roles=tuple(record.get("roles", ())),
-    )
+    tuples = {part: tuple(record[part]) for part in ("consumers", "shape", "roles")}
+    return Site(record["name"], OpKey(**record["place"]), tuple(OpKey(**key) for key in record["echoes"]), **tuples)

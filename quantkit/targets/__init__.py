@@ -108,7 +108,7 @@ class Target:
         """Write the file that ``load`` reads: the target's name, instruction set and latency table, as YAML."""
         if self.latency is None:
             raise InvalidRequest(f"Target {self.name} has no latency table to save: `quantkit bench` measures one.")
-        data = {"target": self.name, "instruction_set": self.instruction_set, "latency": self.latency.to_dict()}
+        data = {"target": self.name, "instruction_set": self.instruction_set, "latency": asdict(self.latency)}
         text = _HEAD + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=119)
         return write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 

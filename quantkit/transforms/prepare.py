@@ -17,9 +17,9 @@ from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
-from quantkit.program.inputs import Batch, batch_size, first_samples, pieces, repeated
+from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
-from quantkit.program.ownership import CONSTANT, Owned, ownership, why_uncalled
+from quantkit.program.ownership import CONSTANT, ownership, why_uncalled
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
@@ -62,10 +62,6 @@ class Prepared:
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
         return as_float(self.model, self.weights, self.program.updated)
-
-    def ownership(self) -> list[Owned]:
-        """Everything that the prepared model stores: by which layer, or why it stays float."""
-        return ownership(self.model, self.program, {name: layer.reason for name, layer in self.layers.items()})
 
     @property
     def quantizable(self) -> list[str]:
@@ -228,7 +224,10 @@ def _first_recording(model: nn.Module, batch: Batch) -> tuple[Batch, Program]:
     (as where rows refer to each other) or where the few leave layers out that others reach (as experts). A single
     sample is taken twice: what is expanded or broadcast to one sample cannot be told from what is not.
     """
-    example = repeated(batch, 2) if batch_size(batch) == 1 else first_samples(batch, RECORDED_SAMPLES)
+    alone = batch_size(batch) == 1
+    example = (
+        picked_samples(batch, torch.tensor([0, 0], device="cpu")) if alone else first_samples(batch, RECORDED_SAMPLES)
+    )
     try:
         program = record(model, example)
     except InvalidRequest:
@@ -304,12 +303,7 @@ def _other_readers(weight: LayerWeight, program: Program) -> list[Step]:
     if weight.parameter is None or weight.region is not None:
         return []
     readers = program.consumers.get(program.stored[weight.parameter], ())
-    return [step for step in readers if step.key not in program.layer_of and not _only_turns(step)]
-
-
-def _only_turns(step: Step) -> bool:
-    """Whether a call makes a view, or picks rows, of what it reads."""
-    return step.key.op in VIEWS
+    return [step for step in readers if step.key not in program.layer_of and step.key.op not in VIEWS]
 
 
 def _held_elsewhere(name: str, weights: Weights) -> str:

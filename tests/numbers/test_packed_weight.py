@@ -14,7 +14,6 @@ from quantkit.errors import CorruptFile, InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.numbers.packed_weight import (
     PackedWeight,
-    dequantize_packed,
     pack_weight,
     unpack_weight,
 )
@@ -53,38 +52,21 @@ def test_weights_come_back_in_the_bytes_of_their_format(bits: int, suffix: str, 
     packed = pack_weight(weight)
     assert packed.nbytes == weight.format.storage_bytes(shape)
     assert_same(unpack_weight(packed), weight)
-    assert torch.equal(dequantize_packed(packed), weight.dequantize())
 
 
 @pytest.mark.parametrize("format", ["w4", "w3g8z", "w8g4sf8", "w2sf16"])
 def test_weights_come_back_from_a_file(format: str, tmp_path: Path) -> None:
     weight = weight_of(format)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    packed = pack_weight(weight, order)
+    packed = pack_weight(weight)
     save_file(packed.tensors("layer.weight"), tmp_path / "w.safetensors")
     read = PackedWeight.of_tensors(load_file(tmp_path / "w.safetensors"), "layer.weight", (5, 24), weight.format)
     assert_same(unpack_weight(read), weight)
-    assert torch.equal(read.order, order.int())
-
-
-def test_permuted_inputs_are_put_back() -> None:
-    """Rounding the columns in another order and saying so gives the weight in the layer's own order."""
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    weight = weight_of("w4g8")
-    values, x = dequantize_packed(pack_weight(weight, order)), torch.randn(3, 24)
-    assert torch.equal(values[:, order], weight.dequantize())
-    torch.testing.assert_close(x @ values.t(), x[:, order] @ weight.dequantize().t())
 
 
 def test_scales_their_type_cannot_hold_are_refused() -> None:
     weight = QuantizedWeight(random_codes((2, 8), 4), torch.full((2, 1), 0.1), None, Scheme.parse("w4sf16").weight)
     with pytest.raises(InvalidRequest, match=r"scales of w4sf16 are not torch.float16 numbers"):
         pack_weight(weight)
-
-
-def test_an_order_that_is_no_permutation_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="permutation of 0 to 23, each once"):
-        pack_weight(weight_of("w4"), torch.zeros(24, dtype=torch.int64))
 
 
 def test_damaged_tensors_are_named() -> None:

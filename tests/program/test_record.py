@@ -147,28 +147,28 @@ def test_writing_through_a_view_is_another_value_and_a_use(write) -> None:
     assert after in found.varying
 
 
-@pytest.mark.parametrize(
-    "use", [lambda y: y > 0, lambda y: y.argmax(), lambda y: float(y.sum()), lambda y: y[0, 0].item()]
-)
-def test_use_that_makes_no_floating_point_tensor_is_a_use(use) -> None:
+def uses_counted(use) -> int:
+    """How many uses of a layer's output are recorded where its ReLU is one and ``use`` may be another."""
+
     def forward(self, x):
         y = self.fc(x)
         use(y)
         return torch.relu(y)
 
     found = record(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
-    assert len(found.consumers[found.calls["fc"][0].output]) == 2
+    return len(found.consumers[found.calls["fc"][0].output])
+
+
+@pytest.mark.parametrize(
+    "use", [lambda y: y > 0, lambda y: y.argmax(), lambda y: float(y.sum()), lambda y: y[0, 0].item()]
+)
+def test_use_that_makes_no_floating_point_tensor_is_a_use(use) -> None:
+    assert uses_counted(use) == 2
 
 
 @pytest.mark.parametrize("look", [lambda y: y.shape[0] + y.size(1) + y.dim(), lambda y: y.is_floating_point(), len])
 def test_looking_at_a_shape_is_no_use(look) -> None:
-    def forward(self, x):
-        y = self.fc(x)
-        look(y)
-        return torch.relu(y)
-
-    found = record(Net(forward, fc=nn.Linear(6, 6)), VECTOR)
-    assert len(found.consumers[found.calls["fc"][0].output]) == 1
+    assert uses_counted(look) == 1
 
 
 def test_two_inputs_by_keyword_and_a_dict_of_outputs() -> None:

@@ -111,12 +111,6 @@ def test_a_static_input_is_that_of_the_simulation(way: str, format: str) -> None
     torch.testing.assert_close(IntLinear(weight, bias, site)(x), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_permuted_weight_reads_its_inputs_in_its_order(way: str) -> None:
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    weight, x = weight_of("w4g32", (16, 64)), torch.randn(3, 64)
-    assert torch.equal(IntLinear(weight, order=order)(x), IntLinear(weight)(x[:, order]))
-
-
 def test_requests_an_integer_layer_cannot_meet() -> None:
     with pytest.raises(InvalidRequest, match="A static input needs a weight with one scale per channel"):
         IntLinear(weight_of("w4g32", (16, 64)), site=SiteRange(0.1, 0))

@@ -17,6 +17,10 @@ from quantkit.stages.request import Request, make_ready
 SCHEMES = ("w2a8", "w4a8", "w8a8")
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def classifier(classes: int = 4) -> nn.Sequential:
     """Sharp enough that its outputs differ between inputs."""
     torch.manual_seed(0)
@@ -27,7 +31,7 @@ def classifier(classes: int = 4) -> nn.Sequential:
 
 
 def inputs(count: int = 40, seed: int = 1) -> list[Batch]:
-    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(count, 6, generator=generator(seed))
     return [((part,), {}) for part in x.split(16)]
 
 
@@ -126,5 +130,5 @@ def transformer() -> Transformer:
 
 
 def sequences(count: int = 12, seed: int = 1) -> list[Batch]:
-    x = torch.randn(count, 5, 6, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(count, 5, 6, generator=generator(seed))
     return [((part,), {}) for part in x.split(8)]

@@ -42,7 +42,7 @@ def test_rows_of_one_sample_are_one_number() -> None:
     request = request_of(model, batches)
     changes = perturbed(request)
     plan = [next(k for k, p in enumerate(changes) if p.format == "w2")]
-    (rows,) = PlanDamage(subject_of(request, batches), changes, progress=False).rows([plan])
+    ((rows,),) = PlanDamage(subject_of(request, batches), changes, progress=False).rows_at([1.0], [plan])
     x = torch.cat([args[0] for args, _ in batches])
     expected = KLDamage().rows(model(x), by_hand(request, x, [changes[plan[0]]])).mean(1)
     assert rows == pytest.approx(expected.detach().numpy(), rel=1e-3)

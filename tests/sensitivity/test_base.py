@@ -11,13 +11,9 @@ from quantkit.sensitivity.around import PlanDamage
 from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.measure import Perturbation, Subject
 from tests.sensitivity.explicit import Explicit
-from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
+from tests.sensitivity.networks import by_hand, classifier, generator, inputs, perturbed, request_of, subject_of
 
 ADDITIVE = sorted(set(ESTIMATORS) - RANKINGS - NO_INPUTS)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

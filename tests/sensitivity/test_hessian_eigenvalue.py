@@ -10,7 +10,7 @@ from quantkit.sensitivity.curvature import Landscape
 from quantkit.sensitivity.hessian_eigenvalue import hessian_eigenvalue, top_eigenvalues
 from quantkit.sensitivity.measure import Perturbation, Subject
 from tests.sensitivity.explicit import WEIGHTS, Explicit
-from tests.sensitivity.networks import classifier, inputs, perturbed, request_of, subject_of
+from tests.sensitivity.networks import classifier, generator, inputs, perturbed, request_of, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,6 @@ def case() -> tuple[Subject, list[Perturbation], Explicit]:
     batches = inputs(24)
     request = request_of(classifier(), batches)
     return subject_of(request, batches), perturbed(request), Explicit(request, batches)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,14 +6,13 @@ import logging
 
 import numpy as np
 import pytest
-import torch
 
 from quantkit.sensitivity import hessian_trace as module
 from quantkit.sensitivity.curvature import Landscape
 from quantkit.sensitivity.hessian_trace import Trace, hessian_trace, hutchinson, squared_errors
 from quantkit.sensitivity.measure import Perturbation, Place, Scores, Subject
 from tests.sensitivity.explicit import Explicit
-from tests.sensitivity.networks import classifier, inputs, perturbed, request_of, subject_of
+from tests.sensitivity.networks import classifier, generator, inputs, perturbed, request_of, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +20,6 @@ def case() -> tuple[Subject, list[Perturbation], Explicit]:
     batches = inputs(24)
     request = request_of(classifier(), batches)
     return subject_of(request, batches), perturbed(request), Explicit(request, batches)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def traces_of(subject: Subject, changes: list[Perturbation], seed: int = 0, most: int = 100) -> dict[Place, Trace]:

@@ -7,10 +7,7 @@ import torch
 
 from quantkit.program.inputs import Batch
 from quantkit.sensitivity.inputs import LEAST, MOST, mixed_pairs
-
-
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+from tests.sensitivity.networks import generator
 
 
 def test_every_sample_is_mixed_with_another_one_in_the_stated_proportion() -> None:

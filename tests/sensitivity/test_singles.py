@@ -25,6 +25,7 @@ from tests.sensitivity.explicit import SITES, WEIGHTS, Explicit
 from tests.sensitivity.networks import (
     by_hand,
     classifier,
+    generator,
     inputs,
     perturbed,
     request_of,
@@ -32,10 +33,6 @@ from tests.sensitivity.networks import (
     subject_of,
     transformer,
 )
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

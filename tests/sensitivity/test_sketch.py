@@ -12,11 +12,16 @@ from quantkit.sensitivity.around import PlanDamage
 from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.gram import gram
 from quantkit.sensitivity.sketch import BUCKETS, TOP, Sketch, sketch_for
-from tests.sensitivity.networks import classifier, inputs, outputs_of, perturbed, request_of, samples_of, subject_of
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.sensitivity.networks import (
+    classifier,
+    generator,
+    inputs,
+    outputs_of,
+    perturbed,
+    request_of,
+    samples_of,
+    subject_of,
+)
 
 
 def logits(rows: int, classes: int, seed: int = 0) -> Tensor:

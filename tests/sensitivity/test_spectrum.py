@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from quantkit.sensitivity.spectrum import Spectrum, lanczos, spectral_density
-from quantkit.sensitivity.spectrum_plot import plot_spectrum
 from tests.sensitivity.explicit import WEIGHTS, Explicit
-from tests.sensitivity.networks import classifier, inputs, request_of, subject_of
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.sensitivity.networks import classifier, generator, inputs, request_of, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +74,3 @@ def test_density_integrates_to_one_and_peaks_at_the_values() -> None:
     assert spectrum.trace == pytest.approx(50)
     # PyHessian's width: a standard deviation of sqrt(1e-5 * range)
     assert spectrum.density(np.zeros(1))[0] == pytest.approx(0.75 / np.sqrt(2 * np.pi * 2e-5))
-
-
-def test_plot_is_written(tmp_path: Path) -> None:
-    spectrum = Spectrum(np.array([0.0, 2.0]), np.array([0.75, 0.25]), 100)
-    path = plot_spectrum(spectrum, tmp_path / "spectrum.svg", "two values")
-    assert "two values" in path.read_text() or path.stat().st_size > 5000
-    flat = plot_spectrum(Spectrum(np.zeros(1), np.ones(1), 3), tmp_path / "flat.png")
-    assert flat.read_bytes().startswith(b"\x89PNG")

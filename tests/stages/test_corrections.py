@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -65,7 +66,8 @@ def test_every_channel_gets_its_statistics_back(deviations: bool) -> None:
         SimulatedProgram(simulated, program),
         SimulatedProgram(SimulatedModel(ready.model, (), {}, {}), program, fixed=float_state),
     )
-    blocks, inputs = [whole(program, ready.quantizable)], program.entering(ready.model, ((x,), {}))
+    blocks = [replace(whole(program), layers=tuple(ready.quantizable))]
+    inputs = program.entering(ready.model, ((x,), {}))
     match_outputs(runner, floats, blocks, inputs, deviations)
     for name in ready.quantizable:
         wanted = output_spread(floats, blocks[0], name, inputs)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.weight_forms import WeightForm, stored_codes
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.program.layers import LayerWeight, Weights
+from quantkit.program.layers import Weights
 from quantkit.simulation.model import SimulatedModel
 
 
@@ -27,15 +27,9 @@ def layers_marked(simulated: SimulatedModel, name: str) -> list[str]:
     if name in floats.layers:
         return [name] if floats.layers[name].parameter is None and name in simulated.weights else []
     held = [n for n, weight in floats.layers.items() if weight.parameter == name and n in simulated.weights]
-    return _in_order(floats, held) if name in floats.covered(held) and _rows_follow(floats, held) else []
-
-
-def _in_order(floats: Weights, layers: Sequence[str]) -> list[str]:
-    return sorted(layers, key=lambda name: _offset(floats.layers[name]))
-
-
-def _offset(weight: LayerWeight) -> int:
-    return 0 if weight.region is None else weight.region.offset
+    if name not in floats.covered(held) or not _rows_follow(floats, held):
+        return []
+    return sorted(held, key=lambda n: 0 if (region := floats.layers[n].region) is None else region.offset)
 
 
 def _rows_follow(floats: Weights, layers: Sequence[str]) -> bool:

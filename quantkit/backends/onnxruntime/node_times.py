@@ -17,6 +17,7 @@ from quantkit.backends.onnxruntime.sessions import feeds, open_session
 from quantkit.program.inputs import Batch
 
 WARMUP_ROUNDS = 2
+LEAST_ROUNDS = 8
 # What disturbs a run only lengthens it. A low quantile is what undisturbed runs take, and steadier than the least.
 QUANTILE = 0.25
 NODE_QUANTILE = 0.1
@@ -40,12 +41,10 @@ def clock(threads: int) -> Callable[[], int]:
     return time.thread_time_ns if threads == 1 else time.perf_counter_ns
 
 
-def measure_files(
-    paths: Sequence[Path], batch: Batch, threads: int, seconds: float, least: int = 8
-) -> list[FileTimes]:
+def measure_files(paths: Sequence[Path], batch: Batch, threads: int, seconds: float) -> list[FileTimes]:
     """Times of every file on ``batch``. The first file is the reference: it runs just before each run of another one,
     and what counts is their ratio, since a machine may be slower for seconds. Rounds go on for so many seconds, at
-    least ``least`` of them.
+    least ``LEAST_ROUNDS`` of them.
     """
     profiled = [
         open_session(path, threads, save_optimized=f"{path}.optimized", profile=f"{path}.profile") for path in paths
@@ -69,7 +68,7 @@ def measure_files(
             one.run(None, values)
     end = time.monotonic() + seconds
     pairs: list[list[tuple[int, int]]] = []
-    while len(pairs) < least or time.monotonic() < end:
+    while len(pairs) < LEAST_ROUNDS or time.monotonic() < end:
         pairs.append([row(k) for k in range(len(paths))])
     times = np.array(pairs, dtype=np.float64)  # round, file, reference or file
     reference = float(np.quantile(times[:, :, 0], QUANTILE))

@@ -16,9 +16,9 @@ class OnnxModel(nn.Module):
     several.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
+    def __init__(self, path: str | Path) -> None:
         super().__init__()
-        self.session = open_session(path, threads)
+        self.session = open_session(path)
         self.names = [output.name for output in self.session.get_outputs()]
         self.eval()
 

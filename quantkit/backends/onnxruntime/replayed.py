@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantkit.program.intercept import OpKey
 from quantkit.program.program import Program, Step
+from quantkit.program.updates import named_state
 from quantkit.simulation.model import SimulatedModel
 
 SCOPES = "scopes"  # the attribute that holds the skeleton of the model's modules
@@ -69,10 +70,6 @@ class ReplayedModel(nn.Module):
             number: self.change(places[number], x) if number in places else x
             for number, x in zip(self.program.inputs, inputs, strict=True)
         }
-        named = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
-        state = {name: self.marked(name, tensor) for name, tensor in named}
+        state = {name: self.marked(name, tensor) for name, tensor in named_state(self.model).items()}
         state |= {number: self.marked(name, operand) for number, (name, operand) in self.computed.items()}
         return tuple(self.program.replay(values, state, self.program.outputs, self.change))

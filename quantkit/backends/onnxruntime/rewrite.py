@@ -20,8 +20,6 @@ from quantkit.backends.onnxruntime.weight_forms import (
     LARGEST_UNPACKED,
     WeightForm,
     add_functions,
-    integer_form,
-    is_in_planes,
     stored_codes,
 )
 from quantkit.errors import InvalidRequest
@@ -30,6 +28,7 @@ from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.sites import coded_sites
 from quantkit.simulation.model import SimulatedModel
+from quantkit.targets.instruction_sets import VNNI
 
 BYTE = 8  # bits of a code as kernels read it
 _BIAS = 2  # its position among the inputs of Conv and Gemm
@@ -84,7 +83,8 @@ def _require_form(name: str, weight: QuantizedWeight) -> None:
             f"Layer {name!r} has weight format {fmt}, which ONNX files do not carry yet. "
             "Use 2 to 8 bits per output channel without zero points, such as w4."
         )
-    if is_in_planes(fmt.bits) and weight.codes.numel() > LARGEST_UNPACKED:
+    in_planes = fmt.bits not in (4, 8)
+    if in_planes and weight.codes.numel() > LARGEST_UNPACKED:
         raise InvalidRequest(
             f"Layer {name!r} has {weight.codes.numel():,} weights of {fmt.bits} bits; onnxruntime expands at most "
             f"{LARGEST_UNPACKED:,} when it loads a file and would expand more on every run. Give it 4 or 8 bits."
@@ -222,18 +222,24 @@ class _Writer:
                 use.node.replace_input_with(_BIAS, self._bias(name, use.node, site))
 
     def _integer_form(self, name: str) -> WeightForm:
-        """The form of a layer's codes in which integer kernels read them."""
-        return integer_form(self.simulated.weights[name].format.bits, self.instruction_set)
+        """The form of a layer's codes that integer kernels read fast and exactly with the instructions at hand."""
+        bits = self.simulated.weights[name].format.bits
+        return WeightForm(bits, unsigned=bits == 8 and self.instruction_set != VNNI)
 
     def _tokens_of(self, use: Any) -> Tokens | None:
         """The site of tokens that the call of a layer's weight reads."""
-        read = use.node.inputs[0] if use.idx == 1 else None
-        made = None if read is None else read.producer()
-        if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
+        mark = self._coded_mark(use.node) if use.idx == 1 else None
+        if mark is None:
             return None
-        name, value = made.attributes["name"].as_string(), made.inputs[0]
+        name, value = mark.attributes["name"].as_string(), mark.inputs[0]
         found = self.simulated.ranges[name]
         return None if found.static or value is None else Tokens(name, value, found)
+
+    def _coded_mark(self, call: ir.Node) -> ir.Node | None:
+        """The mark of the site that a call reads first, where that has codes."""
+        made = call.inputs[0].producer() if call.inputs[0] is not None else None
+        is_site = made is not None and made.domain == DOMAIN and made.op_type == "Site"
+        return made if made is not None and is_site and self.is_coded(made) else None
 
     def _weight(self, name: str, before: ir.Node, transposed: bool, integer: bool) -> ir.Value:
         """A layer's weight in float32: dequantized where kernels take codes, multiplied out at load where they do
@@ -261,10 +267,10 @@ class _Writer:
 
     def _input_site(self, call: ir.Node) -> str | None:
         """The site whose codes a layer's call reads; None where its input is float, as tokens on a grid are."""
-        made = call.inputs[0].producer() if call.inputs[0] is not None else None
-        if made is None or made.domain != DOMAIN or made.op_type != "Site" or not self.is_coded(made):
+        mark = self._coded_mark(call)
+        if mark is None:
             return None
-        name = made.attributes["name"].as_string()
+        name = mark.attributes["name"].as_string()
         found = self.simulated.ranges[name]
         return name if found.static and found.integer else None
 

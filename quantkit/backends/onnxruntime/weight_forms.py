@@ -36,7 +36,6 @@ from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
 from quantkit.formats import bit_planes
 from quantkit.numbers.packing import pack_plane, split_planes
-from quantkit.targets.instruction_sets import VNNI
 
 IR_VERSION = 10
 # Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 came with 1.23.
@@ -44,11 +43,6 @@ _MINIMUM_RUNTIME = "1.19"
 _MINIMUM_RUNTIME_INT4 = "1.23"
 # onnxruntime folds results of up to 1 GiB, and unpacking passes through INT32.
 LARGEST_UNPACKED = 1 << 28
-
-
-def is_in_planes(bits: int) -> bool:
-    """True for the widths stored as planes."""
-    return bits not in (4, 8)
 
 
 def minimum_runtime(widths: Iterable[int]) -> str:
@@ -67,11 +61,6 @@ class WeightForm:
     def midpoint(self) -> np.generic:
         """What stands for zero."""
         return np.uint8(128) if self.unsigned else np.int8(0)
-
-
-def integer_form(bits: int, instruction_set: str) -> WeightForm:
-    """The form that integer kernels read fast and exactly with these instructions."""
-    return WeightForm(bits, unsigned=bits == 8 and instruction_set != VNNI)
 
 
 def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, form: WeightForm) -> ir.Value:

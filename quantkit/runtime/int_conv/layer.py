@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.progress import notice
+from quantkit.rounding.layer_inputs import padded_sides, per_axis
 from quantkit.runtime.int_conv.reference import int_conv_reference
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import quantize_padded_compiled, windows_compiled
@@ -21,25 +22,8 @@ from quantkit.runtime.int_linear.layer import integer_offset
 from quantkit.runtime.int_linear.panels import Panels
 
 WINDOW_BYTES = 1 << 24  # of window rows at a time
-Pair = tuple[int, int]
+Pair = tuple[int, ...]  # down and right
 Border = tuple[int, int, int, int]
-
-
-def pair_of(value: Any) -> Pair:
-    """A convolution's option as (down, right)."""
-    down, right = (value, value) if isinstance(value, int) else (value * 2 if len(value) == 1 else value)
-    return int(down), int(right)
-
-
-def border_of(padding: Any, kernel: Pair, dilation: Pair) -> Border:
-    """Top, bottom, left and right padding; torch's "same" puts the odd one at the bottom and right."""
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":
-        down, right = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
-        return down // 2, down - down // 2, right // 2, right - right // 2
-    down, right = pair_of(padding)
-    return down, down, right, right
 
 
 class IntConv(OnHeldWeight):
@@ -57,16 +41,12 @@ class IntConv(OnHeldWeight):
     ) -> None:
         super().__init__()
         self.shape, self.site, self.name = tuple(weight.codes.shape), site, name
-        flat = QuantizedWeight(self._by_window(weight.codes), weight.scale, weight.zero_point, weight.format)
+        by_window = weight.codes.movedim(1, -1).flatten(1).contiguous()  # (channels, inputs), the input channel last
+        flat = QuantizedWeight(by_window, weight.scale, weight.zero_point, weight.format)
         self.weight = HeldWeight(flat, expand)
         self.register_buffer("offset", integer_offset(weight, bias, site))
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.told = False
-
-    @staticmethod
-    def _by_window(codes: Tensor) -> Tensor:
-        """(channels, inputs) codes, the input channel last."""
-        return codes.movedim(1, -1).flatten(1).contiguous()
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it came in."""
@@ -75,13 +55,7 @@ class IntConv(OnHeldWeight):
         return QuantizedWeight(codes, flat.scale, flat.zero_point, flat.format)
 
     def forward(
-        self,
-        convolve: Any,
-        x: Tensor,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        self, convolve: Any, x: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
     ) -> Tensor:
         panels = self._panels(x, groups)
         if panels is None:
@@ -89,10 +63,11 @@ class IntConv(OnHeldWeight):
             operands = (x.float(), self.site, self.quantized(), self.bias)
             return int_conv_reference(convolve, *operands, stride, padding, dilation, groups).to(x.dtype)
         batched = x.float() if x.dim() == 4 else x.float().unsqueeze(0)
-        kernel, steps, spread = pair_of(self.shape[2:]), pair_of(stride), pair_of(dilation)
-        border = border_of(padding, kernel, spread)
-        parts = batched.split(self._images_at_once(batched, panels))
-        found = [self._convolved(part, panels, border, kernel, steps, spread) for part in parts]
+        kernel, steps, spread = self.shape[2:], per_axis(stride, 2), per_axis(dilation, 2)
+        (top, bottom), (left, right) = padded_sides(padding, kernel, spread)
+        border = top, bottom, left, right
+        at_once = max(1, WINDOW_BYTES // max(1, batched[0, 0].numel() * panels.padded_inputs))
+        found = [self._convolved(part, panels, border, kernel, steps, spread) for part in batched.split(at_once)]
         done = found[0] if len(found) == 1 else torch.cat(found)
         return (done if x.dim() == 4 else done.squeeze(0)).to(x.dtype)
 
@@ -106,9 +81,6 @@ class IntConv(OnHeldWeight):
             what = f"a convolution with {groups} groups" if groups > 1 else f"this {len(self.shape) - 2}-d convolution"
             notice(f"Layer {self.name!r}: {what} has no integer kernel here and runs on integers in float.")
         self.told = True
-
-    def _images_at_once(self, x: Tensor, panels: Panels) -> int:
-        return max(1, WINDOW_BYTES // max(1, x[0, 0].numel() * panels.padded_inputs))
 
     def _convolved(
         self, x: Tensor, panels: Panels, border: Border, kernel: Pair, stride: Pair, dilation: Pair

@@ -159,10 +159,10 @@ class DynamicLinear:
         return out
 
 
-def quantize_rows_compiled(x: Tensor, built: ctypes.CDLL | None = None) -> Rows:
+def quantize_rows_compiled(x: Tensor) -> Rows:
     """``quantize_rows`` in one pass over contiguous float32 rows."""
     codes, scale = torch.empty(x.shape, dtype=torch.int8, device="cpu"), torch.empty(x.shape[0], device="cpu")
-    (built or _built()).quantkit_quantize_rows(
+    _built().quantkit_quantize_rows(
         x.data_ptr(), x.shape[0], x.shape[1], codes.data_ptr(), scale.data_ptr(), torch.get_num_threads()
     )
     return Rows(codes, scale)
@@ -186,7 +186,7 @@ def quantize_padded_compiled(
 
 
 def windows_compiled(
-    codes: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], inputs: int
+    codes: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], inputs: int
 ) -> tuple[Tensor, tuple[int, int]]:
     """((images * out height * out width, ``inputs``) int8 rows, (out height, out width)) of padded codes: windows in
     the order kernel row, kernel column, channel, filled up with zeros.

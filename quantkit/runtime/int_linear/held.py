@@ -77,7 +77,7 @@ class HeldWeight(nn.Module):
             codes, scale = from_panels(self.held_panels())
             return QuantizedWeight(codes, scale, None, self.format)
         shape = (self.channels, self.inputs)
-        return unpack_weight(PackedWeight(self.codes, self.scale, self.zero_point, None, shape, self.format))
+        return unpack_weight(PackedWeight(self.codes, self.scale, self.zero_point, shape, self.format))
 
     def held_panels(self) -> Panels:
         return Panels(self.codes, self.scale, self.format.bits, self.channels, self.inputs)

@@ -52,7 +52,6 @@ class IntLinear(OnHeldWeight):
 
     offset: Tensor | None
     bias: Tensor | None
-    order: Tensor | None
 
     def __init__(
         self,
@@ -60,10 +59,9 @@ class IntLinear(OnHeldWeight):
         bias: Tensor | None = None,
         site: SiteRange | None = None,
         expand: bool = False,
-        order: Tensor | None = None,
     ) -> None:
-        """``order``: input ``order[i]`` of the layer is input i of the weight. Raises InvalidRequest for a weight that
-        integer kernels do not run, or a static input that needs several scales per channel.
+        """Raises InvalidRequest for a weight that integer kernels do not run, or a static input that needs several
+        scales per channel.
         """
         super().__init__()
         self.weight = HeldWeight(weight, expand)
@@ -80,13 +78,11 @@ class IntLinear(OnHeldWeight):
             bias = None
         self.register_buffer("offset", offset)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.register_buffer("order", None if order is None else order.long())
-
         self._prepare()
 
     def _prepare(self) -> None:
         """Set up the single call that serves dynamic inputs; its addresses are those of this module's own tensors."""
-        plain = self.site is None and self.order is None and self.weight.expanded is None
+        plain = self.site is None and self.weight.expanded is None
         panels = self.weight.held_panels() if plain and self.weight.in_panels else None
         self.at_once = None if panels is None else DynamicLinear(panels, self.bias)
 
@@ -111,8 +107,6 @@ class IntLinear(OnHeldWeight):
         if self.at_once is not None and x.dtype == torch.float32 and x.is_contiguous() and x.numel():
             return self.at_once(x)
         rows = x.detach().reshape(-1, self.inputs).float()
-        if self.order is not None:
-            rows = rows[:, self.order]
         if self.site is not None:
             codes = centred_codes(rows, self.site)
             scale = torch.full((len(rows),), self.site.scale, dtype=torch.float32, device="cpu")

@@ -20,8 +20,9 @@ PROGRAMS = 256  # enough to fill a large GPU
 def kv_attention(
     queries: Tensor, cache: KVCache, causal: bool = True, split: int | None = None, tokens_at_once: int = TOKENS
 ) -> Tensor:
-    """``kv_attention_reference``, in the queries' type: (batch, query heads, positions, dim), the last position being
-    the cache's last token. Probabilities times value scales are rounded to FP8.
+    """Attention of ``queries`` (batch, query heads, positions, dim), in their type and shape. The last position is the
+    cache's last token; with ``causal`` every position sees the tokens up to its own. Probabilities times value scales
+    are rounded to FP8.
 
     ``split`` parts the tokens among programs (default: by the number of programs there are otherwise).
     """
@@ -42,7 +43,7 @@ def kv_attention(
     every = batch * key_heads * total
     partial = torch.empty(parts, every, dim, dtype=torch.float32, device=out.device)
     largest, sums = (torch.empty(parts, every, dtype=torch.float32, device=out.device) for _ in range(2))
-    held = (tensor.contiguous() for tensor in (cache.keys, cache.key_scale, cache.values, cache.value_scale))
+    held = (tensor.contiguous() for tensor in cache.stored())
     grid = (triton.cdiv(total, rows), batch * key_heads, parts)
     attend[grid](
         codes, scale, *held, partial, largest, sums, positions, cache.tokens, dim**-0.5,

@@ -65,12 +65,6 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     return low | high << 4, scale
 
 
-def dequantize_heads(packed: Tensor, scale: Tensor) -> Tensor:
-    """float32 values of ``quantize_heads``."""
-    codes = torch.cat((packed & 15, packed >> 4), -1).float() - 8
-    return codes * scale.unsqueeze(-1)
-
-
 def quantize_kv(keys: Tensor, values: Tensor, key_factors: Tensor | None = None) -> KVCache:
     """A cache of keys (after RoPE) and values (batch, heads, tokens, dim). Raises InvalidRequest for odd
     dimensions.
@@ -84,19 +78,19 @@ def quantize_kv(keys: Tensor, values: Tensor, key_factors: Tensor | None = None)
     return KVCache(*quantize_heads(keys.float() * factors.unsqueeze(1)), *quantize_heads(values), factors)
 
 
-def pre_rope_factors(keys: Tensor, target: float = TARGET) -> Tensor:
+def pre_rope_factors(keys: Tensor) -> Tensor:
     """Factors (heads, dim) that bring the largest radius of every rotary pair (i, i + dim / 2) over all tokens of
-    ``keys`` (batch, heads, tokens, dim) to ``target``. RoPE leaves radii alone, so the keys may come from after it
+    ``keys`` (batch, heads, tokens, dim) to ``TARGET``. RoPE leaves radii alone, so the keys may come from after it
     too.
     """
     first, second = keys.float().chunk(2, -1)
     radius = (first.square() + second.square()).sqrt().amax((0, 2)).clamp_min(SMALLEST_SCALE)
-    return torch.cat((target / radius, target / radius), -1)
+    return torch.cat((TARGET / radius, TARGET / radius), -1)
 
 
-def post_rope_factors(keys: Tensor, top: int = TOP_CHANNELS, target: float = TARGET) -> Tensor:
+def post_rope_factors(keys: Tensor, top: int = TOP_CHANNELS) -> Tensor:
     """Factors (heads, dim) that bring the ``top`` channels of each head with the largest keys after RoPE, and their
-    partners in rotation, to ``target``; 1 for the others.
+    partners in rotation, to ``TARGET``; 1 for the others.
     """
     largest = keys.float().abs().amax((0, 2))
     dim = keys.shape[-1]
@@ -104,7 +98,7 @@ def post_rope_factors(keys: Tensor, top: int = TOP_CHANNELS, target: float = TAR
     mask = torch.zeros_like(largest, dtype=torch.bool)
     mask.scatter_(1, chosen, True)
     mask |= mask.roll(dim // 2, 1)
-    return torch.where(mask, target / largest.clamp_min(SMALLEST_SCALE), 1.0)
+    return torch.where(mask, TARGET / largest.clamp_min(SMALLEST_SCALE), 1.0)
 
 
 def fold_pre_rope(query: Tensor, key: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,9 @@ _MEASURED = TuningTable()
 def low_bit_linear(
     x: Tensor, weight: MatmulWeight, bias: Tensor | None = None, gated: bool = False, tile: Tile | None = None
 ) -> Tensor:
-    """``low_bit_linear_reference`` of ``x`` (any leading dimensions, float16, bfloat16 or float32, any layout).
+    """The product of ``x`` (any leading dimensions, float16, bfloat16 or float32, any layout) and a weight; rows are
+    quantized as the weight's kind asks. ``gated``: the first half of the channels passes SiLU and multiplies the
+    second.
 
     int8 sums are exact; others are float32 sums in an order of the tile's. ``tile`` overrides the device's table.
     """

@@ -6,7 +6,7 @@ load.
 
 FireQ (llm-fireq): group scales are E4M3 numbers, and so are the products of code and scale, as the hardware multiplies
 them; a power of two for the whole tensor keeps small scales out of the subnormal range. Both are part of the
-definition here, and so of every simulation that uses it.
+definition here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.runtime.token_quant.reference import E4M3, LARGEST, to_e4m3
+from quantkit.runtime.token_quant.fp8 import E4M3, LARGEST, to_e4m3
 
 INT4_FP8, INT4_HALF, FP8, INT8 = "int4 x fp8", "int4 x half", "fp8 x fp8", "int8 x int8"
 SMALLEST_GROUP = {INT4_FP8: 64, INT4_HALF: 32}  # half of it is the shortest product the hardware has
@@ -82,12 +82,6 @@ def pack_halves(codes: Tensor, group: int) -> Tensor:
     """int8 codes of four bits (channels, inputs) as bytes (channels, inputs / 2)."""
     unsigned = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2, group // 2))
     return (unsigned[:, :, 0] | unsigned[:, :, 1] << 4).flatten(1).contiguous()
-
-
-def unpack_halves(packed: Tensor, group: int) -> Tensor:
-    """The codes of ``pack_halves``."""
-    halves = packed.unflatten(1, (-1, group // 2))
-    return (torch.stack((halves & 15, halves >> 4), 2).flatten(1).to(torch.int8)) - 8
 
 
 def four_bit_weight(weight: QuantizedWeight, fp8: bool) -> MatmulWeight:

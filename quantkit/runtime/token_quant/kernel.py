@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.errors import InvalidRequest
-from quantkit.runtime.token_quant.reference import E4M3, SMALLEST_SCALE
+from quantkit.runtime.token_quant.fp8 import E4M3, SMALLEST_SCALE
 from quantkit.runtime.triton_rounding import LARGEST, to_e4m3
 
 LARGEST_ROW = 1 << 16  # a row stays in registers
@@ -28,8 +28,8 @@ def quantize_row(x, gain, codes, scales, count, epsilon, smallest, BLOCK: tl.con
 
 
 def quantize_rows_fp8(x: Tensor, gain: Tensor | None = None, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """``quantize_rows_fp8_reference`` of rows of float32, float16 or bfloat16 in any layout, of any leading
-    dimensions; with ``gain``, of their RMSNorm.
+    """(FP8 codes, float32 scale) of rows of float32, float16 or bfloat16 in any layout, of any leading dimensions: the
+    largest magnitude of a row becomes 448. With ``gain``, of their RMSNorm.
     """
     count = x.shape[-1]
     if not x.is_floating_point() or count > LARGEST_ROW:

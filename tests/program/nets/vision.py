@@ -189,25 +189,18 @@ class Swin(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), 1).flatten(1))
 
 
-SWIN_BLOCKS = (0, 1, 3, 4)
+def swin(table):
+    """A Swin whose attention computes with a parameter ``table`` beside its layers' weights."""
+    tables = tuple(f"features.{i}.attn.{table}" for i in (0, 1, 3, 4))
+    return architecture(images(3, 16), lengths=(16, 24), blocks=4, added_tables=tables)
 
 
-@architecture(
-    images(3, 16),
-    lengths=(16, 24),
-    blocks=4,
-    added_tables=tuple(f"features.{i}.attn.relative_position_bias_table" for i in SWIN_BLOCKS),
-)
+@swin("relative_position_bias_table")
 def torchvision_swin():
     return Swin(WindowAttention)
 
 
-@architecture(
-    images(3, 16),
-    lengths=(16, 24),
-    blocks=4,
-    added_tables=tuple(f"features.{i}.attn.logit_scale" for i in SWIN_BLOCKS),
-)
+@swin("logit_scale")
 def torchvision_swin_v2():
     return Swin(CosineWindowAttention)
 

@@ -16,14 +16,13 @@ from quantkit.runtime.kv_attention.attention import kv_attention
 from quantkit.runtime.kv_attention.cache import (
     CODE_TOP,
     KVCache,
-    dequantize_heads,
     fold_pre_rope,
     post_rope_factors,
     pre_rope_factors,
     quantize_heads,
     quantize_kv,
 )
-from quantkit.runtime.kv_attention.reference import kv_attention_reference
+from tests.runtime.gpu.twins import dequantize_heads, kv_attention_reference
 
 
 def on(cache: KVCache, device: str) -> KVCache:

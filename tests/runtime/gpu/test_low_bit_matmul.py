@@ -14,10 +14,10 @@ from torch import Tensor
 from quantkit.errors import CorruptFile, InvalidRequest
 from quantkit.runtime.low_bit_matmul import weights
 from quantkit.runtime.low_bit_matmul.linear import low_bit_linear, use_table
-from quantkit.runtime.low_bit_matmul.reference import low_bit_linear_reference, weight_values
 from quantkit.runtime.low_bit_matmul.tuning import Tile, TuningTable, candidates, rule_of_thumb, shape_class
 from quantkit.runtime.low_bit_matmul.weights import MatmulWeight
-from quantkit.runtime.token_quant.reference import to_e4m3
+from quantkit.runtime.token_quant.fp8 import to_e4m3
+from tests.runtime.gpu.twins import low_bit_linear_reference, unpack_halves, weight_values
 from tests.runtime.test_int_layers import weight_of
 
 KINDS = (weights.INT4_FP8, weights.INT4_HALF, weights.FP8, weights.INT8)
@@ -113,7 +113,7 @@ def test_large_shapes_on_a_gpu(device: str, kind: str, rows: int) -> None:
 def test_halves_come_back() -> None:
     codes = torch.randint(-8, 8, (5, 256), dtype=torch.int8)
     for group in (32, 64, 128):
-        assert torch.equal(weights.unpack_halves(weights.pack_halves(codes, group), group), codes)
+        assert torch.equal(unpack_halves(weights.pack_halves(codes, group), group), codes)
 
 
 @pytest.mark.parametrize(("spread", "worst"), [(0.02, 0.12), (0.01, 0.12), (0.005, 0.12), (0.002, 0.14)])

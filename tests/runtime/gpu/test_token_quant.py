@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import InvalidRequest
+from quantkit.runtime.token_quant.fp8 import E4M3
 from quantkit.runtime.token_quant.kernel import quantize_rows_fp8
-from quantkit.runtime.token_quant.reference import E4M3, quantize_rows_fp8_reference, rms_norm
 from quantkit.runtime.triton_rounding import to_e4m3
+from tests.runtime.gpu.twins import quantize_rows_fp8_reference, rms_norm
 
 
 @triton.jit

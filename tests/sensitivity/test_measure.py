@@ -55,6 +55,17 @@ def test_divergence_is_that_of_torch_and_never_negative() -> None:
     assert (KLDamage().rows(a, a * (1 + 1e-7)) >= 0).all()
 
 
+@pytest.mark.parametrize("share", [1e-4, 1e-3, 0.1, 30.0])
+def test_divergence_of_nearly_equal_rows_is_not_lost_in_rounding(share: float) -> None:
+    """Twin: the definition in float64."""
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(50, 5, generator=draw) * 4
+    b = a + share * torch.randn(50, 5, generator=draw)
+    log_p, log_q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert KLDamage().rows(a, b).double().mean() == pytest.approx(float(expected.mean()), rel=2e-3)
+
+
 def test_metric_vectors_give_the_second_order_of_the_divergence() -> None:
     draw = torch.Generator().manual_seed(0)
     logits, u = torch.randn(6, 5, generator=draw).double(), torch.randn(1, 6, 5, generator=draw).double()

@@ -170,7 +170,7 @@ def test_plans_are_measured_by_sample_over_all_outputs() -> None:
     subject, changes = measured("three")
     plan = [k for k, p in enumerate(changes) if p.format in ("w4", "a8")]
     measurements = PlanDamage(subject, changes, progress=False)
-    (rows,) = measurements.rows([plan])
+    rows = measurements.rows_at([1.0], [plan])[0][0]
     reference = whole(list(subject.float_outputs()))
     output = whole(list(subject.outputs([changes[k] for k in plan])))
     slow = slow_rows(reference, output, ["kl", "mse", "mse"])
@@ -267,7 +267,7 @@ def test_longer_padding_changes_no_damage(sensitivity: str) -> None:
         subject = subject_of(request, batches)
         scores = ESTIMATORS[sensitivity](subject, changes, False, torch.Generator().manual_seed(0))
         assert [o.padded for o in Reference.of(subject).damage.rule.outputs] == [True, False]
-        rows = PlanDamage(subject, changes, progress=False).rows([[0, len(changes) - 1]])[0]
+        rows = PlanDamage(subject, changes, progress=False).rows_at([1.0], [[0, len(changes) - 1]])[0][0]
         found.append((scores.damage, scores.gram if scores.gram is not None else 0.0, rows))
     for short, long in zip(*found, strict=True):
         assert np.allclose(short, long, rtol=1e-4, atol=1e-8)

@@ -38,7 +38,7 @@ import torch
 from quantkit.cli import main
 from quantkit import api
 from quantkit.reconstruction import blocks as reconstruction
-from quantkit.rounding import weights
+from quantkit.rounding import request
 from quantkit.recipe import run
 from quantkit.reconstruction.learning import Schedule
 from tests.stages.schedules import all_of
@@ -47,7 +47,7 @@ torch.set_num_threads(1)
 log, fatal, arguments = open(sys.argv[1], "a"), int(sys.argv[2]), sys.argv[3:]
 short, options = all_of(Schedule(steps=12, batch=8)), api.ApplyOptions
 api.ApplyOptions = lambda *given: options(*given, learning=short)
-note, learn = weights.rounding_note, reconstruction.learn
+note, learn = request.rounding_note, reconstruction.learn
 count = 0
 
 
@@ -74,7 +74,7 @@ def logged_learning(moved, loss, held_back, *rest):
     return learn(moved, first_loss, held_back, *rest)
 
 
-weights.rounding_note, reconstruction.learn = logged_note, logged_learning
+request.rounding_note, reconstruction.learn = logged_note, logged_learning
 run.export_and_measure = lambda *arguments: sys.exit(0)  # all that is slow about a run and has nothing to resume
 sys.exit(main(["run", "recipes/quickstart.yaml", "--quiet", *arguments]))
 """

@@ -51,14 +51,18 @@ def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequenc
 
 
 def _other_batches(batch: Batch) -> Iterator[Batch]:
-    """The batch with another number of samples; first with other lengths of tokens, or sizes of images, too."""
+    """The batch with another number of samples; first with other lengths of tokens or of sequences of vectors, or sizes
+    of images, too.
+    """
     size = batch_size(batch)
     few = 3 if size == 2 else 2
     resized = picked_samples(batch, torch.arange(few, device="cpu") % size)
     tensors = tensors_of(batch)
     lengths = {n: n - 1 for t in tensors if not t.is_floating_point() and t.dim() > 1 for n in t.shape[1:] if n > 2}
     sides = {n: n + n // 2 for t in tensors if t.is_floating_point() and t.dim() == 4 for n in t.shape[2:] if n > 3}
-    for changed in (lengths, sides):
+    vectors = [t.shape for t in tensors if t.is_floating_point() and t.dim() == 3]
+    steps, channels_first = ({shape[axis]: shape[axis] - 1 for shape in vectors if shape[axis] > 2} for axis in (1, 2))
+    for changed in (lengths, sides, steps, channels_first):
         if changed:
             yield tree_map(lambda value, sizes=changed: _resized(value, sizes), resized)
     yield resized

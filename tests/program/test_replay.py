@@ -101,6 +101,43 @@ def test_the_layout_is_the_one_a_model_can_run_in() -> None:
     torch.testing.assert_close(found, output_of(model, batch))
 
 
+class Counted(nn.Module):
+    """A sequence of vectors, whose length is asked in a way that leaves no trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.arange(int(x.shape[1]), dtype=torch.float32).unsqueeze(-1)
+
+
+class CountedSignal(nn.Module):
+    """The same of a signal, channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * torch.linspace(0, 1, len(x[0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Counted(), (6, 8)), (CountedSignal(), (8, 6))], ids=["vectors", "signal"]
+)
+@pytest.mark.parametrize("length", [3, 11])
+def test_lengths_of_sequences_are_followed_where_the_code_hides_them(
+    model: nn.Module, shape: tuple[int, int], length: int
+) -> None:
+    program = program_of(model.eval(), ((randn(4, *shape),), {}))
+    assert program is not None
+    batch = ((randn(3, *(length if size == 6 else size for size in shape), seed=1),), {})
+    with torch.no_grad():
+        (found,) = program.replay(program.entering(model, batch), program.state_of(model), [program.output])
+    torch.testing.assert_close(found, output_of(model, batch))
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x) if x.mean() > 0 else x * 2

@@ -51,8 +51,8 @@ def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequenc
 
 
 def _other_batches(batch: Batch) -> Iterator[Batch]:
-    """The batch with another number of samples; first with other lengths of tokens or of sequences of vectors, or sizes
-    of images, too.
+    """The batch with another number of samples; first with other lengths of tokens, vectors or signals, or sizes of
+    images, too.
     """
     size = batch_size(batch)
     few = 3 if size == 2 else 2

@@ -11,28 +11,24 @@ and goes on to the next layer. ``in_sequence`` does the same for models of which
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import dequantize, quantize
 from quantkit.ranges.weights import group_ranges, per_input
-from quantkit.rounding.moments import InverseFactor, Moments, Ordered, damped
+from quantkit.rounding.moments import InverseFactor, Moments, Ordered
 from quantkit.rounding.registry import Codes, rounding
 
-# Of the scales of least squared error. The best scale for codes that correct each other is a larger one, at 2 bits by
-# about a fifth; the second round looks up to half a step either way from the best of these.
-COARSE = (0.9, 1.02, 1.16, 1.32, 1.5)
-FINE = (0.92, 0.96, 1.0, 1.04, 1.08)
-_RIDGE = 1e-6  # of a scale's curvature
+# Of the scales of least squared error: the best scale for codes that correct each other is a larger one, at 2 bits by
+# about a fifth.
+STRETCH = torch.linspace(0.8, 1.6, 17, dtype=torch.float32, device="cpu")
 _ELEMENTS_AT_ONCE = 1 << 22
 
 
 @rounding("gptq", hessian=True, factored=True)
 def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
-    """GPTQ under several scales, coarse to fine, keeping the best for each row.
+    """GPTQ under several scales around the one of least weighted squared error, keeping the best for each row.
 
     Rows are independent, so they are tried in slices that bound memory. Columns are rounded most active first; groups
     and their scales are those of neighbouring inputs all the same ("static groups"), so that kernels need no index of
@@ -42,84 +38,25 @@ def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     found = moments.factor.factor
     factor = InverseFactor(found.upper.to(rows.dtype), found.dead, found.damping)
     ordered = Ordered(moments.factor.order, factor)
-    hessian = damped(moments.hessian, found.damping).to(rows.dtype)
-    importance = moments.hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1).to(rows.dtype)
-    scale, zero = group_ranges(rows, format, importance)
+    squares = moments.hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1).to(rows.dtype)
+    scale, zero = group_ranges(rows, format, squares)
 
-    step = max(1, _ELEMENTS_AT_ONCE // (len(COARSE) * rows.shape[0] * rows.shape[2]))
-    slices = zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True)
-    best = [_searched(_Rows(some, format, offset, ordered, hessian), base) for some, base, offset in slices]
-    return torch.cat([each.codes for each in best], 1), torch.cat([each.scale for each in best], 1), zero
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Codes (groups, O, K) under scales (groups, O, scales), and the loss of each row (groups, O)."""
-
-    codes: Tensor
-    scale: Tensor
-    loss: Tensor
-
-    def or_better(self, other: _Trial) -> _Trial:
-        """Each row from the trial with the lower loss."""
-        better = other.loss < self.loss
-        codes = torch.where(better.unsqueeze(-1), other.codes, self.codes)
-        scale = torch.where(better.unsqueeze(-1), other.scale, self.scale)
-        return _Trial(codes, scale, torch.where(better, other.loss, self.loss))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows to round under the damped ``hessian`` (groups, K, K), with their zero points, in the order of
-    ``ordered``.
-    """
-
-    weight: Tensor
-    format: WeightFormat
-    zero: Tensor
-    ordered: Ordered
-    hessian: Tensor
-
-    def best_of(self, scales: Tensor) -> _Trial:
-        """The best for each row of several scales (trials, groups, O, scales)."""
-        each = (self._by_column(scales), self._by_column(self.zero))
-        rows = self.ordered.sorted(self.weight)
-        codes, loss = gptq_codes(rows, self.ordered.factor, *each, *self.format.code_range)
+    stretch = STRETCH.to(rows.dtype).reshape(-1, 1, 1, 1)
+    step = max(1, _ELEMENTS_AT_ONCE // (len(STRETCH) * rows.shape[0] * rows.shape[2]))
+    best_codes, best_scale = [], []
+    for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
+        scales = base * stretch
+        step_of, zero_of = (_by_column(x, some, ordered) for x in (scales, offset))
+        codes, loss = gptq_codes(ordered.sorted(some), factor, step_of, zero_of, *format.code_range)
         best = loss.argmin(0)[None, ..., None]
-        codes, scale = (x.gather(0, best.expand(1, *x.shape[1:]))[0] for x in (codes, scales))
-        return _Trial(self.ordered.restored(codes), scale, loss.amin(0))
-
-    def _by_column(self, per_group: Tensor) -> Tensor:
-        """Scales of groups as one per column in the order of rounding; one for all columns stays one."""
-        if per_group.shape[-1] == 1:
-            return per_group
-        return self.ordered.sorted(per_input(per_group, self.weight.shape[-1]))
-
-    def fitted(self, trial: _Trial) -> _Trial:
-        """The same codes under the scales of least loss, where that is lower: loss is quadratic in the scales of a
-        row.
-        """
-        steps = trial.codes - per_input(self.zero, self.weight.shape[-1])
-        error = self.weight - steps * per_input(trial.scale, self.weight.shape[-1])
-        groups = (trial.scale.shape[-1], -1)
-        slope = ((error @ self.hessian) * steps).unflatten(-1, groups).sum(-1)
-        parts = zip(steps.unflatten(-1, groups).unbind(-2), self.hessian.unflatten(-2, groups).unbind(-3), strict=True)
-        curvature = torch.stack([((part @ of) * steps).unflatten(-1, groups).sum(-1) for part, of in parts], -2)
-
-        # A group whose weights are all zero has no curvature: its scale stays.
-        diagonal = curvature.diagonal(dim1=-2, dim2=-1)
-        ridge = torch.where(diagonal > 0, _RIDGE * diagonal, torch.ones_like(diagonal))
-        change = torch.linalg.solve(curvature + torch.diag_embed(ridge), slope)
-        change = torch.where((trial.scale + change) * trial.scale > 0, change, torch.zeros_like(change))
-        gain = (change * ((curvature @ change.unsqueeze(-1)).squeeze(-1) - 2 * slope)).sum(-1)
-        return trial.or_better(_Trial(trial.codes, trial.scale + change, trial.loss + gain))
+        best_codes.append(ordered.restored(codes.gather(0, best.expand(1, *codes.shape[1:]))[0]))
+        best_scale.append(scales.gather(0, best.expand(1, *scales.shape[1:]))[0])
+    return torch.cat(best_codes, 1), torch.cat(best_scale, 1), zero
 
 
-def _searched(rows: _Rows, scale: Tensor) -> _Trial:
-    """The best of trials around ``scale`` with scales fitted to its codes, and of trials around these."""
-    coarse, fine = (scale.new_tensor(factors).reshape(-1, 1, 1, 1) for factors in (COARSE, FINE))
-    first = rows.fitted(rows.best_of(scale * coarse))
-    return first.or_better(rows.fitted(rows.best_of(first.scale * fine)))
+def _by_column(per_group: Tensor, rows: Tensor, ordered: Ordered) -> Tensor:
+    """Scales of groups as one per column in the order of rounding; one for all columns stays one."""
+    return per_group if per_group.shape[-1] == 1 else ordered.sorted(per_input(per_group, rows.shape[-1]))
 
 
 def gptq_codes(

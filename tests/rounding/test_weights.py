@@ -14,7 +14,7 @@ from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import quantize
 from quantkit.ranges.weights import mse_range
 from quantkit.rounding import gptq
-from quantkit.rounding.gptq import COARSE, FINE
+from quantkit.rounding.gptq import STRETCH
 from quantkit.rounding.moments import DAMPING, Moments
 from quantkit.rounding.weights import Rounded, quantize_weight, rounding_note
 from tests.rounding.test_gptq import obq_row, uneven_hessian
@@ -83,43 +83,26 @@ def test_nearest_is_nearest_in_every_group(format: WeightFormat, shape: tuple[in
 def searched_row(
     row: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, format: WeightFormat
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of a row by OBQ, most active inputs first, under scales around ``scale``, with scales fitted to
-    them, and under scales around these, fitted too.
-    """
+    """Codes and scales of a row by OBQ, most active inputs first, under the best of scales around ``scale``."""
     order = np.argsort(-np.floor(16 * np.log2(hessian.diagonal())), kind="stable")
     damped = hessian + DAMPING * hessian.diagonal().mean() * np.eye(len(row))
-    size, root, best = len(row) // len(scale), np.linalg.cholesky(damped).T, []
-    for factors in (COARSE, FINE):
-        trials = []
-        for factor in factors:
-            codes, spread = np.zeros_like(row), np.repeat(scale * factor, size)
-            codes[order], loss = obq_row(
-                row[order],
-                damped[np.ix_(order, order)],
-                spread[order],
-                np.repeat(zero, size)[order],
-                *format.code_range,
-            )
-            trials.append((loss, codes, scale * factor))
-        loss, codes, scale = min(trials, key=lambda trial: trial[0])
-
-        steps = np.zeros((len(row), len(scale)))
-        for group in range(len(scale)):
-            inside = slice(group * size, (group + 1) * size)
-            steps[inside, group] = codes[inside] - zero[group]
-        used = steps.any(axis=0)
-        fitted = scale.copy()
-        fitted[used] = np.linalg.lstsq(root @ steps[:, used], root @ row, rcond=None)[0]
-        fitted = np.where(fitted * scale > 0, fitted, scale)
-        error = root @ (row - steps @ fitted)
-        best += [(loss, codes, scale), (float(error @ error), codes, fitted)]
-        loss, codes, scale = min(best, key=lambda trial: trial[0])
-    return codes, scale
+    size, trials = len(row) // len(scale), []
+    for factor in STRETCH.double().tolist():
+        codes, spread = np.zeros_like(row), np.repeat(scale * factor, size)
+        codes[order], loss = obq_row(
+            row[order],
+            damped[np.ix_(order, order)],
+            spread[order],
+            np.repeat(zero, size)[order],
+            *format.code_range,
+        )
+        trials.append((loss, codes, scale * factor))
+    return min(trials, key=lambda trial: trial[0])[1:]
 
 
 @every_format
 @every_shape
-def test_gptq_searches_and_fits_scales_row_by_row(format: WeightFormat, shape: tuple[int, ...], groups: int) -> None:
+def test_gptq_keeps_the_best_stretch_of_each_row(format: WeightFormat, shape: tuple[int, ...], groups: int) -> None:
     weight, hessian = random_weight(shape), uneven_hessian(groups, 18, 4)
     rows = weight.reshape(groups, -1, 18)
     groups_of_inputs = (-1, format.group or 18)

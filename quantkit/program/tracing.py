@@ -41,8 +41,9 @@ def tracing() -> Iterator[None]:
     me = threading.get_ident()
     with _changed:
         _tracers.append(me)
-        _changed.wait_for(lambda: _tracers[0] == me and not _callers)
-    try:
+    try:  # from here on: who is interrupted while waiting must not keep the others out
+        with _changed:
+            _changed.wait_for(lambda: _tracers[0] == me and not _callers)
         yield
     finally:
         with _changed:

@@ -17,7 +17,7 @@ class Layer:
     """One layer of a profiled model. ``reason`` is empty when it can be quantized, else says why it stays float.
 
     ``float_bytes`` is its weight as the model stores it, ``macs`` its multiply-accumulates per sample over all calls,
-    ``inputs`` the sites it reads.
+    ``inputs`` the sites it reads. ``weight_only``: what it reads has no codes, whatever its scheme.
     """
 
     name: str
@@ -28,10 +28,15 @@ class Layer:
     calls: int = 1
     inputs: tuple[str, ...] = ()
     reason: str = ""
+    weight_only: bool = False
 
     @property
     def weights(self) -> int:
         return math.prod(self.shape)
+
+    def carried_out(self, scheme: Scheme) -> Scheme:
+        """What becomes of a scheme here: its weight format alone where the layer's inputs have no codes."""
+        return scheme.with_activation(None) if self.weight_only else scheme
 
     def weight_bytes(self, scheme: Scheme) -> int:
         """Packed bytes of this layer's weight under a scheme, scales and zero points included."""

@@ -53,8 +53,12 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     plan that does not fit the model or the target.
     """
     inputs, run = session.inputs, asked.run
+    layers = session.prepared.layers
+    carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
+    plan = replace(plan, schemes=carried)
     target = session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
-    options = asked.options.with_inputs(inputs, plan.schemes.values())
+    schemes = [scheme for n, scheme in plan.schemes.items() if n not in layers or not layers[n].weight_only]
+    options = asked.options.with_inputs(inputs, schemes)
     ready = _coded(leave_float(session.prepared, target, _kept_float(session, plan)), plan, target)
     formats = _site_formats(plan, ready, target)
     reference = session.reference(options.loss)

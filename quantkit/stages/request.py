@@ -151,7 +151,7 @@ def _with_candidates(
     ready, inputs, target = session.prepared, session.inputs, session.target
     allowed = candidate_schemes(ready.layers, wanted, rules, target)
     require_kinds(ready.layers, allowed, target)
-    offered = [scheme for options in allowed.values() for scheme in options]
+    offered = [s for name, options in allowed.items() if not ready.layers[name].weight_only for s in options]
     inputs.require_schemes(offered)
     tell_what_is_missing(inputs, offered)
     always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]

@@ -27,13 +27,16 @@ _HEAD = "# Times of one model on one machine, measured by `quantkit bench`. Pass
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime, as data. ``layers`` are the kinds it runs quantized; ``output_coded`` those of them whose kernels
-    write codes; ``integer_ops`` the element-wise operations it runs on codes, ``integer_products`` the products of two
-    activations; ``fused_activations`` what it fuses into layers and element-wise operations; ``weight_only``: it
-    expands stored codes and computes in float; ``dynamic_layers`` the kinds whose inputs it can quantize token by
-    token. ``instruction_set`` is that of the CPUs that files are written for, ``roles`` whether tensors must, may or
-    cannot hold codes in each role; they may in one that is not named. ``latency``: what a model's parts take on a
-    machine, where that was measured.
+    """A runtime, as data.
+
+    ``layers`` are the kinds it runs on codes, ``weight_only_layers`` those whose weights it stores as codes and that
+    compute in float; ``output_coded`` the kinds whose kernels write codes, ``dynamic_layers`` those whose inputs it
+    can quantize token by token. ``integer_ops`` are the element-wise operations it runs on codes, ``integer_products``
+    the products of two activations, ``fused_activations`` what it fuses into layers and element-wise operations.
+    ``weight_only``: every layer can have codes for its weight alone; ``weight_only_groups``: also in groups and with
+    zero points. ``instruction_set`` is that of the CPUs that files are written for, ``roles`` whether tensors must,
+    may or cannot hold codes in each role; they may in one that is not named. ``latency``: what a model's parts take on
+    a machine, where that was measured.
     """
 
     name: str
@@ -48,7 +51,9 @@ class Target:
     fused_activations: tuple[str, ...]
     integer_ops: tuple[str, ...]
     integer_products: tuple[str, ...] = ()
+    weight_only_layers: tuple[str, ...] = ()
     weight_only: bool = False
+    weight_only_groups: bool = False
     dynamic_layers: tuple[str, ...] = ()
     instruction_set: str = AUTO
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -145,9 +150,10 @@ class Target:
             return f"{scheme} is ?: a layer needs an activation format"
         if not weight.is_integer or weight.bits not in self.weight_bits:
             return f"weight format {weight} is ? (bits: {_list(self.weight_bits)})"
-        if weight.group and not self.weight_groups:
+        expanded = act is None and self.weight_only_groups
+        if weight.group and not self.weight_groups and not expanded:
             return f"weight groups ({weight}) are ?"
-        if weight.zero_point and not self.weight_zero_points:
+        if weight.zero_point and not self.weight_zero_points and not expanded:
             return f"weight zero points ({weight}) are ?"
         if weight.scale != "f32":
             return f"{weight.scale} scales ({weight}) are ?"

@@ -63,6 +63,7 @@ def candidate_schemes(
                 f"{layers[first].reason}. Leave the rule out or ask for 'float'."
             )
         allowed.update(dict.fromkeys(obeying, wanted))
+    allowed = {n: tuple(dict.fromkeys(map(layers[n].carried_out, wanted))) for n, wanted in allowed.items()}
     for name, wanted in allowed.items():
         for scheme in wanted:
             if scheme.weight is not None:

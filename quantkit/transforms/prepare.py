@@ -172,7 +172,7 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
     """With the sites that its quantizable layers need, and what is stored besides weights."""
     own, layers = ready.model, ready.layers
     names = [name for name, layer in layers.items() if not layer.reason]
-    coded = [name for name in names if ready.program.weights[name].reads_rows]
+    coded = [name for name in names if not layers[name].weight_only]
     if not names:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
@@ -270,13 +270,14 @@ def _layers(weights: Weights, program: Program, request: _Request) -> dict[str, 
             macs=sum(call.macs for call in calls),
             calls=len(calls),
             reason=_reason_to_stay_float(name, weights, program, request),
+            weight_only=weight.kind not in request.target.layers or not weight.reads_rows,
         )
     return layers
 
 
 def _reason_to_stay_float(name: str, weights: Weights, program: Program, request: _Request) -> str:
     weight, target = weights.layers[name], request.target
-    if weight.kind not in target.layers:
+    if weight.kind not in (*target.layers, *target.weight_only_layers):
         return f"{weight.kind} is not supported by target {target.name} yet"
     if not program.steps:
         return _held_elsewhere(name, weights)

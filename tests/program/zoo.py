@@ -78,7 +78,7 @@ def densenet():
     ), IMAGE
 
 
-@family(up="conv_transpose2d is not supported")
+@family()
 def unet():
     def forward(self, x):
         skip = self.down(x)
@@ -134,7 +134,7 @@ def transformer_encoder():
     return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)), TOKENS
 
 
-@family(embed="embedding is not supported", position="embedding is not supported")
+@family()
 def language_model_with_tied_embedding():
     def forward(self, ids, mask=None):
         x = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
@@ -152,7 +152,7 @@ def language_model_with_tied_embedding():
     return model, ((), {"ids": torch.arange(20).reshape(4, 5) % 11, "mask": torch.ones(4, 5)})
 
 
-@family(**{f"lstm.weight_{part}_l0": "recurrent is not supported" for part in ("ih", "hh")})
+@family()
 def lstm_tagger():
     model = Net(lambda self, x: self.head(self.lstm(x)[0]), lstm=nn.LSTM(8, 6, batch_first=True), head=nn.Linear(6, 3))
     return model, TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from tests.scheme_grammar import SCHEMES
 
 ACTS = ("", "a4", "a5", "a6", "a7", "a8", "a4d", "a5d", "a6d", "a7d", "a8d")
 RUNS = {"float", *(f"w{weight}{act}" for weight in range(2, 9) for act in ACTS)}
+RUNS |= {text for text in SCHEMES if re.fullmatch(r"w[2-8](g\d+)?z?", text)}  # weights alone, expanded at load
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,14 @@ def test_a_target_of_integer_kernels_alone_needs_codes_to_read(target: Target) -
 def test_the_default_schemes_are_the_widths_with_a_kernel_from_narrow_to_wide(target: Target) -> None:
     assert target.default_schemes == ("w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w8a8")
     assert set(target.output_coded) == {"conv1d", "conv2d", "conv3d"}
-    assert set(target.layers) == {"conv1d", "conv2d", "conv3d", "linear"}
+    assert set(target.layers) == {"conv1d", "conv2d", "conv3d", "linear", "matmul"}
+
+
+def test_groups_and_zero_points_run_where_activations_stay_float(target: Target) -> None:
+    assert target.refusal(Scheme.parse("w3g16z")) is None
+    narrower = replace(target, weight_only_groups=False)
+    assert narrower.refusal(Scheme.parse("w3g16")) == f"weight groups (w3g16) are {NO}"
+    assert narrower.refusal(Scheme.parse("w3z")) == f"weight zero points (w3z) are {NO}"
 
 
 def test_a_target_is_loaded_by_name_or_passed_through(target: Target) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from quantkit.backends.onnxruntime.editing import Editor
-from quantkit.backends.onnxruntime.weight_forms import WeightForm, stored_codes
+from quantkit.backends.onnxruntime.weight_forms import StoredCodes
 from quantkit.numbers.per_token import SMALLEST_STEP, TokenRange
-from quantkit.numbers.uniform import QuantizedWeight
 
 CENTRE = 128  # on x86 integer kernels read unsigned bytes
 _BIAS = 2
@@ -58,22 +58,28 @@ def reads_rows(call: ir.Node, transposed: bool) -> bool:
     return call.op_type == "Gemm" and plain and bool(given.get("transB")) != transposed
 
 
-def token_product(
-    editor: Editor, call: ir.Node, layer: str, tokens: Tokens, weight: QuantizedWeight, form: WeightForm
-) -> ir.Value:
-    """What a call of ``layer`` that ``reads_rows`` makes of tokens, in the order of the package's own kernels: an
-    integer sum, times the scale of the weight, times that of the row, plus the bias.
+@dataclass(frozen=True)
+class Factors:
+    """What rows are multiplied by: a weight's codes (inputs, outputs), and its scales."""
+
+    layer: str
+    codes: StoredCodes
+    scale: Tensor
+
+
+def token_product(editor: Editor, call: ir.Node, tokens: Tokens, factors: Factors) -> ir.Value:
+    """What a call that ``reads_rows`` makes of tokens, in the order of the package's own kernels: an integer sum,
+    times the scale of the weight, times that of the row, plus the bias.
     """
-    name, stored = tokens.name, f"{layer}.weight"
+    name, layer = tokens.name, factors.layer
     codes, scale = _codes_and_scale(editor, call, tokens)
     centre = editor.initializer("token_centre", np.array(CENTRE, np.float32))
     codes = editor.node(call, "Add", [codes, centre], name)
     codes = editor.node(call, "Cast", [codes], name, to=ir.DataType.UINT8)
-    factors = stored_codes(editor, call, stored, weight.codes.t().contiguous(), form)
     zeros = [editor.initializer("token_zero", np.array(CENTRE, np.uint8))]
-    zeros += [editor.initializer("midpoint", np.array(form.midpoint))] if form.unsigned else []
-    steps = editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
-    made = editor.node(call, "MatMulInteger", [codes, factors, *zeros], layer)
+    zeros += [editor.initializer("midpoint", np.array(factors.codes.midpoint))] if factors.codes.unsigned else []
+    steps = editor.initializer(f"{layer}.weight.scale", factors.scale.reshape(-1).numpy())
+    made = editor.node(call, "MatMulInteger", [codes, factors.codes.value, *zeros], layer)
     made = editor.node(call, "Cast", [made], layer, to=ir.DataType.FLOAT)
     made = editor.node(call, "Mul", [made, steps], layer)
     made = editor.node(call, "Mul", [made, scale], layer)

@@ -36,6 +36,7 @@ from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
 from quantkit.formats import bit_planes
 from quantkit.numbers.packing import pack_plane, split_planes
+from quantkit.numbers.uniform import QuantizedWeight
 
 IR_VERSION = 10
 # Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 came with 1.23.
@@ -51,10 +52,10 @@ def minimum_runtime(widths: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True)
-class WeightForm:
-    """The form of codes of ``bits`` bits once expanded: INT8, or ``unsigned`` bytes around 128."""
+class StoredCodes:
+    """Codes in a graph, expanded to bytes: INT8, or ``unsigned`` ones around 128."""
 
-    bits: int
+    value: ir.Value
     unsigned: bool = False
 
     @property
@@ -63,23 +64,117 @@ class WeightForm:
         return np.uint8(128) if self.unsigned else np.int8(0)
 
 
-def stored_codes(editor: Editor, before: ir.Node, name: str, codes: Tensor, form: WeightForm) -> ir.Value:
-    """The value of ``codes`` (INT8, any shape) in a form: stored in initializers named after ``name``, expanded ahead
-    of ``before``.
+def stored_codes(
+    editor: Editor, before: ir.Node, name: str, codes: Tensor, bits: int, unsigned: bool = False
+) -> StoredCodes:
+    """``codes`` (INT8, any shape) of ``bits`` bits: stored in initializers named after ``name``, expanded ahead of
+    ``before``.
     """
-    shape, bits = tuple(codes.shape), form.bits
+    shape = tuple(codes.shape)
     if bits == 8:
-        return editor.initializer(name, (codes ^ -128).view(torch.uint8).numpy() if form.unsigned else codes.numpy())
+        held = (codes ^ -128).view(torch.uint8) if unsigned else codes
+        return StoredCodes(editor.initializer(name, held.numpy()), unsigned)
     if bits == 4:
         packed = pack_plane(codes.reshape(-1).view(torch.uint8) & 0xF, 4)
         stored = editor.initializer(name, ir.PackedTensor(packed.numpy(), ir.DataType.INT4, shape=shape))
-        return editor.node(before, "Cast", [stored], name, to=ir.DataType.INT8)
-    planes = [
-        editor.initializer(f"{name}.plane{width}", pack_plane(values, width).reshape(-1, 1).numpy())
-        for width, values in split_planes(codes, bits)
-    ]
-    call = {"shape": shape, "count": [math.prod(shape)]}
-    return editor.node(before, f"Unpack{bits}", planes, name, domain=DOMAIN, **call)
+        value = editor.node(before, "Cast", [stored], name, to=ir.DataType.INT8)
+    else:
+        planes = [
+            editor.initializer(f"{name}.plane{width}", pack_plane(values, width).reshape(-1, 1).numpy())
+            for width, values in split_planes(codes, bits)
+        ]
+        call = {"shape": shape, "count": [math.prod(shape)]}
+        value = editor.node(before, f"Unpack{bits}", planes, name, domain=DOMAIN, **call)
+    if unsigned:
+        middle = editor.initializer("midpoint.int32", np.array(128, np.int32))
+        value = editor.node(before, "Cast", [value], name, to=ir.DataType.INT32)
+        value = editor.node(before, "Add", [value, middle], name)
+        value = editor.node(before, "Cast", [value], name, to=ir.DataType.UINT8)
+    return StoredCodes(value, unsigned)
+
+
+def dequantized(editor: Editor, before: ir.Node, name: str, weight: QuantizedWeight, codes: StoredCodes) -> ir.Value:
+    """The float32 value of a weight, output channels first, from its codes. Made by operators that onnxruntime carries
+    out when it loads the file.
+    """
+    grid = _Grid(editor, before, name, weight)
+    value = _centred(editor, before, name, grid.grouped(codes))
+    if (zero := grid.zero_point()) is not None:
+        value = editor.node(before, "Sub", [value, _centred(editor, before, f"{name}.zero_point", zero)], name)
+    value = editor.node(before, "Mul", [value, grid.scale()], name)
+    if not grid.in_groups:
+        return value
+    whole = editor.initializer(f"{name}.shape", np.array(weight.codes.shape, np.int64))
+    return editor.node(before, "Reshape", [value, whole], name)
+
+
+def looked_up(editor: Editor, call: ir.Node, name: str, weight: QuantizedWeight, codes: StoredCodes) -> ir.Value:
+    """The float32 values of the rows of a table that a Gather picks: its codes are looked up, so that the table is
+    never expanded to float.
+    """
+    grid, rows = _Grid(editor, call, name, weight), call.inputs[1]
+
+    def gathered(table: ir.Value, role: str) -> ir.Value:
+        return editor.node(call, "Gather", [table, rows], f"{name}{role}", axis=0)
+
+    picked = StoredCodes(gathered(grid.grouped(codes).value, ""), codes.unsigned)
+    value = _centred(editor, call, name, picked)
+    if (zero := grid.zero_point()) is not None:
+        own = StoredCodes(gathered(zero.value, ".zero_point"))
+        value = editor.node(call, "Sub", [value, _centred(editor, call, f"{name}.zero_point", own)], name)
+    value = editor.node(call, "Mul", [value, gathered(grid.scale(), ".scale")], name)
+    if not grid.in_groups:
+        return value
+
+    sizes = editor.node(call, "Shape", [rows], name)
+    last = editor.initializer(f"{name}.width", np.array([math.prod(weight.codes.shape[1:])], np.int64))
+    return editor.node(call, "Reshape", [value, editor.node(call, "Concat", [sizes, last], name, axis=0)], name)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Scales and zero points of a weight in a graph, to be broadcast over codes: with output channels first, and with
+    an axis for the groups and one for the inputs of each where there are some.
+    """
+
+    editor: Editor
+    before: ir.Node
+    name: str
+    weight: QuantizedWeight
+
+    @property
+    def in_groups(self) -> bool:
+        return self.weight.scale.shape[1] > 1 or self.weight.zero_point is not None
+
+    @property
+    def across(self) -> tuple[int, ...]:
+        channels, groups = self.weight.scale.shape
+        return (channels, groups, 1) if self.in_groups else (channels, *[1] * (self.weight.codes.dim() - 1))
+
+    def grouped(self, codes: StoredCodes) -> StoredCodes:
+        if not self.in_groups:
+            return codes
+        shape = self.editor.initializer(f"{self.name}.groups", np.array((*self.weight.scale.shape, -1), np.int64))
+        return StoredCodes(self.editor.node(self.before, "Reshape", [codes.value, shape], self.name), codes.unsigned)
+
+    def scale(self) -> ir.Value:
+        return self.editor.initializer(f"{self.name}.scale", self.weight.scale.reshape(self.across).numpy())
+
+    def zero_point(self) -> StoredCodes | None:
+        zero = self.weight.zero_point
+        if zero is None:
+            return None
+        own = f"{self.name}.zero_point"
+        return stored_codes(self.editor, self.before, own, zero.reshape(self.across), self.weight.format.bits)
+
+
+def _centred(editor: Editor, before: ir.Node, name: str, codes: StoredCodes) -> ir.Value:
+    """Codes in float32, around zero."""
+    value = editor.node(before, "Cast", [codes.value], name, to=ir.DataType.FLOAT)
+    if not codes.unsigned:
+        return value
+    middle = editor.initializer("midpoint.float", np.array(codes.midpoint, np.float32))
+    return editor.node(before, "Sub", [value, middle], name)
 
 
 def add_functions(model: ir.Model) -> None:

@@ -1,0 +1,205 @@
+"""From marked weights to stored codes: as integer kernels, token kernels, look-ups and float kernels read them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from quantkit.backends.onnxruntime.composed_weights import Held, composed, held_in
+from quantkit.backends.onnxruntime.editing import Editor
+from quantkit.backends.onnxruntime.marks import marks
+from quantkit.backends.onnxruntime.token_forms import Factors, Tokens, reads_rows, token_product
+from quantkit.backends.onnxruntime.weight_forms import StoredCodes, looked_up, stored_codes
+from quantkit.simulation.model import SimulatedModel
+from quantkit.targets.instruction_sets import VNNI
+
+_BIAS = 2  # its position among the inputs of Conv and Gemm
+_INT32 = torch.iinfo(torch.int32)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A call that reads a marked weight: the node, the position of the weight among its inputs, and whether it gets
+    the weight with its inputs first, as of a matrix that is transposed in the graph or held so.
+    """
+
+    call: ir.Node
+    position: int
+    turned: bool
+
+
+def _reads(mark: ir.Node, held: Held) -> list[_Read]:
+    reads = []
+    for use in mark.outputs[0].uses():
+        if use.node.op_type == "Transpose" and tuple(use.node.attributes["perm"].as_ints()) == (1, 0):
+            reads += [_Read(turned.node, turned.idx, not held.turned) for turned in use.node.outputs[0].uses()]
+        else:
+            reads.append(_Read(use.node, use.idx, held.turned))
+    return reads
+
+
+class WeightWriter:
+    """Writes the codes of marked weights; what two calls of a layer share is written once.
+
+    ``site_mark`` gives the mark of the site that a call reads first, where that has codes. ``expanded`` collects the
+    weights that float kernels read, with their shapes.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        simulated: SimulatedModel,
+        instruction_set: str,
+        site_mark: Callable[[ir.Node], ir.Node | None],
+    ) -> None:
+        self.editor, self.simulated = editor, simulated
+        self.instruction_set, self.site_mark = instruction_set, site_mark
+        self.start = ir.node("Constant", [], {"value_int": 0})  # what calls share is made ahead of it; taken out again
+        self.expanded: dict[ir.Value, tuple[int, ...]] = {}
+        self.codes: dict[str, StoredCodes] = {}
+        self.joined: dict[tuple[Held, bool], StoredCodes] = {}
+        self.factors: dict[tuple[Held, bool], ir.Value] = {}
+        self.biases: dict[tuple[Held, str], ir.Value] = {}
+
+        found = [(held_in(simulated, name), mark) for name, mark in marks(editor.graph, "Weight")]
+        self.marked = [(held, mark) for held, mark in found if held is not None]
+        self.sites: dict[Held, set[str | None]] = defaultdict(set)
+        self.unsigned: set[str] = set()  # layers whose codes are stored so
+        for held, mark in self.marked:
+            for read in _reads(mark, held):
+                self.sites[held].add(self._input_site(read.call))
+                if self._on_integers(read) and self._full_bytes(held) and instruction_set != VNNI:
+                    self.unsigned.update(held.layers)
+
+    def quantize_all(self) -> None:
+        """Replace the marks of quantized weights."""
+        self.editor.graph.insert_before(self.editor.graph[0], self.start)
+        for held, mark in self.marked:
+            self.editor.set_aside(mark.inputs[0])
+            for read in _reads(mark, held):
+                if read.call.graph is self.editor.graph:  # not inside a loop, which reads what is made around it
+                    self._quantize_read(held, read)
+            if mark.outputs[0].uses():
+                value = composed(self.editor, self.start, self.simulated, held, self._codes_of)
+                self.expanded[value] = held.shape(self.simulated.floats)
+                self.editor.replace(mark, value)
+            else:
+                self.editor.bypass(mark)
+        self.editor.graph.remove(self.start)
+
+    def _quantize_read(self, held: Held, read: _Read) -> None:
+        """Let a call compute on codes where there is a kernel for them; others read the weight in float."""
+        call = read.call
+        tokens, site = self._tokens_of(read), self._input_site(call)
+        if tokens is not None:
+            factors = Factors(held.name, self._joined(held, turned=True), self._scales(held))
+            self.editor.replace(call, token_product(self.editor, call, tokens, factors))
+        elif held.plain and site is not None:
+            call.replace_input_with(read.position, self._factors(held, read))
+            if self._has_integer_bias(held, call):
+                call.replace_input_with(_BIAS, self._bias(held, call, site))
+        elif held.plain and _is_look_up(read) and len(held.layers) == 1:
+            name = held.layers[0]
+            codes, weight = self._codes_of(name), self.simulated.weights[name]
+            self.editor.replace(call, looked_up(self.editor, call, f"{name}.weight", weight, codes))
+
+    def _on_integers(self, read: _Read) -> bool:
+        return self._tokens_of(read) is not None or self._input_site(read.call) is not None
+
+    def _full_bytes(self, held: Held) -> bool:
+        return held.plain and any(self.simulated.weights[name].format.bits == 8 for name in held.layers)
+
+    def _codes_of(self, name: str) -> StoredCodes:
+        """The codes of a layer, output channels first."""
+        if name not in self.codes:
+            weight, unsigned = self.simulated.weights[name], name in self.unsigned
+            stored = f"{name}.weight"
+            self.codes[name] = stored_codes(
+                self.editor, self.start, stored, weight.codes, weight.format.bits, unsigned
+            )
+        return self.codes[name]
+
+    def _joined(self, held: Held, turned: bool) -> StoredCodes:
+        """The codes of layers that follow each other, as rows or, ``turned``, as columns."""
+        if (held, turned) not in self.joined:
+            parts = [self._codes_of(name) for name in held.layers]
+            value, name = parts[0].value, f"{held.name}.weight"
+            if len(parts) > 1:
+                value = self.editor.node(self.start, "Concat", [part.value for part in parts], name, axis=0)
+            if turned:  # of codes, as onnxruntime carries that out when it loads the file
+                value = self.editor.node(self.start, "Transpose", [value], name, perm=[1, 0])
+            self.joined[held, turned] = StoredCodes(value, parts[0].unsigned)
+        return self.joined[held, turned]
+
+    def _scales(self, held: Held) -> Tensor:
+        return torch.cat([self.simulated.weights[name].scale.reshape(-1) for name in held.layers])
+
+    def _factors(self, held: Held, read: _Read) -> ir.Value:
+        """The weight as integer kernels read it: dequantized codes, with zero points as QGemm wants them spelled."""
+        if (held, read.turned) not in self.factors:
+            codes, stored = self._joined(held, read.turned), f"{held.name}.weight"
+            scales = self._scales(held)
+            scale = self.editor.initializer(f"{stored}.scale", scales.numpy())
+            zero = self.editor.initializer(f"{stored}.zero_points", np.full(len(scales), codes.midpoint))
+            self.factors[held, read.turned] = self.editor.node(
+                self.start, "DequantizeLinear", [codes.value, scale, zero], stored, axis=1 if read.turned else 0
+            )
+        return self.factors[held, read.turned]
+
+    def _tokens_of(self, read: _Read) -> Tokens | None:
+        """The site of tokens that a call multiplies by the weight, where that is all it does."""
+        mark = self.site_mark(read.call) if read.position == 1 else None
+        if mark is None:
+            return None
+        name, value = mark.attributes["name"].as_string(), mark.inputs[0]
+        found = self.simulated.ranges[name]
+        if found.static or value is None or not reads_rows(read.call, read.turned):
+            return None
+        return Tokens(name, value, found)
+
+    def _input_site(self, call: ir.Node) -> str | None:
+        """The site whose codes a call reads; None where its input is float, as tokens on a grid are."""
+        mark = self.site_mark(call)
+        if mark is None:
+            return None
+        name = mark.attributes["name"].as_string()
+        found = self.simulated.ranges[name]
+        return name if found.static and found.integer else None
+
+    def _has_integer_bias(self, held: Held, call: ir.Node) -> bool:
+        """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one
+        grid for it: its bias stays float, and onnxruntime rounds it for each call. Gemm only runs on integers with an
+        INT32 bias.
+        """
+        bias = call.inputs[_BIAS] if len(call.inputs) > _BIAS else None
+        if bias is None or bias.const_value is None:
+            return False
+        return call.op_type == "Gemm" or (call.op_type == "Conv" and len(self.sites[held]) == 1)
+
+    def _bias(self, held: Held, call: ir.Node, site: str) -> ir.Value:
+        """A layer's bias on the grid of its input's scale times its weight's scales."""
+        if (held, site) not in self.biases:
+            bias = call.inputs[_BIAS]
+            assert bias is not None and bias.const_value is not None
+            self.editor.set_aside(bias)
+            found, name = self.simulated.ranges[site], f"{held.name}.bias"
+            assert found.static and found.integer, "layers read codes of no other kind"
+            step = found.scale * self._scales(held)
+            codes = torch.round(torch.from_numpy(bias.const_value.numpy()) / step)
+            codes = codes.double().clamp(_INT32.min, _INT32.max).to(torch.int32)
+            stored = self.editor.initializer(name, codes.numpy())
+            scale = self.editor.initializer(f"{name}.scale", step.numpy())
+            self.biases[held, site] = self.editor.node(call, "DequantizeLinear", [stored, scale], name, axis=0)
+        return self.biases[held, site]
+
+
+def _is_look_up(read: _Read) -> bool:
+    """Whether a call picks rows of the weight."""
+    axis = read.call.attributes["axis"].as_int() if "axis" in read.call.attributes else 0
+    return read.call.op_type == "Gather" and read.position == 0 and axis == 0 and not read.turned

@@ -24,6 +24,7 @@ from quantkit.program.program import Program, Step
 from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
 from quantkit.program.sites import Site, place_sites, token_sites
+from quantkit.program.trial import explained, require_repeatable, require_samples_first
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
@@ -70,16 +71,19 @@ class Prepared:
 
 def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepared:
     """Check and prepare ``model``. Raises InvalidRequest for NaN or infinite weights, parameters without values,
-    compiled code, a batch the model rejects, or a model without a quantizable layer.
+    compiled code, a batch the model rejects or whose first axis is not its samples, a model that is random, or one
+    without a quantizable layer.
     """
     own, element_bytes, sizes = _checked_copy(model)
     try:
         example, program = _first_recording(own, batches[0])
-    except InvalidRequest:
+    except InvalidRequest as error:
         if not stores_halves(own):
-            raise
+            raise explained(own, batches[0], error) from error
         example, program = _first_recording(own.float(), batches[0])
         notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
+    require_repeatable(own, example)
+    require_samples_first(own, batches[0])
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program

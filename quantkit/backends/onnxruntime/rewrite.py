@@ -253,9 +253,10 @@ class _Writer:
             value = stored_codes(self.editor, before, stored, codes, form)
             if integer:
                 scale = self.editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
-                zeros = self.editor.initializer(
-                    "midpoints" if form.unsigned else "zeros", np.full(len(weight.scale), form.midpoint)
-                )  # QGemm wants them spelled
+                # spelled, since QGemm wants them, and never shared: with session.x64quantprecision onnxruntime
+                # replaces the zero points of each reader, and refuses to replace one twice
+                own = f"{stored}.transposed.zero_point" if transposed else f"{stored}.zero_point"
+                zeros = self.editor.initializer(own, np.full(len(weight.scale), form.midpoint))
                 value = self.editor.node(before, "DequantizeLinear", [value, scale, zeros], stored, axis=axis)
             else:
                 across = [-1 if i == axis else 1 for i in range(codes.dim())]

@@ -24,8 +24,9 @@ from quantkit.backends.onnxruntime.parity import (
     require_parity,
 )
 from quantkit.backends.onnxruntime.rewrite import bypass_marks, quantize_marks
+from quantkit.backends.onnxruntime.translated import first_line
 from quantkit.backends.onnxruntime.weight_forms import IR_VERSION, minimum_runtime
-from quantkit.errors import InvalidRequest
+from quantkit.errors import InvalidRequest, QuantkitError
 from quantkit.plan import Plan
 from quantkit.program.inputs import Batch
 from quantkit.simulation.model import SimulatedModel
@@ -86,7 +87,7 @@ def export_onnx(
 
     def write_and_compare(temporary: str) -> None:
         _write(model, temporary)
-        parity.extend(measure_parity(temporary, simulated, how.check or [example]))
+        parity.extend(measure_parity(temporary, simulated, how.check or [example], how.tolerance))
         require_parity(parity, how.tolerance)
 
     written = write_atomically(path, write_and_compare)
@@ -133,7 +134,13 @@ def _write(model: ir.Model, path: str) -> None:
             f"The ONNX file would have {proto.ByteSize():,} bytes, more than one file can hold ({_LARGEST_FILE:,}). "
             "Give the large layers fewer bits."
         )
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise QuantkitError(
+            "The model makes an ONNX file that is not valid; no file was written. Please report this: "
+            f"{first_line(error)}"
+        ) from error
     Path(path).write_bytes(proto.SerializeToString(deterministic=True))
 
 

@@ -189,6 +189,19 @@ def digest_batches(batches: Sequence[Batch]) -> str:
     return hasher.hexdigest()[:16]
 
 
+def digests_of_samples(batch: Batch) -> list[str]:
+    """Identifies each sample of a batch by the bytes of its row in every tensor that has one."""
+    count = batch_size(batch)
+    rows = [t.contiguous() for t in tensors_of(batch) if t.dim() and len(t) == count]
+    found = []
+    for i in range(count):
+        hasher = hashlib.sha256()
+        for tensor in rows:
+            _update(hasher, tensor[i])
+        found.append(hasher.hexdigest()[:16])
+    return found
+
+
 def digest_model(model: nn.Module) -> str:
     """Identifies a model by its class and the names, shapes and values of all tensors it holds: its state, buffers
     that are not part of it, and plain attributes of its modules.

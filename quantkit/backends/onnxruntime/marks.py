@@ -203,6 +203,11 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     InvalidRequest when torch.export cannot follow the model at all. The graph is float32.
     """
     simulated = simulated.in_float32()
+    if simulated.updated:
+        notice(
+            f"the model's forward updates {', '.join(simulated.updated)}: the file holds the values that the "
+            "quantized model has now, and every run of it starts from them"
+        )
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
     batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]

@@ -122,9 +122,11 @@ def measure_parity(
     simulated: SimulatedModel,
     batches: Sequence[Batch],
     tolerance: Tolerance = DEFAULT_TOLERANCE,
+    save_optimized: str | Path | None = None,
 ) -> tuple[OutputParity, ...]:
     """Compare every output of an ONNX file with the simulated model's, without and with optimization. Undecided
-    entries are looked for where an output differs by more than ``tolerance``.
+    entries are looked for where an output differs by more than ``tolerance``. ``save_optimized``: where the graph
+    that really runs is written.
     """
     with plain_mode(simulated.model), restored(simulated.model):
         wanted = joined([results_of(simulated(*args, **kwargs)) for args, kwargs in batches])
@@ -133,27 +135,27 @@ def measure_parity(
     undecided = Undecided(simulated, batches, wanted)
     compared = []
     for optimized in (False, True):
-        session = open_session(path, optimized=optimized)
+        session = open_session(path, optimized=optimized, save_optimized=save_optimized if optimized else None)
         found = joined([run_session(session, batch) for batch in batches])
         names = [output.name for output in session.get_outputs()]
-        for i, (name, *arrays) in enumerate(zip(names, found, wanted, noise, strict=True)):
-            one = _compared(name, optimized, *arrays)
-            if one.relative_error > tolerance.limit(one) and arrays[0].shape == arrays[1].shape:
-                allowed = tolerance.optimized if optimized else tolerance.exact
-                wrong = differing(arrays[0], arrays[1], allowed)
-                one = _by_entries(name, optimized, wrong, undecided.entries(i, _STEPS if optimized else 0.0))
-                _tell(one)
+        for i, (name, got, expected) in enumerate(zip(names, found, wanted, strict=True)):
+            one = _compared(name, optimized, got, expected, noise[i])
+            if one.relative_error > tolerance.limit(one) and got.shape == expected.shape:
+                entries = undecided.entries(i, _STEPS if optimized else 0.0)
+                if entries.any():
+                    wrong = differing(got, expected, tolerance.optimized if optimized else tolerance.exact)
+                    one = _by_entries(name, optimized, wrong, entries)
+                    _tell(one)
             compared.append(one)
     return tuple(compared)
 
 
 def _tell(found: OutputParity) -> None:
-    if found.undecided:
-        how = "with integer kernels" if found.optimized else "without optimization"
-        notice(
-            f"{found.undecided:.1%} of output {found.output!r} depends on the last bits, as the order of equal scores "
-            f"does: the file was compared on the rest, {how}"
-        )
+    how = "with integer kernels" if found.optimized else "without optimization"
+    notice(
+        f"{found.undecided:.1%} of output {found.output!r} depends on the last bits, as the order of equal scores "
+        f"does: the file was compared on the rest, {how}"
+    )
 
 
 def _disturbance(simulated: SimulatedModel) -> Callable[[OpKey, Tensor], Tensor]:
@@ -177,8 +179,9 @@ def require_parity(found: Sequence[OutputParity], tolerance: Tolerance) -> None:
     limit = tolerance.limit(worst)
     if worst.relative_error > limit:
         how = "with integer kernels" if worst.optimized else "without optimization"
+        decided = worst.undecided > 0
         much = (
-            f"in {worst.relative_error:.2%} of its entries, beside those that the last bits decide"
+            f"in {worst.relative_error:.2%} of its entries{', beside those that the last bits decide' * decided}"
             if worst.by_entries
             else f"by {worst.relative_error:.2%} (root mean square, relative to the output; the largest error is "
             f"{worst.worst_error:.2%} of its range)"

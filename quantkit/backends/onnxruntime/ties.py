@@ -21,7 +21,7 @@ from quantkit.program.sites import Site, coded_sites
 from quantkit.program.updates import plain_mode, restored
 from quantkit.simulation.model import SimulatedModel, at_sites, run_with
 
-RUNS = 8
+RUNS = 16
 LAST_BITS = 2.0**-22  # of a value
 Change = Callable[[OpKey, Tensor], Tensor]
 

@@ -79,13 +79,13 @@ def _place_layers(placement: _Placement, target: Target, layers: Iterable[str]) 
     return made
 
 
-def _place_operations(placement: _Placement, target: Target, made: Container[int]) -> None:
+def _place_operations(placement: _Placement, target: Target, made: Container[int], in_float: Container[OpKey]) -> None:
     """Give sums and products of activations their sites where an operand has codes. ``made``: what layers make."""
     program = placement.program
     attention = attention_roles(program)
     for op in program.steps:
         found = on_codes(program, op, target)
-        if found is None or not found.takes_place(program, placement.needs, made):
+        if found is None or op.key in in_float or not found.takes_place(program, placement.needs, made):
             continue
         for position, value in enumerate(found.operands):
             role = attention.get((op.key, position), PRODUCT_OPERAND) if found.result is None else ADDITION_OPERAND
@@ -130,10 +130,14 @@ def _read_sites(program: Program, calls: Iterable[tuple[str, LayerCall]]) -> tup
     return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
-def place_sites(model: nn.Module, program: Program, target: Target, layers: Iterable[str]) -> tuple[Site, ...]:
-    """The sites that running ``layers`` quantized on ``target`` needs, in execution order."""
+def place_sites(
+    model: nn.Module, program: Program, target: Target, layers: Iterable[str], in_float: Container[OpKey] = ()
+) -> tuple[Site, ...]:
+    """The sites that running ``layers`` quantized on ``target`` needs, in execution order. The operations ``in_float``
+    get none.
+    """
     placement = _Placement(program)
-    _place_operations(placement, target, _place_layers(placement, target, layers))
+    _place_operations(placement, target, _place_layers(placement, target, layers), in_float)
     order = {value: i for i, value in enumerate(program.producer)}
     roots = sorted(placement.needs, key=order.__getitem__)
     names = _names(model, program, [program.producer[r] for r in roots])

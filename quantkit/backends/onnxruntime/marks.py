@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
-from quantkit.backends.onnxruntime.translated import export_advice, first_line
+from quantkit.backends.onnxruntime.translated import export_advice, first_line, root_cause
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
@@ -260,7 +260,8 @@ def _export_at_fixed_size(
         return _export(simulated, example, batched, keys)
     except _EXPORT_ERRORS as error:
         raise InvalidRequest(
-            f"The model cannot be exported to ONNX. {export_advice(error)} (torch.export: {first_line(error)})"
+            f"The model cannot be exported to ONNX. {export_advice(error)} "
+            f"(torch.export: {first_line(root_cause(error))})"
         ) from error
 
 

@@ -21,6 +21,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """What an error was raised from, and that from, to the first: exporters wrap what stopped them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def export_advice(error: BaseException) -> str:
     """What to do about a model that cannot be exported."""
     text = "\n".join(str(one) for one in _causes(error))

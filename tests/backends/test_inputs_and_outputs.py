@@ -228,4 +228,4 @@ def test_a_file_of_eight_bits_loads_in_the_precise_mode(layers: int, tmp_path: P
     options.add_session_config_entry("session.x64quantprecision", "1")
     onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in onnx.load(report.path).graph.initializer]
-    assert sum(name.endswith("weight.zero_point") for name in names) == layers
+    assert sum(name.endswith("weight_zero_point") for name in names) == layers

@@ -121,7 +121,7 @@ def test_tensors_are_raw_and_shared(files) -> None:
     names = [tensor.name for tensor in model.graph.initializer]
     assert len(names) == len(set(names))
     zeros = [t for t in model.graph.initializer if t.name.endswith("zero_point")]
-    assert all(len(t.dims) == t.name.endswith(".weight.zero_point") for t in zeros)
+    assert all(len(t.dims) == t.name.endswith(".weight_zero_point") for t in zeros)
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -153,10 +153,10 @@ def test_a_layer_called_twice_is_stored_once(kind: type[nn.Module], tmp_path: Pa
     report = export_onnx(quantized(model, batch), batch, tmp_path / "twice.onnx")
     names = [name for name in initializers(report.path) if name.startswith(("layer.weight", "layer.bias"))]
     if kind is ConvTwice:  # one float bias for both grids: onnxruntime rounds it for each call
-        assert sorted(names) == ["layer.bias", "layer.weight", "layer.weight.scale", "layer.weight.zero_point"]
+        assert sorted(names) == ["layer.bias", "layer.weight", "layer.weight.scale", "layer.weight_zero_point"]
     else:
         biases = ["layer.bias", "layer.bias.1", "layer.bias.scale", "layer.bias.scale.1"]
-        assert sorted(names) == [*biases, "layer.weight", "layer.weight.scale", "layer.weight.zero_point"]
+        assert sorted(names) == [*biases, "layer.weight", "layer.weight.scale", "layer.weight_zero_point"]
     ran = operations_that_run(report.path, tmp_path)
     assert ran.count("QLinearConv") + ran.count("QGemm") == 2
 

@@ -255,7 +255,7 @@ class _Writer:
                 scale = self.editor.initializer(f"{stored}.scale", weight.scale.reshape(-1).numpy())
                 # spelled, since QGemm wants them, and never shared: with session.x64quantprecision onnxruntime
                 # replaces the zero points of each reader, and refuses to replace one twice
-                own = f"{stored}.transposed.zero_point" if transposed else f"{stored}.zero_point"
+                own = f"{stored}_zero_point{'.transposed' * transposed}"
                 zeros = self.editor.initializer(own, np.full(len(weight.scale), form.midpoint))
                 value = self.editor.node(before, "DequantizeLinear", [value, scale, zeros], stored, axis=axis)
             else:

@@ -10,7 +10,9 @@ from torch import nn
 
 from quantkit.plan import digest_of
 from quantkit.program.inputs import digest_batches, digest_model
+from quantkit.program.ownership import UNREAD
 from quantkit.program.program import Program
+from quantkit.progress import warn
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
 from quantkit.stages.inputs import Inputs, require_accepted
@@ -42,6 +44,7 @@ class Session:
         """
         prepared = inputs.prepared(model, target)
         require_accepted(prepared.model, inputs.batches)
+        _tell_unreached(prepared)
         return cls(model, inputs, target, prepared)
 
     def fork(self) -> Session:
@@ -79,6 +82,17 @@ class Session:
             subject = Subject(ready.model, batches, {}, loss, weights=ready.weights, program=ready.program)
             self.references[loss] = Reference.of(subject)
         return self.references[loss]
+
+
+def _tell_unreached(prepared: Prepared) -> None:
+    """A warning on layers that stay float because no input reaches them, as experts that were never chosen."""
+    names = [name for name, layer in prepared.layers.items() if layer.reason == UNREAD]
+    if names:
+        warn(
+            f"no calibration input reaches {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}: "
+            "these layers stay float. Put inputs that reach them into the first batch, where the model is recorded, "
+            "or take layers that are never used out of the model."
+        )
 
 
 def _digest_operations(program: Program) -> str:

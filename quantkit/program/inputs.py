@@ -6,49 +6,65 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from quantkit.errors import InvalidRequest
-from quantkit.program.intercept import forward_parameters, tensors_of
-from quantkit.progress import notice
+from quantkit.program.intercept import tensors_of
+from quantkit.program.positions import Positions
 
 PIECE = 1 << 20  # elements
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def as_batch(item: Any) -> Batch:
-    """(args, kwargs) of one calibration item: a tensor is one argument, a tuple or list several, a dict keywords."""
-    if isinstance(item, Tensor):
-        return (item,), {}
-    if isinstance(item, Mapping):
-        return (), dict(sorted(item.items()))  # batches are told apart by their leaves: always in one order
+    """(args, kwargs) of one calibration item: a tensor is one argument, a tuple or list several, a dict keywords.
+    Arrays of numpy count as tensors, at any depth.
+    """
+    if isinstance(item, Tensor | np.ndarray):
+        return (_tensor(item),), {}
+    if isinstance(item, Mapping):  # batches are told apart by their leaves: always in one order
+        return (), {key: tree_map(_tensor, value) for key, value in sorted(item.items())}
     if isinstance(item, tuple | list):
-        return tuple(item), {}
+        return tuple(tree_map(_tensor, value) for value in item), {}
     raise InvalidRequest(
         f"A calibration item must be a tensor, a tuple of arguments or a dict of keywords, not {type(item).__name__}."
     )
 
 
+def _tensor(value: Any) -> Any:
+    """An array as a tensor of its own memory; anything else is itself."""
+    if not isinstance(value, np.ndarray):
+        return value
+    try:
+        return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+    except TypeError as error:
+        raise InvalidRequest(
+            f"A calibration array holds {value.dtype}, which is no type of numbers that torch knows. Convert it, as "
+            "by array.astype('float32')."
+        ) from error
+
+
 def read_batches(model: nn.Module, calibration: Any, samples: int | None = None) -> list[Batch]:
-    """Read ``calibration`` (an iterable of items, or one tensor or dict of many samples) once, up to ``samples``
-    samples.
+    """Read ``calibration`` (an iterable of items, or one tensor, array or dict of many samples) once, up to
+    ``samples`` samples.
 
     Surplus trailing tuple items, as the labels of (x, y) loaders, are dropped with a notice. Floating-point inputs
     come out as float32 on the CPU. Raises InvalidRequest for empty data and for NaN or infinite inputs, with the
     batch's number.
     """
     _require_arguments(model, calibration, samples)
-    items: Iterable[Any] = [calibration] if isinstance(calibration, Tensor | Mapping) else calibration
+    items: Iterable[Any] = [calibration] if isinstance(calibration, Tensor | np.ndarray | Mapping) else calibration
     lazy = not isinstance(items, list | tuple)
-    most = _positional_parameters(model)
+    positions = Positions.of(model)
     batches: list[Batch] = []
-    taken = dropped = 0
+    taken, most = 0, 0
     for number, item in enumerate(items):
         args, kwargs = as_batch(item)
-        dropped = max(dropped, len(args) - most)
-        batch = tree_map(lambda v: _on_cpu(v, copy=lazy), (args[:most], kwargs))
+        most = max(most, len(args))
+        batch = tree_map(lambda v: _on_cpu(v, copy=lazy), (positions.filled(args), kwargs))
         if samples is not None:
             batch = first_samples(batch, samples - taken)
         _require_usable(batch, number)
@@ -61,8 +77,7 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
         raise InvalidRequest(
             "The calibration data is empty. Pass a few hundred typical inputs; labels are not needed."
         )
-    if dropped > 0:
-        notice(f"calibration items carry {dropped} more value(s) than the model takes (labels?): not used")
+    positions.tell(most)
     return batches
 
 
@@ -70,16 +85,25 @@ def _require_arguments(model: Any, calibration: Any, samples: int | None) -> Non
     if not isinstance(model, nn.Module):
         raise InvalidRequest(f"The model must be a torch.nn.Module, not {type(model).__name__}.")
     if not isinstance(calibration, Iterable):
-        raise InvalidRequest(f"calibration must be an iterable of model inputs, not {type(calibration).__name__}.")
+        indexed = hasattr(type(calibration), "__getitem__") and hasattr(type(calibration), "__len__")
+        advice = " Pass torch.utils.data.DataLoader(dataset, batch_size=32), whose items are batches." * indexed
+        raise InvalidRequest(
+            f"calibration must be an iterable of model inputs, not {type(calibration).__name__}.{advice}"
+        )
+    if isinstance(calibration, tuple) and len({_look(item) for item in calibration}) > 1:
+        raise InvalidRequest(
+            "calibration is a tuple of tensors that differ in type or number of dimensions, and each item of it would "
+            "be a batch of its own. Pass [(x, y)] for one batch of several arguments, or x alone."
+        )
     if samples is not None and samples < 1:
         raise InvalidRequest(f"samples={samples} leaves no calibration data: pass at least 1, or None for all.")
 
 
-def _positional_parameters(model: nn.Module) -> int:
-    parameters = forward_parameters(model)
-    if not parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 1 << 30
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+def _look(item: Any) -> Any:
+    """What all batches of one argument have in common."""
+    if isinstance(item, Tensor):
+        return item.is_floating_point(), item.dim()
+    return (item.dtype.kind == "f", item.ndim) if isinstance(item, np.ndarray) else type(item)
 
 
 def _on_cpu(value: Any, copy: bool) -> Any:
@@ -163,6 +187,19 @@ def digest_batches(batches: Sequence[Batch]) -> str:
             else:
                 hasher.update(repr(leaf).encode())
     return hasher.hexdigest()[:16]
+
+
+def digests_of_samples(batch: Batch) -> list[str]:
+    """Identifies each sample of a batch by the bytes of its row in every tensor that has one."""
+    count = batch_size(batch)
+    rows = [t.contiguous() for t in tensors_of(batch) if t.dim() and len(t) == count]
+    found = []
+    for i in range(count):
+        hasher = hashlib.sha256()
+        for tensor in rows:
+            _update(hasher, tensor[i])
+        found.append(hasher.hexdigest()[:16])
+    return found
 
 
 def digest_model(model: nn.Module) -> str:

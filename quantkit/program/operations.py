@@ -47,6 +47,8 @@ class _Reader:
             made = None if found is None else found.result
         else:
             made = fused_output(self.program, op.outputs[0], self.target.fused_activations)
+        if layer is None and made is not None and not self.names([made]):
+            made = None  # its result is no site: it runs in float
         if made is None:
             return None if self.fused.issuperset(op.outputs) else self._float(op)
         if made != op.outputs[0]:

@@ -27,13 +27,25 @@ def counted(result: Any) -> list[tuple[str, Tensor]]:
     """The outputs that count, with their names; raises InvalidRequest where there are none."""
     every = [(name, tensor) for name, tensor in named_tensors(result) if tensor.is_floating_point()]
     if not every:
-        raise InvalidRequest(
-            "The model returns no floating-point tensor, so there is nothing to compare with the float model."
-        )
+        raise InvalidRequest(_without_floats(result))
     own = [(name, tensor) for name, tensor in every if not _ALWAYS_CARRIED.search(name)]
     if any(is_logits(name) for name, _ in own):
         own = [(name, tensor) for name, tensor in own if not _CARRIED_BESIDE_LOGITS.search(name)]
     return own or every
+
+
+def _without_floats(result: Any) -> str:
+    found = [f"{name} is {tensor.dtype}" for name, tensor in named_tensors(result)]
+    if not found:
+        return (
+            f"The model returns {type(result).__name__}, in which no tensor is found. Let it return a tensor, a "
+            "tuple, a dict or a dataclass of them."
+        )
+    return (
+        f"The model returns no floating-point tensor ({', '.join(found[:3])}), so there is nothing to measure damage "
+        "on. Let it return the scores that the argmax or the threshold reads, alone or beside the integers, as in "
+        "`return scores, scores.argmax(1)`."
+    )
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quantkit.program.convolutions import CONVOLUTIONS, named_arguments
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Region, layer_kind, weight_at
 from quantkit.program.updates import named_state
 
-CONVOLUTIONS = tuple(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3))
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding")
-_GROUPS = 6  # the position of ``groups`` among a convolution's arguments
+_READ = ("input", "weight", "bias")  # the first arguments of a linear layer
 _PRODUCTS = frozenset("matmul rmatmul mm mv bmm addmm baddbmm addbmm grouped_mm grouped_mm_fallback".split())
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
@@ -41,8 +40,7 @@ def products_of(
 ) -> list[Product]:
     """The products of a call with operands that are ``fixed``: that do not depend on the model's inputs."""
     if op in ("linear", "embedding", "embedding_bag", *CONVOLUTIONS):
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | dict(kwargs)
-        found = [_named(op, given, args, kwargs)]
+        found = [_named(op, args, kwargs)]
     elif op in _PRODUCTS:
         found = [*_matrices(op, args)]
     elif op in _RECURRENT:
@@ -54,13 +52,16 @@ def products_of(
     ]
 
 
-def _named(op: str, given: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
+def _named(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
+    if op in CONVOLUTIONS:
+        given = named_arguments(op, args, kwargs)
+    else:
+        given = dict(zip(_READ, args, strict=False)) | dict(kwargs)
     weight, source, bias = given.get("weight"), given.get("input"), given.get("bias")
     if not isinstance(weight, Tensor) or not isinstance(source, Tensor):
         return None
     bias = bias if isinstance(bias, Tensor) and "embedding" not in op else None
-    groups = int(kwargs.get("groups", args[_GROUPS] if len(args) > _GROUPS else 1)) if op in CONVOLUTIONS else 1
-    return Product(op, weight, source, (0,), tuple(range(1, weight.dim())), bias, groups)
+    return Product(op, weight, source, (0,), tuple(range(1, weight.dim())), bias, int(given.get("groups", 1)))
 
 
 def _matrices(op: str, args: tuple[Any, ...]) -> list[Product]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from quantkit.program.codes import fused_output, on_codes, root_of
 from quantkit.program.intercept import INPUT, OpKey, read_place
+from quantkit.program.layers import LayerCall
 from quantkit.program.program import Program
 from quantkit.program.roles import attention_roles
 from quantkit.targets import Target
@@ -57,6 +58,13 @@ class _Placement:
         self.roles.setdefault(root, {})[role] = None
         self.readers.setdefault(root, {}).update({} if reader is None else {reader: None})
 
+    def is_handed_back(self, root: int) -> bool:
+        """Whether a value is an input of the model that it returns as it came, and that layers alone read in codes:
+        these take them as they read it.
+        """
+        returned = root in self.program.inputs and root in self.program.outputs
+        return returned and set(self.roles[root]) == {LAYER_INPUT}
+
 
 def _place_layers(placement: _Placement, target: Target, layers: Iterable[str]) -> set[int]:
     """Give layers sites on what they read and, by their kernels, on what they make; returns what they make."""
@@ -71,13 +79,13 @@ def _place_layers(placement: _Placement, target: Target, layers: Iterable[str]) 
     return made
 
 
-def _place_operations(placement: _Placement, target: Target, made: Container[int]) -> None:
+def _place_operations(placement: _Placement, target: Target, made: Container[int], in_float: Container[OpKey]) -> None:
     """Give sums and products of activations their sites where an operand has codes. ``made``: what layers make."""
     program = placement.program
     attention = attention_roles(program)
     for op in program.steps:
         found = on_codes(program, op, target)
-        if found is None or not found.takes_place(program, placement.needs, made):
+        if found is None or op.key in in_float or not found.takes_place(program, placement.needs, made):
             continue
         for position, value in enumerate(found.operands):
             role = attention.get((op.key, position), PRODUCT_OPERAND) if found.result is None else ADDITION_OPERAND
@@ -106,25 +114,43 @@ def token_sites(program: Program, layers: Iterable[str]) -> tuple[Site, ...]:
     """A site for what every call of ``layers`` reads, in execution order: quantized by that call as it comes, so that
     whoever else reads the same tensor gets it as it was made.
     """
+    return _read_sites(program, ((name, call) for name in layers for call in program.calls[name]))
+
+
+def _read_sites(program: Program, calls: Iterable[tuple[str, LayerCall]]) -> tuple[Site, ...]:
+    """A site for what each of these calls of layers reads, in execution order."""
     order = {op.key: i for i, op in enumerate(program.steps)}
     found = []
-    for name in layers:
-        for i, call in enumerate(program.calls[name]):
-            label = f"{name}/input.{i}" if i else f"{name}/input"
-            shape = program.shape[call.input][1:]
-            site = Site(label, read_place(call.key), consumers=(name,), shape=shape, roles=(LAYER_INPUT,))
-            found.append((order[call.key], site))
+    for name, call in calls:
+        i = program.calls[name].index(call)
+        label = f"{name}/input.{i}" if i else f"{name}/input"
+        shape = program.shape[call.input][1:]
+        site = Site(label, read_place(call.key), consumers=(name,), shape=shape, roles=(LAYER_INPUT,))
+        found.append((order[call.key], site))
     return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
-def place_sites(model: nn.Module, program: Program, target: Target, layers: Iterable[str]) -> tuple[Site, ...]:
-    """The sites that running ``layers`` quantized on ``target`` needs, in execution order."""
+def place_sites(
+    model: nn.Module, program: Program, target: Target, layers: Iterable[str], in_float: Container[OpKey] = ()
+) -> tuple[Site, ...]:
+    """The sites that running ``layers`` quantized on ``target`` needs, in execution order. The operations ``in_float``
+    get none.
+    """
     placement = _Placement(program)
-    _place_operations(placement, target, _place_layers(placement, target, layers))
+    _place_operations(placement, target, _place_layers(placement, target, layers), in_float)
     order = {value: i for i, value in enumerate(program.producer)}
     roots = sorted(placement.needs, key=order.__getitem__)
     names = _names(model, program, [program.producer[r] for r in roots])
-    return tuple(
+    handed_back = {root for root in roots if placement.is_handed_back(root)}
+    calls = [
+        (name, call)
+        for root in roots
+        if root in handed_back
+        for name in placement.readers[root]
+        for call in program.calls[name]
+        if root_of(program, call.input) == root
+    ]
+    return _read_sites(program, calls) + tuple(
         Site(
             name=names[program.producer[root]],
             place=program.producer[root],
@@ -134,4 +160,5 @@ def place_sites(model: nn.Module, program: Program, target: Target, layers: Iter
             roles=tuple(placement.roles[root]),
         )
         for root in roots
+        if root not in handed_back
     )

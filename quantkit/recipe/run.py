@@ -19,7 +19,8 @@ from quantkit.api import profile, quantize
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan, Profile
-from quantkit.program.inputs import split_batches
+from quantkit.program.inputs import digests_of_samples, split_batches
+from quantkit.progress import warn
 from quantkit.recipe.read import DECIDED_LATER, SECTIONS, Recipe, read_recipe
 from quantkit.recipe.sources import Evaluate, Samples, evaluate_of, model_of, outputs_of, samples_of
 from quantkit.report.summary import Measured
@@ -66,7 +67,20 @@ def inputs_of(recipe: Recipe) -> Inputs:
     _check_names(recipe)
     model, calibration, example = model_of(recipe), _samples(recipe, "calibration"), _samples(recipe, "example_inputs")
     found = evaluate_of(recipe)
+    if found is not None and found[1] is not None and calibration is not None:
+        _tell_shared_rows(calibration, found[1])
     return Inputs(model, calibration, example, *(found or (None, None)))
+
+
+def _tell_shared_rows(calibration: Samples, evaluation: Samples) -> None:
+    """A warning where the metric is measured on samples that the model is quantized on."""
+    known = {row for batch in calibration.batches for row in digests_of_samples(batch)}
+    rows = [row for batch in evaluation.batches for row in digests_of_samples(batch)]
+    if shared := sum(row in known for row in rows):
+        warn(
+            f"{shared} of {len(rows)} samples to evaluate on are calibration samples too: the metric comes out better "
+            "than on new data. Select others for one of them."
+        )
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -8,7 +8,6 @@ before the convolution is seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,22 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.program.arguments import leaves_of
+from quantkit.program.convolutions import named_arguments, padded_sides, per_axis
 
 LEAST_POSITIONS = 128
-CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-
-def per_axis(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """A convolution's option for each of its axes."""
-    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
-
-
-def padded_sides(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """(before, after) on each axis; torch's "same" puts the odd one after."""
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return [(t // 2, t - t // 2) for t in total]
-    return [(p, p) for p in per_axis(0 if padding == "valid" else padding, len(kernel))]
 
 
 def positions_wanted(inputs: int) -> int:
@@ -52,7 +38,7 @@ def input_columns(
     if not kind.startswith("conv"):
         tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
         return tensors[source].reshape(1, -1, tensors[source].shape[-1])
-    given = dict(zip(CONV_ARGUMENTS, args, strict=False)) | kwargs
+    given = named_arguments(kind, args, kwargs)
     x, kernel = given["input"], given["weight"].shape[2:]
     dims = len(kernel)
     stride, dilation = per_axis(given.get("stride", 1), dims), per_axis(given.get("dilation", 1), dims)

@@ -22,12 +22,12 @@ from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_wei
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.arguments import leaves_of, replaced
+from quantkit.program.convolutions import CONV_ARGUMENTS
 from quantkit.program.halves import widened
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
 from quantkit.program.updates import restored
 from quantkit.progress import notice
-from quantkit.rounding.layer_inputs import CONV_ARGUMENTS
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.layer import IntLinear
 from quantkit.simulation.model import SimulatedModel, Watch, at_sites, read_by_layers, watching

@@ -15,15 +15,18 @@ from torch.nn.parameter import is_lazy
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
+from quantkit.program.additions import drowned_additions
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
+from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
 from quantkit.program.ownership import CONSTANT, ownership, why_uncalled
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
 from quantkit.program.sites import Site, place_sites, token_sites
+from quantkit.program.trial import explained, require_repeatable, require_samples_first
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
@@ -45,7 +48,7 @@ class Prepared:
     pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
     the reason why not. ``other_bytes`` is what the model stores besides the layers' weights: biases, unfolded norms,
     buffers, and a scale and zero point per site. ``float_bytes`` is all that the user's model stores,
-    ``float32_bytes`` the same in float32.
+    ``float32_bytes`` the same in float32. ``float_sums`` are the additions that no grid of codes leaves whole.
     """
 
     model: nn.Module
@@ -58,6 +61,7 @@ class Prepared:
     other_bytes: int
     float_bytes: int
     float32_bytes: int
+    float_sums: frozenset[OpKey] = frozenset()
 
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
@@ -70,21 +74,26 @@ class Prepared:
 
 def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepared:
     """Check and prepare ``model``. Raises InvalidRequest for NaN or infinite weights, parameters without values,
-    compiled code, a batch the model rejects, or a model without a quantizable layer.
+    compiled code, a batch the model rejects or whose first axis is not its samples, a model that is random, or one
+    without a quantizable layer.
     """
     own, element_bytes, sizes = _checked_copy(model)
     try:
         example, program = _first_recording(own, batches[0])
-    except InvalidRequest:
+    except InvalidRequest as error:
         if not stores_halves(own):
-            raise
+            raise explained(own, batches[0], error) from error
         example, program = _first_recording(own.float(), batches[0])
         notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
+    require_repeatable(own, example)
+    require_samples_first(own, batches[0])
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
     program = record(own, example) if folded is None else folded
-    return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds))
+    ready = _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds))
+    sums = drowned_additions(own, program, target, batches[0])
+    return _placed(replace(ready, float_sums=sums), target) if sums else ready
 
 
 def prepare_own(ready: Prepared, model: nn.Module) -> Prepared:
@@ -176,7 +185,7 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
     if not names:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
-    sites = place_sites(own, ready.program, target, coded) if ready.program.steps else ()
+    sites = place_sites(own, ready.program, target, coded, ready.float_sums) if ready.program.steps else ()
     owned = ownership(own, ready.program)
     other = sum(part.bytes for part in owned if not part.layer and not part.name.endswith(TRAINING))
     other += SITE_BYTES * len(sites)

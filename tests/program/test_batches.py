@@ -6,6 +6,7 @@ import copy
 import hashlib
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,11 +80,55 @@ def test_labels_are_dropped_with_a_notice(caplog) -> None:
     assert "carry 2 more value(s) than the model takes (labels?): not used" in caplog.text
 
 
+class Labelled(nn.Module):
+    def forward(self, x, labels=None):
+        return x
+
+
+class Target(nn.Module):
+    def forward(self, x, lengths, noise=None, y_true=None, mask=None):
+        return x
+
+
+@pytest.mark.parametrize(("model", "item", "kept"), [(Labelled(), (X, Y), 1), (Target(), (X, Y, X, Y, X), 3)])
+def test_an_optional_argument_for_labels_is_not_filled(model, item, kept: int, caplog) -> None:
+    with caplog.at_level(logging.INFO, "quantkit"):
+        ((args, _),) = read_batches(model, [item])
+    assert len(args) == kept
+    assert f"carry {len(item) - kept} more value(s) than the model takes (labels?): not used" in caplog.text
+
+
+def test_what_fills_optional_arguments_is_said(caplog) -> None:
+    with caplog.at_level(logging.INFO, "quantkit"):
+        read_batches(Two(), [(X,), (X, Y)])
+    assert "fill the optional argument mask of the model's forward too" in caplog.text
+
+
 def test_no_notice_without_surplus(caplog) -> None:
     with caplog.at_level(logging.INFO, "quantkit"):
-        read_batches(Two(), [(X, Y), (X,)])
+        read_batches(Two(), [(X,), {"image": X, "mask": Y}])
         read_batches(AnyArguments(), [(X, Y, Y)])
     assert caplog.text == ""
+
+
+def test_arrays_count_as_tensors() -> None:
+    array, labels = X.numpy(), Y.numpy()
+    forms = [array, [array], [(array,)], [[array]], [{"x": array}], (array,), iter([array]), [array.astype("float64")]]
+    for form in forms:
+        ((args, kwargs),) = read_batches(One(), form)
+        assert torch.equal((*args, *kwargs.values())[0], X)
+    (((nested, found), _),) = read_batches(Two(), [([array, labels], {"a": labels})])
+    assert torch.equal(nested[0], X)
+    assert torch.equal(nested[1], Y)
+    assert torch.equal(found["a"], Y)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[::-1], lambda x: x.T, lambda x: x.astype(">f4")])
+def test_arrays_of_any_layout_are_copied(view) -> None:
+    array = view(X.numpy().copy())
+    array.flags.writeable = False
+    ((args, _),) = read_batches(One(), [array])
+    assert np.array_equal(args[0].numpy(), array)
 
 
 def test_data_loader_is_read_in_its_order() -> None:
@@ -178,7 +223,11 @@ def test_what_lies_beyond_the_cap_is_not_judged() -> None:
     [
         (3, "calibration must be an iterable of model inputs, not int"),
         ("data.npy", "item must be a tensor, a tuple of arguments or a dict of keywords, not str"),
-        ([X.numpy()], "item must be a tensor, a tuple of arguments or a dict of keywords, not ndarray"),
+        (TensorDataset(X, Y), "not TensorDataset. Pass torch.utils.data.DataLoader"),
+        ((X, Y), r"tuple of tensors that differ.*Pass \[\(x, y\)\]"),
+        ((X.numpy(), X[0].numpy()), r"tuple of tensors that differ.*Pass \[\(x, y\)\]"),
+        (np.array(["a"]), "holds <U1, which is no type of numbers.*astype"),
+        ([(X, np.array([None]))], "holds object, which is no type of numbers.*astype"),
         ([torch.eye(3).to_sparse()], "batch 0 contains a sparse or nested tensor: pass it dense"),
     ],
 )

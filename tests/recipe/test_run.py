@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantkit.errors import InfeasibleBudget, InvalidRequest, ParityError, Quant
 from quantkit.plan import Plan, Profile
 from quantkit.recipe.forecast import forecast_of
 from quantkit.recipe.read import Recipe, read_recipe
-from quantkit.recipe.run import profile_recipe, record, run_recipe
+from quantkit.recipe.run import inputs_of, profile_recipe, record, run_recipe
 from quantkit.report.summary import Measured
 from quantkit.stages import profile as stage
 from quantkit.stages.result import Result
@@ -230,3 +231,15 @@ def test_plans_are_readable(ran: tuple[Result, Measured], folder: Path) -> None:
     plan = json.loads((folder / "out" / "plan.json").read_text())
     assert plan["schemes"].keys() == {"stem.0", "conv", "mix", "head"}
     assert plan["provenance"]["budget"] == "4 bits"
+
+
+@pytest.mark.parametrize(
+    ("select", "shared"),
+    [([24, 64], None), ([20, 64], "4 of 44"), ("calibration", "24 of 24")],
+    ids=["apart", "some", "the same"],
+)
+def test_evaluating_on_calibration_samples_is_said(select: Any, shared: str | None, tmp_path: Path, caplog) -> None:
+    path = rewritten(write_tiny(tmp_path), evaluate__select=select, evaluate__preprocess="network.py:preprocess")
+    with caplog.at_level(logging.WARNING, "quantkit"):
+        inputs_of(read_recipe(path))
+    assert caplog.text == "" if shared is None else f"{shared} samples to evaluate on are calibration" in caplog.text

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import quantkit
@@ -16,6 +18,7 @@ from quantkit.reconstruction.learning import Schedule
 from quantkit.session import Session
 from quantkit.stages.inputs import Inputs
 from quantkit.stages.recording import Replay
+from quantkit.targets import Target
 from quantkit.transforms import prepare
 from tests.program.architectures import ARCHITECTURES
 from tests.program.models import randn
@@ -112,3 +115,36 @@ def test_a_model_of_one_sample_is_recorded_on_it() -> None:
         OneSample(), {"first": "w4a8", "second": "w4a8"}, [randn(1, 6, seed=i) for i in range(4)], progress=False
     )
     assert set(result.notes["rounding"]) == {"first", "second"}
+
+
+class Experts(nn.Module):
+    """Chooses one of its experts for all rows, by a number that is fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.experts[1](x)
+
+
+class UnusedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aside = nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x, aside: bool = False):
+        y = self.body(x)
+        return self.aside(y) if aside else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [(Experts, "experts.0, experts.2"), (UnusedHead, "aside")], ids=["experts", "head"]
+)
+def test_layers_that_no_input_reaches_are_named_and_stay_float(kind: type[nn.Module], names: str, caplog) -> None:
+    model = kind().eval()
+    inputs = Inputs.of(model, torch.randn(8, 6), None, None)
+    with caplog.at_level(logging.WARNING, "quantkit"):
+        session = Session.open(model, inputs, Target.load("onnxruntime-cpu"))
+    assert f"no calibration input reaches {names}: these layers stay float" in caplog.text
+    assert not set(names.split(", ")) & set(session.prepared.quantizable)

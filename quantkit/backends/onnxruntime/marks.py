@@ -9,6 +9,7 @@ tracing found and simulation uses.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
+from quantkit.backends.onnxruntime.translated import export_advice, first_line, root_cause
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
 from quantkit.program.layers import Operands, Weights
-from quantkit.program.outputs import named_tensors
+from quantkit.program.outputs import named_tensors, results_of
 from quantkit.program.program import Program
 from quantkit.program.record import record
 from quantkit.program.replayable import replayable
@@ -39,6 +41,12 @@ from quantkit.simulation.model import SimulatedModel, run_with
 DOMAIN = "quantkit"
 BATCH = "batch"
 OPSET = 21
+_QUIETER = {
+    "torch.onnx": logging.ERROR,
+    "onnxscript": logging.ERROR,
+    "torch._subclasses.fake_tensor": logging.CRITICAL,
+    "torch.fx.experimental.symbolic_shapes": logging.ERROR,
+}
 _EXPORT_SAMPLES = 2  # torch.export takes a dimension of 1 for a constant
 _EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, IndexError, AttributeError)
 
@@ -76,6 +84,22 @@ def input_names(model: nn.Module, batch: Batch) -> tuple[str, ...]:
         elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             positional.append(parameter.name)
     return leaf_names(dict(zip(positional, args, strict=False)) | kwargs, "input")
+
+
+def output_names(result: Any, inputs: Sequence[str]) -> tuple[str, ...]:
+    """A name for each tensor that a model returned, as ``leaf_names`` gives them; other ones, with a notice, where
+    inputs or outputs before have them.
+    """
+    taken, found = set(inputs), []
+    for key, _ in named_tensors(result):
+        plain = key.replace("[", ".").replace("]", "")
+        plain = f"output.{plain}" if plain[:1].isdigit() else plain
+        tried = itertools.chain([plain, f"{plain}.output"], (f"{plain}.output.{i}" for i in itertools.count(1)))
+        found.append(next(name for name in tried if name not in taken))
+        taken.add(found[-1])
+        if found[-1] != plain:
+            notice(f"output {plain!r} has the name of another tensor of the model: it is {found[-1]!r} in the file")
+    return tuple(found)
 
 
 def _mark(kind: str, tensor: Tensor, **attributes: str) -> Tensor:
@@ -179,34 +203,43 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
     InvalidRequest when torch.export cannot follow the model at all. The graph is float32.
     """
     simulated = simulated.in_float32()
+    if simulated.updated:
+        notice(
+            f"the model's forward updates {', '.join(simulated.updated)}: the file holds the values that the "
+            "quantized model has now, and every run of it starts from them"
+        )
     model, size = simulated.model, batch_size(example)
     inputs = input_names(model, example)
     batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]
-    outputs, keys = _outputs_and_calls(simulated, example)
+    outputs, keys = _outputs_and_calls(simulated, example, inputs)
     small = _resized(example, size)
     try:
         exported = _export(simulated, small, batched, keys)
     except _EXPORT_ERRORS as error:
         notice(
             f"the ONNX file takes batches of {size} only: the model's code fixes the size, as a written-out size does "
-            f"and x.shape[0] does not ({_summary(error)})"
+            f"and x.shape[0] does not ({first_line(error)})"
         )
         batched = [False] * len(batched)
         exported = _export_at_fixed_size(simulated, example, batched, keys)
     return MarkedGraph(exported, inputs, outputs, tuple(n for n, b in zip(inputs, batched, strict=True) if b))
 
 
-def _outputs_and_calls(simulated: SimulatedModel, example: Batch) -> tuple[tuple[str, ...], list[OpKey]]:
-    """The names of the outputs, and the keys of the calls of a run that is not being exported."""
+def _outputs_and_calls(
+    simulated: SimulatedModel, example: Batch, inputs: Sequence[str]
+) -> tuple[tuple[str, ...], list[OpKey]]:
+    """The names of the outputs beside those of the inputs, and the keys of the calls of a run that is not being
+    exported.
+    """
     keys: list[OpKey] = []
     with plain_mode(simulated.model), restored(simulated.model, simulated.updated):
         result = run_with(simulated.model, lambda _, tensor: tensor, *example, before=lambda key, *_: keys.append(key))
-    if not tensors_of(result):
+    if not results_of(result):
         raise InvalidRequest(
             f"The model cannot be exported to ONNX: it returns {type(result).__name__}, in which no tensor is found. "
             "Let it return a tensor, a tuple or a dict."
         )
-    return leaf_names(result, "output"), keys
+    return output_names(result, inputs), keys
 
 
 def _resized(example: Batch, size: int) -> Batch:
@@ -227,14 +260,9 @@ def _export_at_fixed_size(
         return _export(simulated, example, batched, keys)
     except _EXPORT_ERRORS as error:
         raise InvalidRequest(
-            f"The model cannot be exported to ONNX: torch.export stopped at {_summary(error)} "
-            "Its forward must not choose its operations by the values of tensors."
+            f"The model cannot be exported to ONNX. {export_advice(error)} "
+            f"(torch.export: {first_line(root_cause(error))})"
         ) from error
-
-
-def _summary(error: Exception) -> str:
-    """An exporter's error without the pages that follow its first line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], keys: Sequence[OpKey]) -> ir.Model:
@@ -273,16 +301,20 @@ def _program_of(simulated: SimulatedModel, example: Batch) -> Program | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on itself and on packages that are not installed out of the user's log."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the exporter's remarks on itself and on packages that are not installed out of the user's log, and what it
+    logs of a failure that is raised too.
+    """
+    loggers = {logging.getLogger(name): level for name, level in _QUIETER.items()}
+    levels = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def marks(graph: ir.Graph, kind: str) -> list[tuple[str, ir.Node]]:

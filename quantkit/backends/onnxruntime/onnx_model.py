@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.backends.onnxruntime.sessions import feeds, open_session
+from quantkit.backends.onnxruntime.sessions import open_session, run_session
 
 
 class OnnxModel(nn.Module):
@@ -23,5 +23,5 @@ class OnnxModel(nn.Module):
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | dict[str, Tensor]:
-        found = [torch.from_numpy(array) for array in self.session.run(None, feeds(self.session, (args, kwargs)))]
+        found = [torch.from_numpy(array) for array in run_session(self.session, (args, kwargs))]
         return found[0] if len(found) == 1 else dict(zip(self.names, found, strict=True))

@@ -5,6 +5,9 @@ of float sums, and the codes these tip over, is a fault of the file. A tipped co
 that may be is a property of the model; it is measured on the simulated model by disturbing the last bit of what it
 quantizes. And once as it will be deployed, on integer kernels, which round between layers in their own way by up to
 one code.
+
+Outputs that are integers or booleans are compared entry by entry. Entries that the last bits decide, as the order of
+equal scores, are left out, in floating outputs too where these cannot be compared otherwise: ``ties`` finds them.
 """
 
 from __future__ import annotations
@@ -18,15 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.backends.onnxruntime.sessions import feeds, open_session
+from quantkit.backends.onnxruntime.sessions import open_session, run_session
+from quantkit.backends.onnxruntime.ties import Undecided, differing, joined, outputs_with
 from quantkit.errors import ParityError
 from quantkit.program.inputs import Batch
-from quantkit.program.intercept import OpKey, tensors_of
+from quantkit.program.intercept import OpKey
+from quantkit.program.outputs import results_of
 from quantkit.program.sites import Site, coded_sites
 from quantkit.program.updates import plain_mode, restored
-from quantkit.simulation.model import SimulatedModel, at_sites, run_with
+from quantkit.progress import notice
+from quantkit.simulation.model import SimulatedModel, at_sites
 
 _HALF_ULP = 2.0**-24  # of a float32 value
+_STEPS = 0.5  # of a code: how far integer kernels round from what the file spells
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class OutputParity:
     largest error over the range of the output, ``rounding_noise`` the relative error of the simulated model against
     itself under another rounding of its sums, ``top1_agreement`` the share of rows with the same largest entry (None
     where rows have one entry).
+
+    Of integers and booleans, and where entries are ``undecided`` (a share, of those whose value the last bits decide),
+    ``by_entries`` is True: the errors are then the share of the decided entries that differ, floats by more than the
+    tolerance.
     """
 
     output: str
@@ -61,6 +72,8 @@ class OutputParity:
     worst_error: float
     rounding_noise: float
     top1_agreement: float | None
+    by_entries: bool = False
+    undecided: float = 0.0
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -78,35 +91,71 @@ def _ratio(error: float, size: float) -> float:
     return error / size if size and math.isfinite(error) else math.inf
 
 
-def _compared(
-    output: str, optimized: bool, found: np.ndarray, wanted: np.ndarray, disturbed: np.ndarray
-) -> OutputParity:
+def _compared(output: str, optimized: bool, found: np.ndarray, wanted: np.ndarray, noise: float) -> OutputParity:
+    if found.shape != wanted.shape:
+        return OutputParity(output, optimized, math.inf, math.inf, noise, None)
+    if not np.issubdtype(wanted.dtype, np.floating):
+        return _by_entries(output, optimized, found != wanted, None)
     rows, exact = wanted.ndim > 1 and wanted.shape[-1] > 1, wanted.astype(np.float64)
     return OutputParity(
         output=output,
         optimized=optimized,
         relative_error=relative_error(found, wanted),
         worst_error=_ratio(float(np.abs(found.astype(np.float64) - exact).max()), float(np.ptp(exact))),
-        rounding_noise=relative_error(disturbed, wanted),
+        rounding_noise=noise,
         top1_agreement=float(np.mean(found.argmax(-1) == wanted.argmax(-1))) if rows else None,
     )
 
 
-def measure_parity(path: str | Path, simulated: SimulatedModel, batches: Sequence[Batch]) -> tuple[OutputParity, ...]:
-    """Compare every output of an ONNX file with the simulated model's, without and with optimization."""
-    disturb = _disturbance(simulated)
+def _by_entries(output: str, optimized: bool, wrong: np.ndarray, undecided: np.ndarray | None) -> OutputParity:
+    """``wrong``: the entries that differ; those that are ``undecided`` do not count."""
+    share = _share(wrong if undecided is None else wrong & ~undecided)
+    return OutputParity(output, optimized, share, share, 0.0, 1 - _share(wrong), True, _share(undecided))
+
+
+def _share(entries: np.ndarray | None) -> float:
+    return 0.0 if entries is None or not entries.size else float(np.mean(entries))
+
+
+def measure_parity(
+    path: str | Path,
+    simulated: SimulatedModel,
+    batches: Sequence[Batch],
+    tolerance: Tolerance = DEFAULT_TOLERANCE,
+    save_optimized: str | Path | None = None,
+) -> tuple[OutputParity, ...]:
+    """Compare every output of an ONNX file with the simulated model's, without and with optimization. Undecided
+    entries are looked for where an output differs by more than ``tolerance``. ``save_optimized``: where the graph
+    that really runs is written.
+    """
     with plain_mode(simulated.model), restored(simulated.model):
-        wanted = _joined([tensors_of(simulated(*args, **kwargs)) for args, kwargs in batches])
-        disturbed = _joined([tensors_of(run_with(simulated.model, disturb, *batch)) for batch in batches])
+        wanted = joined([results_of(simulated(*args, **kwargs)) for args, kwargs in batches])
+    disturbed = outputs_with(simulated, _disturbance(simulated), batches)
+    noise = [relative_error(one, other) for one, other in zip(disturbed, wanted, strict=True)]
+    undecided = Undecided(simulated, batches, wanted)
     compared = []
     for optimized in (False, True):
-        session = open_session(path, optimized=optimized)
-        found = _joined([session.run(None, feeds(session, batch)) for batch in batches])
+        session = open_session(path, optimized=optimized, save_optimized=save_optimized if optimized else None)
+        found = joined([run_session(session, batch) for batch in batches])
         names = [output.name for output in session.get_outputs()]
-        compared += [
-            _compared(n, optimized, *arrays) for n, *arrays in zip(names, found, wanted, disturbed, strict=True)
-        ]
+        for i, (name, got, expected) in enumerate(zip(names, found, wanted, strict=True)):
+            one = _compared(name, optimized, got, expected, noise[i])
+            if one.relative_error > tolerance.limit(one) and got.shape == expected.shape:
+                entries = undecided.entries(i, _STEPS if optimized else 0.0)
+                if entries.any():
+                    wrong = differing(got, expected, tolerance.optimized if optimized else tolerance.exact)
+                    one = _by_entries(name, optimized, wrong, entries)
+                    _tell(one)
+            compared.append(one)
     return tuple(compared)
+
+
+def _tell(found: OutputParity) -> None:
+    how = "with integer kernels" if found.optimized else "without optimization"
+    notice(
+        f"{found.undecided:.1%} of output {found.output!r} depends on the last bits, as the order of equal scores "
+        f"does: the file was compared on the rest, {how}"
+    )
 
 
 def _disturbance(simulated: SimulatedModel) -> Callable[[OpKey, Tensor], Tensor]:
@@ -124,23 +173,22 @@ def _disturbance(simulated: SimulatedModel) -> Callable[[OpKey, Tensor], Tensor]
     return at_sites(coded_sites(simulated.sites, simulated.ranges), quantize)
 
 
-def _joined(batches: Sequence[Sequence[Tensor | np.ndarray]]) -> list[np.ndarray]:
-    """Each output over all batches."""
-    return [
-        np.concatenate([np.atleast_1d(np.asarray(part)) for part in parts]) for parts in zip(*batches, strict=True)
-    ]
-
-
 def require_parity(found: Sequence[OutputParity], tolerance: Tolerance) -> None:
     """Raise ParityError with the worst output when any differs by more than ``tolerance``."""
     worst = max(found, key=lambda one: one.relative_error / tolerance.limit(one))
     limit = tolerance.limit(worst)
     if worst.relative_error > limit:
         how = "with integer kernels" if worst.optimized else "without optimization"
+        decided = worst.undecided > 0
+        much = (
+            f"in {worst.relative_error:.2%} of its entries{', beside those that the last bits decide' * decided}"
+            if worst.by_entries
+            else f"by {worst.relative_error:.2%} (root mean square, relative to the output; the largest error is "
+            f"{worst.worst_error:.2%} of its range)"
+        )
         raise ParityError(
             f"The exported file does not compute what the simulated model computes: output {worst.output!r} in "
-            f"onnxruntime {how} differs by {worst.relative_error:.2%} (root mean square, relative to the output; the "
-            f"largest error is {worst.worst_error:.2%} of its range), the tolerance is {limit:.2%}. No file was "
+            f"onnxruntime {how} differs {much}, the tolerance is {limit:.2%}. No file was "
             "written. If this much is acceptable, pass a larger tolerance; otherwise keep sensitive layers float or "
             "give them 8 bits."
         )

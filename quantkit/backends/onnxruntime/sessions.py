@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantkit.backends.onnxruntime.marks import leaf_names
+from quantkit.backends.onnxruntime.translated import first_line
+from quantkit.errors import InvalidRequest, QuantkitError
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import tensors_of
 
@@ -26,7 +28,7 @@ def open_session(
 
     Without optimization every operation runs in float as the file spells it: the file's exact meaning.
     ``save_optimized`` writes the graph that really runs. ``profile``: how the name of the file begins into which
-    ``end_profiling`` writes the time of every node.
+    ``end_profiling`` writes the time of every node. Raises QuantkitError where onnxruntime cannot load the file.
     """
     import onnxruntime
 
@@ -41,7 +43,34 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _errors() as error:
+        raise QuantkitError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {Path(path).name}: {first_line(error)}. If quantkit "
+            "wrote the file, please report this; an older onnxruntime may lack what the file needs."
+        ) from error
+
+
+def run_session(session: InferenceSession, batch: Batch) -> list[np.ndarray]:
+    """Every output of a session on a batch; raises InvalidRequest for inputs that it rejects."""
+    try:
+        return list(session.run(None, feeds(session, batch)))
+    except _errors() as error:
+        shapes = ", ".join(f"{i.name} {i.shape}" for i in session.get_inputs())
+        given = ", ".join(str(tuple(t.shape)) for t in tensors_of(batch))
+        raise InvalidRequest(
+            f"onnxruntime stopped on inputs of shape {given}; the file takes {shapes}. Pass inputs of these sizes, or "
+            f"export with an example of other ones. ({first_line(error)})"
+        ) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: its classes have no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    found = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (*found, RuntimeError, ValueError)
 
 
 def feeds(session: InferenceSession, batch: Batch) -> dict[str, np.ndarray]:

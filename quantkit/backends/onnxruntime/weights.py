@@ -141,12 +141,15 @@ class WeightWriter:
         return torch.cat([self.simulated.weights[name].scale.reshape(-1) for name in held.layers])
 
     def _factors(self, held: Held, read: _Read) -> ir.Value:
-        """The weight as integer kernels read it: dequantized codes, with zero points as QGemm wants them spelled."""
+        """The weight as integer kernels read it: dequantized codes, with zero points spelled, since QGemm wants them."""
         if (held, read.turned) not in self.factors:
             codes, stored = self._joined(held, read.turned), f"{held.name}.weight"
             scales = self._scales(held)
             scale = self.editor.initializer(f"{stored}.scale", scales.numpy())
-            zero = self.editor.initializer(f"{stored}.zero_points", np.full(len(scales), codes.midpoint))
+            # never shared: with session.x64quantprecision onnxruntime replaces the zero points of each reader, and
+            # refuses to replace one twice
+            own = f"{stored}_zero_point{'.turned' * read.turned}"
+            zero = self.editor.initializer(own, np.full(len(scales), codes.midpoint))
             self.factors[held, read.turned] = self.editor.node(
                 self.start, "DequantizeLinear", [codes.value, scale, zero], stored, axis=1 if read.turned else 0
             )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.program.convolutions import padded_sides, per_axis
 from quantkit.progress import notice
-from quantkit.rounding.layer_inputs import padded_sides, per_axis
 from quantkit.runtime.int_conv.reference import int_conv_reference
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import quantize_padded_compiled, windows_compiled

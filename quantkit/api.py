@@ -21,7 +21,7 @@ from quantkit.stages.inputs import Inputs
 from quantkit.stages.metric import Evaluate, require_metric
 from quantkit.stages.options import ApplyOptions, Run, Schemes
 from quantkit.stages.profile import measure
-from quantkit.stages.quantize import Search, quantize_request
+from quantkit.stages.quantize import Search, candidates_of, quantize_request
 from quantkit.stages.request import DEFAULT_TARGET, TargetName, make_ready
 from quantkit.stages.result import Result
 from quantkit.store import require_writable
@@ -32,7 +32,7 @@ from quantkit.targets.rules import Rules
 @own_modes()
 def quantize(
     model: nn.Module,
-    budget: str | Budget | Mapping[str, Any],
+    budget: str | Scheme | Budget | Mapping[str, Any],
     calibration: Any = None,
     *,
     example_inputs: Any = None,
@@ -58,6 +58,9 @@ def quantize(
 ) -> Result:
     """The best model inside ``budget``: profile, allocate, apply, and a measured comparison with the float model.
 
+    A scheme as budget ("w8a8", "w4") goes to every layer that can take it; the plan says why others stay float. Then,
+    and wherever each layer has one candidate, nothing is profiled: limits are checked, and the one plan is applied.
+
     Without ``calibration`` only weights are quantized, by what is known of them alone; ``example_inputs``, one batch
     of inputs, then lets the model be traced, which folds BatchNorm and counts operations.
 
@@ -73,9 +76,9 @@ def quantize(
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
     search = Search.of(budget, solver, effort, Application(how, evaluate, run, inplace))
     request = make_ready(
-        model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
-        rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
-        seed=seed,
+        model, calibration, example_inputs=example_inputs, samples=samples, target=target,
+        **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity,
+        rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
     return quantize_request(request, search)
 

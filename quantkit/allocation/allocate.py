@@ -48,11 +48,14 @@ def allocate(
     """The plan with the least predicted damage inside ``budget``; the same arguments give the same plan in any
     process.
 
-    ``schemes`` restricts the candidates to some of those profiled; with a limit on latency or activation memory a
+    A scheme as budget goes to every layer that was profiled with it; what a rule gave others stays. ``schemes``
+    restricts the candidates to some of those profiled; with a limit on latency or activation memory a
     layer may also stay float, unless a rule pins it or ``schemes`` are given. ``order`` names layers for the solver
     "by-rank", the one that deserves the widest format first. Raises InfeasibleBudget with the smallest that can be
     reached in the user's unit, InvalidRequest for a request the profile cannot answer."""
     limit = Budget.parse(budget)
+    if limit.scheme is not None:
+        profile = _with_scheme(profile, str(limit.scheme), schemes)
     limits = limit.limits(profile)
     wanted = None if schemes is None else [Scheme.parse(s) for s in schemes]
 
@@ -81,6 +84,18 @@ def allocate(
         **costs_of_execution(plan, profile, limits),
     }
     return replace(plan, provenance=provenance | plan.provenance)
+
+
+def _with_scheme(profile: Profile, scheme: str, schemes: Iterable[str | Scheme] | None) -> Profile:
+    """The profile with one candidate for every layer that may take it. Raises InvalidRequest where none may, and for
+    other candidates beside it.
+    """
+    if schemes is not None:
+        raise InvalidRequest(f"The budget {scheme} names the scheme of every layer: leave schemes out.")
+    offered = {name: tuple(map(str, options)) for name, options in candidates(profile).items()}
+    if not any(scheme in options for options in offered.values()):
+        candidates(profile, [scheme])  # says what was profiled
+    return replace(profile, candidates={n: (scheme,) if scheme in found else found for n, found in offered.items()})
 
 
 def _allocation_of(

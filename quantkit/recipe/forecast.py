@@ -5,10 +5,13 @@ memory.
 from __future__ import annotations
 
 from quantkit.allocation.allocate import allocate
+from quantkit.allocation.only_plan import only_plan
 from quantkit.budget import Budget
+from quantkit.plan import Plan
 from quantkit.recipe.read import DECIDED_LATER, Recipe
 from quantkit.recipe.run import inputs_of
 from quantkit.stages.forecast import forecast
+from quantkit.stages.quantize import candidates_of
 from quantkit.stages.request import Request, make_ready
 
 
@@ -16,9 +19,11 @@ def forecast_of(recipe: Recipe) -> str:
     """The text that ``quantkit plan`` prints. Raises InfeasibleBudget when no plan can meet the recipe's budget."""
     inputs = inputs_of(recipe)
     settings = {key: value for key, value in recipe.settings().items() if key not in DECIDED_LATER}
+    limit = Budget.parse(recipe.get("budget"))
+    settings |= candidates_of(limit, settings.get("schemes"))
     request = make_ready(inputs.model, **inputs.shown(), **settings)
-    certain = Budget.parse(recipe.get("budget")).without_accuracy()
-    if certain is not None:
+    only, certain = only_plan(request.unmeasured(), limit), limit.without_accuracy()
+    if only is None and certain is not None:
         allocate(request.unmeasured(), certain)
     return "\n".join(
         [
@@ -26,9 +31,16 @@ def forecast_of(recipe: Recipe) -> str:
             f"{len(request.ready.sites)} activation sites",
             _sizes(request),
             "what the budget asks of accuracy has to be measured" if certain is None else f"{certain} can be met",
-            str(forecast(request)) if request.batches else "without calibration data nothing is measured",
+            _measuring(request, only),
         ]
     )
+
+
+def _measuring(request: Request, only: Plan | None) -> str:
+    """What the profile takes, or why there is none."""
+    if only is not None:
+        return "every layer has one candidate: nothing is profiled"
+    return str(forecast(request)) if request.batches else "without calibration data nothing is measured"
 
 
 def _layers(request: Request) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from quantkit.allocation.accuracy_search import (
     AccuracyGate,
+    Evaluation,
     Metric,
     along_front,
     between,
@@ -86,7 +87,7 @@ def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> R
     Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
     also level by level, about log2(layers) evaluations for each width. ``finish`` applies a plan. What is learned
     then buys accuracy, so cheaper plans are applied too, ``APPLIED_TRIES`` of them by bisection on the cost. Raises
-    AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
+    AccuracyNotMet with the best result and the measured (cost, drop) points when no plan meets the limit,
     InfeasibleBudget when the other limits alone cannot be met.
     """
     request, profile, evaluator, limit = search.request, search.profile, search.evaluator, search.limit
@@ -109,14 +110,29 @@ def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> R
             _by_levels(profile, evaluator, gate)
     applied = Applied(gate, finish, evaluate)
     if not any(first_that_meets(plans, applied.gate) for plans in rising(gate, front, APART)):
-        raise _not_met(limit, applied.everything())
+        raise _not_met(limit, applied)
     found = between(applied.gate, plan_at, APPLIED_TRIES[effort], least=gate.cost(front[0]), apart=APART)
     assert found is not None, "one was found to meet the limit"
-    result, metric = applied.results[found.plan.digest()]
-    metrics = {"float": float(np.mean(reference)), "quantized": metric}
-    metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
-    metrics["evaluations"] = float(len(applied.everything().seen))
-    return replace(result, metrics=result.metrics | metrics, curve=applied.gate.curve)
+    return applied.result_of(found)
+
+
+def accurate_enough(
+    request: Request, plan: Plan, limit: Budget, evaluate: Evaluate, finish: Callable[[Plan], Result]
+) -> Result:
+    """The applied result of the only plan there is. Raises AccuracyNotMet where it loses more than the limit."""
+    reference = outcome_of(evaluate, QuantizedModel.of(request.ready.float_model()))
+    blank = request.unmeasured()
+    gate = AccuracyGate(
+        lambda plan: outcome_of(evaluate, finish(plan).model),
+        reference,
+        limit.allowed_drop(float(np.mean(reference))),
+        lambda plan: _cost(blank, plan, "size"),
+        bool(limit.confident),
+    )
+    applied = Applied(gate, finish, evaluate)
+    if not applied.gate.meets(plan):
+        raise _not_met(limit, applied)
+    return applied.result_of(applied.gate.look(plan))
 
 
 class Applied:
@@ -130,7 +146,7 @@ class Applied:
         self.results: dict[str, tuple[Result, float]] = {}  # with the metric
 
     def _outcome(self, plan: Plan) -> Metric:
-        best = self.gate.cheapest()
+        best = self.gate.cheapest() or self.gate.least_drop()
         self.results = {} if best is None else {best.plan.digest(): self.results[best.plan.digest()]}
         result = self.finish(plan)
         outcome = outcome_of(self.evaluate, result.model)
@@ -138,6 +154,14 @@ class Applied:
         drop, _ = drop_of(self.gate.reference, outcome)
         notice(f"plan of {self.gate.cost(plan):,.6g}: drop {drop:.4g} of {self.gate.allowed:.4g} allowed")
         return outcome
+
+    def result_of(self, found: Evaluation) -> Result:
+        """A plan's result with its metrics and those of the float model."""
+        result, metric = self.results[found.plan.digest()]
+        metrics = {"float": float(np.mean(self.gate.reference)), "quantized": metric}
+        metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
+        metrics["evaluations"] = float(len(self.everything().seen))
+        return replace(result, metrics=result.metrics | metrics, curve=self.gate.curve)
 
     def everything(self) -> AccuracyGate:
         """All that was evaluated, with the profile's codes where a plan was not applied."""
@@ -199,15 +223,16 @@ def _at_width(schemes: Sequence[Scheme], width: int) -> Scheme:
     return next((s for s in schemes if s.weight is not None and s.weight.bits <= width), schemes[-1])
 
 
-def _not_met(limit: Budget, gate: AccuracyGate) -> AccuracyNotMet:
-    best = min(gate.seen.values(), key=lambda one: one.drop)
+def _not_met(limit: Budget, applied: Applied) -> AccuracyNotMet:
+    best, gate = applied.gate.least_drop(), applied.everything()
+    assert best is not None, "one was applied"
     points = ", ".join(f"{drop:.4g} at {cost:,.0f}" for cost, drop in gate.curve)
     bound = f" (95 % confidence bound {best.bound:.4g})" if limit.confident else ""
     return AccuracyNotMet(
         f"No plan keeps the drop within {limit.accuracy_drop}: the least found is {best.drop:.4g}{bound}, with "
         f"{best.plan.average_bits:.3f} bits on average. Allow that drop, profile wider schemes, or keep layers float. "
         f"Measured drop at {limit.minimize or 'size'}: {points}.",
-        best.plan,
+        applied.result_of(best),
         gate.curve,
     )
 

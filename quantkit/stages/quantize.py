@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.allocation.allocate import allocate
 from quantkit.allocation.execution_problem import needs_execution
 from quantkit.allocation.from_profile import candidates, with_float
+from quantkit.allocation.only_plan import only_plan
 from quantkit.allocation.plan_costs import counted
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
-from quantkit.stages.accuracy import AccuracySearch, meet_accuracy, require_accuracy_request
+from quantkit.stages.accuracy import AccuracySearch, accurate_enough, meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import Application, apply_plan
 from quantkit.stages.metric import require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
-from quantkit.stages.options import choose
+from quantkit.stages.options import Schemes, choose
 from quantkit.stages.profile import evaluator_of, measure
 from quantkit.stages.request import Request
 from quantkit.stages.result import Result
@@ -36,7 +37,7 @@ class Search:
 
     @classmethod
     def of(
-        cls, budget: str | Budget | Mapping[str, Any], solver: str, effort: str, application: Application
+        cls, budget: str | Scheme | Budget | Mapping[str, Any], solver: str, effort: str, application: Application
     ) -> Search:
         """The search, after refusing what is wrong with a request whatever the model."""
         limit = Budget.parse(budget)
@@ -47,12 +48,30 @@ class Search:
         return cls(limit, solver, effort, application)
 
 
+def candidates_of(limit: Budget, schemes: Schemes | None) -> dict[str, Any]:
+    """What a budget and ``schemes`` make the candidates, as fields of ProfileOptions. Raises InvalidRequest where the
+    budget is a scheme that is not among ``schemes``.
+    """
+    if limit.scheme is None:
+        return {"schemes": schemes}
+    named = schemes.replace(",", " ").split() if isinstance(schemes, str) else schemes
+    if named is not None and str(limit.scheme) not in {str(Scheme.parse(scheme)) for scheme in named}:
+        raise InvalidRequest(
+            f"The budget {limit.scheme} is the scheme of every layer that can take it, and is not among "
+            f"schemes={schemes!r}. Leave schemes out; rules give single layers another scheme."
+        )
+    return {"schemes": [str(limit.scheme)], "everywhere": True}
+
+
 def quantize_request(request: Request, search: Search) -> Result:
     """The best model inside the limits."""
     search.application.options.require_known(request.inputs)
     request.inputs.require_none(effort=search.effort)
-    if search.limit.accuracy_drop is not None:
-        return _within_accuracy(request, search)
+    only, accuracy = only_plan(request.unmeasured(), search.limit), search.limit.accuracy_drop is not None
+    if accuracy:
+        return _within_accuracy(request, search) if only is None else _accurate_enough(request, search, only)
+    if only is not None:
+        return apply_plan(request.session, only, search.application)
     measured, plan = _decide(request, search)
     return replace(apply_plan(request.session, plan, search.application), profile=measured)
 
@@ -91,10 +110,17 @@ def _within_accuracy(request: Request, search: Search) -> Result:
         allocate(request.unmeasured(), others)
     evaluator = evaluator_of(request, run)
     measured = measure(request, run, evaluator)
-
-    def finish(plan: Plan) -> Result:
-        application = replace(search.application, evaluate=None)
-        return apply_plan(request.session.fork(), plan, application)
-
     accuracy = AccuracySearch(request, measured, evaluator, limit, search.application.evaluate, search.effort)
-    return replace(meet_accuracy(accuracy, finish), profile=measured)
+    return replace(meet_accuracy(accuracy, _finisher(request, search)), profile=measured)
+
+
+def _accurate_enough(request: Request, search: Search, plan: Plan) -> Result:
+    """The result of the only plan there is, if it keeps the accuracy."""
+    assert search.application.evaluate is not None, "checked before"
+    return accurate_enough(request, plan, search.limit, search.application.evaluate, _finisher(request, search))
+
+
+def _finisher(request: Request, search: Search) -> Callable[[Plan], Result]:
+    """What applies a plan to a copy of the model, not evaluated yet."""
+    application = replace(search.application, evaluate=None)
+    return lambda plan: apply_plan(request.session.fork(), plan, application)

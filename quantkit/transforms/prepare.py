@@ -159,12 +159,14 @@ def _checked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, int], tuple[in
     return own, element_bytes, (stored, in_float32)
 
 
-def leave_float(ready: Prepared, target: Target, names: Collection[str]) -> Prepared:
-    """The same model with these layers not quantized either, and the sites that are left. Raises InvalidRequest where
-    no quantizable layer is.
+def leave_float(
+    ready: Prepared, target: Target, names: Collection[str], reasons: Mapping[str, str] | None = None
+) -> Prepared:
+    """The same model with these layers not quantized either, by a rule or for one of ``reasons``, and the sites that
+    are left. Raises InvalidRequest where no quantizable layer is.
     """
-    reasons = {name: layer.reason or (KEPT if name in names else "") for name, layer in ready.layers.items()}
-    layers = {name: replace(layer, reason=reasons[name]) for name, layer in ready.layers.items()}
+    given = dict.fromkeys(names, KEPT) | dict(reasons or {})
+    layers = {n: replace(layer, reason=layer.reason or given.get(n, "")) for n, layer in ready.layers.items()}
     return _placed(replace(ready, layers=layers), target)
 
 

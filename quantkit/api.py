@@ -6,6 +6,7 @@ What happens inside each is told by docs/architecture.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from quantkit.budget import Budget
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 from quantkit.program.updates import own_modes
+from quantkit.progress import one_call, said
 from quantkit.session import Session
 from quantkit.stages.apply import Application, apply_plan, require_layers
 from quantkit.stages.inputs import Inputs
@@ -30,6 +32,7 @@ from quantkit.targets.rules import Rules
 
 
 @own_modes()
+@one_call()
 def quantize(
     model: nn.Module,
     budget: str | Scheme | Budget | Mapping[str, Any],
@@ -80,10 +83,11 @@ def quantize(
         **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity,
         rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
-    return quantize_request(request, search)
+    return _with_notices(quantize_request(request, search))
 
 
 @own_modes()
+@one_call()
 def profile(
     model: nn.Module,
     calibration: Any = None,
@@ -124,6 +128,7 @@ def profile(
 
 
 @own_modes()
+@one_call()
 def apply(
     model: nn.Module,
     plan: Plan | Mapping[str, str | Scheme],
@@ -175,7 +180,12 @@ def apply(
     require_layers(model, decided, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     how.with_inputs(inputs, decided.schemes.values())
-    return apply_plan(Session.open(model, inputs, goal), decided, asked)
+    return _with_notices(apply_plan(Session.open(model, inputs, goal), decided, asked))
+
+
+def _with_notices(result: Result) -> Result:
+    """The result with what was said on the way."""
+    return replace(result, notes=result.notes | {"notices": said()})
 
 
 def _run(progress: bool, workdir: str | Path | None) -> Run:

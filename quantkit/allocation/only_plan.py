@@ -10,7 +10,9 @@ from quantkit.allocation.from_profile import candidates
 from quantkit.allocation.reasons import reasons_without_choice
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
-from quantkit.plan import Plan, Profile
+from quantkit.plan import COMPOSITION, Plan, Profile
+
+KEPT = ("limits", "target", "first_last", COMPOSITION)  # of what the provenance of a choice says
 
 
 def only_plan(profile: Profile, budget: Budget) -> Plan | None:
@@ -33,7 +35,7 @@ def only_plan(profile: Profile, budget: Budget) -> Plan | None:
     if several or needs_execution(certain.limits(profile)):
         return None
     plan = allocate(profile, certain)
-    kept = {key: plan.provenance[key] for key in ("limits", "target", "first_last") if key in plan.provenance}
+    kept = {key: plan.provenance[key] for key in KEPT if key in plan.provenance}
     return replace(
         plan,
         predicted_damage=None,

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -28,6 +29,7 @@ def as_batch(item: Any) -> Batch:
         return tuple(item), {}
     raise InvalidRequest(
         f"A calibration item must be a tensor, a tuple of arguments or a dict of keywords, not {type(item).__name__}."
+        f"{' Make tensors of arrays by torch.from_numpy(array).' if isinstance(item, np.ndarray) else ''}"
     )
 
 
@@ -44,7 +46,7 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
     lazy = not isinstance(items, list | tuple)
     most = _positional_parameters(model)
     batches: list[Batch] = []
-    taken = dropped = 0
+    taken = dropped = singles = 0
     for number, item in enumerate(items):
         args, kwargs = as_batch(item)
         dropped = max(dropped, len(args) - most)
@@ -52,6 +54,7 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
         if samples is not None:
             batch = first_samples(batch, samples - taken)
         _require_usable(batch, number)
+        singles = _with_single(model, batch, singles)
         if batch_size(batch):
             taken += batch_size(batch)
             batches.append(batch)
@@ -106,7 +109,33 @@ def picked_samples(batch: Batch, which: slice | Tensor) -> Batch:
     return tree_map(lambda v: v[which] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
 
 
+def _with_single(model: nn.Module, batch: Batch, singles: int) -> int:
+    """How many batches so far look like one image, channels first. Raises InvalidRequest at the second: a convolution
+    takes an image without a batch axis, and its channels would be taken for samples.
+    """
+    convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    tensors = list(tensors_of(batch))
+    if convolution is None or len(tensors) != 1 or tensors[0].dim() != 3:
+        return 0
+    channels = convolution.in_channels
+    if channels == 1 or len(tensors[0]) != channels or not tensors[0].is_floating_point():
+        return 0
+    if singles:
+        shape = tuple(tensors[0].shape)
+        raise InvalidRequest(
+            f"The calibration items are {shape}, and the first convolution reads {channels} channels: they look like "
+            "images without a batch axis. Pass batches: torch.stack(images), or each image as image.unsqueeze(0)."
+        )
+    return singles + 1
+
+
 def _require_usable(batch: Batch, number: int) -> None:
+    for leaf in tree_flatten(batch)[0]:
+        if isinstance(leaf, np.ndarray):
+            raise InvalidRequest(
+                f"Calibration batch {number} holds a numpy array {leaf.shape}: make a tensor of it, by "
+                "torch.from_numpy(array)."
+            )
     for tensor in tensors_of(batch):
         if tensor.is_nested or tensor.layout is not torch.strided:
             raise InvalidRequest(f"Calibration batch {number} contains a sparse or nested tensor: pass it dense.")

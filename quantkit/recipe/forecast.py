@@ -4,10 +4,10 @@ memory.
 
 from __future__ import annotations
 
-from quantkit.allocation.allocate import allocate
+from quantkit.allocation.allocate import allocate, narrowest
 from quantkit.allocation.only_plan import only_plan
 from quantkit.budget import Budget
-from quantkit.plan import Plan
+from quantkit.plan import Composition, Plan
 from quantkit.recipe.read import DECIDED_LATER, Recipe
 from quantkit.recipe.run import inputs_of
 from quantkit.stages.forecast import forecast
@@ -30,6 +30,7 @@ def forecast_of(recipe: Recipe) -> str:
             *_layers(request),
             f"{len(request.ready.sites)} activation sites",
             _sizes(request),
+            _composition(request),
             "what the budget asks of accuracy has to be measured" if certain is None else f"{certain} can be met",
             _measuring(request, only),
         ]
@@ -51,6 +52,13 @@ def _layers(request: Request) -> list[str]:
         + (f"float: {layer.reason}" if layer.reason else ", ".join(map(str, request.candidates[name])))
         for name, layer in request.ready.layers.items()
     ]
+
+
+def _composition(request: Request) -> str:
+    """What the bytes of the smallest plan consist of."""
+    least = narrowest(request.unmeasured())
+    ready = request.ready
+    return f"at the least: {Composition.of(ready.layers, least, ready.other_bytes, ready.float_bytes)}"
 
 
 def _sizes(request: Request) -> str:

@@ -81,7 +81,17 @@ class AccuracySearch:
     effort: str
 
 
-def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> Result:
+@dataclass(frozen=True)
+class Finish:
+    """What applies a plan to a copy of the model, which is not evaluated yet. ``learning``: the same with learning,
+    None where there is nothing to learn from, or the user decided.
+    """
+
+    plain: Callable[[Plan], Result]
+    learning: Callable[[Plan], Result] | None = None
+
+
+def meet_accuracy(search: AccuracySearch, finish: Finish) -> Result:
     """The applied result of the cheapest plan found that meets the limit, all other limits included.
 
     Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
@@ -110,29 +120,25 @@ def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> R
             _by_levels(profile, evaluator, gate)
     applied = Applied(gate, finish, evaluate)
     if not any(first_that_meets(plans, applied.gate) for plans in rising(gate, front, APART)):
-        raise _not_met(limit, applied)
+        return applied.learned(limit)
     found = between(applied.gate, plan_at, APPLIED_TRIES[effort], least=gate.cost(front[0]), apart=APART)
     assert found is not None, "one was found to meet the limit"
     return applied.result_of(found)
 
 
-def accurate_enough(
-    request: Request, plan: Plan, limit: Budget, evaluate: Evaluate, finish: Callable[[Plan], Result]
-) -> Result:
+def accurate_enough(request: Request, plan: Plan, limit: Budget, evaluate: Evaluate, finish: Finish) -> Result:
     """The applied result of the only plan there is. Raises AccuracyNotMet where it loses more than the limit."""
     reference = outcome_of(evaluate, QuantizedModel.of(request.ready.float_model()))
     blank = request.unmeasured()
     gate = AccuracyGate(
-        lambda plan: outcome_of(evaluate, finish(plan).model),
+        lambda plan: outcome_of(evaluate, finish.plain(plan).model),
         reference,
         limit.allowed_drop(float(np.mean(reference))),
         lambda plan: _cost(blank, plan, "size"),
         bool(limit.confident),
     )
     applied = Applied(gate, finish, evaluate)
-    if not applied.gate.meets(plan):
-        raise _not_met(limit, applied)
-    return applied.result_of(applied.gate.look(plan))
+    return applied.result_of(applied.gate.look(plan)) if applied.gate.meets(plan) else applied.learned(limit)
 
 
 class Applied:
@@ -140,7 +146,7 @@ class Applied:
     are kept.
     """
 
-    def __init__(self, cursory: AccuracyGate, finish: Callable[[Plan], Result], evaluate: Evaluate) -> None:
+    def __init__(self, cursory: AccuracyGate, finish: Finish, evaluate: Evaluate) -> None:
         self.cursory, self.finish, self.evaluate = cursory, finish, evaluate
         self.gate = replace(cursory, evaluate=self._outcome, seen={})
         self.results: dict[str, tuple[Result, float]] = {}  # with the metric
@@ -148,12 +154,31 @@ class Applied:
     def _outcome(self, plan: Plan) -> Metric:
         best = self.gate.cheapest() or self.gate.least_drop()
         self.results = {} if best is None else {best.plan.digest(): self.results[best.plan.digest()]}
-        result = self.finish(plan)
+        result = self.finish.plain(plan)
         outcome = outcome_of(self.evaluate, result.model)
         self.results[plan.digest()] = result, float(np.mean(outcome))
         drop, _ = drop_of(self.gate.reference, outcome)
         notice(f"plan of {self.gate.cost(plan):,.6g}: drop {drop:.4g} of {self.gate.allowed:.4g} allowed")
         return outcome
+
+    def learned(self, limit: Budget) -> Result:
+        """The result of the plan that loses least, learned where its formats are so wide that this was not thought
+        worth the time. Raises AccuracyNotMet, with the better of both, where that does not meet the limit either.
+        """
+        best = self.gate.least_drop()
+        assert best is not None, "one was applied"
+        key = best.plan.digest()
+        if self.finish.learning is not None and "reconstruction" not in self.results[key][0].notes:
+            notice(f"the least drop is {best.drop:.4g} of {self.gate.allowed:.4g} allowed: learning at these formats")
+            result = self.finish.learning(best.plan)
+            outcome = outcome_of(self.evaluate, result.model)
+            drop, bound = drop_of(self.gate.reference, outcome)
+            if drop < best.drop:
+                best = self.gate.seen[key] = replace(best, drop=drop, bound=bound)
+                self.results[key] = result, float(np.mean(outcome))
+        if not self.gate.accepts(best):
+            raise _not_met(limit, self)
+        return self.result_of(best)
 
     def result_of(self, found: Evaluation) -> Result:
         """A plan's result with its metrics and those of the float model."""

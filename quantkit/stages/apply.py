@@ -12,7 +12,7 @@ from torch import nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import pack_weight
-from quantkit.plan import FLOAT, Plan, average_bits, digest_of
+from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference, RunningDamage
@@ -55,7 +55,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     inputs, run = session.inputs, asked.run
     target = session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
     options = asked.options.with_inputs(inputs, plan.schemes.values())
-    ready = _coded(leave_float(session.prepared, target, _kept_float(session, plan)), plan, target)
+    left = dict.fromkeys(_kept_float(session, plan), LEFT)
+    ready = _coded(leave_float(session.prepared, target, (), left), plan, target)
     formats = _site_formats(plan, ready, target)
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
@@ -201,6 +202,7 @@ def _recounted(
     return replace(
         plan,
         schemes={name: plan.schemes.get(name, Scheme()) for name in ready.layers},
+        why={name: f"float: {layer.reason}" for name, layer in ready.layers.items() if layer.reason} | plan.why,
         sites=sites | {name: fmt for name, fmt in plan.sites.items() if fmt == FLOAT and sites},
         size_bytes=size,
         total_bytes=size + ready.other_bytes,
@@ -208,9 +210,17 @@ def _recounted(
         provenance={
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
             **plan.provenance,
+            **_composition(plan, ready, size + ready.other_bytes),
             INSTRUCTION_SET: target.instruction_set,
         },
     )
+
+
+def _composition(plan: Plan, ready: Prepared, total: int) -> dict[str, str]:
+    """What the bytes consist of, for the provenance; a plan that counted the same knows more of the reasons."""
+    if COMPOSITION in plan.provenance and plan.total_bytes == total:
+        return {}
+    return {COMPOSITION: str(Composition.of(ready.layers, plan.schemes, ready.other_bytes, ready.float_bytes))}
 
 
 def compare_outputs(model: nn.Module, reference: Reference) -> dict[str, float]:

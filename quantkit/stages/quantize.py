@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from quantkit.allocation.allocate import allocate
@@ -16,12 +17,13 @@ from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
-from quantkit.stages.accuracy import AccuracySearch, accurate_enough, meet_accuracy, require_accuracy_request
+from quantkit.stages.accuracy import AccuracySearch, Finish, accurate_enough, meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import Application, apply_plan
 from quantkit.stages.metric import require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
 from quantkit.stages.options import Schemes, choose
 from quantkit.stages.profile import evaluator_of, measure
+from quantkit.stages.reconstruct import samples_enough
 from quantkit.stages.request import Request
 from quantkit.stages.result import Result
 
@@ -120,7 +122,14 @@ def _accurate_enough(request: Request, search: Search, plan: Plan) -> Result:
     return accurate_enough(request, plan, search.limit, search.application.evaluate, _finisher(request, search))
 
 
-def _finisher(request: Request, search: Search) -> Callable[[Plan], Result]:
-    """What applies a plan to a copy of the model, not evaluated yet."""
+def _finisher(request: Request, search: Search) -> Finish:
+    """What applies a plan to a copy of the model, and what does so with learning where "auto" may not."""
     application = replace(search.application, evaluate=None)
-    return lambda plan: apply_plan(request.session.fork(), plan, application)
+    learning = replace(application, options=replace(application.options, reconstruction="network"))
+
+    def applied(application: Application, plan: Plan) -> Result:
+        return apply_plan(request.session.fork(), plan, application)
+
+    auto = application.options.reconstruction == "auto"
+    enough = auto and samples_enough(request.batches) and not isinstance(request.session.replay, str)
+    return Finish(partial(applied, application), partial(applied, learning) if enough else None)

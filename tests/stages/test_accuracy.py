@@ -97,7 +97,9 @@ def test_limit_that_cannot_be_met_comes_with_the_best_plan_and_the_curve() -> No
     ) as failed:
         quantize("3 bits, accuracy_drop=0.001", evaluate)
     assert failed.value.exit_code == 3
-    assert failed.value.best.average_bits <= 3
+    assert failed.value.best.plan.average_bits <= 3
+    lost = failed.value.best.metrics["float"] - failed.value.best.metrics["quantized"]
+    assert lost == pytest.approx(min(drop for _, drop in failed.value.curve))
     assert failed.value.curve
     assert all(lost > 0.001 for _, lost in failed.value.curve)
 

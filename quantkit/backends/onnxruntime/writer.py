@@ -39,13 +39,15 @@ _LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
 class ExportReport:
     """What was written and how it compares.
 
-    ``file_bytes`` is the file's size, ``weight_bytes`` the bytes in it of all layers' weights, scales included,
-    counted from its initializers. ``dynamic_batch`` is False where the model runs at one batch size only.
+    ``file_bytes`` is the file's size, ``stored_bytes`` the bytes in it of all tensors, initializers and constants,
+    ``weight_bytes`` those of all layers' weights, scales included, counted from its initializers. ``dynamic_batch``
+    is False where the model runs at one batch size only.
     """
 
     path: Path
     file_bytes: int
     weight_bytes: int
+    stored_bytes: int
     minimum_runtime: str
     dynamic_batch: bool
     parity: tuple[OutputParity, ...]
@@ -94,6 +96,7 @@ def export_onnx(
         path=written,
         file_bytes=written.stat().st_size,
         weight_bytes=_weight_bytes(model, simulated),
+        stored_bytes=_stored_bytes(model),
         minimum_runtime=runtime,
         dynamic_batch=bool(marked.dynamic),
         parity=tuple(parity),
@@ -135,6 +138,14 @@ def _write(model: ir.Model, path: str) -> None:
         )
     onnx.checker.check_model(proto, full_check=True)
     Path(path).write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _stored_bytes(model: ir.Model) -> int:
+    """Bytes of all tensors in the graph: initializers and the values of constants."""
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    constants = [node.attributes.get("value") for node in model.graph if node.op_type == "Constant"]
+    tensors += [attribute.as_tensor() for attribute in constants if attribute is not None]
+    return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
 
 
 def _weight_bytes(model: ir.Model, simulated: SimulatedModel) -> int:

@@ -47,10 +47,18 @@ UNITS: dict[str, Units] = {
     "latency": _NANOSECONDS | _PERCENT,
     "activation_bytes": _BYTES,
     "accuracy_drop": _PLAIN | _PERCENT,
+    "file_size": _BYTES,
 }
 LIMITS = tuple(UNITS)
 MINIMIZABLE = ("size", "average_bits", "bops", "latency", "activation_bytes")
-_UNIT_OF_NUMBER = {"size": "B", "average_bits": "bits", "bops": "", "activation_bytes": "B", "accuracy_drop": ""}
+_UNIT_OF_NUMBER = {
+    "size": "B",
+    "average_bits": "bits",
+    "bops": "",
+    "activation_bytes": "B",
+    "accuracy_drop": "",
+    "file_size": "B",
+}
 _COUNTED_IN = {"size": "B", "bops": "bops", "latency": "ns", "activation_bytes": "B"}
 _OTHER_SPELLINGS = {"bit": "bits", "byte": "B", "bytes": "B", "percent": "%", "µs": "us", "μs": "us"}
 _LARGEST_EXPONENT = 30  # exact arithmetic on an amount such as 1e999999999 would not end
@@ -64,7 +72,7 @@ _UNDERSTOOD = (
     "'accuracy_drop=1%', 'minimize=size', 'confident=true'; several at once separated by commas; or a scheme for "
     "every layer that can take it, such as 'w8a8'."
 )
-BESIDE_A_SCHEME = ("size", "average_bits", "bops", "accuracy_drop")
+BESIDE_A_SCHEME = ("size", "average_bits", "bops", "accuracy_drop", "file_size")
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class Budget:
     """Limits that hold together, or a scheme; at least one. Amounts are kept as canonical text ("300 KB"), bits as a
     number.
 
-    ``size``: everything the model stores. ``average_bits``: packed bits of the layers' weights per weight. ``bops``:
+    ``size``: all tensors the model stores; ``file_size``: the ONNX file, graph included, which has to be written to
+    know it. ``average_bits``: packed bits of the layers' weights per weight. ``bops``:
     sum of weight bits x activation bits x multiply-accumulates. ``latency``: per batch of the target's latency table,
     or relative to the float model there. ``activation_bytes``: peak of live sites, for one sample. ``accuracy_drop``:
     in the units of ``evaluate``, or relative. ``minimize`` names what to make small when accuracy is the limit; with
@@ -88,6 +97,7 @@ class Budget:
     accuracy_drop: str | int | float | None = None
     minimize: str | None = None
     confident: bool | str = False
+    file_size: str | int | float | None = None
     scheme: str | Scheme | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +115,8 @@ class Budget:
             self._require_beside_scheme()
         if not self.asked and self.scheme is None:
             raise InvalidRequest(f"The budget names no limit. {_UNDERSTOOD}")
+        if self.file_size is not None and self.accuracy_drop is not None:
+            raise InvalidRequest("file_size beside accuracy_drop is not supported yet: limit size, all tensors in it.")
         if self.confident and self.accuracy_drop is None:
             raise InvalidRequest("confident=true goes with a limit on accuracy: add accuracy_drop.")
 
@@ -163,6 +175,11 @@ class Budget:
                 "A limit on accuracy is met by evaluating plans, which needs the model: use quantize with "
                 "evaluate=. minimize goes with it."
             )
+        if self.file_size is not None:
+            raise InvalidRequest(
+                f"file_size={self.file_size} is met by writing files, which needs the model: use quantize. size "
+                "limits all tensors of the file without that."
+            )
         if self.latency is not None and profile.latency is None:
             raise InvalidRequest(
                 f"latency={self.latency} needs times measured on this machine: run `quantkit bench RECIPE` and pass "
@@ -179,6 +196,25 @@ class Budget:
                 "example_inputs=, one batch of its inputs, or calibration=."
             )
         return {name: math.floor(self._absolute(name, profile)) for name in self.asked}
+
+    @property
+    def file_bytes(self) -> int:
+        """The limit on the file, in bytes. Raises InvalidRequest where there is none."""
+        if self.file_size is None:
+            raise InvalidRequest(f"The budget {self} does not limit the size of the file.")
+        number, unit = _read("file_size", self.file_size)
+        return math.floor(number * UNITS["file_size"][unit])
+
+    def in_file_unit(self, amount: int) -> float:
+        """Bytes of a file in the unit the user wrote, rounded up to 3 decimals."""
+        return math.ceil(1000 * amount / Fraction(UNITS["file_size"][self.unit("file_size")])) / 1000
+
+    def with_tensors(self, most: int, profile: Profile) -> Budget:
+        """The other limits and the file's tensors limited to ``most`` bytes, or to ``size`` where that is less."""
+        others = {name: getattr(self, name) for name in (*LIMITS, "scheme") if name not in ("file_size", "size")}
+        if self.size is not None:
+            most = min(most, math.floor(self._absolute("size", profile)))
+        return Budget(**others, size=f"{max(most, 1)} B")
 
     def without_accuracy(self) -> Budget | None:
         """The limits beside that on accuracy; None where there are none."""

@@ -22,7 +22,10 @@ def forecast_of(recipe: Recipe) -> str:
     limit = Budget.parse(recipe.get("budget"))
     settings |= candidates_of(limit, settings.get("schemes"))
     request = make_ready(inputs.model, **inputs.shown(), **settings)
-    only, certain = only_plan(request.unmeasured(), limit), limit.without_accuracy()
+    certain = limit.without_accuracy()
+    if certain is not None and certain.file_size is not None:
+        certain = certain.with_tensors(certain.file_bytes, request.unmeasured())
+    only = only_plan(request.unmeasured(), certain or limit)
     if only is None and certain is not None:
         allocate(request.unmeasured(), certain)
     return "\n".join(
@@ -31,10 +34,18 @@ def forecast_of(recipe: Recipe) -> str:
             f"{len(request.ready.sites)} activation sites",
             _sizes(request),
             _composition(request),
-            "what the budget asks of accuracy has to be measured" if certain is None else f"{certain} can be met",
+            _certain(limit, certain),
             _measuring(request, only),
         ]
     )
+
+
+def _certain(limit: Budget, certain: Budget | None) -> str:
+    """What is known of the limits: ``certain`` are those that can be counted."""
+    if certain is None:
+        return "what the budget asks of accuracy has to be measured"
+    rest = "; what the graph takes of the file is known once one is made" if limit.file_size is not None else ""
+    return f"{certain} can be met{rest}"
 
 
 def _measuring(request: Request, only: Plan | None) -> str:

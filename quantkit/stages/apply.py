@@ -53,24 +53,34 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     plan that does not fit the model or the target.
     """
     inputs, run = session.inputs, asked.run
-    target = session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
     options = asked.options.with_inputs(inputs, plan.schemes.values())
-    left = dict.fromkeys(_kept_float(session, plan), LEFT)
-    ready = _coded(leave_float(session.prepared, target, (), left), plan, target)
-    formats = _site_formats(plan, ready, target)
+    formatted = formatted_by(session, plan)
+    ready = formatted.ready
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
-    weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
-    formatted = Formatted(ready, weights, formats, inputs.batches)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
     if asked.inplace:  # only now that nothing can be refused any more
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     simulated, notes = applying.quantized(run.progress, finished)
-    plan = _recounted(plan, simulated, applying.ready, formats, target)
+    plan = _recounted(plan, simulated, applying.ready, formatted.sites, target_of(session, plan))
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes)
+
+
+def target_of(session: Session, plan: Plan) -> Target:
+    """The session's target with the instruction set that a plan's file is for."""
+    return session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
+
+
+def formatted_by(session: Session, plan: Plan) -> Formatted:
+    """The session's float model with the formats of a plan. Raises InvalidRequest for a plan that does not fit."""
+    target = target_of(session, plan)
+    left = dict.fromkeys(_kept_float(session, plan), LEFT)
+    ready = _coded(leave_float(session.prepared, target, (), left), plan, target)
+    weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
+    return Formatted(ready, weights, _site_formats(plan, ready, target), session.inputs.batches)
 
 
 def _finished(workdir: Path | None, session: Session, options: ApplyOptions, plan: Plan) -> Cache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 from quantkit.stages.accuracy import AccuracySearch, Finish, accurate_enough, meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import Application, apply_plan
+from quantkit.stages.file_size import Choose, FileLimit, file_bytes, fitting_plan, require_file, smallest_file
 from quantkit.stages.metric import require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
 from quantkit.stages.options import Schemes, choose
@@ -69,6 +70,8 @@ def quantize_request(request: Request, search: Search) -> Result:
     """The best model inside the limits."""
     search.application.options.require_known(request.inputs)
     request.inputs.require_none(effort=search.effort)
+    if search.limit.file_size is not None:
+        return _within_file(request, search)
     only, accuracy = only_plan(request.unmeasured(), search.limit), search.limit.accuracy_drop is not None
     if accuracy:
         return _within_accuracy(request, search) if only is None else _accurate_enough(request, search, only)
@@ -78,8 +81,33 @@ def quantize_request(request: Request, search: Search) -> Result:
     return replace(apply_plan(request.session, plan, search.application), profile=measured)
 
 
-def _decide(request: Request, search: Search) -> tuple[Profile, Plan]:
-    """The profile of a request, and the plan that solver and effort find from it."""
+def _within_file(request: Request, search: Search) -> Result:
+    """The best model whose file is within a limit, all other limits included."""
+    limit, session, blank = search.limit, request.session, request.unmeasured()
+    length = partial(file_bytes, session)
+    least = smallest_file(blank, limit, length)
+
+    def fitting(choose: Choose) -> tuple[Plan, Budget]:
+        return fitting_plan(choose, FileLimit(limit, blank, length, least))
+
+    asked, measured = limit.with_tensors(limit.file_bytes, blank), None
+    only = only_plan(blank, asked)
+    if only is not None:
+        plan, _ = fitting(lambda _: only)
+    else:
+        measured, plan = _decide(request, replace(search, limit=asked), fitting)
+    plan = replace(plan, provenance=plan.provenance | {"budget": str(limit)})
+    result = apply_plan(session, plan, search.application)
+    require_file(result, session, limit)
+    return replace(result, profile=measured)
+
+
+def _decide(
+    request: Request, search: Search, fitting: Callable[[Choose], tuple[Plan, Budget]] | None = None
+) -> tuple[Profile, Plan]:
+    """The profile of a request, and the plan that solver and effort find from it. ``fitting`` may tighten the limits
+    until what is chosen within them fits.
+    """
     limit, run = search.limit, search.application.run
     blank = request.unmeasured()
     _require_work(blank, limit)
@@ -87,7 +115,11 @@ def _decide(request: Request, search: Search) -> tuple[Profile, Plan]:
     evaluator = None if search.effort == "fast" else evaluator_of(request, run)
     measured = measure(request, run, evaluator)
     seed = request.settings["seed"]
-    plan = allocate(measured, limit, solver=search.solver, seed=seed)
+
+    def choose(limit: Budget) -> Plan:
+        return allocate(measured, limit, solver=search.solver, seed=seed)
+
+    plan, limit = (choose(limit), limit) if fitting is None else fitting(choose)
     if evaluator is None:
         return measured, plan
     return measured, refine(plan, measured, limit, evaluator, search.effort, run.progress)

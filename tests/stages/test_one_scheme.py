@@ -163,3 +163,13 @@ def test_a_profile_allocates_a_scheme_and_keeps_what_rules_gave() -> None:
         quantkit.allocate(blank, "w3a8")
     with pytest.raises(InvalidRequest, match="names the scheme of every layer: leave schemes out"):
         quantkit.allocate(blank, "w4a8", schemes=["w8a8"])
+
+
+def test_what_was_said_is_kept_once(caplog: pytest.LogCaptureFixture) -> None:
+    twice = [(images(4), torch.zeros(4)), (images(4, seed=2), torch.zeros(4))]
+    made = quantkit.quantize(small().train(), "w8a8", twice, **QUICK)
+    labels = "calibration items carry 1 more value(s) than the model takes (labels?): not used"
+    said = [record.getMessage() for record in caplog.records if record.name == "quantkit"]
+    assert made.notes["notices"] == said
+    assert said.count(labels) == 1
+    assert "the model is in training mode: quantizing a copy in eval mode" in said

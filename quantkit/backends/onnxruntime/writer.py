@@ -32,6 +32,7 @@ from quantkit.simulation.model import SimulatedModel
 from quantkit.store import write_atomically
 from quantkit.targets.instruction_sets import AVX2
 
+_RUNTIME = "quantkit.minimum_onnxruntime"
 _LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
 
 
@@ -79,11 +80,7 @@ def export_onnx(
     """
     how = options or ExportOptions()
     marked = how.graph or mark_graph(simulated, example)
-    model = quantized_graph(simulated, marked, how.instruction_set)
-    runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
-    model.metadata_props["quantkit.minimum_onnxruntime"] = runtime
-    if how.plan is not None:
-        model.metadata_props["quantkit.plan"] = how.plan.digest()
+    model = _described(simulated, marked, how)
     parity: list[OutputParity] = []
 
     def write_and_compare(temporary: str) -> None:
@@ -97,10 +94,25 @@ def export_onnx(
         file_bytes=written.stat().st_size,
         weight_bytes=_weight_bytes(model, simulated),
         stored_bytes=_stored_bytes(model),
-        minimum_runtime=runtime,
+        minimum_runtime=model.metadata_props[_RUNTIME],
         dynamic_batch=bool(marked.dynamic),
         parity=tuple(parity),
     )
+
+
+def length_of(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> int:
+    """Bytes of the file that ``export_onnx`` would write."""
+    return len(_serialized(_described(simulated, marked, options)))
+
+
+def _described(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> ir.Model:
+    """The graph with what its metadata says of it."""
+    model = quantized_graph(simulated, marked, options.instruction_set)
+    runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
+    model.metadata_props[_RUNTIME] = runtime
+    if options.plan is not None:
+        model.metadata_props["quantkit.plan"] = options.plan.digest()
+    return model
 
 
 def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str) -> ir.Model:
@@ -128,6 +140,10 @@ def export_float(
 
 
 def _write(model: ir.Model, path: str) -> None:
+    Path(path).write_bytes(_serialized(model))
+
+
+def _serialized(model: ir.Model) -> bytes:
     model.ir_version = IR_VERSION
     model.producer_name = "quantkit"
     proto = ir.to_proto(model)
@@ -137,7 +153,7 @@ def _write(model: ir.Model, path: str) -> None:
             "Give the large layers fewer bits."
         )
     onnx.checker.check_model(proto, full_check=True)
-    Path(path).write_bytes(proto.SerializeToString(deterministic=True))
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def _stored_bytes(model: ir.Model) -> int:

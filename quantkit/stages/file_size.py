@@ -8,7 +8,8 @@ formats are chosen again for what is left, until the file fits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quantkit.allocation.allocate import allocate
 from quantkit.budget import Budget
@@ -25,28 +26,64 @@ from quantkit.simulation.model import SimulatedModel
 from quantkit.stages.apply import formatted_by, target_of
 from quantkit.stages.result import Result
 
+if TYPE_CHECKING:
+    from quantkit.backends.onnxruntime.marks import MarkedGraph
+
 Choose = Callable[[Budget], Plan]
 TRIES = 6  # plans whose file is written; each is smaller by what the one before was too large
 
 
-def file_bytes(session: Session, plan: Plan) -> int:
-    """Bytes of the file that ``plan`` will have. Raises InvalidRequest where the model cannot be exported."""
-    formatted = formatted_by(session, plan)
-    ready = formatted.ready
-    weights = {}
-    for name, fmt in formatted.weights.items():
-        groups = ready.weights.layers[name].groups
-        weights[name] = quantize_weight(ready.weights[name], [fmt], None, groups, "nearest").weights[fmt]
-    ranges = {site.name: _some_range(formatted.sites[site.name]) for site in ready.sites}
-    simulated = SimulatedModel(ready.model, ready.sites, weights, ranges, ready.weights, ready.program.updated)
-    return _length(simulated, session, plan)
+@dataclass
+class FileLengths:
+    """The bytes of the files that plans of a ``session`` will have. The float graph, which takes longest to make, is
+    made once for plans that quantize the same tensors.
+    """
+
+    session: Session
+    graphs: dict[tuple[str, ...], MarkedGraph] = field(default_factory=dict)
+
+    def __call__(self, plan: Plan) -> int:
+        """Those of a plan that is not applied yet. Raises InvalidRequest where the model cannot be exported."""
+        formatted = formatted_by(self.session, plan)
+        ready = formatted.ready
+        weights = {}
+        for name, fmt in formatted.weights.items():
+            groups = ready.weights.layers[name].groups
+            weights[name] = quantize_weight(ready.weights[name], [fmt], None, groups, "nearest").weights[fmt]
+        ranges = {site.name: _some_range(formatted.sites[site.name]) for site in ready.sites}
+        simulated = SimulatedModel(ready.model, ready.sites, weights, ranges, ready.weights, ready.program.updated)
+        sites = tuple(site.name for site in ready.sites)
+        if sites not in self.graphs:
+            self.graphs[sites] = self._graph(simulated.on_cpu())
+        return self._length(simulated.on_cpu(), self.graphs[sites], plan)
+
+    def of_result(self, result: Result) -> int:
+        """Those of a plan that is applied: what was learned and rewritten is in it."""
+        simulated = result.simulated().on_cpu()
+        return self._length(simulated, self._graph(simulated), result.plan)
+
+    def _graph(self, simulated: SimulatedModel) -> MarkedGraph:
+        from quantkit.backends.onnxruntime.marks import mark_graph
+
+        if not self.session.inputs.shown:
+            raise InvalidRequest(
+                "file_size is met by writing files, which runs the model: pass calibration, or example_inputs, one "
+                "batch of model inputs."
+            )
+        return mark_graph(simulated, self.session.inputs.shown[0])
+
+    def _length(self, simulated: SimulatedModel, graph: MarkedGraph, plan: Plan) -> int:
+        from quantkit.backends.onnxruntime.writer import ExportOptions, length_of
+
+        options = ExportOptions(target_of(self.session, plan).instruction_set, plan=plan)
+        return length_of(simulated, graph, options)
 
 
-def require_file(result: Result, session: Session, limit: Budget) -> None:
+def require_file(result: Result, lengths: FileLengths, limit: Budget) -> None:
     """Raise InfeasibleBudget where the file of a result is over the limit after all: some forms are found only when a
     plan is applied.
     """
-    found = _length(result.simulated().on_cpu(), session, result.plan)
+    found = lengths.of_result(result)
     if found > limit.file_bytes:
         raise _too_large(limit, found, result.plan)
 
@@ -112,16 +149,3 @@ def _some_range(fmt: ActivationFormat) -> AnyRange:
     if fmt.dynamic:
         return TokenRange(fmt.bits)
     return SiteRange(1.0, 0, fmt.bits) if fmt.is_integer else LogRange(1.0, fmt.bits)
-
-
-def _length(simulated: SimulatedModel, session: Session, plan: Plan) -> int:
-    from quantkit.backends.onnxruntime.marks import mark_graph
-    from quantkit.backends.onnxruntime.writer import ExportOptions, length_of
-
-    if not session.inputs.shown:
-        raise InvalidRequest(
-            "file_size is met by writing files, which runs the model: pass calibration, or example_inputs, one batch "
-            "of model inputs."
-        )
-    options = ExportOptions(target_of(session, plan).instruction_set, plan=plan)
-    return length_of(simulated, mark_graph(simulated, session.inputs.shown[0]), options)

@@ -19,7 +19,7 @@ from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 from quantkit.stages.accuracy import AccuracySearch, Finish, accurate_enough, meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import Application, apply_plan
-from quantkit.stages.file_size import Choose, FileLimit, file_bytes, fitting_plan, require_file, smallest_file
+from quantkit.stages.file_size import Choose, FileLengths, FileLimit, fitting_plan, require_file, smallest_file
 from quantkit.stages.metric import require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
 from quantkit.stages.options import Schemes, choose
@@ -84,7 +84,7 @@ def quantize_request(request: Request, search: Search) -> Result:
 def _within_file(request: Request, search: Search) -> Result:
     """The best model whose file is within a limit, all other limits included."""
     limit, session, blank = search.limit, request.session, request.unmeasured()
-    length = partial(file_bytes, session)
+    length = FileLengths(session)
     least = smallest_file(blank, limit, length)
 
     def fitting(choose: Choose) -> tuple[Plan, Budget]:
@@ -98,7 +98,7 @@ def _within_file(request: Request, search: Search) -> Result:
         measured, plan = _decide(request, replace(search, limit=asked), fitting)
     plan = replace(plan, provenance=plan.provenance | {"budget": str(limit)})
     result = apply_plan(session, plan, search.application)
-    require_file(result, session, limit)
+    require_file(result, length, limit)
     return replace(result, profile=measured)
 
 

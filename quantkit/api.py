@@ -6,6 +6,7 @@ What happens inside each is told by docs/architecture.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from quantkit.budget import Budget
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
 from quantkit.program.updates import own_modes
+from quantkit.progress import one_call, said
 from quantkit.session import Session
 from quantkit.stages.apply import Application, apply_plan, require_layers
 from quantkit.stages.inputs import Inputs
 from quantkit.stages.metric import Evaluate, require_metric
 from quantkit.stages.options import ApplyOptions, Run, Schemes
 from quantkit.stages.profile import measure
-from quantkit.stages.quantize import Search, quantize_request
+from quantkit.stages.quantize import Search, candidates_of, quantize_request
 from quantkit.stages.request import DEFAULT_TARGET, TargetName, make_ready
 from quantkit.stages.result import Result
 from quantkit.store import require_writable
@@ -30,9 +32,10 @@ from quantkit.targets.rules import Rules
 
 
 @own_modes()
+@one_call()
 def quantize(
     model: nn.Module,
-    budget: str | Budget | Mapping[str, Any],
+    budget: str | Scheme | Budget | Mapping[str, Any],
     calibration: Any = None,
     *,
     example_inputs: Any = None,
@@ -58,6 +61,9 @@ def quantize(
 ) -> Result:
     """The best model inside ``budget``: profile, allocate, apply, and a measured comparison with the float model.
 
+    A scheme as budget ("w8a8", "w4") goes to every layer that can take it; the plan says why others stay float. Then,
+    and wherever each layer has one candidate, nothing is profiled: limits are checked, and the one plan is applied.
+
     Without ``calibration`` only weights are quantized, by what is known of them alone; ``example_inputs``, one batch
     of inputs, then lets the model be traced, which folds BatchNorm and counts operations.
 
@@ -73,14 +79,15 @@ def quantize(
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
     search = Search.of(budget, solver, effort, Application(how, evaluate, run, inplace))
     request = make_ready(
-        model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
-        rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
-        seed=seed,
+        model, calibration, example_inputs=example_inputs, samples=samples, target=target,
+        **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity,
+        rounding=rounding, ranges=ranges, seed=seed,
     )  # fmt: skip
-    return quantize_request(request, search)
+    return _with_notices(quantize_request(request, search))
 
 
 @own_modes()
+@one_call()
 def profile(
     model: nn.Module,
     calibration: Any = None,
@@ -121,6 +128,7 @@ def profile(
 
 
 @own_modes()
+@one_call()
 def apply(
     model: nn.Module,
     plan: Plan | Mapping[str, str | Scheme],
@@ -172,7 +180,12 @@ def apply(
     require_layers(model, decided, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     how.with_inputs(inputs, decided.schemes.values())
-    return apply_plan(Session.open(model, inputs, goal), decided, asked)
+    return _with_notices(apply_plan(Session.open(model, inputs, goal), decided, asked))
+
+
+def _with_notices(result: Result) -> Result:
+    """The result with what was said on the way."""
+    return replace(result, notes=result.notes | {"notices": said()})
 
 
 def _run(progress: bool, workdir: str | Path | None) -> Run:

@@ -1,10 +1,11 @@
-"""Budgets: any number of limits a plan must meet, read from what users write.
+"""Budgets: any number of limits a plan must meet, or a scheme for everything, read from what users write.
 
     "4 bits"    "300 KB"    "25%"    "4 bits, 300 KB"    "latency=60%, size=1 MiB"    {"size": "300 KB",
-"average_bits": 4}
+"average_bits": 4}    "w8a8"
 
 A bare amount says by its unit what it limits: bits the average bits, bytes or a percentage the size. Everything else
-is written ``name=amount``. Percentages of size and bit-operations are relative to the model in float32."""
+is written ``name=amount``. Percentages of size and bit-operations are relative to the model in float32. A scheme
+leaves nothing to decide: every layer that can gets it, and limits beside it are only checked."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from quantkit.errors import InvalidRequest, did_you_mean
+from quantkit.formats import Scheme
 from quantkit.plan import Profile
 
 FLOAT_BITS = 32
@@ -45,33 +47,47 @@ UNITS: dict[str, Units] = {
     "latency": _NANOSECONDS | _PERCENT,
     "activation_bytes": _BYTES,
     "accuracy_drop": _PLAIN | _PERCENT,
+    "file_size": _BYTES,
 }
 LIMITS = tuple(UNITS)
 MINIMIZABLE = ("size", "average_bits", "bops", "latency", "activation_bytes")
-_UNIT_OF_NUMBER = {"size": "B", "average_bits": "bits", "bops": "", "activation_bytes": "B", "accuracy_drop": ""}
+_UNIT_OF_NUMBER = {
+    "size": "B",
+    "average_bits": "bits",
+    "bops": "",
+    "activation_bytes": "B",
+    "accuracy_drop": "",
+    "file_size": "B",
+}
 _COUNTED_IN = {"size": "B", "bops": "bops", "latency": "ns", "activation_bytes": "B"}
 _OTHER_SPELLINGS = {"bit": "bits", "byte": "B", "bytes": "B", "percent": "%", "µs": "us", "μs": "us"}
 _LARGEST_EXPONENT = 30  # exact arithmetic on an amount such as 1e999999999 would not end
 _AMOUNT = re.compile(
     r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*(?:e[+-]?\d+)?|\.\d+|nan|inf(?:inity)?))[\s-]*(?P<unit>[^\s\d]*)", re.I
 )
+_LIKE_A_SCHEME = re.compile(r"[wa]-?(\d|fp|nv|mx|log)", re.I)
 _UNDERSTOOD = (
     "Understood: '4 bits', '300 KB' (B, KB, MB, GB, KiB, MiB, GiB), '25%' (of the float32 size), "
     "'bops=50%' or 'bops=12 G', 'latency=60%' or 'latency=3 ms', 'activation_bytes=64 KB', 'accuracy_drop=0.5' or "
-    "'accuracy_drop=1%', 'minimize=size', 'confident=true'; several at once separated by commas."
+    "'accuracy_drop=1%', 'minimize=size', 'confident=true'; several at once separated by commas; or a scheme for "
+    "every layer that can take it, such as 'w8a8'."
 )
+BESIDE_A_SCHEME = ("size", "average_bits", "bops", "accuracy_drop", "file_size")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits that hold together; at least one. Amounts are kept as canonical text ("300 KB"), bits as a number.
+    """Limits that hold together, or a scheme; at least one. Amounts are kept as canonical text ("300 KB"), bits as a
+    number.
 
-    ``size``: everything the model stores. ``average_bits``: packed bits of the layers' weights per weight. ``bops``:
+    ``size``: all tensors the model stores; ``file_size``: the ONNX file, graph included, which has to be written to
+    know it. ``average_bits``: packed bits of the layers' weights per weight. ``bops``:
     sum of weight bits x activation bits x multiply-accumulates. ``latency``: per batch of the target's latency table,
     or relative to the float model there. ``activation_bytes``: peak of live sites, for one sample. ``accuracy_drop``:
     in the units of ``evaluate``, or relative. ``minimize`` names what to make small when accuracy is the limit; with
     ``confident`` the drop's one-sided 95 % confidence bound must meet it, which needs an ``evaluate`` that returns a
-    number for each sample. Raises InvalidRequest for an amount that cannot be read or is not positive."""
+    number for each sample. ``scheme``: what every layer that can gets ("w8a8"), so that nothing has to be looked for.
+    Raises InvalidRequest for an amount that cannot be read or is not positive."""
 
     size: str | int | float | None = None
     average_bits: str | int | float | None = None
@@ -81,6 +97,8 @@ class Budget:
     accuracy_drop: str | int | float | None = None
     minimize: str | None = None
     confident: bool | str = False
+    file_size: str | int | float | None = None
+    scheme: str | Scheme | None = None
 
     def __post_init__(self) -> None:
         for name in LIMITS:
@@ -92,10 +110,24 @@ class Budget:
                 f"{did_you_mean(str(self.minimize), MINIMIZABLE)}"
             )
         object.__setattr__(self, "confident", _truth("confident", self.confident))
-        if not self.asked:
+        if self.scheme is not None:
+            object.__setattr__(self, "scheme", str(_scheme_for_all(self.scheme)))
+            self._require_beside_scheme()
+        if not self.asked and self.scheme is None:
             raise InvalidRequest(f"The budget names no limit. {_UNDERSTOOD}")
+        if self.file_size is not None and self.accuracy_drop is not None:
+            raise InvalidRequest("file_size beside accuracy_drop is not supported yet: limit size, all tensors in it.")
         if self.confident and self.accuracy_drop is None:
             raise InvalidRequest("confident=true goes with a limit on accuracy: add accuracy_drop.")
+
+    def _require_beside_scheme(self) -> None:
+        """Raise InvalidRequest for what goes with choosing: a scheme leaves nothing to choose."""
+        given = [name for name in self.asked if name not in BESIDE_A_SCHEME] + (["minimize"] if self.minimize else [])
+        if given:
+            raise InvalidRequest(
+                f"{given[0]} beside the scheme {self.scheme}: a scheme leaves nothing to choose. Limits that are "
+                f"checked beside one: {', '.join(BESIDE_A_SCHEME)}. Leave {given[0]} out, or the scheme."
+            )
 
     @property
     def asked(self) -> dict[str, str]:
@@ -104,10 +136,12 @@ class Budget:
         return {name: value if isinstance(value, str) else f"{value} bits" for name, value in texts.items()}
 
     @classmethod
-    def parse(cls, budget: str | Mapping[str, str | int | float | None] | Budget) -> Budget:
-        """Read a budget from text, from a mapping limit -> amount, or from itself."""
+    def parse(cls, budget: str | Scheme | Mapping[str, str | int | float | None] | Budget) -> Budget:
+        """Read a budget from text, from a scheme, from a mapping limit -> amount, or from itself."""
         if isinstance(budget, Budget):
             return budget
+        if isinstance(budget, Scheme):
+            return cls(scheme=budget)
         if isinstance(budget, Mapping):
             return cls._from_mapping(budget)
         if not isinstance(budget, str):
@@ -127,7 +161,7 @@ class Budget:
         for name in amounts:
             if name not in known:
                 raise InvalidRequest(
-                    f"{name!r} is not a limit.{did_you_mean(str(name), known)} Known limits: {', '.join(known)}."
+                    f"{name!r} is not a limit.{did_you_mean(str(name), known[:-1])} Known limits: {', '.join(known)}."
                 )
         return cls(**amounts)  # type: ignore[arg-type]  # minimize is checked where it is used
 
@@ -140,6 +174,11 @@ class Budget:
             raise InvalidRequest(
                 "A limit on accuracy is met by evaluating plans, which needs the model: use quantize with "
                 "evaluate=. minimize goes with it."
+            )
+        if self.file_size is not None:
+            raise InvalidRequest(
+                f"file_size={self.file_size} is met by writing files, which needs the model: use quantize. size "
+                "limits all tensors of the file without that."
             )
         if self.latency is not None and profile.latency is None:
             raise InvalidRequest(
@@ -158,9 +197,28 @@ class Budget:
             )
         return {name: math.floor(self._absolute(name, profile)) for name in self.asked}
 
+    @property
+    def file_bytes(self) -> int:
+        """The limit on the file, in bytes. Raises InvalidRequest where there is none."""
+        if self.file_size is None:
+            raise InvalidRequest(f"The budget {self} does not limit the size of the file.")
+        number, unit = _read("file_size", self.file_size)
+        return math.floor(number * UNITS["file_size"][unit])
+
+    def in_file_unit(self, amount: int) -> float:
+        """Bytes of a file in the unit the user wrote, rounded up to 3 decimals."""
+        return math.ceil(1000 * amount / Fraction(UNITS["file_size"][self.unit("file_size")])) / 1000
+
+    def with_tensors(self, most: int, profile: Profile) -> Budget:
+        """The other limits and the file's tensors limited to ``most`` bytes, or to ``size`` where that is less."""
+        others = {name: getattr(self, name) for name in (*LIMITS, "scheme") if name not in ("file_size", "size")}
+        if self.size is not None:
+            most = min(most, math.floor(self._absolute("size", profile)))
+        return Budget(**others, size=f"{max(most, 1)} B")
+
     def without_accuracy(self) -> Budget | None:
         """The limits beside that on accuracy; None where there are none."""
-        others = {name: getattr(self, name) for name in LIMITS if name != "accuracy_drop"}
+        others = {name: getattr(self, name) for name in (*LIMITS, "scheme") if name != "accuracy_drop"}
         return Budget(**others) if any(value is not None for value in others.values()) else None
 
     def at_most(self, name: str, amount: int, profile: Profile) -> Budget:
@@ -195,7 +253,8 @@ class Budget:
 
     def __str__(self) -> str:
         bare = ("size", "average_bits")
-        items = [text if name in bare else f"{name}={text}" for name, text in self.asked.items()]
+        items = [str(self.scheme)] if self.scheme is not None else []
+        items += [text if name in bare else f"{name}={text}" for name, text in self.asked.items()]
         items += [f"minimize={self.minimize}"] if self.minimize else []
         return ", ".join(items + (["confident=true"] if self.confident else []))
 
@@ -255,8 +314,19 @@ def _unit(name: str, word: str) -> str | None:
     return next((u for u in UNITS[name] if u.lower() == word.lower()), None)
 
 
+def _scheme_for_all(asked: object) -> Scheme:
+    """A scheme that layers can take; raises InvalidRequest for float and for activations alone."""
+    scheme = Scheme.parse(asked)  # type: ignore[arg-type]  # it says what it cannot read
+    if scheme.weight is None:
+        what = "quantizes nothing" if scheme.is_float else "has no weight format"
+        raise InvalidRequest(f"The budget {str(asked)!r} {what}: ask for a scheme such as 'w8a8' or 'w4'.")
+    return scheme
+
+
 def _limit_of(item: str, budget: str) -> str:
-    """Which limit an amount without a name sets, by its unit."""
+    """Which limit an amount without a name sets, by its unit; "scheme" for what is written as one."""
+    if item.strip().lower() == "float" or _LIKE_A_SCHEME.match(item.strip()):
+        return "scheme"
     _, word = _split(item.strip())
     for name in ("average_bits", "size"):
         if word and _unit(name, word):

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_allocate_arguments(allocating: argparse.ArgumentParser) -> None:
     allocating.add_argument("profile", type=Path)
     wanted = allocating.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--budget", help="such as '4 bits' or '300 KB'")
+    wanted.add_argument("--budget", help="such as '4 bits', '300 KB' or 'w8a8'")
     wanted.add_argument("--front", action="store_true", help="every budget at once, as table, CSV and picture")
     allocating.add_argument(
         "--measure", type=Path, metavar="RECIPE", help="with --front: measure its plans; the recipe the profile is of"

@@ -32,8 +32,8 @@ class InfeasibleBudget(QuantkitError):
 
 
 class AccuracyNotMet(QuantkitError):
-    """No plan meets the accuracy limit. ``best`` is the best plan found, ``curve`` the (size, metric) points
-    measured.
+    """No plan meets the accuracy limit. ``best`` is the result that loses least, quantized and ready to be exported,
+    ``curve`` the (size, metric) points measured.
     """
 
     exit_code = 3

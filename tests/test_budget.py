@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
+from quantkit.formats import Scheme
 from quantkit.plan import Layer, Profile, SiteRecord
 
 # 216 + 640 weights; the second layer is stored in float16; 72 bytes of biases.
@@ -74,6 +75,25 @@ def test_minimize_names_what_to_make_small(written: Any) -> None:
     assert str(budget) == "accuracy_drop=1%, minimize=size"
 
 
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("w8a8", "w8a8"),
+        (" W4G128 ", "w4g128"),
+        ("w8a8d, 300 KB", "w8a8d, 300 KB"),
+        ({"scheme": "w4", "average_bits": 5}, "w4, 5 bits"),
+        (Scheme.parse("w3a8"), "w3a8"),
+        (Budget(scheme="w8a8", accuracy_drop=1), "w8a8, accuracy_drop=1"),
+    ],
+    ids=str,
+)
+def test_a_scheme_is_a_budget(written: Any, text: str) -> None:
+    budget = Budget.parse(written)
+    assert str(budget) == text
+    assert Budget.parse(str(budget)) == budget
+    assert budget.scheme == text.partition(",")[0]
+
+
 NOT_READ: list[tuple[Any, str]] = [
     ("small", "Cannot read the budget 'small': 'small' is not an amount with a unit. Understood: '4 bits', '300 KB'"),
     ("", "Cannot read the budget '': '' is not an amount with a unit."),
@@ -112,6 +132,11 @@ NOT_READ: list[tuple[Any, str]] = [
         "4 bits, minimize=sise",
         "minimize='sise' is not something a plan can make small; known: size, average_bits, bops,",
     ),
+    ("w9a8", "Unknown scheme 'w9a8'. Expected 'float' or formats"),
+    ("w8a8, w4a8", "The budget 'w8a8, w4a8' sets scheme twice"),
+    ("w8a8, minimize=size", "minimize beside the scheme w8a8: a scheme leaves nothing to choose."),
+    ({"scheme": "a8"}, "The budget 'a8' has no weight format"),
+    ({"scheme": 8}, "A scheme is text such as 'w4a8' or 'float', not int."),
     ("4 bits, minimize=sise", "activation_bytes. Did you mean 'size'?"),
     ("4 bits, minimize=accuracy_drop", "minimize='accuracy_drop' is not something a plan can make small"),
 ]

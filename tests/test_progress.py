@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from quantkit.progress import notice, track, warn
+from quantkit.progress import notice, one_call, said, track, warn
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -60,3 +62,42 @@ def test_notices_and_warnings_are_log_records_of_quantkit(caplog: pytest.LogCapt
         ("quantkit", logging.INFO, "reusing the profile"),
         ("quantkit", logging.WARNING, "no calibration data"),
     ]
+
+
+def test_a_message_is_said_once_in_a_call_and_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with one_call():
+        notice("one")
+        with one_call():
+            notice("one")
+            warn("two")
+        assert said() == ["one", "two"]
+    notice("one")
+    assert [record.getMessage() for record in caplog.records] == ["one", "two", "one"]
+    assert said() == []
+
+
+SCRIPT = """
+import logging, sys
+from quantkit.progress import notice, warn
+{setup}
+notice("a notice")
+warn("a warning")
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "shown"),
+    [
+        ("", ["quantkit: a notice", "quantkit: a warning"]),
+        ("logging.basicConfig(format='%(levelname)s %(message)s')", ["INFO a notice", "WARNING a warning"]),
+        ("logging.getLogger('quantkit').setLevel(logging.WARNING)", ["quantkit: a warning"]),
+        ("logging.getLogger('quantkit').addHandler(logging.StreamHandler())", ["a notice", "a warning"]),
+    ],
+    ids=["nothing set up", "logging set up", "silenced", "a handler of the user's"],
+)
+def test_what_a_script_shows(setup: str, shown: list[str]) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(setup=setup)], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr.splitlines() == shown
+    assert ran.stdout == ""

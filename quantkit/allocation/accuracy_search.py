@@ -73,6 +73,10 @@ class AccuracyGate:
     def accepts(self, evaluation: Evaluation) -> bool:
         return (evaluation.bound if self.confident else evaluation.drop) <= self.allowed
 
+    def least_drop(self) -> Evaluation | None:
+        """Of everything evaluated within the other limits the one with the least drop."""
+        return min((e for e in self.seen.values() if self.admits(e.plan)), key=lambda one: one.drop, default=None)
+
     def cheapest(self) -> Evaluation | None:
         """Of everything evaluated the cheapest that meets all limits, the least drop among equals."""
         good = [one for one in self.seen.values() if self.accepts(one) and self.admits(one.plan)]

@@ -24,7 +24,7 @@ from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
-from quantkit.plan import Plan, Profile, average_bits
+from quantkit.plan import COMPOSITION, Composition, Plan, Profile, average_bits
 from quantkit.plan.latency import FULL_BITS
 
 GAP, GAP_OF_LARGE = 1e-6, 1e-4  # relative distance to the bound that counts as optimal
@@ -48,11 +48,14 @@ def allocate(
     """The plan with the least predicted damage inside ``budget``; the same arguments give the same plan in any
     process.
 
-    ``schemes`` restricts the candidates to some of those profiled; with a limit on latency or activation memory a
+    A scheme as budget goes to every layer that was profiled with it; what a rule gave others stays. ``schemes``
+    restricts the candidates to some of those profiled; with a limit on latency or activation memory a
     layer may also stay float, unless a rule pins it or ``schemes`` are given. ``order`` names layers for the solver
     "by-rank", the one that deserves the widest format first. Raises InfeasibleBudget with the smallest that can be
     reached in the user's unit, InvalidRequest for a request the profile cannot answer."""
     limit = Budget.parse(budget)
+    if limit.scheme is not None:
+        profile = _with_scheme(profile, str(limit.scheme), schemes)
     limits = limit.limits(profile)
     wanted = None if schemes is None else [Scheme.parse(s) for s in schemes]
 
@@ -81,6 +84,18 @@ def allocate(
         **costs_of_execution(plan, profile, limits),
     }
     return replace(plan, provenance=provenance | plan.provenance)
+
+
+def _with_scheme(profile: Profile, scheme: str, schemes: Iterable[str | Scheme] | None) -> Profile:
+    """The profile with one candidate for every layer that may take it. Raises InvalidRequest where none may, and for
+    other candidates beside it.
+    """
+    if schemes is not None:
+        raise InvalidRequest(f"The budget {scheme} names the scheme of every layer: leave schemes out.")
+    offered = {name: tuple(map(str, options)) for name, options in candidates(profile).items()}
+    if not any(scheme in options for options in offered.values()):
+        candidates(profile, [scheme])  # says what was profiled
+    return replace(profile, candidates={n: (scheme,) if scheme in found else found for n, found in offered.items()})
 
 
 def _allocation_of(
@@ -134,7 +149,10 @@ def plan_of(profile: Profile, allocation: AllocationProblem, assignment: Assignm
         average_bits=average_bits(profile.layers, size),
         predicted_damage=profile.predict(chosen, sites),
         why=reasons(profile, allocation, assignment),
-        provenance={key: value for key, value in profile.provenance.items() if key == "first_last"},
+        provenance={
+            **{key: value for key, value in profile.provenance.items() if key == "first_last"},
+            COMPOSITION: str(Composition.of(profile.layers, schemes, profile.other_bytes, profile.float_bytes)),
+        },
     )
 
 
@@ -144,6 +162,25 @@ def recount(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> None:
         used = counted(profile, plan.schemes, plan.sites, name)
         if used > limit:
             raise QuantkitError(f"The plan uses {used:,} of {limit:,} under the limit {name}. Please report this.")
+
+
+def _what_holds(limit: str, profile: Profile, schemes: Iterable[str | Scheme] | None) -> str:
+    """A sentence on what the least size consists of; none on what counts other than bytes."""
+    if limit not in ("size", "average_bits"):
+        return ""
+    least = narrowest(profile, schemes)
+    made = Composition.of(profile.layers, least, profile.other_bytes, profile.float_bytes)
+    if limit == "size":
+        return f" At the least: {made}."
+    return f" Of its weights' bytes {made.float_bytes:,} stay float: {made.why_float()}." if made.floats else ""
+
+
+def narrowest(profile: Profile, schemes: Iterable[str | Scheme] | None = None) -> dict[str, Scheme]:
+    """The candidate of every layer that takes fewest bytes."""
+    return {
+        name: min(options, key=profile.layers[name].weight_bytes)
+        for name, options in candidates(profile, schemes).items()
+    }
 
 
 def _in_asked_unit(
@@ -161,7 +198,7 @@ def _in_asked_unit(
     given = f" while {' and '.join(others)} hold{'s' if len(others) == 1 else ''}" if others else ""
     return InfeasibleBudget(
         f"No plan has {name.replace('_', ' ')} {budget.asked[name]}{given}: the smallest that can be reached is "
-        f"{text}. Ask for at least that, or profile narrower schemes.",
+        f"{text}. Ask for at least that, or profile narrower schemes.{_what_holds(name, profile, schemes)}",
         f"{name}={budget.asked[name]}",
         smallest,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from quantkit.allocation.from_profile import AllocationProblem, candidates, with_float
@@ -19,6 +19,15 @@ def reasons(profile: Profile, allocation: AllocationProblem, assignment: Assignm
     for name in allocation.layers:
         why[name] = _sentence(profile, allocation, assignment, group_of.get(name, (name,)))
     return {name: why[name] + _position(profile, name) for name in profile.layers if name in why}
+
+
+def reasons_without_choice(profile: Profile, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    """A sentence per layer where each has one candidate."""
+    why = {
+        name: f"float: {layer.reason}" if layer.reason else f"{schemes[name]} is its only candidate"
+        for name, layer in profile.layers.items()
+    }
+    return {name: reason + _position(profile, name) for name, reason in why.items()}
 
 
 def _position(profile: Profile, name: str) -> str:

@@ -15,6 +15,7 @@ from quantkit.plan.validation import check_types, refuse_constant
 from quantkit.store import write_atomically
 
 PLAN_VERSION = 1
+COMPOSITION = "bytes"  # what of a plan's provenance says what its bytes consist of
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Plan:
     def __str__(self) -> str:
         width = max([len(n) for n in self.schemes], default=5)
         head = f"{self.size_bytes:,} bytes of weights, {self.average_bits:.3f} bits on average"
+        head += f"\n{self.provenance[COMPOSITION]}" if COMPOSITION in self.provenance else ""
         rows = [f"{n:<{width}}  {s!s:<8}  {self.why.get(n, '')}".rstrip() for n, s in self.schemes.items()]
         return "\n".join([head, *rows])
 

@@ -60,7 +60,7 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
     lazy = not isinstance(items, list | tuple)
     positions = Positions.of(model)
     batches: list[Batch] = []
-    taken, most = 0, 0
+    taken = most = 0
     for number, item in enumerate(items):
         args, kwargs = as_batch(item)
         most = max(most, len(args))
@@ -131,7 +131,7 @@ def picked_samples(batch: Batch, which: slice | Tensor) -> Batch:
 
 
 def _require_usable(batch: Batch, number: int) -> None:
-    for tensor in tensors_of(batch):
+    for leaf in tree_flatten(batch)[0]:
         if tensor.is_nested or tensor.layout is not torch.strided:
             raise InvalidRequest(f"Calibration batch {number} contains a sparse or nested tensor: pass it dense.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -30,6 +30,7 @@ from quantkit.stages.measure_plans import measured_damages
 from quantkit.stages.metric import metric_of
 from quantkit.stages.operating_point import EFFORTS
 from quantkit.stages.options import choices, choose
+from quantkit.stages.quantize import candidates_of
 from quantkit.stages.request import DEFAULT_TARGET
 from quantkit.stages.result import Result, load_result
 from quantkit.store import require_writable, write_atomically
@@ -85,12 +86,14 @@ def _tell_shared_rows(calibration: Samples, evaluation: Samples) -> None:
 
 def _check_names(recipe: Recipe) -> None:
     """The budget and the names a recipe chooses, checked where their lines are known."""
-    with recipe.blame("budget"):
-        Budget.parse(recipe.get("budget"))
     with recipe.blame("target"):
         target = Target.load(recipe.target or DEFAULT_TARGET)
+    with recipe.blame("budget"):
+        limit = Budget.parse(recipe.get("budget"))
+        if limit.scheme is not None:
+            parse_schemes([limit.scheme], target)
     with recipe.blame("schemes"):
-        parse_schemes(recipe.get("schemes"), target)
+        parse_schemes(candidates_of(limit, recipe.get("schemes"))["schemes"], target)
     if recipe.get("solver") is not None:
         with recipe.blame("solver"):
             require_solver(recipe.get("solver"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantkit.errors import InvalidRequest, did_you_mean
-from quantkit.plan import Plan
+from quantkit.plan import COMPOSITION, Plan
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def summary(plan: Plan, measured: Measured) -> str:
     ]
     width = max(len(label) for label, _ in rows)
     table = [f"{label:<{width}}  {value}" for label, value in rows]
+    table += [str(plan.provenance[COMPOSITION])] if COMPOSITION in plan.provenance else []
     return "\n".join([*table, "", layer_table(plan)])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from quantkit.allocation.accuracy_search import (
     AccuracyGate,
+    Evaluation,
     Metric,
     along_front,
     between,
@@ -80,13 +81,23 @@ class AccuracySearch:
     effort: str
 
 
-def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> Result:
+@dataclass(frozen=True)
+class Finish:
+    """What applies a plan to a copy of the model, which is not evaluated yet. ``learning``: the same with learning,
+    None where there is nothing to learn from, or the user decided.
+    """
+
+    plain: Callable[[Plan], Result]
+    learning: Callable[[Plan], Result] | None = None
+
+
+def meet_accuracy(search: AccuracySearch, finish: Finish) -> Result:
     """The applied result of the cheapest plan found that meets the limit, all other limits included.
 
     Plans are looked for on the front and between its points, with the profile's codes; from ``effort`` "balanced" on
     also level by level, about log2(layers) evaluations for each width. ``finish`` applies a plan. What is learned
     then buys accuracy, so cheaper plans are applied too, ``APPLIED_TRIES`` of them by bisection on the cost. Raises
-    AccuracyNotMet with the best plan and the measured (cost, drop) points when no plan meets the limit,
+    AccuracyNotMet with the best result and the measured (cost, drop) points when no plan meets the limit,
     InfeasibleBudget when the other limits alone cannot be met.
     """
     request, profile, evaluator, limit = search.request, search.profile, search.evaluator, search.limit
@@ -109,14 +120,25 @@ def meet_accuracy(search: AccuracySearch, finish: Callable[[Plan], Result]) -> R
             _by_levels(profile, evaluator, gate)
     applied = Applied(gate, finish, evaluate)
     if not any(first_that_meets(plans, applied.gate) for plans in rising(gate, front, APART)):
-        raise _not_met(limit, applied.everything())
+        return applied.learned(limit)
     found = between(applied.gate, plan_at, APPLIED_TRIES[effort], least=gate.cost(front[0]), apart=APART)
     assert found is not None, "one was found to meet the limit"
-    result, metric = applied.results[found.plan.digest()]
-    metrics = {"float": float(np.mean(reference)), "quantized": metric}
-    metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
-    metrics["evaluations"] = float(len(applied.everything().seen))
-    return replace(result, metrics=result.metrics | metrics, curve=applied.gate.curve)
+    return applied.result_of(found)
+
+
+def accurate_enough(request: Request, plan: Plan, limit: Budget, evaluate: Evaluate, finish: Finish) -> Result:
+    """The applied result of the only plan there is. Raises AccuracyNotMet where it loses more than the limit."""
+    reference = outcome_of(evaluate, QuantizedModel.of(request.ready.float_model()))
+    blank = request.unmeasured()
+    gate = AccuracyGate(
+        lambda plan: outcome_of(evaluate, finish.plain(plan).model),
+        reference,
+        limit.allowed_drop(float(np.mean(reference))),
+        lambda plan: _cost(blank, plan, "size"),
+        bool(limit.confident),
+    )
+    applied = Applied(gate, finish, evaluate)
+    return applied.result_of(applied.gate.look(plan)) if applied.gate.meets(plan) else applied.learned(limit)
 
 
 class Applied:
@@ -124,20 +146,47 @@ class Applied:
     are kept.
     """
 
-    def __init__(self, cursory: AccuracyGate, finish: Callable[[Plan], Result], evaluate: Evaluate) -> None:
+    def __init__(self, cursory: AccuracyGate, finish: Finish, evaluate: Evaluate) -> None:
         self.cursory, self.finish, self.evaluate = cursory, finish, evaluate
         self.gate = replace(cursory, evaluate=self._outcome, seen={})
         self.results: dict[str, tuple[Result, float]] = {}  # with the metric
 
     def _outcome(self, plan: Plan) -> Metric:
-        best = self.gate.cheapest()
+        best = self.gate.cheapest() or self.gate.least_drop()
         self.results = {} if best is None else {best.plan.digest(): self.results[best.plan.digest()]}
-        result = self.finish(plan)
+        result = self.finish.plain(plan)
         outcome = outcome_of(self.evaluate, result.model)
         self.results[plan.digest()] = result, float(np.mean(outcome))
         drop, _ = drop_of(self.gate.reference, outcome)
         notice(f"plan of {self.gate.cost(plan):,.6g}: drop {drop:.4g} of {self.gate.allowed:.4g} allowed")
         return outcome
+
+    def learned(self, limit: Budget) -> Result:
+        """The result of the plan that loses least, learned where its formats are so wide that this was not thought
+        worth the time. Raises AccuracyNotMet, with the better of both, where that does not meet the limit either.
+        """
+        best = self.gate.least_drop()
+        assert best is not None, "one was applied"
+        key = best.plan.digest()
+        if self.finish.learning is not None and "reconstruction" not in self.results[key][0].notes:
+            notice(f"the least drop is {best.drop:.4g} of {self.gate.allowed:.4g} allowed: learning at these formats")
+            result = self.finish.learning(best.plan)
+            outcome = outcome_of(self.evaluate, result.model)
+            drop, bound = drop_of(self.gate.reference, outcome)
+            if drop < best.drop:
+                best = self.gate.seen[key] = replace(best, drop=drop, bound=bound)
+                self.results[key] = result, float(np.mean(outcome))
+        if not self.gate.accepts(best):
+            raise _not_met(limit, self)
+        return self.result_of(best)
+
+    def result_of(self, found: Evaluation) -> Result:
+        """A plan's result with its metrics and those of the float model."""
+        result, metric = self.results[found.plan.digest()]
+        metrics = {"float": float(np.mean(self.gate.reference)), "quantized": metric}
+        metrics |= {} if math.isnan(found.bound) else {"drop_bound": found.bound}
+        metrics["evaluations"] = float(len(self.everything().seen))
+        return replace(result, metrics=result.metrics | metrics, curve=self.gate.curve)
 
     def everything(self) -> AccuracyGate:
         """All that was evaluated, with the profile's codes where a plan was not applied."""
@@ -199,15 +248,16 @@ def _at_width(schemes: Sequence[Scheme], width: int) -> Scheme:
     return next((s for s in schemes if s.weight is not None and s.weight.bits <= width), schemes[-1])
 
 
-def _not_met(limit: Budget, gate: AccuracyGate) -> AccuracyNotMet:
-    best = min(gate.seen.values(), key=lambda one: one.drop)
+def _not_met(limit: Budget, applied: Applied) -> AccuracyNotMet:
+    best, gate = applied.gate.least_drop(), applied.everything()
+    assert best is not None, "one was applied"
     points = ", ".join(f"{drop:.4g} at {cost:,.0f}" for cost, drop in gate.curve)
     bound = f" (95 % confidence bound {best.bound:.4g})" if limit.confident else ""
     return AccuracyNotMet(
         f"No plan keeps the drop within {limit.accuracy_drop}: the least found is {best.drop:.4g}{bound}, with "
         f"{best.plan.average_bits:.3f} bits on average. Allow that drop, profile wider schemes, or keep layers float. "
         f"Measured drop at {limit.minimize or 'size'}: {points}.",
-        best.plan,
+        applied.result_of(best),
         gate.curve,
     )
 

@@ -12,7 +12,7 @@ from torch import nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import pack_weight
-from quantkit.plan import FLOAT, Plan, average_bits, digest_of
+from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference, RunningDamage
@@ -56,24 +56,35 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     layers = session.prepared.layers
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
-    target = session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
     schemes = [scheme for n, scheme in plan.schemes.items() if n not in layers or not layers[n].weight_only]
     options = asked.options.with_inputs(inputs, schemes)
-    ready = _coded(leave_float(session.prepared, target, _kept_float(session, plan)), plan, target)
-    formats = _site_formats(plan, ready, target)
+    formatted = formatted_by(session, plan)
+    ready = formatted.ready
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
-    weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
-    formatted = Formatted(ready, weights, formats, inputs.batches)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
     if asked.inplace:  # only now that nothing can be refused any more
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     simulated, notes = applying.quantized(run.progress, finished)
-    plan = _recounted(plan, simulated, applying.ready, formats, target)
+    plan = _recounted(plan, simulated, applying.ready, formatted.sites, target_of(session, plan))
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes)
+
+
+def target_of(session: Session, plan: Plan) -> Target:
+    """The session's target with the instruction set that a plan's file is for."""
+    return session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
+
+
+def formatted_by(session: Session, plan: Plan) -> Formatted:
+    """The session's float model with the formats of a plan. Raises InvalidRequest for a plan that does not fit."""
+    target = target_of(session, plan)
+    left = dict.fromkeys(_kept_float(session, plan), LEFT)
+    ready = _coded(leave_float(session.prepared, target, (), left), plan, target)
+    weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
+    return Formatted(ready, weights, _site_formats(plan, ready, target), session.inputs.batches)
 
 
 def _finished(workdir: Path | None, session: Session, options: ApplyOptions, plan: Plan) -> Cache:
@@ -205,6 +216,7 @@ def _recounted(
     return replace(
         plan,
         schemes={name: plan.schemes.get(name, Scheme()) for name in ready.layers},
+        why={name: f"float: {layer.reason}" for name, layer in ready.layers.items() if layer.reason} | plan.why,
         sites=sites | {name: fmt for name, fmt in plan.sites.items() if fmt == FLOAT and sites},
         size_bytes=size,
         total_bytes=size + ready.other_bytes,
@@ -212,9 +224,17 @@ def _recounted(
         provenance={
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
             **plan.provenance,
+            **_composition(plan, ready, size + ready.other_bytes),
             INSTRUCTION_SET: target.instruction_set,
         },
     )
+
+
+def _composition(plan: Plan, ready: Prepared, total: int) -> dict[str, str]:
+    """What the bytes consist of, for the provenance; a plan that counted the same knows more of the reasons."""
+    if COMPOSITION in plan.provenance and plan.total_bytes == total:
+        return {}
+    return {COMPOSITION: str(Composition.of(ready.layers, plan.schemes, ready.other_bytes, ready.float_bytes))}
 
 
 def compare_outputs(model: nn.Module, reference: Reference) -> dict[str, float]:

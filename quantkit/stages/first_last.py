@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from quantkit.errors import InvalidRequest
@@ -13,7 +12,7 @@ from quantkit.formats import Scheme, WeightFormat
 from quantkit.program.ends import first_layers, last_layers
 from quantkit.program.program import Program
 from quantkit.progress import notice
-from quantkit.targets.rules import Rules, Wanted, rule_pairs
+from quantkit.targets.rules import Rules, Wanted, decided_by_rule, rule_pairs
 from quantkit.transforms.prepare import Prepared
 
 SAME, EIGHT_BITS = "same", "8 bits"
@@ -41,7 +40,7 @@ def with_policy(
             "or name the layers in rules."
         )
     ends = {name for names in ends_of(ready.program).values() for name in names} & set(ready.quantizable)
-    ends = {name for name in ends if not _ruled(name, asked)}
+    ends = {name for name in ends if not decided_by_rule(name, asked)}
     widest = max(quantized, key=lambda scheme: scheme.activation.bits if scheme.activation else 0).activation
     eight = None if widest is None else replace(widest, fmt="8")
     shared = [] if eight is None or eight.dynamic else [site for site in ready.sites if ends & set(site.consumers)]
@@ -51,17 +50,13 @@ def with_policy(
     return own + asked
 
 
-def _ruled(name: str, rules: Sequence[tuple[str, Wanted]]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern, _ in rules)
-
-
 def policy_record(
     policy: str, program: Program, allowed: Mapping[str, Sequence[Scheme]], rules: Rules | None
 ) -> dict[str, Any]:
     """What the plan says of its ends: the policy, the layers, and those of them that a rule decides instead."""
     ends, asked = ends_of(program), rule_pairs(rules)
     names = dict.fromkeys(name for found in ends.values() for name in found)
-    ruled = [name for name in names if policy != SAME and name in allowed and _ruled(name, asked)]
+    ruled = [name for name in names if policy != SAME and name in allowed and decided_by_rule(name, asked)]
     for name in ruled:
         notice(f"first_last={policy!r} leaves {name} to your rule: {', '.join(map(str, allowed[name]))}")
     return {"policy": policy, **ends, "by_rule": ruled}

@@ -40,9 +40,12 @@ def choices() -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What is measured, and how: the candidates and the names in ``choices``."""
+    """What is measured, and how: the candidates and the names in ``choices``. ``everywhere``: the one candidate is
+    for every layer that can take it, and the others stay float.
+    """
 
     schemes: Schemes | None = None
+    everywhere: bool = False
     rules: Rules | None = None
     first_last: str = SAME
     loss: str = "auto"

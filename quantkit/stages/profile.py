@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from quantkit.errors import CorruptFile
+from quantkit.errors import CorruptFile, InvalidRequest
 from quantkit.plan import Profile, digest_of
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.progress import notice, warn
 from quantkit.ranges.statistics import rows_seen
-from quantkit.sensitivity import ESTIMATORS
+from quantkit.sensitivity import ESTIMATORS, NO_INPUTS
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
@@ -29,6 +29,7 @@ def measure(request: Request, run: Run, evaluator: Evaluator | None = None) -> P
     """The profile of a request: the one kept in the working directory, or a new one, which is kept there.
     ``evaluator`` is passed where there is one already.
     """
+    _require_measurable(request)
     kept = None if run.workdir is None else run.workdir / f"profile-{digest_of(request.settings)}.safetensors"
     artefacts = artefacts_of(request, run.workdir)
     if kept is not None and kept.exists():
@@ -49,6 +50,17 @@ def measure(request: Request, run: Run, evaluator: Evaluator | None = None) -> P
         measured.save(kept)
         artefacts.remove()
     return measured
+
+
+def _require_measurable(request: Request) -> None:
+    """Raise InvalidRequest for activations that the estimator cannot weigh, which it would say after all rounding."""
+    asked, formats = request.settings["sensitivity"], request.site_formats
+    undecided = [fmt for fmt in formats if not fmt.dynamic] or (formats if len(formats) > 1 else [])
+    if asked in NO_INPUTS and undecided:
+        raise InvalidRequest(
+            f"sensitivity={asked!r} goes by the error of weights, which says nothing of activations, and they would "
+            f"be {' or '.join(map(str, undecided))}. Use weight-only schemes such as 'w4', or another sensitivity."
+        )
 
 
 def artefacts_of(request: Request, workdir: Path | None) -> Artefacts:
@@ -74,6 +86,7 @@ def evaluator_of(request: Request, run: Run) -> Evaluator:
     """Round every candidate format, find every range, and draw the inputs to measure on; what an earlier run left in
     the working directory is not done again.
     """
+    _require_measurable(request)
     ready, batches, settings = request.ready, request.batches, request.settings
     artefacts, progress = artefacts_of(request, run.workdir), run.progress
     perturbations, rounded = weight_perturbations(

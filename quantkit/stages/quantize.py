@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from quantkit.allocation.allocate import allocate
 from quantkit.allocation.execution_problem import needs_execution
 from quantkit.allocation.from_profile import candidates, with_float
+from quantkit.allocation.only_plan import only_plan
 from quantkit.allocation.plan_costs import counted
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
-from quantkit.stages.accuracy import AccuracySearch, meet_accuracy, require_accuracy_request
+from quantkit.stages.accuracy import AccuracySearch, Finish, accurate_enough, meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import Application, apply_plan
+from quantkit.stages.file_size import Choose, FileLengths, FileLimit, fitting_plan, require_file, smallest_file
 from quantkit.stages.metric import require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
-from quantkit.stages.options import choose
+from quantkit.stages.options import Schemes, choose
 from quantkit.stages.profile import evaluator_of, measure
+from quantkit.stages.reconstruct import samples_enough
 from quantkit.stages.request import Request
 from quantkit.stages.result import Result
 
@@ -36,7 +40,7 @@ class Search:
 
     @classmethod
     def of(
-        cls, budget: str | Budget | Mapping[str, Any], solver: str, effort: str, application: Application
+        cls, budget: str | Scheme | Budget | Mapping[str, Any], solver: str, effort: str, application: Application
     ) -> Search:
         """The search, after refusing what is wrong with a request whatever the model."""
         limit = Budget.parse(budget)
@@ -47,18 +51,63 @@ class Search:
         return cls(limit, solver, effort, application)
 
 
+def candidates_of(limit: Budget, schemes: Schemes | None) -> dict[str, Any]:
+    """What a budget and ``schemes`` make the candidates, as fields of ProfileOptions. Raises InvalidRequest where the
+    budget is a scheme that is not among ``schemes``.
+    """
+    if limit.scheme is None:
+        return {"schemes": schemes}
+    named = schemes.replace(",", " ").split() if isinstance(schemes, str) else schemes
+    if named is not None and str(limit.scheme) not in {str(Scheme.parse(scheme)) for scheme in named}:
+        raise InvalidRequest(
+            f"The budget {limit.scheme} is the scheme of every layer that can take it, and is not among "
+            f"schemes={schemes!r}. Leave schemes out; rules give single layers another scheme."
+        )
+    return {"schemes": [str(limit.scheme)], "everywhere": True}
+
+
 def quantize_request(request: Request, search: Search) -> Result:
     """The best model inside the limits."""
     search.application.options.require_known(request.inputs)
     request.inputs.require_none(effort=search.effort)
-    if search.limit.accuracy_drop is not None:
-        return _within_accuracy(request, search)
+    if search.limit.file_size is not None:
+        return _within_file(request, search)
+    only, accuracy = only_plan(request.unmeasured(), search.limit), search.limit.accuracy_drop is not None
+    if accuracy:
+        return _within_accuracy(request, search) if only is None else _accurate_enough(request, search, only)
+    if only is not None:
+        return apply_plan(request.session, only, search.application)
     measured, plan = _decide(request, search)
     return replace(apply_plan(request.session, plan, search.application), profile=measured)
 
 
-def _decide(request: Request, search: Search) -> tuple[Profile, Plan]:
-    """The profile of a request, and the plan that solver and effort find from it."""
+def _within_file(request: Request, search: Search) -> Result:
+    """The best model whose file is within a limit, all other limits included."""
+    limit, session, blank = search.limit, request.session, request.unmeasured()
+    length = FileLengths(session)
+    least = smallest_file(blank, limit, length)
+
+    def fitting(choose: Choose) -> tuple[Plan, Budget]:
+        return fitting_plan(choose, FileLimit(limit, blank, length, least))
+
+    asked, measured = limit.with_tensors(limit.file_bytes, blank), None
+    only = only_plan(blank, asked)
+    if only is not None:
+        plan, _ = fitting(lambda _: only)
+    else:
+        measured, plan = _decide(request, replace(search, limit=asked), fitting)
+    plan = replace(plan, provenance=plan.provenance | {"budget": str(limit)})
+    result = apply_plan(session, plan, search.application)
+    require_file(result, length, limit)
+    return replace(result, profile=measured)
+
+
+def _decide(
+    request: Request, search: Search, fitting: Callable[[Choose], tuple[Plan, Budget]] | None = None
+) -> tuple[Profile, Plan]:
+    """The profile of a request, and the plan that solver and effort find from it. ``fitting`` may tighten the limits
+    until what is chosen within them fits.
+    """
     limit, run = search.limit, search.application.run
     blank = request.unmeasured()
     _require_work(blank, limit)
@@ -66,7 +115,11 @@ def _decide(request: Request, search: Search) -> tuple[Profile, Plan]:
     evaluator = None if search.effort == "fast" else evaluator_of(request, run)
     measured = measure(request, run, evaluator)
     seed = request.settings["seed"]
-    plan = allocate(measured, limit, solver=search.solver, seed=seed)
+
+    def choose(limit: Budget) -> Plan:
+        return allocate(measured, limit, solver=search.solver, seed=seed)
+
+    plan, limit = (choose(limit), limit) if fitting is None else fitting(choose)
     if evaluator is None:
         return measured, plan
     return measured, refine(plan, measured, limit, evaluator, search.effort, run.progress)
@@ -91,10 +144,24 @@ def _within_accuracy(request: Request, search: Search) -> Result:
         allocate(request.unmeasured(), others)
     evaluator = evaluator_of(request, run)
     measured = measure(request, run, evaluator)
+    accuracy = AccuracySearch(request, measured, evaluator, limit, search.application.evaluate, search.effort)
+    return replace(meet_accuracy(accuracy, _finisher(request, search)), profile=measured)
 
-    def finish(plan: Plan) -> Result:
-        application = replace(search.application, evaluate=None)
+
+def _accurate_enough(request: Request, search: Search, plan: Plan) -> Result:
+    """The result of the only plan there is, if it keeps the accuracy."""
+    assert search.application.evaluate is not None, "checked before"
+    return accurate_enough(request, plan, search.limit, search.application.evaluate, _finisher(request, search))
+
+
+def _finisher(request: Request, search: Search) -> Finish:
+    """What applies a plan to a copy of the model, and what does so with learning where "auto" may not."""
+    application = replace(search.application, evaluate=None)
+    learning = replace(application, options=replace(application.options, reconstruction="network"))
+
+    def applied(application: Application, plan: Plan) -> Result:
         return apply_plan(request.session.fork(), plan, application)
 
-    accuracy = AccuracySearch(request, measured, evaluator, limit, search.application.evaluate, search.effort)
-    return replace(meet_accuracy(accuracy, finish), profile=measured)
+    auto = application.options.reconstruction == "auto"
+    enough = auto and samples_enough(request.batches) and not isinstance(request.session.replay, str)
+    return Finish(partial(applied, application), partial(applied, learning) if enough else None)

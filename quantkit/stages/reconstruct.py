@@ -67,7 +67,12 @@ class ReconstructionPlan:
 def worth_learning(weight_bits: Collection[int], site_bits: Collection[int], batches: Sequence[Batch]) -> bool:
     """What "auto" decides by: codes of few bits, and samples enough not to learn them by heart."""
     narrow = min(weight_bits, default=8) <= WORTH_LEARNING or min(site_bits, default=8) < 8
-    return narrow and sum(map(batch_size, batches)) >= LEAST_SAMPLES
+    return narrow and samples_enough(batches)
+
+
+def samples_enough(batches: Sequence[Batch]) -> bool:
+    """Whether there are samples enough to learn from."""
+    return sum(map(batch_size, batches)) >= LEAST_SAMPLES
 
 
 def method_to_learn(how: str, weight_bits: Collection[int], site_bits: Collection[int]) -> str:

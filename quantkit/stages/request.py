@@ -22,7 +22,15 @@ from quantkit.stages.first_last import policy_record, with_policy
 from quantkit.stages.inputs import Inputs, tell_what_is_missing
 from quantkit.stages.options import ProfileOptions, chosen
 from quantkit.targets import Target
-from quantkit.targets.rules import Rules, candidate_schemes, parse_schemes, require_kinds, weights_only
+from quantkit.targets.rules import (
+    Rules,
+    candidate_schemes,
+    decided_by_rule,
+    parse_schemes,
+    require_kinds,
+    weights_only,
+    why_float,
+)
 from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
 
 DEFAULT_TARGET = "onnxruntime-cpu"
@@ -129,6 +137,8 @@ def make_ready(
 def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptions) -> Request:
     """The request for ``wanted`` candidates. Raises InvalidRequest for what the model or the target cannot do."""
     rules = with_policy(options.first_last, session.prepared, wanted, options.rules)
+    if options.everywhere:
+        session = _without_unfit(session, wanted[0], rules)
     ready, allowed = _with_candidates(session, wanted, rules)
     if (table := session.target.latency) is not None:
         table.require(digest_shapes(ready.layers), list(ready.quantizable), [site.name for site in ready.sites])
@@ -142,6 +152,14 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         **{name: value for name, value in chosen(options).items() if name != "first_last"},
     }
     return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings)
+
+
+def _without_unfit(session: Session, scheme: Scheme, rules: Rules | None) -> Session:
+    """The session with the layers float that cannot take the scheme and that no rule decides."""
+    layers, target = session.prepared.layers, session.target
+    reasons = {name: why_float(layer, scheme, target) for name, layer in layers.items()}
+    unfit = {n: why for n, why in reasons.items() if why and not layers[n].reason and not decided_by_rule(n, rules)}
+    return replace(session, prepared=leave_float(session.prepared, target, (), unfit)) if unfit else session
 
 
 def _with_candidates(

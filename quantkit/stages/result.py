@@ -33,7 +33,8 @@ class Result:
     compares it with the float model: on the calibration inputs, and on the user's own metric where ``evaluate`` was
     given. ``folds`` are the (layer, BatchNorm) pairs that were folded, ``calibration`` the inputs it was made with
     (empty when it was loaded). ``curve`` has the (cost, metric drop) of every plan that was applied for a limit on
-    accuracy, cheapest first. ``notes`` say how each layer was rounded and what was learned afterwards.
+    accuracy, cheapest first. ``notes`` say how each layer was rounded, what was learned afterwards, and
+    under "notices" what was said on the way.
     """
 
     quantized: SimulatedModel | RealModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -84,6 +85,24 @@ def require_kinds(layers: Mapping[str, Layer], allowed: Mapping[str, Sequence[Sc
                 f"{target.name} does for {', '.join(target.dynamic_layers) or 'no'} layers. Keep it float, by "
                 f"rules={{{name!r}: 'float'}}, or use static activations everywhere, such as {static}."
             )
+
+
+def why_float(layer: Layer, scheme: Scheme, target: Target) -> str:
+    """Why a layer cannot take a scheme that the target runs elsewhere; empty where it can."""
+    act = layer.carried_out(scheme).activation
+    if layer.reason:
+        return layer.reason
+    if act is not None and act.dynamic and layer.kind not in target.dynamic_layers:
+        return f"target {target.name} does not quantize what {layer.kind} layers read token by token ({scheme})"
+    inputs = math.prod(layer.shape[1:])
+    if scheme.weight is not None and scheme.weight.group and inputs % scheme.weight.group:
+        return f"groups of {scheme.weight.group} ({scheme}) do not divide the {inputs} inputs of its output channels"
+    return ""
+
+
+def decided_by_rule(name: str, rules: Rules | None) -> bool:
+    """Whether some rule's pattern matches a layer."""
+    return any(fnmatchcase(name, pattern) for pattern, _ in rule_pairs(rules))
 
 
 def rule_pairs(rules: Rules | None) -> list[tuple[str, Wanted]]:

@@ -27,15 +27,15 @@ from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
 from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.program.trial import explained, require_repeatable, require_samples_first
+from quantkit.program.updates import named_state
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
+from quantkit.transforms import stored
 from quantkit.transforms.fold_bn import fold, foldable_pairs, without_norms
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
-SITE_BYTES = 5  # a float32 scale and a uint8 zero point
 RECORDED_SAMPLES = 2
-TRAINING = "num_batches_tracked"  # BatchNorm's counters, which no deployed model stores
 KEPT = "kept float by a rule"
 
 
@@ -46,9 +46,9 @@ class Prepared:
 
     ``program`` was recorded on ``example``. ``weights`` are those of the layers, ``folds`` are the (layer, BatchNorm)
     pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
-    the reason why not. ``other_bytes`` is what the model stores besides the layers' weights: biases, unfolded norms,
-    buffers, and a scale and zero point per site. ``float_bytes`` is all that the user's model stores,
-    ``float32_bytes`` the same in float32. ``float_sums`` are the additions that no grid of codes leaves whole.
+    the reason why not. ``other_bytes`` is what a file stores besides the layers' weights: biases, unfolded norms,
+    buffers, and what codes bring with them (``transforms.stored``). ``float_bytes`` is all that the user's model
+    stores, ``float32_bytes`` the same in float32. ``float_sums`` are the additions that no grid of codes leaves whole.
     """
 
     model: nn.Module
@@ -144,15 +144,12 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
     if any(not activation.dynamic for activation in activations):
         return ready
     sites = token_sites(ready.program, ready.quantizable) if activations else ()
-    other = ready.other_bytes - SITE_BYTES * len(ready.sites)
-    return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
+    return _with_sites(ready, sites, tokens=True)
 
 
 def without_sites(ready: Prepared, names: Collection[str]) -> Prepared:
     """The same with the tensors of these sites in float."""
-    sites = tuple(site for site in ready.sites if site.name not in names)
-    other = ready.other_bytes - SITE_BYTES * (len(ready.sites) - len(sites))
-    return replace(ready, layers=_with_inputs(ready.layers, sites), sites=sites, other_bytes=other)
+    return _with_sites(ready, tuple(site for site in ready.sites if site.name not in names))
 
 
 def _checked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, int], tuple[int, int]]:
@@ -161,19 +158,21 @@ def _checked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, int], tuple[in
     """
     _require_plain_model(model)
     element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
-    stored = sum(t.numel() * t.element_size() for t in _stored(model))
+    as_given = sum(t.numel() * t.element_size() for t in _stored(model))
     in_float32 = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in _stored(model))
     own = _in_eval_mode(_copied(model), "a copy")
     _require_finite_weights(own)
-    return own, element_bytes, (stored, in_float32)
+    return own, element_bytes, (as_given, in_float32)
 
 
-def leave_float(ready: Prepared, target: Target, names: Collection[str]) -> Prepared:
-    """The same model with these layers not quantized either, and the sites that are left. Raises InvalidRequest where
-    no quantizable layer is.
+def leave_float(
+    ready: Prepared, target: Target, names: Collection[str], reasons: Mapping[str, str] | None = None
+) -> Prepared:
+    """The same model with these layers not quantized either, by a rule or for one of ``reasons``, and the sites that
+    are left. Raises InvalidRequest where no quantizable layer is.
     """
-    reasons = {name: layer.reason or (KEPT if name in names else "") for name, layer in ready.layers.items()}
-    layers = {name: replace(layer, reason=reasons[name]) for name, layer in ready.layers.items()}
+    given = dict.fromkeys(names, KEPT) | dict(reasons or {})
+    layers = {n: replace(layer, reason=layer.reason or given.get(n, "")) for n, layer in ready.layers.items()}
     return _placed(replace(ready, layers=layers), target)
 
 
@@ -186,10 +185,17 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
     sites = place_sites(own, ready.program, target, coded, ready.float_sums) if ready.program.steps else ()
-    owned = ownership(own, ready.program)
-    other = sum(part.bytes for part in owned if not part.layer and not part.name.endswith(TRAINING))
-    other += SITE_BYTES * len(sites)
-    return replace(ready, layers=_with_inputs(layers, sites), sites=sites, other_bytes=other)
+    return _with_sites(ready, sites)
+
+
+def _with_sites(ready: Prepared, sites: tuple[Site, ...], tokens: bool = False) -> Prepared:
+    """With these sites, and what is stored besides weights; ``tokens``: they are quantized row by row."""
+    program, layers = ready.program, _with_inputs(ready.layers, sites)
+    state = named_state(ready.model)
+    element_bytes = {name: tensor.element_size() for name, tensor in state.items() if tensor.is_floating_point()}
+    other = stored.floats_of(ownership(ready.model, program), element_bytes) + stored.widened(layers)
+    other += stored.of_sites(program, layers, sites, tokens) + stored.of_constants(program)
+    return replace(ready, layers=layers, sites=sites, other_bytes=other)
 
 
 def _require_plain_model(model: nn.Module) -> None:
@@ -249,7 +255,7 @@ def _first_recording(model: nn.Module, batch: Batch) -> tuple[Batch, Program]:
 
 def _stored(model: nn.Module) -> list[torch.Tensor]:
     """The tensors a deployed model must store: parameters and buffers, without BatchNorm's training counters."""
-    buffers = [b for name, b in model.named_buffers() if not name.endswith(TRAINING)]
+    buffers = [b for name, b in model.named_buffers() if not name.endswith(stored.TRAINING)]
     return [*model.parameters(), *buffers]
 
 

@@ -214,12 +214,25 @@ def test_the_forecast_of_a_limit_on_accuracy(budget: str, line: str, tmp_path: P
     assert line in forecast_of(in_folder(write_tiny(tmp_path), tmp_path / "out", budget=budget)).splitlines()
 
 
+def test_a_scheme_as_budget_profiles_nothing(tmp_path: Path) -> None:
+    recipe = in_folder(write_tiny(tmp_path), tmp_path / "out", budget="w5a8", rules={"mix": "float"})
+    lines = forecast_of(recipe).splitlines()
+    assert "conv    conv2d   12x12x3x3      w5a8" in lines
+    assert lines[-2:] == ["w5a8 can be met", "every layer has one candidate: nothing is profiled"]
+    result, measured = run_recipe(recipe, progress=False)
+    assert (result.profile, measured.weight_bytes) == (None, result.plan.size_bytes)
+    assert {n: str(s) for n, s in result.plan.schemes.items()}["mix"] == "float"
+    assert not list((tmp_path / "out").glob("work/profile-*"))
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
         ({"budget": "2 bits"}, InfeasibleBudget),
         ({"solver": "gredy"}, InvalidRequest),
         ({"budget": "x"}, InvalidRequest),
+        ({"budget": "w4a8"}, InvalidRequest),  # not among the recipe's schemes
+        ({"budget": "w5a8, 900 B"}, InfeasibleBudget),
     ],
 )
 def test_the_forecast_refuses_what_a_run_would(changes: dict, error: type[QuantkitError], tmp_path: Path) -> None:

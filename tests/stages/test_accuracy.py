@@ -97,9 +97,25 @@ def test_limit_that_cannot_be_met_comes_with_the_best_plan_and_the_curve() -> No
     ) as failed:
         quantize("3 bits, accuracy_drop=0.001", evaluate)
     assert failed.value.exit_code == 3
-    assert failed.value.best.average_bits <= 3
+    assert failed.value.best.plan.average_bits <= 3
+    lost = failed.value.best.metrics["float"] - failed.value.best.metrics["quantized"]
+    assert lost == pytest.approx(min(drop for _, drop in failed.value.curve))
     assert failed.value.curve
     assert all(lost > 0.001 for _, lost in failed.value.curve)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["w8a8, accuracy_drop=1e-6", "accuracy_drop=1e-6"])
+def test_wide_formats_are_learned_before_they_are_given_up(budget: str) -> None:
+    """Which 8-bit plans are otherwise not; what is handed over is the better of both."""
+    x = [images(64, 1)]
+    with pytest.raises(AccuracyNotMet) as failed:
+        quantkit.quantize(small(), budget, x, schemes=["w8a8", "w7a8"], evaluate=fidelity(), progress=False)
+    plain = quantkit.quantize(small(), "w8a8", x, evaluate=fidelity(), progress=False)
+    best = failed.value.best
+    assert best.metrics["quantized"] >= plain.metrics["quantized"]
+    assert any("learning at these formats" in said for said in plain.notes["notices"]) is False
+    assert "reconstruction" in best.notes or best.metrics["quantized"] == plain.metrics["quantized"]
 
 
 def per_sample() -> Callable[[nn.Module], Tensor]:

@@ -82,6 +82,8 @@ DATA = {
     ),
     "empty dicts": Bad(EMPTY, calibration=[{}, {}]),
     "unknown keyword": Bad("^The model rejected a calibration batch.*pixels", calibration={"pixels": images()}),
+    "images without a batch axis": Bad(r"^A batch axis is missing.*\(2, 6, 6\)", calibration=list(images())),
+    "and with labels": Bad(r"^A batch axis is missing", calibration=[(x, 3) for x in images()]),
     "no samples": Bad("^samples=0: at least one calibration sample is needed", {"samples": 0}),
 }
 
@@ -142,6 +144,11 @@ NAMES = {
     "target": Bad(r"^Unknown target 'onnxruntime'; known: onnxruntime-cpu.*Did you mean", {"target": "onnxruntime"}),
     "estimator": Bad(r"^Unknown sensitivity 'gramm'; known: .*Did you mean 'gram'", {"sensitivity": "gramm"}),
     "estimator of ranks": Bad(r"^sensitivity='depth' ranks layers and gives no damages", {"sensitivity": "depth"}),
+    "estimator that cannot weigh activations": Bad(
+        r"^sensitivity='weight-error' goes by the error of weights, which says nothing of activations, and they would "
+        r"be a8\. Use weight-only schemes such as 'w4'",
+        {"sensitivity": "weight-error"},
+    ),
     "solver": Bad(r"^Unknown solver 'gredy'; known: .*Did you mean 'greedy'", {"solver": "gredy"}),
     "effort": Bad(r"^Unknown effort 'throrough'; known: fast, .*Did you mean 'thorough'", {"effort": "throrough"}),
     "rounding": Bad(r"^Unknown rounding 'gptqq'; known: .*Did you mean 'gptq'", {"rounding": "gptqq"}),

@@ -136,8 +136,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"^w4 beside w4a8: weights alone in some layers .* Use w4a8, or leave activations out everywhere",
     ),
     "weights with data": (
-        {"calibration": images(), "schemes": ["w4a8"], "sensitivity": "weight-error", "budget": "9 bits"},
-        "^The error of weights says nothing of activations",
+        {"calibration": images(), "schemes": ["w4a8", "w8a8"], "sensitivity": "weight-error", "budget": "9 bits"},
+        "^sensitivity='weight-error' goes by the error of weights, which says nothing of activations",
     ),
 }
 

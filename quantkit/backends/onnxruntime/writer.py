@@ -36,6 +36,7 @@ from quantkit.simulation.model import SimulatedModel
 from quantkit.store import write_atomically
 from quantkit.targets.instruction_sets import AVX2
 
+_RUNTIME = "quantkit.minimum_onnxruntime"
 _LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
 
 
@@ -43,14 +44,16 @@ _LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
 class ExportReport:
     """What was written and how it compares.
 
-    ``file_bytes`` is the file's size, ``weight_bytes`` the bytes in it of all layers' weights, scales included,
-    counted from its initializers. ``dynamic_batch`` is False where the model runs at one batch size only.
-    ``layers_in_float`` are quantized layers that onnxruntime has no integer kernel for as they stand in the graph.
+    ``file_bytes`` is the file's size, ``stored_bytes`` the bytes in it of all tensors, initializers and constants,
+    ``weight_bytes`` those of all layers' weights, scales included, counted from its initializers. ``dynamic_batch``
+    is False where the model runs at one batch size only. ``layers_in_float`` are quantized layers that onnxruntime
+    has no integer kernel for as they stand in the graph.
     """
 
     path: Path
     file_bytes: int
     weight_bytes: int
+    stored_bytes: int
     minimum_runtime: str
     dynamic_batch: bool
     parity: tuple[OutputParity, ...]
@@ -83,11 +86,7 @@ def export_onnx(
     """
     how = options or ExportOptions()
     marked = how.graph or mark_graph(simulated, example)
-    model = quantized_graph(simulated, marked, how.instruction_set)
-    runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
-    model.metadata_props["quantkit.minimum_onnxruntime"] = runtime
-    if how.plan is not None:
-        model.metadata_props["quantkit.plan"] = how.plan.digest()
+    model = _described(simulated, marked, how)
     parity: list[OutputParity] = []
     in_float: list[str] = []
 
@@ -110,11 +109,27 @@ def export_onnx(
         path=written,
         file_bytes=written.stat().st_size,
         weight_bytes=_weight_bytes(model, simulated),
-        minimum_runtime=runtime,
+        stored_bytes=_stored_bytes(model),
+        minimum_runtime=model.metadata_props[_RUNTIME],
         dynamic_batch=bool(marked.dynamic),
         parity=tuple(parity),
         layers_in_float=tuple(in_float),
     )
+
+
+def length_of(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> int:
+    """Bytes of the file that ``export_onnx`` would write."""
+    return len(_serialized(_described(simulated, marked, options)))
+
+
+def _described(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> ir.Model:
+    """The graph with what its metadata says of it."""
+    model = quantized_graph(simulated, marked, options.instruction_set)
+    runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
+    model.metadata_props[_RUNTIME] = runtime
+    if options.plan is not None:
+        model.metadata_props["quantkit.plan"] = options.plan.digest()
+    return model
 
 
 def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str) -> ir.Model:
@@ -142,6 +157,10 @@ def export_float(
 
 
 def _write(model: ir.Model, path: str) -> None:
+    Path(path).write_bytes(_serialized(model))
+
+
+def _serialized(model: ir.Model) -> bytes:
     model.ir_version = IR_VERSION
     model.producer_name = "quantkit"
     proto = ir.to_proto(model)
@@ -157,7 +176,15 @@ def _write(model: ir.Model, path: str) -> None:
             "The model makes an ONNX file that is not valid; no file was written. Please report this: "
             f"{first_line(error)}"
         ) from error
-    Path(path).write_bytes(proto.SerializeToString(deterministic=True))
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _stored_bytes(model: ir.Model) -> int:
+    """Bytes of all tensors in the graph: initializers and the values of constants."""
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    constants = [node.attributes.get("value") for node in model.graph if node.op_type == "Constant"]
+    tensors += [attribute.as_tensor() for attribute in constants if attribute is not None]
+    return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
 
 
 def _weight_bytes(model: ir.Model, simulated: SimulatedModel) -> int:

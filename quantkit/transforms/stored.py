@@ -1,0 +1,90 @@
+"""What a deployed file stores besides the layers' weights, counted before there is one.
+
+A float32 weight of four bytes is not all: integer kernels want a zero point for every output channel and an INT32 bias
+with a scale of its own, sites a scale, a zero point and the highest of their codes, and the exporter writes shapes and
+scalars as constants. What cannot be told from the recording is allowed for by ``CONSTANTS``, so that a plan promises
+no less than its file holds; both are compared in tests/backends/test_promised_bytes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from quantkit.plan import Layer
+from quantkit.program.intercept import OpKey
+from quantkit.program.ownership import Owned
+from quantkit.program.program import Program
+from quantkit.program.sites import Site
+
+FLOAT_BYTES = 4  # of a number in the file, also where the user's model stores halves
+SITE_BYTES = 6  # a float32 scale, a zero point and the highest code of a byte each
+SCALE_AND_ZERO = 5  # for every channel of codes that a float layer reads
+TOKEN_BYTES = 12  # of a product of tokens: the highest code, the scalars around it
+TRAINING = "num_batches_tracked"  # BatchNorm's counters, which no deployed model stores
+
+# Bytes of shapes, axes and scalars that the exporter writes for a call. Element-wise ones have at most a scalar.
+ELEMENTWISE = frozenset(
+    "add sub mul div relu relu6 gelu sigmoid tanh silu hardtanh hardswish clamp dropout batch_norm layer_norm".split()
+)
+RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
+CONSTANTS = {"element-wise": 4, "recurrent": 160, "other": 16}
+
+WITH_BIAS = ("conv1d", "conv2d", "conv3d")  # kinds whose integer kernels take an INT32 bias for any input
+CONVOLVING = (*WITH_BIAS, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+def floats_of(owned: Iterable[Owned], dtypes: Mapping[str, int]) -> int:
+    """Bytes of what belongs to no layer: biases, norms, buffers, weights that no product reads. ``dtypes`` has the
+    bytes of an element of what is floating-point.
+    """
+    parts = [part for part in owned if not part.layer and not part.name.endswith(TRAINING)]
+    sizes = [max(FLOAT_BYTES, dtypes[p.name]) * p.elements if p.name in dtypes else p.bytes for p in parts]
+    return sum(sizes)
+
+
+def widened(layers: Mapping[str, Layer]) -> int:
+    """What float layers take in the file beyond what the user's model stores: halves become float32."""
+    return sum(max(0, FLOAT_BYTES * layer.weights - layer.float_bytes) for layer in layers.values() if layer.reason)
+
+
+def of_sites(program: Program, layers: Mapping[str, Layer], sites: Sequence[Site], tokens: bool = False) -> int:
+    """Bytes that the codes of ``sites`` bring with them, at the sites and in the layers around them. ``tokens``: codes
+    are found row by row as the model runs, and only constants are stored.
+    """
+    readers = {name for site in sites for name in site.consumers}
+    if tokens:
+        return TOKEN_BYTES * (len(readers) + len(sites))
+    coded = {place for site in sites for place in (site.place, *site.echoes)}
+    integer = sum(_beside_codes(program, name) for name in readers)
+    around = sum(_dequantized(program, name, coded) for name, layer in layers.items() if layer.reason)
+    return SITE_BYTES * len(sites) + integer + around
+
+
+def of_constants(program: Program) -> int:
+    """The allowance for what the exporter writes for calls that are no layer's, and for recurrent ones."""
+    ops = [(step.key.op, step.key in program.layer_of) for step in program.steps]
+    kinds = [_kind(op) for op, of_layer in ops if not of_layer or op in RECURRENT]
+    return sum(CONSTANTS[kind] for kind in kinds)
+
+
+def _kind(op: str) -> str:
+    if op in RECURRENT:
+        return "recurrent"
+    return "element-wise" if op.rstrip("_") in ELEMENTWISE else "other"
+
+
+def _beside_codes(program: Program, name: str) -> int:
+    """Zero points of a layer's output channels, and the scales of its INT32 bias."""
+    weight = program.weights[name]
+    rows = all(len(program.shape.get(call.input, ())) == 2 for call in program.calls[name])
+    integer_bias = weight.bias is not None and (weight.kind in WITH_BIAS or rows)
+    return weight.shape[0] * (1 + FLOAT_BYTES * integer_bias)
+
+
+def _dequantized(program: Program, name: str, coded: Collection[OpKey]) -> int:
+    """The scales that a float layer's input has, one for each channel, where it is made of codes."""
+    weight = program.weights[name]
+    reads = [program.producer.get(call.input) for call in program.calls.get(name, ())]
+    if weight.kind not in (*CONVOLVING, "linear") or not any(place in coded for place in reads):
+        return 0
+    return SCALE_AND_ZERO * weight.groups * weight.shape[1]

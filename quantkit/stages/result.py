@@ -44,7 +44,8 @@ class Result:
     (empty when it was loaded). ``curve`` has the (cost, metric drop) of every plan that was applied for a limit on
     accuracy, cheapest first. ``notes`` say how each layer was rounded and what was learned afterwards. ``shapes`` has
     the shapes of the inputs, by name, of a few batches of calibration data between which everything varies that varies
-    among all (empty where nothing but the number of samples does): these sizes vary in an ONNX file.
+    among all (empty where nothing but the number of samples does): these sizes vary in an ONNX file, and so do those
+    that a recipe names, ``dynamic``.
     """
 
     quantized: SimulatedModel | RealModel
@@ -56,6 +57,7 @@ class Result:
     notes: dict[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[float, float], ...] = ()
     shapes: tuple[InputShapes, ...] = ()
+    dynamic: Named = field(default_factory=dict)
 
     @cached_property
     def model(self) -> QuantizedModel:
@@ -115,7 +117,7 @@ class Result:
         """
         from quantkit.backends.onnxruntime.dynamic import DynamicSizes
 
-        model, wanted = self.simulated().model, named or {}
+        model, wanted = self.simulated().model, self.dynamic if named is None else named
         if self.calibration:
             chosen = distinct_forms([input_shapes(model, batch) for batch in self.calibration])
             return DynamicSizes(wanted, [self.calibration[i] for i in chosen])

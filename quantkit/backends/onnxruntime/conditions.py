@@ -70,8 +70,8 @@ class SizeTrace:
         found: dict[Place, Any] = {}
         for name, shape in zip(names, self.shapes, strict=True):
             for axis, size in enumerate(shape):
-                simple = size if self.environment is None else self.environment.replace(sympy.sympify(size))
-                found[name, axis] = int(simple) if simple.is_Integer else simple
+                simple = size if isinstance(size, int) else self.environment.replace(size)
+                found[name, axis] = int(simple) if isinstance(simple, sympy.Integer) else simple
         return found
 
     def conditions(self) -> list[Condition]:
@@ -111,7 +111,9 @@ class SizeTrace:
 
 
 def _symbol(size: int | SymInt) -> Any:
-    return size.node.expr if isinstance(size, SymInt) else size
+    if not isinstance(size, SymInt):
+        return size
+    return int(size) if size.node.expr.is_Integer else size.node.expr
 
 
 def _is_about_small_sizes(relation: Any) -> bool:

@@ -65,7 +65,7 @@ class Asked:
             shapes,
             frozenset(name for name, tensor in tensors.items() if not tensor.is_floating_point()),
             batch,
-            _named_places(sizes.named, shapes),
+            named_places(sizes.named, shapes),
             frozenset(varying_places([form for _, form in known]) - batch),
             tuple(batch for batch, _ in forms),
         )
@@ -94,7 +94,7 @@ def _alike(form: InputShapes, shapes: InputShapes) -> bool:
     return {name: len(shape) for name, shape in form.items()} == {name: len(shape) for name, shape in shapes.items()}
 
 
-def _named_places(named: Named, shapes: InputShapes) -> dict[Place, str]:
+def named_places(named: Named, shapes: InputShapes) -> dict[Place, str]:
     """The sizes that the user names; raises InvalidRequest for what cannot be meant."""
     found: dict[Place, str] = {}
     for name, axes in named.items():

@@ -219,7 +219,7 @@ def _outputs_and_calls(simulated: SimulatedModel, example: Batch) -> tuple[tuple
 
 @dataclass
 class _Exports:
-    """The ways to export a model with some sizes varying. ``followed`` are exports by the model's own code, by sizes."""
+    """The ways to export a model with some sizes varying; ``followed`` are the exports by the model's own code."""
 
     others: OtherSizes
     keys: Sequence[OpKey]

@@ -33,6 +33,14 @@ class TracedSizes:
     fixed: dict[Place, str]
 
 
+class _Stopped(Exception):
+    """A route cannot be followed."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 def trace_sizes(others: OtherSizes, routes: Sequence[Route]) -> TracedSizes:
     """The first of ``routes`` that leaves no size fixed, or that which leaves fewest. Raises InvalidRequest where none
     can be followed.
@@ -44,8 +52,8 @@ def trace_sizes(others: OtherSizes, routes: Sequence[Route]) -> TracedSizes:
         for route in routes:
             try:
                 found = _settled(others, route, places)
-            except MODEL_ERRORS as raised:
-                error = error or raised
+            except _Stopped as stopped:
+                error = error or stopped.error
                 continue
             if best is None or len(found.fixed) < len(best.fixed):
                 best = found
@@ -74,7 +82,10 @@ def _settled(others: OtherSizes, route: Route, places: frozenset[Place]) -> Trac
     asked, fixed = others.asked, dict[Place, str]()
     names = tuple(asked.shapes)
     while True:
-        program, trace = route(places)
+        try:
+            program, trace = route(places)
+        except MODEL_ERRORS as error:
+            raise _Stopped(error) from error
         sizes = TakenSizes(trace.sizes(names), trace.conditions())
         constant = places - sizes.dynamic
         chosen: list[Batch] = []

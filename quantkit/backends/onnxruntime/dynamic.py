@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 from torch import nn
 
 from quantkit.backends.onnxruntime.conditions import Condition
@@ -180,6 +181,10 @@ class TakenSizes:
                 if size != found:
                     return f"{_where(first)} and {_where(place)} are {size} and {found}, and have to be the same"
         values = {symbol: size for symbol, (size, _) in symbols.items()}
+        for place in self.dynamic:
+            wanted = self.sizes[place].xreplace({symbol: sympy.Integer(size) for symbol, size in values.items()})
+            if wanted.is_Integer and int(wanted) != shapes[place[0]][place[1]]:
+                return f"{_where(place)} is {shapes[place[0]][place[1]]}, and has to be {wanted}"
         for condition in self.conditions:
             if not condition.holds(values):
                 given = ", ".join(f"{self._labels().get(symbol, symbol)} {size}" for symbol, size in values.items())

@@ -241,6 +241,8 @@ class _Exports:
         mask that would be left out where it masks nothing.
         """
         program, marks = self._follow(places)
+        if marks.keys == list(self.keys):
+            raise RuntimeError("the model's code takes no other path while it is exported")
         if marks.relevant(marks.keys) != marks.relevant(self.keys):
             raise RuntimeError("the model's code takes another path between its layers while it is exported")
         return program, marks.trace

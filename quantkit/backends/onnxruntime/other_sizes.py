@@ -40,7 +40,8 @@ class OtherSizes:
     def of(cls, simulated: SimulatedModel, asked: Asked) -> OtherSizes:
         """Raises InvalidRequest for a size that the user names and the model does not take otherwise."""
         found = cls(simulated, asked)
-        found.batches += [batch for batch in asked.seen if found.refusal(batch, asked.varying) is None]
+        others = (batch for batch in asked.seen if any(found.differs(batch, place) for place in asked.varying))
+        found.batches += [batch for batch in others if found.refusal(batch, asked.varying) is None]
         groups = _groups(asked)
         if groups and not found._add(frozenset().union(*groups)):
             for group in groups:

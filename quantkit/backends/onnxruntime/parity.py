@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.backends.onnxruntime.sessions import feeds, open_session
+from quantkit.backends.onnxruntime.sessions import open_session, run_session
 from quantkit.errors import ParityError
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, tensors_of
@@ -122,7 +122,7 @@ def _measured(path: str | Path, simulated: SimulatedModel, batches: Sequence[Bat
     compared = []
     for optimized in (False, True):
         session = open_session(path, optimized=optimized)
-        found = _joined([session.run(None, feeds(session, batch)) for batch in batches])
+        found = _joined([run_session(session, batch) for batch in batches])
         names = [output.name for output in session.get_outputs()]
         compared += [
             _compared(n, optimized, *arrays) for n, *arrays in zip(names, found, wanted, disturbed, strict=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantkit.errors import ParityError
 from quantkit.program.input_shapes import leaf_names
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import tensors_of
@@ -42,6 +43,22 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: InferenceSession, batch: Batch) -> list[np.ndarray]:
+    """The outputs of a session; raises ParityError where onnxruntime stops."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    inputs = feeds(session, batch)
+    try:
+        return list(session.run(None, inputs))
+    except (states.Fail, states.InvalidArgument, states.RuntimeException) as error:
+        shapes = ", ".join(f"{name} {'x'.join(map(str, value.shape))}" for name, value in inputs.items())
+        raise ParityError(
+            f"The exported file does not run in onnxruntime on inputs of shapes {shapes}, which the simulated model "
+            f"takes: {str(error).strip().partition(chr(10))[0]}. No file was written. Export with an example of the "
+            "sizes that the file is for."
+        ) from error
 
 
 def feeds(session: InferenceSession, batch: Batch) -> dict[str, np.ndarray]:

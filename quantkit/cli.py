@@ -83,8 +83,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_bench_arguments(made)
     _add_allocate_arguments(verb("allocate", _allocate, "choose bits for a budget from a profile"))
     exporting = verb("export", _export, "write the ONNX file of a saved result")
-    exporting.add_argument("folder", type=Path)
-    exporting.add_argument("--out", type=Path, help="where to write (default: model.onnx in the folder)")
+    _add_export_arguments(exporting)
     explaining = verb("explain", _explain, "say why layers got their bits, and what others would cost and gain")
     explaining.add_argument("plan", type=Path)
     explaining.add_argument("layer", nargs="?", help="only this layer")
@@ -104,6 +103,18 @@ def _add_allocate_arguments(allocating: argparse.ArgumentParser) -> None:
     allocating.add_argument("--solver", default="auto")
     allocating.add_argument("--schemes", nargs="+", help="only these of the profiled schemes")
     allocating.add_argument("--out", type=Path, help="where to write (default: plan.json; front.csv and front.png)")
+
+
+def _add_export_arguments(exporting: argparse.ArgumentParser) -> None:
+    exporting.add_argument("folder", type=Path)
+    exporting.add_argument("--out", type=Path, help="where to write (default: model.onnx in the folder)")
+    exporting.add_argument(
+        "--dynamic",
+        action="append",
+        default=[],
+        metavar="INPUT:AXIS=NAME",
+        help="let a size of an input vary, e.g. input_ids:1=sequence (default: those of the recipe)",
+    )
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -221,11 +232,24 @@ def _explain(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from quantkit.recipe.run import ONNX_FILE, load
 
-    report = load(options.folder).export_onnx(options.out or options.folder / ONNX_FILE)
+    named = _named_sizes(options.dynamic)
+    report = load(options.folder).export_onnx(options.out or options.folder / ONNX_FILE, dynamic=named or None)
     print(f"{report.path}: {report.file_bytes:,} bytes, {report.weight_bytes:,} of them the layers' weights")
     for found in report.parity:
         how = "integer kernels" if found.optimized else "as spelled"
         print(f"{found.output}, {how}: {found.relative_error:.2%} from the simulated model")
+
+
+def _named_sizes(texts: Sequence[str]) -> dict[str, dict[int, str]]:
+    """``INPUT:AXIS=NAME`` texts as the argument ``dynamic`` of ``export_onnx``."""
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        place, equals, label = text.partition("=")
+        name, colon, axis = place.rpartition(":")
+        if not (equals and colon and axis.lstrip("-").isdigit()):
+            raise InvalidRequest(f"--dynamic {text!r} is not INPUT:AXIS=NAME, such as input_ids:1=sequence.")
+        found.setdefault(name, {})[int(axis)] = label
+    return found
 
 
 def _list(options: argparse.Namespace) -> None:

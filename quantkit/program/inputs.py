@@ -131,7 +131,7 @@ def picked_samples(batch: Batch, which: slice | Tensor) -> Batch:
 
 
 def _require_usable(batch: Batch, number: int) -> None:
-    for leaf in tree_flatten(batch)[0]:
+    for tensor in tensors_of(batch):
         if tensor.is_nested or tensor.layout is not torch.strided:
             raise InvalidRequest(f"Calibration batch {number} contains a sparse or nested tensor: pass it dense.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

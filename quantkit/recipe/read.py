@@ -56,6 +56,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 # settings that a profile does not depend on
 DECIDED_LATER = ("budget", "solver", "effort", "reconstruction", "correction", "reparameterization")
+EXPORT: dict[str, tuple[type, ...]] = {"dynamic": _MAP}
 PLACES: dict[str, tuple[type, ...]] = {"output": _TEXT, "workdir": _TEXT}
 REQUIRED = ("model", "budget")
 _VARIABLE = re.compile(r"\$\{QUANTKIT_DATA(?::-(?P<default>[^}]*))?\}")
@@ -203,15 +204,16 @@ def _change(path: Path, data: dict[str, Any], lines: dict[Keys, str], change: st
 
 
 def _known() -> list[str]:
-    return [*SECTIONS, *SETTINGS, *PLACES]
+    return [*SECTIONS, *SETTINGS, "export", *PLACES]
 
 
 def _check(path: Path, data: Mapping[str, Any], lines: Mapping[Keys, str]) -> None:
-    types: dict[str, tuple[type, ...]] = dict.fromkeys(SECTIONS, _MAP) | SETTINGS | PLACES
+    types: dict[str, tuple[type, ...]] = dict.fromkeys([*SECTIONS, "export"], _MAP) | SETTINGS | PLACES
     _check_table(path, data, lines, (), types)
     for name in REQUIRED:
         if data.get(name) is None:
             raise InvalidRequest(f"{path}: the key {name!r} is missing; a recipe needs {', '.join(REQUIRED)}.")
+    _check_table(path, data.get("export", {}), lines, ("export",), EXPORT)
     for name, known in SECTIONS.items():
         if name in data:
             _check_table(path, data[name], lines, (name,), known)

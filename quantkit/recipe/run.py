@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -19,6 +19,7 @@ from quantkit.api import profile, quantize
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan, Profile
+from quantkit.program.input_shapes import input_shapes
 from quantkit.program.inputs import digests_of_samples, split_batches
 from quantkit.progress import warn
 from quantkit.recipe.read import DECIDED_LATER, SECTIONS, Recipe, read_recipe
@@ -36,6 +37,9 @@ from quantkit.stages.result import Result, load_result
 from quantkit.store import require_writable, write_atomically
 from quantkit.targets import Target
 from quantkit.targets.rules import parse_schemes
+
+if TYPE_CHECKING:
+    from quantkit.backends.onnxruntime.dynamic import Named
 
 ONNX_FILE = "model.onnx"
 RECIPE_FILE = "recipe.yaml"
@@ -128,6 +132,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured 
     """
     folder = require_writable(recipe.output)
     inputs = inputs_of(recipe)
+    dynamic = dynamic_of(recipe, inputs)
     result = quantize(
         inputs.model,
         **inputs.shown(),
@@ -136,10 +141,24 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured 
         workdir=recipe.workdir,
         **recipe.settings(),
     )
+    result.dynamic = dynamic
     (folder / ONNX_FILE).unlink(missing_ok=True)  # that of an earlier run would not be the plan's
     result.save(folder)
     record(recipe, folder)
     return result, export_and_measure(result, inputs, folder / ONNX_FILE) if result.calibration else None
+
+
+def dynamic_of(recipe: Recipe, inputs: Inputs) -> Named:
+    """The sizes of inputs that the recipe names; raises InvalidRequest for inputs and axes that there are not."""
+    from quantkit.backends.onnxruntime.dynamic import named_places
+
+    named = recipe.get("export", "dynamic", default={})
+    shown = inputs.calibration or inputs.example
+    if named and shown is not None:
+        with recipe.blame("export", "dynamic"):
+            first = calibration_batches(inputs.model, items_of(shown)[:1], None)[0]
+            named_places(named, input_shapes(inputs.model, first))
+    return named
 
 
 def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> tuple[Profile, Path]:
@@ -189,7 +208,7 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
 
     example = result.example()
     simulated = result.simulated()
-    graph = mark_graph(simulated, example)
+    graph = mark_graph(simulated, example, result.dynamic_sizes(example))
     checked = result.calibration[:CHECKED_BATCHES]
     options = ExportOptions(result.instruction_set, checked, plan=result.plan, graph=graph)
     report = export_onnx(simulated, example, path, options)
@@ -282,6 +301,7 @@ def _load_by_recipe(folder: str | Path) -> Result:
     model = model_of(recipe)
     result = load_result(folder, model)
     samples = _samples(recipe, "calibration") or _samples(recipe, "example_inputs")
+    result.dynamic = recipe.get("export", "dynamic", default={})
     if samples is not None:
         result.calibration = calibration_batches(model, items_of(samples), recipe.get("samples"))
     return result

@@ -13,6 +13,7 @@ from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import pack_weight
 from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
+from quantkit.program.input_shapes import varying_forms
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference, RunningDamage
@@ -70,7 +71,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     plan = _recounted(plan, simulated, applying.ready, formatted.sites, target_of(session, plan))
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
-    return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes)
+    shapes = varying_forms(simulated.model, inputs.shown) if inputs.shown else ()
+    return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes, shapes=shapes)
 
 
 def target_of(session: Session, plan: Plan) -> Target:

@@ -12,6 +12,14 @@ from torch import nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan, Profile
+from quantkit.program.input_shapes import (
+    InputShapes,
+    distinct_forms,
+    input_names,
+    input_shapes,
+    resized,
+    varying_places,
+)
 from quantkit.program.inputs import Batch, as_batch
 from quantkit.runtime.real import RealModel
 from quantkit.simulation.model import SimulatedModel
@@ -20,6 +28,7 @@ from quantkit.store import require_writable
 from quantkit.targets.instruction_sets import INSTRUCTION_SET, detected_instruction_set
 
 if TYPE_CHECKING:
+    from quantkit.backends.onnxruntime.dynamic import DynamicSizes, Named
     from quantkit.backends.onnxruntime.parity import Tolerance
     from quantkit.backends.onnxruntime.writer import ExportReport
 
@@ -34,7 +43,10 @@ class Result:
     given. ``folds`` are the (layer, BatchNorm) pairs that were folded, ``calibration`` the inputs it was made with
     (empty when it was loaded). ``curve`` has the (cost, metric drop) of every plan that was applied for a limit on
     accuracy, cheapest first. ``notes`` say how each layer was rounded, what was learned afterwards, and
-    under "notices" what was said on the way.
+    under "notices" what was said on the way. ``shapes`` has
+    the shapes of the inputs, by name, of a few batches of calibration data between which everything varies that varies
+    among all (empty where nothing but the number of samples does): these sizes vary in an ONNX file, and so do those
+    that a recipe names, ``dynamic``.
     """
 
     quantized: SimulatedModel | RealModel
@@ -45,6 +57,8 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[float, float], ...] = ()
+    shapes: tuple[InputShapes, ...] = ()
+    dynamic: Named = field(default_factory=dict)
 
     @cached_property
     def model(self) -> QuantizedModel:
@@ -55,7 +69,7 @@ class Result:
         """Write plan.json and weights.safetensors into ``folder``; ``quantkit.load`` reads them back."""
         from quantkit.stages.save_load import save_result
 
-        return save_result(self.simulated(), self.plan, self.folds, folder)
+        return save_result(self.simulated(), self.plan, self.folds, folder, self.shapes)
 
     def to_real(self, expand: bool = False) -> Result:
         """This result with a model that computes on integers from packed weights, which take the plan's bytes, on the
@@ -71,13 +85,22 @@ class Result:
         return self.quantized.simulated() if isinstance(self.quantized, RealModel) else self.quantized
 
     def export_onnx(
-        self, path: str | Path, *, example: Any = None, check: Sequence[Any] = (), tolerance: Tolerance | None = None
+        self,
+        path: str | Path,
+        *,
+        example: Any = None,
+        check: Sequence[Any] = (),
+        tolerance: Tolerance | None = None,
+        dynamic: Named | None = None,
     ) -> ExportReport:
         """Write an ONNX file for onnxruntime and compare it there with ``model`` before the call returns.
 
         ``example`` is one batch of model inputs (default: the first calibration batch), ``check`` the batches to
-        compare on (default: the example). Raises ParityError, and leaves no file, when they differ by more than
-        ``tolerance``; InvalidRequest when the model cannot be exported.
+        compare on (default: the example). The number of samples may vary in the file, every size that varies in the
+        calibration data, and those that ``dynamic`` names, as in ``{"input_ids": {1: "sequence"}}``; each is compared
+        at a second size too. A notice says which of them the model's code fixes. Raises ParityError, and leaves no
+        file, when they differ by more than ``tolerance``; InvalidRequest when the model cannot be exported, or not
+        with a size that ``dynamic`` names.
         """
         from quantkit.backends.onnxruntime.parity import DEFAULT_TOLERANCE
         from quantkit.backends.onnxruntime.writer import ExportOptions, export_onnx
@@ -85,8 +108,25 @@ class Result:
         require_writable(Path(path).parent)
         batch = self.example() if example is None else as_batch(example)
         checked = [as_batch(item) for item in check]
-        options = ExportOptions(self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan)
+        sizes = self.dynamic_sizes(batch, dynamic)
+        options = ExportOptions(self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan, sizes=sizes)
         return export_onnx(self.simulated().on_cpu(), batch, path, options)
+
+    def dynamic_sizes(self, example: Batch, named: Named | None = None) -> DynamicSizes:
+        """The sizes that are to vary in a file: those that the user names, and of the calibration data the batches
+        that show them, or the example made as they were.
+        """
+        from quantkit.backends.onnxruntime.dynamic import DynamicSizes
+
+        model, wanted = self.simulated().model, self.dynamic if named is None else named
+        if self.calibration:
+            chosen = distinct_forms([input_shapes(model, batch) for batch in self.calibration])
+            return DynamicSizes(wanted, [self.calibration[i] for i in chosen])
+        names = input_names(model, example)
+        fitting = [form for form in self.shapes if form.keys() == set(names)]
+        varying = varying_places(fitting)
+        sizes = [{(name, axis): form[name][axis] for name, axis in varying} for form in fitting]
+        return DynamicSizes(wanted, [resized(example, names, one) for one in sizes])
 
     @property
     def instruction_set(self) -> str:
@@ -113,6 +153,6 @@ def load_result(folder: str | Path, model: nn.Module) -> Result:
     """The result saved in ``folder``, on a copy of ``model``, a float model of the same architecture."""
     from quantkit.stages.save_load import load_result
 
-    simulated, plan, folds = load_result(folder, model)
+    simulated, plan, folds, shapes = load_result(folder, model)
     simulated.eval()
-    return Result(simulated, plan, folds)
+    return Result(simulated, plan, folds, shapes=shapes)

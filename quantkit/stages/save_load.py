@@ -8,7 +8,8 @@ tensor of the model's state under its own name. Its header has one entry, ``quan
 - ``layers``: layer name -> weight format, shape and where the model holds it;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
 - ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape, roles;
-- ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``).
+- ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``);
+- ``shapes``, where sizes vary in the calibration data: the shapes of the model's inputs in a few batches of it.
 
 Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_wei
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.halves import keep_only_matrices_half
+from quantkit.program.input_shapes import InputShapes
 from quantkit.program.intercept import OpKey, device_of
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.sites import Site
@@ -44,13 +46,22 @@ from quantkit.transforms.fold_bn import shape_like_folded
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
 MODEL_VERSION = 2
+Loaded = tuple[SimulatedModel, Plan, tuple[tuple[str, str], ...], tuple[InputShapes, ...]]
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
 _HEADER = "quantkit_model"
 
 
-def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str, str]], folder: str | Path) -> Path:
-    """Write ``plan.json`` and ``weights.safetensors`` into ``folder``, each whole or not at all."""
+def save_result(
+    simulated: SimulatedModel,
+    plan: Plan,
+    folds: Iterable[tuple[str, str]],
+    folder: str | Path,
+    shapes: Sequence[InputShapes] = (),
+) -> Path:
+    """Write ``plan.json`` and ``weights.safetensors`` into ``folder``, each whole or not at all. ``shapes`` of the
+    model's inputs say which of their sizes vary.
+    """
     folder = Path(folder)
     tensors = _other_state(simulated)
     for name, weight in simulated.weights.items():
@@ -65,6 +76,8 @@ def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str
         "sites": [asdict(site) for site in simulated.sites],
         "ranges": {name: found.to_dict() for name, found in simulated.ranges.items()},
     }
+    if shapes:
+        header["shapes"] = [{name: list(shape) for name, shape in form.items()} for form in shapes]
     header["digest"] = _digest(header, tensors)
     metadata = {_HEADER: canonical_json(header)}
     write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, metadata=metadata))
@@ -72,8 +85,8 @@ def save_result(simulated: SimulatedModel, plan: Plan, folds: Iterable[tuple[str
     return folder
 
 
-def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, Plan, tuple[tuple[str, str], ...]]:
-    """(model, plan, folds) as ``save_result`` got them, on a copy of ``model``, the float model of the same
+def load_result(folder: str | Path, model: nn.Module) -> Loaded:
+    """(model, plan, folds, shapes) as ``save_result`` got them, on a copy of ``model``, the float model of the same
     architecture (its weights do not matter).
 
     Raises CorruptFile for damaged files, InvalidRequest for missing ones, an edited plan and a model that does not
@@ -110,7 +123,8 @@ def load_result(folder: str | Path, model: nn.Module) -> tuple[SimulatedModel, P
     _load_state(own, covered, tensors)
     sites = [_site(record) for record in header["sites"]]
     ranges = {name: range_of(record) for name, record in header["ranges"].items()}
-    return SimulatedModel(own, sites, weights, ranges, floats, header["updated"]), plan, folds
+    shapes = tuple({name: tuple(shape) for name, shape in form.items()} for form in header.get("shapes", ()))
+    return SimulatedModel(own, sites, weights, ranges, floats, header["updated"]), plan, folds, shapes
 
 
 def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:

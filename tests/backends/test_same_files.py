@@ -52,7 +52,7 @@ def graph() -> MarkedGraph:
 @pytest.fixture(autouse=True)
 def one_graph(graph: MarkedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     """All results here are of one float model, which is exported once, as this takes seconds."""
-    monkeypatch.setattr(writer, "mark_graph", lambda simulated, example: graph)
+    monkeypatch.setattr(writer, "mark_graph", lambda simulated, example, sizes: graph)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_round_trip_is_bit_identical(folder: Path, simulated: SimulatedModel, ba
     torch.manual_seed(99)
     model = Residual()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loaded, plan, folds = load_result(folder, model)
+    loaded, plan, folds, _ = load_result(folder, model)
     assert plan == PLAN
     assert folds == (("stem.0", "stem.1"),)
     assert loaded.sites == simulated.sites
@@ -52,7 +52,7 @@ def test_round_trip_is_bit_identical(folder: Path, simulated: SimulatedModel, ba
 
 
 def test_saving_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    loaded, plan, folds = load_result(folder, Residual())
+    loaded, plan, folds, _ = load_result(folder, Residual())
     save_result(loaded, plan, folds, tmp_path / "again")
     for name in (PLAN_FILE, WEIGHTS_FILE):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import (
     RemoveUnusedOpsetsPass,
 )
 
-from quantkit.backends.onnxruntime.marks import BATCH, DOMAIN, OPSET, MarkedGraph
+from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET, MarkedGraph
 from quantkit.backends.onnxruntime.replayed import SCOPES
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -124,7 +124,7 @@ def copy_tidy(marked: MarkedGraph) -> ir.Model:
         value.name = unused_name(_role(value), taken)
     for value, name in zip(graph.outputs, marked.outputs, strict=True):
         value.name = name
-    _name_batch(graph, marked)
+    _name_sizes(graph, marked)
     ClearMetadataAndDocStringPass()(model)
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
@@ -161,16 +161,20 @@ def _role(constant: ir.Value) -> str:
     return f"{use.node.name}.{inputs[min(use.idx, len(inputs) - 1)].name}"
 
 
-def _name_batch(graph: ir.Graph, marked: MarkedGraph) -> None:
-    """Call the exporter's symbol for the batch dimension ``batch``; a dimension computed from it is left open."""
-    symbols = {value.shape[0] for value in graph.inputs if value.name in marked.dynamic and value.shape is not None}
-    for value in (*graph.inputs, *graph.outputs):
+def _name_sizes(graph: ir.Graph, marked: MarkedGraph) -> None:
+    """Call the exporter's symbols what the sizes of inputs are called; a size computed from them is left open."""
+    named = marked.taken.by_input()
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, name in named.get(str(value.name), {}).items():
+            assert value.shape is not None
+            names.setdefault(str(value.shape[axis]), name)
+            value.shape[axis] = ir.SymbolicDim(name)
+    for value in graph.outputs:
         if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
-
-
-def _renamed(dim: int | ir.SymbolicDim, symbols: set[Any]) -> int | ir.SymbolicDim:
-    return dim if isinstance(dim, int) else ir.SymbolicDim(BATCH if dim in symbols else None)
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else ir.SymbolicDim(names.get(str(dim))) for dim in value.shape]
+            )
 
 
 def remove_leftovers(model: ir.Model) -> None:

@@ -8,25 +8,28 @@ tracing found and simulation uses.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from quantkit.backends.onnxruntime.conditions import SizeTrace
+from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSizes, names_of
+from quantkit.backends.onnxruntime.other_sizes import OtherSizes, refused_name
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
-from quantkit.backends.onnxruntime.translated import export_advice, first_line, root_cause
+from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
 from quantkit.errors import InvalidRequest
-from quantkit.program.inputs import Batch, batch_size, first_samples
+from quantkit.program.input_shapes import Place
+from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, operation_name, tensors_of
 from quantkit.program.layers import Operands, Weights
 from quantkit.program.outputs import named_tensors, results_of
@@ -39,7 +42,6 @@ from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel, run_with
 
 DOMAIN = "quantkit"
-BATCH = "batch"
 OPSET = 21
 _QUIETER = {
     "torch.onnx": logging.ERROR,
@@ -47,43 +49,22 @@ _QUIETER = {
     "torch._subclasses.fake_tensor": logging.CRITICAL,
     "torch.fx.experimental.symbolic_shapes": logging.ERROR,
 }
-_EXPORT_SAMPLES = 2  # torch.export takes a dimension of 1 for a constant
-_EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, KeyError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
 class MarkedGraph:
     """A float ONNX graph with marks, and the names of its inputs and outputs as users see them.
 
-    ``dynamic`` are the inputs whose first dimension is the batch; empty where the model runs at one batch size only.
+    ``taken`` says which sizes the graph takes, ``batched`` the inputs whose first dimension is any number of samples,
+    ``others`` are batches that differ from the example in every other size that varies.
     """
 
     model: ir.Model
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    dynamic: tuple[str, ...]
-
-
-def leaf_names(value: Any, root: str) -> tuple[str, ...]:
-    """A name for each tensor of a nested value: keys and positions joined by dots, after ``root`` if no key leads."""
-    names = []
-    for path, leaf in tree_flatten_with_path(value)[0]:
-        if isinstance(leaf, Tensor):
-            parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-            names.append(".".join(parts if parts and not parts[0].isdigit() else [root, *parts]))
-    return tuple(names)
-
-
-def input_names(model: nn.Module, batch: Batch) -> tuple[str, ...]:
-    """The names of a batch's tensors: the model's own argument names."""
-    args, kwargs = batch
-    positional: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += [f"{parameter.name}.{i}" for i in range(len(args) - len(positional))]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            positional.append(parameter.name)
-    return leaf_names(dict(zip(positional, args, strict=False)) | kwargs, "input")
+    taken: TakenSizes
+    batched: tuple[str, ...]
+    others: tuple[Batch, ...] = ()
 
 
 def output_names(result: Any, inputs: Sequence[str]) -> tuple[str, ...]:
@@ -116,8 +97,10 @@ class _Marks:
         self.parameters = parameter_marks(simulated)
         self.floats, self.quantized = simulated.floats, list(simulated.weights)
         self.keys: list[OpKey] = []  # of the calls of the last run: the exporter puts a module's own attributes back
+        self.trace = SizeTrace()
 
     def change(self, place: OpKey, tensor: Tensor) -> Tensor:
+        self.trace.called(place)
         if place not in self.places:
             return tensor
         return _mark("Site", tensor, name=self.places[place], place=str(place))
@@ -130,6 +113,12 @@ class _Marks:
         if name in self.floats.layers and self.floats.layers[name].parameter is None:
             return _mark("Weight", tensor, name=name)
         return self.parameter(name, tensor)
+
+    def relevant(self, keys: Sequence[OpKey]) -> list[OpKey]:
+        """Of the keys of calls those that say where sites, and weights that are computed, are."""
+        places = {*self.places, *self.floats.operands(self.quantized)}
+        kinds = {(place.scope, place.op) for place in places}
+        return [key for key in keys if (key.scope, key.op) in kinds]
 
     def operands(self) -> Operands:
         """What calls read instead of weights that the model computes."""
@@ -187,6 +176,7 @@ class _MarkedModel(nn.Module):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         self.marks.keys.clear()
+        self.marks.trace.enter(inputs)
         with _WeightMarks(self.floats, self.marks):  # built here: the exporter puts tensors of its own in their places
             result = run_with(
                 self.model, self.marks.change, args, kwargs,
@@ -195,12 +185,13 @@ class _MarkedModel(nn.Module):
         return tuple(tensor for _, tensor in named_tensors(result))
 
 
-def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
-    """Export the float graph of ``simulated`` with a dynamic batch dimension where the model allows one.
+def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | None = None) -> MarkedGraph:
+    """Export the float graph of ``simulated``; the number of samples varies where the model allows it, and so do the
+    ``sizes`` that are asked for.
 
-    A model whose code takes another path while it is exported, or fixes its batch size, is exported by its program
-    where that stands for it. One that runs at the example's batch size only keeps that, with a notice. Raises
-    InvalidRequest when torch.export cannot follow the model at all. The graph is float32.
+    A model whose code takes another path while it is exported, or fixes sizes, is exported by its program where that
+    stands for it. Each size that the model's code fixes keeps the example's, with a notice. Raises InvalidRequest when
+    it is one that the user names, and when torch.export cannot follow the model at all. The graph is float32.
     """
     simulated = simulated.in_float32()
     if simulated.updated:
@@ -208,21 +199,37 @@ def mark_graph(simulated: SimulatedModel, example: Batch) -> MarkedGraph:
             f"the model's forward updates {', '.join(simulated.updated)}: the file holds the values that the "
             "quantized model has now, and every run of it starts from them"
         )
-    model, size = simulated.model, batch_size(example)
-    inputs = input_names(model, example)
-    batched = [tensor.dim() > 0 and len(tensor) == size for tensor in tensors_of(example)]
-    outputs, keys = _outputs_and_calls(simulated, example, inputs)
-    small = _resized(example, size)
-    try:
-        exported = _export(simulated, small, batched, keys)
-    except _EXPORT_ERRORS as error:
-        notice(
-            f"the ONNX file takes batches of {size} only: the model's code fixes the size, as a written-out size does "
-            f"and x.shape[0] does not ({first_line(error)})"
-        )
-        batched = [False] * len(batched)
-        exported = _export_at_fixed_size(simulated, example, batched, keys)
-    return MarkedGraph(exported, inputs, outputs, tuple(n for n, b in zip(inputs, batched, strict=True) if b))
+    asked = Asked.of(simulated.model, example, sizes or DynamicSizes())
+    others = OtherSizes.of(simulated, asked)
+    outputs, keys = _outputs_and_calls(simulated, example, tuple(asked.shapes))
+    traced = trace_sizes(others, _Exports(others, keys).routes)
+    names = names_of(asked, traced.sizes.sizes)
+    _tell(asked, traced, names)
+    taken = replace(traced.sizes, names=names)
+    with tracing(), plain_mode(simulated.model), restored(simulated.model), _quiet():
+        exported = torch.onnx.export(traced.program, dynamo=True, opset_version=OPSET, verbose=False)
+    assert exported is not None
+    batched = tuple(name for name in asked.shapes if (name, 0) in asked.batch & taken.dynamic)
+    return MarkedGraph(exported.model, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))
+
+
+def _tell(asked: Asked, traced: TracedSizes, names: Mapping[Place, str]) -> None:
+    """Notices on what the model's code fixes and needs; raises InvalidRequest where the user wants it otherwise."""
+    for place, reason in traced.fixed.items():
+        if place in asked.named:
+            raise InvalidRequest(refused_name(asked, place, asked.named[place], reason))
+    told = set[str]()
+    for (name, axis), reason in traced.fixed.items():
+        size = asked.size((name, axis))
+        what = f"batches of {size}" if (name, axis) in asked.batch else f"{size} along axis {axis} of {name!r}"
+        if what not in told:
+            told.add(what)
+            notice(
+                f"the ONNX file takes {what} only: the model's code fixes the size, as a written-out size or an if on "
+                f"it does and x.shape[{axis}] does not ({reason})"
+            )
+    if conditions := replace(traced.sizes, names=names).texts():
+        notice(f"the ONNX file takes sizes with {' and '.join(conditions)}: it does not stand for the model at others")
 
 
 def _outputs_and_calls(
@@ -242,61 +249,70 @@ def _outputs_and_calls(
     return output_names(result, inputs), keys
 
 
-def _resized(example: Batch, size: int) -> Batch:
-    """The example with as few samples as torch.export needs; a single sample is repeated."""
-    if size >= _EXPORT_SAMPLES:
-        return first_samples(example, _EXPORT_SAMPLES)
+@dataclass
+class _Exports:
+    """The ways to export a model with some sizes varying; ``followed`` are the exports by the model's own code."""
 
-    def doubled(value: Any) -> Any:
-        return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+    others: OtherSizes
+    keys: Sequence[OpKey]
+    followed: dict[frozenset[Place], tuple[torch.export.ExportedProgram, _Marks]] = field(default_factory=dict)
 
-    return tree_map(doubled, example)
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        return self.own, self.replayed, self.own_elsewhere
+
+    def own(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, SizeTrace]:
+        """By the model's own code."""
+        program, marks = self._follow(places)
+        if marks.keys != list(self.keys):
+            raise RuntimeError("the model's code takes another path while it is exported")
+        return program, marks.trace
+
+    def own_elsewhere(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, SizeTrace]:
+        """By the model's own code where that takes another path only while nothing is quantized: in transformers, a
+        mask that would be left out where it masks nothing.
+        """
+        program, marks = self._follow(places)
+        if marks.keys == list(self.keys):
+            raise RuntimeError("the model's code takes no other path while it is exported")
+        if marks.relevant(marks.keys) != marks.relevant(self.keys):
+            raise RuntimeError("the model's code takes another path between its layers while it is exported")
+        return program, marks.trace
+
+    def _follow(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, _Marks]:
+        if places not in self.followed:
+            example = self.others.asked.traced_example(places)
+            leaves, spec = tree_flatten(example)
+            marked = _MarkedModel(self.others.simulated, leaves, spec).eval()
+            self.followed[places] = self._exported(marked, example, places), marked.marks
+        program, marks = self.followed[places]
+        return program, marks
+
+    def replayed(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, SizeTrace]:
+        """By the program that stands for the model at these sizes."""
+        simulated, example = self.others.simulated, self.others.asked.traced_example(places)
+        vary = not places <= self.others.asked.batch
+        program = _program_of(simulated, example, self.others.batches if vary else ())
+        if program is None:
+            raise RuntimeError("the model's code chooses its calls by the values or sizes of its inputs")
+        marks = _Marks(simulated)
+        replayed = ReplayedModel(simulated, program, marks.change, marks.weight, marks.trace.enter).eval()
+        return self._exported(replayed, example, places), marks.trace
+
+    def _exported(self, marked: nn.Module, example: Batch, places: frozenset[Place]) -> torch.export.ExportedProgram:
+        vary = torch.export.Dim.AUTO
+        shapes = self.others.asked.shapes
+        dims = tuple({axis: vary for axis in range(len(shapes[name])) if (name, axis) in places} for name in shapes)
+        with tracing(), plain_mode(marked), restored(marked), _quiet():
+            return torch.export.export(marked, tuple(tensors_of(example)), dynamic_shapes=(dims,), strict=False)
 
 
-def _export_at_fixed_size(
-    simulated: SimulatedModel, example: Batch, batched: Sequence[bool], keys: Sequence[OpKey]
-) -> ir.Model:
-    try:
-        return _export(simulated, example, batched, keys)
-    except _EXPORT_ERRORS as error:
-        raise InvalidRequest(
-            f"The model cannot be exported to ONNX. {export_advice(error)} "
-            f"(torch.export: {first_line(root_cause(error))})"
-        ) from error
-
-
-def _export(simulated: SimulatedModel, example: Batch, batched: Sequence[bool], keys: Sequence[OpKey]) -> ir.Model:
-    leaves, spec = tree_flatten(example)
-    marked = _MarkedModel(simulated, leaves, spec).eval()
-    try:
-        exported = _exported(marked, example, batched)
-        if marked.marks.keys == list(keys):
-            return exported
-    except _EXPORT_ERRORS:
-        if (program := _program_of(simulated, example)) is None:
-            raise
-    else:
-        program = _program_of(simulated, example)
-    if program is None:
-        raise RuntimeError("the model's code takes another path while it is exported")
-    marks = _Marks(simulated)
-    return _exported(ReplayedModel(simulated, program, marks.change, marks.weight).eval(), example, batched)
-
-
-def _exported(marked: nn.Module, example: Batch, batched: Sequence[bool]) -> ir.Model:
-    tensors = tuple(tensors_of(example))
-    dims = tuple({0: torch.export.Dim(BATCH)} if dynamic else {} for dynamic in batched)
-    with tracing(), plain_mode(marked), restored(marked), _quiet():
-        program = torch.export.export(marked, tensors, dynamic_shapes=(dims,), strict=False)
-        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
-    assert exported is not None
-    return exported.model
-
-
-def _program_of(simulated: SimulatedModel, example: Batch) -> Program | None:
-    """The program that stands for a model; None where none does, as where values of inputs decide what is called."""
+def _program_of(simulated: SimulatedModel, example: Batch, others: Sequence[Batch]) -> Program | None:
+    """The program that stands for a model, on ``others`` too; None where none does, as where values of inputs decide
+    what is called.
+    """
     program = record(simulated.model, example)
-    return None if program.decides_by_values else replayable(program, simulated.model, example, ())
+    return None if program.decides_by_values else replayable(program, simulated.model, example, others)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ is exported, as grouped-query attention in transformers does, or that fixes size
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,14 +30,19 @@ class ReplayedModel(nn.Module):
     """A simulated model as a function from its input tensors to its output tensors: its program, replayed.
 
     ``change(place, tensor)`` is applied to inputs and to what calls make, ``marked(name, tensor)`` to
-    parameters, and by a layer's name to a weight that is computed.
+    parameters, and by a layer's name to a weight that is computed; ``enter(inputs)`` is called first.
     """
 
     def __init__(
-        self, simulated: SimulatedModel, program: Program, change: Change, marked: Callable[[str, Tensor], Tensor]
+        self,
+        simulated: SimulatedModel,
+        program: Program,
+        change: Change,
+        marked: Callable[[str, Tensor], Tensor],
+        enter: Callable[[Sequence[Tensor]], None],
     ) -> None:
         super().__init__()
-        self.model, self.change, self.marked = simulated.model, change, marked
+        self.model, self.change, self.marked, self.enter = simulated.model, change, marked, enter
         self.scopes = _Scope()
         for step in program.steps:
             self._add_scope(step.key.scope)
@@ -65,6 +70,7 @@ class ReplayedModel(nn.Module):
         return lambda *args, **kwargs: module(func, args, kwargs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.enter(inputs)
         places = self.program.producer
         values = {
             number: self.change(places[number], x) if number in places else x

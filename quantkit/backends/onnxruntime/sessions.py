@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantkit.backends.onnxruntime.marks import leaf_names
 from quantkit.backends.onnxruntime.translated import first_line
 from quantkit.errors import InvalidRequest, QuantkitError
+from quantkit.program.input_shapes import leaf_names
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import tensors_of
 

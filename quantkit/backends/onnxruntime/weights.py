@@ -141,7 +141,7 @@ class WeightWriter:
         return torch.cat([self.simulated.weights[name].scale.reshape(-1) for name in held.layers])
 
     def _factors(self, held: Held, read: _Read) -> ir.Value:
-        """The weight as integer kernels read it: dequantized codes, with zero points spelled, since QGemm wants them."""
+        """The weight as integer kernels read it: dequantized codes, zero points spelled since QGemm wants them."""
         if (held, read.turned) not in self.factors:
             codes, stored = self._joined(held, read.turned), f"{held.name}.weight"
             scales = self._scales(held)

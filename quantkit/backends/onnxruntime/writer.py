@@ -7,6 +7,7 @@ proof.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 import onnx
 import onnx_ir as ir
 
+from quantkit.backends.onnxruntime.dynamic import DynamicSizes
 from quantkit.backends.onnxruntime.editing import copy_tidy, remove_leftovers
 from quantkit.backends.onnxruntime.marks import OPSET, MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.parity import (
@@ -30,6 +32,7 @@ from quantkit.backends.onnxruntime.translated import first_line
 from quantkit.backends.onnxruntime.weight_forms import IR_VERSION, minimum_runtime
 from quantkit.errors import InvalidRequest, QuantkitError
 from quantkit.plan import Plan
+from quantkit.program.input_shapes import InputShapes, input_shapes, varying_places
 from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel
@@ -48,6 +51,8 @@ class ExportReport:
     ``weight_bytes`` those of all layers' weights, scales included, counted from its initializers. ``dynamic_batch``
     is False where the model runs at one batch size only. ``layers_in_float`` are quantized layers that onnxruntime
     has no integer kernel for as they stand in the graph.
+    ``dynamic`` has the name of every size that varies, by input and axis, ``conditions`` what the model's code needs
+    of them.
     """
 
     path: Path
@@ -59,13 +64,15 @@ class ExportReport:
     parity: tuple[OutputParity, ...]
     opset: int = OPSET
     layers_in_float: tuple[str, ...] = ()
+    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """How a file is written: the ``instruction_set`` of the CPUs that it is for, ``check``, the batches to compare on
-    (default: the example), and the ``plan`` whose digest its metadata has. ``graph`` is what ``mark_graph`` made
-    earlier of the same model, to export it once for several files.
+    (default: the example), and the ``plan`` whose digest its metadata has. ``sizes`` are those of the inputs that are
+    to vary. ``graph`` is what ``mark_graph`` made earlier of the same model, to export it once for several files.
     """
 
     instruction_set: str = AVX2
@@ -73,6 +80,7 @@ class ExportOptions:
     tolerance: Tolerance = DEFAULT_TOLERANCE
     plan: Plan | None = None
     graph: MarkedGraph | None = field(default=None, repr=False)
+    sizes: DynamicSizes = field(default_factory=DynamicSizes, repr=False)
 
 
 def export_onnx(
@@ -81,11 +89,13 @@ def export_onnx(
     """Write ``simulated`` to ``path`` and compare the file with it in onnxruntime.
 
     ``example`` is a batch (args, kwargs) of at least one sample; the file takes any number of samples where the model
-    does. Raises ParityError when the file computes something else, and InvalidRequest when the model cannot be
-    exported; then no file is left.
+    does, and the other sizes that are to vary. Those are compared at a second size, too. Raises ParityError when the
+    file computes something else, and InvalidRequest when the model cannot be exported, or does not take a batch of
+    ``check``; then no file is left.
     """
     how = options or ExportOptions()
-    marked = how.graph or mark_graph(simulated, example)
+    marked = how.graph or mark_graph(simulated, example, how.sizes)
+    batches = compared_batches(simulated, marked, how.check or [example])
     model = _described(simulated, marked, how)
     parity: list[OutputParity] = []
     in_float: list[str] = []
@@ -94,7 +104,6 @@ def export_onnx(
         _write(model, temporary)
         with TemporaryDirectory() as folder:
             optimized = Path(folder) / "optimized.onnx"
-            batches = how.check or [example]
             parity.extend(measure_parity(temporary, simulated, batches, how.tolerance, save_optimized=optimized))
             in_float.extend(layers_in_float(optimized, simulated))
         require_parity(parity, how.tolerance)
@@ -111,9 +120,11 @@ def export_onnx(
         weight_bytes=_weight_bytes(model, simulated),
         stored_bytes=_stored_bytes(model),
         minimum_runtime=model.metadata_props[_RUNTIME],
-        dynamic_batch=bool(marked.dynamic),
+        dynamic_batch=bool(marked.batched),
         parity=tuple(parity),
         layers_in_float=tuple(in_float),
+        dynamic=marked.taken.by_input(),
+        conditions=marked.taken.texts(),
     )
 
 
@@ -130,6 +141,42 @@ def _described(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOp
     if options.plan is not None:
         model.metadata_props["quantkit.plan"] = options.plan.digest()
     return model
+
+
+def compared_batches(simulated: SimulatedModel, marked: MarkedGraph, given: Sequence[Batch]) -> list[Batch]:
+    """The batches that a file is compared on: those given, and others where all of these have one size that varies in
+    the file. Raises InvalidRequest for one that the file does not take.
+    """
+    shapes = [_taken_shapes(simulated, marked, batch, number) for number, batch in enumerate(given)]
+    batches = list(given)
+    for other in marked.others:
+        form = input_shapes(simulated.model, other)
+        varied = varying_places(shapes) | {(name, 0) for name in marked.batched}
+        if (varying_places([shapes[0], form]) & marked.taken.dynamic) - varied:
+            batches.append(other)
+            shapes.append(form)
+    return batches
+
+
+def _taken_shapes(simulated: SimulatedModel, marked: MarkedGraph, batch: Batch, number: int) -> InputShapes:
+    """The shapes of a batch's tensors; raises InvalidRequest where the file does not take them."""
+    shapes = input_shapes(simulated.model, batch)
+    ranks = {name: len(shape) for name, shape in shapes.items()}
+    wanted = Counter(name for name, _ in marked.taken.sizes)
+    problem = None
+    if set(shapes) != set(marked.inputs):
+        problem = f"it has {', '.join(shapes) or 'no tensors'}, and the file takes {', '.join(marked.inputs)}"
+    elif wrong := next((name for name in marked.inputs if ranks[name] != wanted[name]), None):
+        problem = f"{wrong!r} has {ranks[wrong]} axes, and the file takes {wanted[wrong]}"
+    else:
+        problem = marked.taken.problem(shapes)
+    if problem is not None:
+        raise InvalidRequest(
+            f"Batch {number} of check= cannot be run on the file: {problem}. The file takes the sizes of the example; "
+            "those vary that vary in the calibration data, and that are named, as in "
+            f"dynamic={{{marked.inputs[0]!r}: {{1: 'sequence'}}}}."
+        )
+    return shapes
 
 
 def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str) -> ir.Model:

@@ -99,5 +99,6 @@ def spectrogram(samples: int, seed: int) -> dict[str, Any]:
 
 transformer("whisper", "WhisperForConditionalGeneration", spectrogram, vocab_size=VOCABULARY, num_mel_bins=16,
             d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=20, max_target_positions=32, use_cache=False,
-            init_std=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)  # fmt: skip
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=20,
+            max_target_positions=32, use_cache=False, init_std=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            decoder_start_token_id=1)  # fmt: skip

@@ -90,7 +90,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def markdown(records: Sequence[Record]) -> str:
     """The table, what failed, and the summary."""
-    lines = [*summary(records), "", HEAD, "|---" * HEAD.count(" | ") + "|---|"]
+    lines = [*(f"- {line}" for line in summary(records)), "", HEAD, "|---" * HEAD.count(" | ") + "|---|"]
     lines += ["| " + " | ".join(cells(found)) + " |" for found in records]
     failed = [found for found in records if "failure" in found]
     if failed:

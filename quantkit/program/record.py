@@ -237,6 +237,8 @@ class Recorder:
             if found is None or source is None:
                 continue
             name, weight = found
+            if weight.parameter is None and number in self.sized:
+                continue  # a weight for one size of the inputs, as a query repeated for every sample, is none
             known = self.weights.setdefault(name, weight)
             if weight.parameter is None:
                 at = (*known.at, (call.key, call.inputs.index(number)))

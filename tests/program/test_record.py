@@ -16,6 +16,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.program.intercept import OpKey
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, run_model
+from quantkit.program.replayable import computed_weights
 from tests.program.models import IMAGE, TOKENS, VECTOR, MobileNetBlock, Net, Shortcuts, randn, settled
 
 
@@ -244,6 +245,27 @@ def test_token_ids_vary_but_are_no_activations() -> None:
     assert places.output not in found.varying
     assert found.calls["fc"][0].input in found.varying
     assert (words.macs, found.calls["fc"][0].macs) == (0, 5 * 8 * 2)
+
+
+def probed(self, x):
+    """A query of the model's own, repeated for every sample."""
+    query = self.own(self.table[:1].repeat(x.shape[0], 1, 1))
+    return self.fc(query @ x.transpose(1, 2) @ x)
+
+
+def placed(self, x):
+    """Scores against what is made of as many places as the input has."""
+    keys = self.own(self.table[: x.shape[1]])
+    return self.fc((x @ keys.t()).softmax(-1) @ x)
+
+
+@pytest.mark.parametrize("forward", [probed, placed])
+def test_what_is_computed_for_one_size_of_the_inputs_is_no_weight(forward) -> None:
+    model = Net(forward, own=nn.Linear(8, 8), fc=nn.Linear(8, 2))
+    model.table = nn.Parameter(randn(7, 8))
+    found = record(model, ((randn(4, 5, 8),), {}))
+    assert set(found.weights) == {"own", "fc"}
+    assert computed_weights(model, found) == {}
 
 
 def test_forward_in_inference_mode() -> None:

@@ -1,0 +1,1 @@
+"""The networks that ``tools/coverage.py`` tries, and what it measures of each."""

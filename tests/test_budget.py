@@ -122,7 +122,10 @@ NOT_READ: list[tuple[Any, str]] = [
     ("25%, 300 KB", "The budget '25%, 300 KB' sets size twice: keep the tighter one."),
     ("4 bits, average bits=5", "sets average_bits twice: keep the tighter one."),
     ("minimize=size, minimize=bops", "sets minimize twice"),
-    ("sise=3 KB", "'sise' is not a limit. Did you mean 'size'? Known limits: size, average_bits, bops, latency,"),
+    (
+        "sise=3 KB",
+        "'sise' is not a limit. Did you mean 'size' or 'file_size'? Known limits: size, average_bits, bops, latency,",
+    ),
     ({"acuracy_drop": 1}, "'acuracy_drop' is not a limit. Did you mean 'accuracy_drop'"),
     ({3: "4 bits"}, "3 is not a limit. Known limits: size"),
     ({}, "The budget names no limit. Understood: '4 bits'"),

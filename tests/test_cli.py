@@ -192,7 +192,7 @@ def test_list(capsys, monkeypatch) -> None:
     for line in (
         r"target +onnxruntime-cpu: ",
         r"  schemes +w2a8, w3a8, .*, float$",
-        r"  layers +conv1d, conv2d, conv3d, linear$",
+        r"  layers +conv1d, conv2d, conv3d, linear, matmul$",
         r"sensitivity +(?!.*(lim|zd,|depth)).*gram, .*kl.*, weight-error, weight-error-zd$",
         r"rankings +depth, lim, lim-layer, zd, zd-layer \(only order layers: for solver by-rank\)$",
         r"solver +.*auto",
@@ -251,7 +251,11 @@ REFUSED = {
     "unreadable change": (["run", "RECIPE", "--set", "budget"], 1, "--set 'budget' is not key=value"),
     "unknown key": (["plan", "RECIPE", "--set", "buget=3 bits"], 1, "buget: unknown key. Did you mean 'budget'"),
     "unreadable budget": (["run", "RECIPE", "--set", "budget=-3 KB"], 1, "size='-3 KB': a limit is a finite number"),
-    "budget not run": (["run", "RECIPE", "--set", "budget=w4g128"], 1, "weight groups (w4g128) are not supported by"),
+    "budget not run": (
+        ["run", "RECIPE", "--set", "budget=w4g128a8"],
+        1,
+        "weight groups (w4g128) are not supported by",
+    ),
     "unwritable output": (["run", "RECIPE", "--set", "output=FILE/out"], 1, "Cannot write 'FILE/out/.writable'"),
     "unwritable profile": (["profile", "RECIPE", "--out", "FILE/p"], 1, "Cannot write 'FILE/.writable'"),
     "budget out of reach": (["run", "RECIPE", "--set", "budget=1 bits"], 2, "the smallest that can be reached is 3.8"),

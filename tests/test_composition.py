@@ -51,14 +51,13 @@ def test_many_layers_and_reasons_are_cut_short() -> None:
 def test_a_refusal_names_what_holds_the_size_up_and_what_would_do(budget: str, schemes: list[str] | None) -> None:
     x = randn(8, 2, 6, 6)
     with pytest.raises(InfeasibleBudget) as refused:
-        quantkit.quantize(mixed(), budget, x, schemes=schemes, progress=False)
-    assert "up (1,024 bytes): conv_transpose2d is not supported by target onnxruntime-cpu yet" in str(refused.value)
+        quantkit.quantize(mixed(), budget, x, schemes=schemes, rules={"up": "float"}, progress=False)
+    assert "up (1,024 bytes): kept float by a rule" in str(refused.value)
     unit = "bits" if "bits" in budget else "KB"
     assert f"the smallest that can be reached is {refused.value.smallest:g} {unit}." in str(refused.value)
-    plan = quantkit.quantize(
-        mixed(), f"{refused.value.smallest} {unit}", x, schemes=["w8a8"] if schemes else ["w2a8"], progress=False
-    ).plan
-    assert "1,024 float: up (1,024 bytes): conv_transpose2d" in str(plan)
+    least, narrowest = f"{refused.value.smallest} {unit}", ["w8a8"] if schemes else ["w2a8"]
+    plan = quantkit.quantize(mixed(), least, x, schemes=narrowest, rules={"up": "float"}, progress=False).plan
+    assert "1,024 float: up (1,024 bytes): kept float by a rule" in str(plan)
 
 
 def test_a_plan_says_what_its_bytes_consist_of_when_it_was_made_and_when_it_was_applied() -> None:

@@ -19,7 +19,8 @@ LAYER, FLOAT, OTHER = "layer", "float", "other"
 CONSTANT = "it reads a constant, not an activation"
 UNREAD = "its weight takes part in no call of the recorded run"
 _COPIES = VIEWS | frozenset(
-    "index_select to float double half bfloat16 type type_as clone repeat repeat_interleave tile flip".split()
+    "index_select to float double half bfloat16 type type_as clone repeat repeat_interleave tile flip "
+    "interpolate".split()  # a table of positions, resized to the image at hand
 )
 _UNARY = frozenset("clamp exp log sigmoid tanh softplus abs sqrt rsqrt pow neg reciprocal".split())
 _ELEMENTWISE = frozenset("add sub rsub mul div where maximum minimum masked_fill lerp addcmul cat stack".split())

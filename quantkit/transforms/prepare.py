@@ -195,6 +195,7 @@ def _with_sites(ready: Prepared, sites: tuple[Site, ...], tokens: bool = False) 
     element_bytes = {name: tensor.element_size() for name, tensor in state.items() if tensor.is_floating_point()}
     other = stored.floats_of(ownership(ready.model, program), element_bytes) + stored.widened(layers)
     other += stored.of_sites(program, layers, sites, tokens) + stored.of_constants(program)
+    other += stored.of_layouts(program, layers)
     return replace(ready, layers=layers, sites=sites, other_bytes=other)
 
 

@@ -20,6 +20,7 @@ FLOAT_BYTES = 4  # of a number in the file, also where the user's model stores h
 SITE_BYTES = 6  # a float32 scale, a zero point and the highest code of a byte each
 SCALE_AND_ZERO = 5  # for every channel of codes that a float layer reads
 TOKEN_BYTES = 12  # of a product of tokens: the highest code, the scalars around it
+INDEX_BYTES = 8  # of a size in a shape
 TRAINING = "num_batches_tracked"  # BatchNorm's counters, which no deployed model stores
 
 # Bytes of shapes, axes and scalars that the exporter writes for a call. Element-wise ones have at most a scalar.
@@ -56,7 +57,8 @@ def of_sites(program: Program, layers: Mapping[str, Layer], sites: Sequence[Site
         return TOKEN_BYTES * (len(readers) + len(sites))
     coded = {place for site in sites for place in (site.place, *site.echoes)}
     integer = sum(_beside_codes(program, name) for name in readers)
-    around = sum(_dequantized(program, name, coded) for name, layer in layers.items() if layer.reason)
+    float_kernels = [name for name, layer in layers.items() if layer.reason or layer.weight_only]
+    around = sum(_dequantized(program, name, coded) for name in float_kernels)
     return SITE_BYTES * len(sites) + integer + around
 
 
@@ -65,6 +67,12 @@ def of_constants(program: Program) -> int:
     ops = [(step.key.op, step.key in program.layer_of) for step in program.steps]
     kinds = [_kind(op) for op, of_layer in ops if not of_layer or op in RECURRENT]
     return sum(CONSTANTS[kind] for kind in kinds)
+
+
+def of_layouts(program: Program, layers: Mapping[str, Layer]) -> int:
+    """The shapes by which weights that lie otherwise than output channels first are laid out."""
+    orders = [program.weights[name].order for name, layer in layers.items() if not layer.reason]
+    return sum(2 * INDEX_BYTES * len(order) for order in orders if order is not None and len(order) > 2)
 
 
 def _kind(op: str) -> str:

@@ -48,7 +48,7 @@ def file(floating: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_says_so_and_stores_no_range(coded: Result, floating: Result) -> None:
     assert coded.plan.sites[SUM] == "a8"
     assert floating.plan.sites == coded.plan.sites | {SUM: "float"}
-    assert coded.plan.total_bytes - floating.plan.total_bytes == 5  # a scale and a zero point
+    assert coded.plan.total_bytes - floating.plan.total_bytes == 6  # a scale, a zero point and the highest code
     assert coded.plan.size_bytes == floating.plan.size_bytes
     assert floating.quantized.ranges == {n: r for n, r in coded.quantized.ranges.items() if n != SUM}
 

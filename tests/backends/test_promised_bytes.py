@@ -112,7 +112,7 @@ def test_the_promise_holds_in_the_file(name: str, scheme: str, tmp_path: Path) -
     report = result.export_onnx(tmp_path / "model.onnx")
     counted, promised = stored_bytes(report.path), result.plan.total_bytes
     assert report.stored_bytes == counted
-    assert counted <= promised <= 1.02 * counted + 64  # shapes of toys
+    assert counted <= promised <= 1.02 * counted + 128  # shapes of toys
 
 
 def test_a_limit_on_size_is_kept_by_the_file(tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ BUDGETS = {
     "words": Bad(r"^Cannot read the budget 'small'", {"budget": "small"}),
     "negative": Bad(r"^size='-3 KB': a limit is a finite number above zero", {"budget": "-3 KB"}),
     "zero": Bad(r"^average_bits='0 bits': a limit is a finite number above zero", {"budget": "0 bits"}),
-    "unknown limit": Bad(r"^'sise' is not a limit\. Did you mean 'size'\?", {"budget": {"sise": "3 KB"}}),
+    "unknown limit": Bad(
+        r"^'sise' is not a limit\. Did you mean 'size' or 'file_size'\?", {"budget": {"sise": "3 KB"}}
+    ),
     "no times": Bad(r"^latency=60% needs times measured .* run `quantkit bench RECIPE`", {"budget": "latency=60%"}),
     "nothing to make fast by": Bad(
         r"^latency=100% needs times measured",

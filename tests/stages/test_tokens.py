@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import quantkit
 from quantkit import QuantkitError, Result
-from quantkit.backends.onnxruntime import rewrite
 from quantkit.backends.onnxruntime import token_forms as tokens_of_onnx
+from quantkit.backends.onnxruntime import weights
 from quantkit.backends.onnxruntime.onnx_model import OnnxModel
 from quantkit.numbers.per_token import TokenRange
 from quantkit.ranges.statistics import layer_hessians
@@ -129,13 +129,14 @@ def test_saved_loaded_and_run_on_integers(tmp_path: Path) -> None:
     assert torch.equal(outputs(narrow.to_real().model, unseen), outputs(narrow.model, unseen))
 
 
-def test_profiled_allocated_and_learned() -> None:
+def test_profiled_allocated_and_learned(tmp_path: Path) -> None:
     options: dict[str, Any] = {"schemes": ["w2a4d", "w3a4d", "w3a8d"], "progress": False}
     result = quantkit.quantize(mixer(), "5.5 bits", tokens(), **options)
     assert result.plan.average_bits <= 5.5
     assert result.profile is not None and set(result.profile.sites) == set(result.plan.sites)
     assert result.notes["reconstruction"]["network"].helped
-    assert result.plan.total_bytes == result.plan.size_bytes + 4 * (2 * WIDTH + 2 * WIDTH + 5), "no range is stored"
+    stored = result.export_onnx(tmp_path / "model.onnx").stored_bytes
+    assert stored <= result.plan.total_bytes <= stored + 64
 
 
 @pytest.mark.parametrize("sensitivity", ["gram", "kl", "noise", "fisher", "first-order", "hessian-trace", "pairwise"])
@@ -214,7 +215,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two formats by the error of weights": (
         {"schemes": ["w4a4d", "w4a8d"], "sensitivity": "weight-error"},
-        "^The error of weights says nothing of activations",
+        "goes by the error of weights, which says nothing of activations",
     ),
     "groups": ({"schemes": ["w4a8dg4"]}, r"^activation format a8dg4 is not supported .* \(static or per token, bits"),
     "activation memory": (
@@ -258,7 +259,7 @@ def test_full_bytes_of_weights_are_unsigned_where_kernels_saturate(tmp_path: Pat
 
 def test_other_products_are_computed_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where an exporter spells a layer with another operator."""
-    monkeypatch.setattr(rewrite, "reads_rows", lambda call, transposed: False)
+    monkeypatch.setattr(weights, "reads_rows", lambda call, transposed: False)
     result, unseen = applied("w4a6d"), tokens(7, seed=3)
     result.export_onnx(tmp_path / "model.onnx", check=[unseen])
     assert not [n for n in onnx.load(tmp_path / "model.onnx").graph.node if n.op_type == "MatMulInteger"]

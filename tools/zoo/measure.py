@@ -20,7 +20,7 @@ from quantkit.backends.onnxruntime.marks import OPSET
 from quantkit.backends.onnxruntime.parity import relative_error
 from quantkit.backends.onnxruntime.sessions import feeds, open_session
 from quantkit.program.inputs import as_batch
-from quantkit.program.ownership import ownership
+from quantkit.program.ownership import UNREAD, ownership
 from quantkit.program.record import record
 from quantkit.program.updates import restored
 
@@ -94,7 +94,7 @@ def stored_share(result: quantkit.Result, item: Any) -> float:
         parameter = parameters.get(part.name)
         if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
             continue
-        if _ONLY_ADDED not in part.reason:
+        if _ONLY_ADDED not in part.reason and part.reason != UNREAD:
             total += part.elements
             narrow += part.elements if part.layer in weights and weights[part.layer].format.bits <= 8 else 0
     return narrow / total if total else 1.0

@@ -24,9 +24,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSizes, names_of
-from quantkit.backends.onnxruntime.other_sizes import OtherSizes, refused_name
+from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes, refused_name
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
+from quantkit.backends.onnxruntime.translated import not_exported
 from quantkit.errors import InvalidRequest
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
@@ -206,8 +207,11 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
     names = names_of(asked, traced.sizes.sizes)
     _tell(asked, traced, names)
     taken = replace(traced.sizes, names=names)
-    with tracing(), plain_mode(simulated.model), restored(simulated.model), _quiet():
-        exported = torch.onnx.export(traced.program, dynamo=True, opset_version=OPSET, verbose=False)
+    try:
+        with tracing(), plain_mode(simulated.model), restored(simulated.model), _quiet():
+            exported = torch.onnx.export(traced.program, dynamo=True, opset_version=OPSET, verbose=False)
+    except MODEL_ERRORS as error:
+        raise not_exported(error) from error
     assert exported is not None
     batched = tuple(name for name in asked.shapes if (name, 0) in asked.batch & taken.dynamic)
     return MarkedGraph(exported.model, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))

@@ -14,8 +14,7 @@ from torch.export import ExportedProgram
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, TakenSizes
 from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes, summary
-from quantkit.backends.onnxruntime.translated import export_advice, first_line, root_cause
-from quantkit.errors import InvalidRequest
+from quantkit.backends.onnxruntime.translated import not_exported
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
 
@@ -66,9 +65,7 @@ def trace_sizes(others: OtherSizes, routes: Sequence[Route]) -> TracedSizes:
             reasons = {place: summary(error) for place in sorted(left_out)} if error is not None else {}
             return replace(best, fixed=reasons | best.fixed)
     assert error is not None
-    raise InvalidRequest(
-        f"The model cannot be exported to ONNX. {export_advice(error)} (torch.export: {first_line(root_cause(error))})"
-    ) from error
+    raise not_exported(error) from error
 
 
 def _fewer_and_fewer(asked: Asked) -> Iterator[frozenset[Place]]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from quantkit.errors import InvalidRequest
+
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BY_VALUES = re.compile(r"[Dd]ata-dependent|Could not guard|GuardOnDataDependent|specialized integer|unbacked", re.A)
 _NO_FORM = re.compile(r"No ONNX function found for.*?op='([\w.]+)'|No decompositions? registered for.*?([\w.]+::\w+)")
@@ -51,3 +53,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def not_exported(error: Exception) -> InvalidRequest:
+    """What to say of a model that torch.export or the conversion to ONNX stopped at."""
+    return InvalidRequest(
+        f"The model cannot be exported to ONNX. {export_advice(error)} (torch.export: {first_line(root_cause(error))})"
+    )

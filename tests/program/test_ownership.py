@@ -90,8 +90,7 @@ def test_tables_that_are_only_added_say_so(name: str) -> None:
     owned = {part.name: part for part in ownership(model, record(model, entry.batch(2)))}
     for table in entry.added_tables:
         assert owned[table].owner == FLOAT
-        resized = name == "vit_interpolated" and table.endswith("position_embeddings")
-        assert ("interpolate" if resized else "element by element") in owned[table].reason
+        assert "element by element" in owned[table].reason
 
 
 def outputs_of(model: nn.Module, entry: Architecture) -> list[Tensor]:

@@ -136,7 +136,7 @@ def test_profiled_allocated_and_learned(tmp_path: Path) -> None:
     assert result.profile is not None and set(result.profile.sites) == set(result.plan.sites)
     assert result.notes["reconstruction"]["network"].helped
     stored = result.export_onnx(tmp_path / "model.onnx").stored_bytes
-    assert stored <= result.plan.total_bytes <= stored + 64
+    assert stored <= result.plan.total_bytes <= stored + 128
 
 
 @pytest.mark.parametrize("sensitivity", ["gram", "kl", "noise", "fisher", "first-order", "hessian-trace", "pairwise"])
@@ -200,7 +200,7 @@ NO_DATA = {"calibration": None}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a convolution": (
         {"model": small(), "calibration": images(), "schemes": ["w4a8d"]},
-        r"^'stem\.0' is a conv2d layer, and w4a8d quantizes inputs token by token, .* does for linear layers\. "
+        r"^'stem\.0' is a conv2d layer, and w4a8d quantizes inputs token by token, .* does for linear, matmul layers\. "
         r"Keep it float, by rules=\{'stem\.0': 'float'\}, or use static activations everywhere, such as w4a8\.",
     ),
     "static beside": ({"schemes": ["w4a8d", "w4a6"]}, r"^w4a6 beside w4a8d: .* Use w4a8d, or static .* everywhere"),

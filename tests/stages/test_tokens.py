@@ -200,8 +200,8 @@ NO_DATA = {"calibration": None}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a convolution": (
         {"model": small(), "calibration": images(), "schemes": ["w4a8d"]},
-        r"^'stem\.0' is a conv2d layer, and w4a8d quantizes inputs token by token, .* does for linear, matmul layers\. "
-        r"Keep it float, by rules=\{'stem\.0': 'float'\}, or use static activations everywhere, such as w4a8\.",
+        r"^'stem\.0' is a conv2d layer, and w4a8d quantizes inputs token by token, .* does for linear, matmul "
+        r"layers\. Keep it float, by rules=\{'stem\.0': 'float'\}, or use static activations everywhere",
     ),
     "static beside": ({"schemes": ["w4a8d", "w4a6"]}, r"^w4a6 beside w4a8d: .* Use w4a8d, or static .* everywhere"),
     "weights beside": ({"schemes": ["w4a8d", "w4"]}, r"^w4 beside w4a8d: .* Use w4a8d, or leave activations out"),

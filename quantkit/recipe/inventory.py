@@ -26,6 +26,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
             f"target         {name}: {target.description}",
             f"  schemes      {', '.join(target.default_schemes)}, float",
             f"  layers       {', '.join(target.layers)}",
+            f"  weights only {', '.join(target.weight_only_layers)}",
         ]
     for title, names in (
         ("sensitivity", [name for name in ESTIMATORS if name not in RANKINGS]),

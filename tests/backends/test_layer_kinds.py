@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from quantkit.backends.onnxruntime.marks import MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.parity import OutputParity, Tolerance
 from quantkit.backends.onnxruntime.sessions import open_session
 from quantkit.backends.onnxruntime.writer import ExportOptions, export_onnx
@@ -169,10 +171,18 @@ def simulated_at(found: Case, text: str, target: Target) -> SimulatedModel:
     return simulated
 
 
+@cache
+def graph_of(name: str) -> MarkedGraph:
+    """The marked graph of a case, which serves every scheme."""
+    found = case(name)
+    return mark_graph(simulated_at(found, "w8a8", Target.load("onnxruntime-cpu")), ((found.input,), {}))
+
+
 def exported(name: str, scheme: str, path: Path, instruction_set: str = AVX2) -> tuple[SimulatedModel, tuple]:
     found = case(name)
     simulated = simulated_at(found, scheme, Target.load(f"onnxruntime-cpu:{instruction_set}"))
-    report = export_onnx(simulated, ((found.input,), {}), path, ExportOptions(instruction_set))
+    options = ExportOptions(instruction_set, graph=graph_of(name))
+    report = export_onnx(simulated, ((found.input,), {}), path, options)
     return simulated, report.parity
 
 

@@ -179,7 +179,8 @@ def apply(
     asked = Application(how, evaluate, _run(progress, workdir), inplace)
     require_layers(model, decided, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
-    how.with_inputs(inputs, decided.schemes.values())
+    coded = [scheme for scheme in decided.schemes.values() if scheme.activation is not None]
+    how.with_inputs(inputs, coded or decided.schemes.values())  # of layers with weights alone more is known later
     return _with_notices(apply_plan(Session.open(model, inputs, goal), decided, asked))
 
 

@@ -42,11 +42,10 @@ class Result:
     compares it with the float model: on the calibration inputs, and on the user's own metric where ``evaluate`` was
     given. ``folds`` are the (layer, BatchNorm) pairs that were folded, ``calibration`` the inputs it was made with
     (empty when it was loaded). ``curve`` has the (cost, metric drop) of every plan that was applied for a limit on
-    accuracy, cheapest first. ``notes`` say how each layer was rounded, what was learned afterwards, and
-    under "notices" what was said on the way. ``shapes`` has
-    the shapes of the inputs, by name, of a few batches of calibration data between which everything varies that varies
-    among all (empty where nothing but the number of samples does): these sizes vary in an ONNX file, and so do those
-    that a recipe names, ``dynamic``.
+    accuracy, cheapest first. ``notes`` say how each layer was rounded, what was learned afterwards, and under
+    "notices" what was said on the way. ``shapes`` has the shapes of the inputs, by name, of a few batches of
+    calibration data between which everything varies that varies among all (empty where nothing but the number of
+    samples does): these sizes vary in an ONNX file, and so do those that a recipe names, ``dynamic``.
     """
 
     quantized: SimulatedModel | RealModel

@@ -91,9 +91,8 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
     program = record(own, example) if folded is None else folded
-    ready = _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds))
     sums = drowned_additions(own, program, target, batches[0])
-    return _placed(replace(ready, float_sums=sums), target) if sums else ready
+    return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds), sums)
 
 
 def prepare_own(ready: Prepared, model: nn.Module) -> Prepared:
@@ -122,10 +121,12 @@ def _prepared(
     request: _Request,
     example: Batch | None = None,
     folds: tuple[tuple[str, str], ...] = (),
+    float_sums: frozenset[OpKey] = frozenset(),
 ) -> Prepared:
     weights = Weights(own, program.weights, computed_weights(own, program))
     layers = _layers(weights, program, request)
-    return _placed(Prepared(own, program, example, weights, folds, layers, (), 0, *request.sizes), request.target)
+    ready = Prepared(own, program, example, weights, folds, layers, (), 0, *request.sizes, float_sums)
+    return _placed(ready, request.target)
 
 
 def prepare_unrecorded(model: nn.Module, target: Target) -> Prepared:

@@ -82,6 +82,13 @@ def test_rules_override_it_and_kinds_that_cannot_stay_float_with_the_reason() ->
     assert made.plan.why["head"].startswith("float: kept float by a rule")
 
 
+def test_a_plan_with_weights_alone_where_nothing_else_can_be_is_applied_again() -> None:
+    made = quantkit.quantize(mixed(), "w8a8", randn(8, 2, 6, 6), **QUICK)
+    assert {str(s) for s in made.plan.schemes.values()} == {"w8", "w8a8"}
+    again = quantkit.apply(mixed(), made.plan, randn(8, 2, 6, 6), progress=False)
+    assert again.plan.schemes == made.plan.schemes
+
+
 def test_layers_that_cannot_read_tokens_stay_float_unless_they_were_named() -> None:
     made = quantkit.quantize(mixed(), "w8a8d", randn(8, 2, 6, 6), **QUICK)
     assert {n: str(s) for n, s in made.plan.schemes.items()} == {

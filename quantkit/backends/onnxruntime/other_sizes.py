@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from quantkit.backends.onnxruntime.dynamic import Asked, TakenSizes
+from quantkit.backends.onnxruntime.translated import first_line
 from quantkit.errors import InvalidRequest
 from quantkit.program.input_shapes import InputShapes, Place, input_shapes
 from quantkit.program.inputs import Batch, batch_size
@@ -20,11 +21,6 @@ from quantkit.simulation.model import SimulatedModel
 
 FACTORS = (2.0, 0.5, 1.5)  # of the example's size: networks that halve images several times take one of them
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
-
-
-def summary(error: Exception) -> str:
-    """An error without the pages that follow its first line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @dataclass
@@ -71,7 +67,7 @@ class OtherSizes:
             if [n == samples for n in rows] != self._per_sample:
                 reason = f"for {samples} samples of another size it returns {' and '.join(map(str, rows))} rows"
         except MODEL_ERRORS as error:
-            reason = summary(error)
+            reason = first_line(error)
         if reason is not None:
             for place in places:
                 self.reasons.setdefault(place, reason)

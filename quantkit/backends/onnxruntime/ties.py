@@ -82,10 +82,9 @@ def _disturbance(simulated: SimulatedModel, steps: float, generator: torch.Gener
     def quantize(site: Site, tensor: Tensor) -> Tensor:
         quantizer = simulated.ranges[site.name]
         if steps:
-            coarse = (
-                quantizer.fake_quantize(tensor) - tensor
-            ).abs().mean() * 4  # a step: errors are even in half of one
-            tensor = tensor + noise(tensor).clamp(-1, 1) * steps * coarse
+            # errors are even in half a step either way: on average a quarter of one
+            step = (quantizer.fake_quantize(tensor) - tensor).abs().mean() * 4
+            tensor = tensor + noise(tensor).clamp(-1, 1) * steps * step
         return quantizer.fake_quantize(tensor)
 
     quantized = at_sites(coded_sites(simulated.sites, simulated.ranges), quantize)

@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, TakenSizes
-from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes, summary
-from quantkit.backends.onnxruntime.translated import not_exported
+from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes
+from quantkit.backends.onnxruntime.translated import first_line, not_exported
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
 
@@ -62,7 +62,7 @@ def trace_sizes(others: OtherSizes, routes: Sequence[Route]) -> TracedSizes:
         if best is not None:
             left_out = others.asked.places - places
             assert error is not None or not left_out
-            reasons = {place: summary(error) for place in sorted(left_out)} if error is not None else {}
+            reasons = {place: first_line(error) for place in sorted(left_out)} if error is not None else {}
             return replace(best, fixed=reasons | best.fixed)
     assert error is not None
     raise not_exported(error) from error

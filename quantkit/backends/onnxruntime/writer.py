@@ -50,9 +50,8 @@ class ExportReport:
     ``file_bytes`` is the file's size, ``stored_bytes`` the bytes in it of all tensors, initializers and constants,
     ``weight_bytes`` those of all layers' weights, scales included, counted from its initializers. ``dynamic_batch``
     is False where the model runs at one batch size only. ``layers_in_float`` are quantized layers that onnxruntime
-    has no integer kernel for as they stand in the graph.
-    ``dynamic`` has the name of every size that varies, by input and axis, ``conditions`` what the model's code needs
-    of them.
+    has no integer kernel for as they stand in the graph. ``dynamic`` has the name of every size that varies, by input
+    and axis, ``conditions`` what the model's code needs of them.
     """
 
     path: Path

@@ -6,42 +6,30 @@ import torch
 from torch import nn
 
 from tests.program.nets.entry import architecture, sequences
+from tools.zoo.plain import Recurrent
 
 LENGTHS = (5, 8, 2)
 SERIES = sequences(6, LENGTHS[0])
 
 
-class Tagger(nn.Module):
-    """A recurrent module over samples-first series, and a head at every step."""
-
-    def __init__(self, recurrent: nn.RNNBase) -> None:
-        super().__init__()
-        self.recurrent = recurrent
-        outputs = getattr(recurrent, "proj_size", 0) or recurrent.hidden_size
-        self.head = nn.Linear(outputs * (2 if recurrent.bidirectional else 1), 3)
-
-    def forward(self, x):
-        return self.head(self.recurrent(x)[0])
-
-
 @architecture(SERIES, lengths=LENGTHS)
 def lstm_bidirectional():
-    return Tagger(nn.LSTM(6, 7, num_layers=2, bidirectional=True, batch_first=True))
+    return Recurrent(nn.LSTM(6, 7, num_layers=2, bidirectional=True, batch_first=True))
 
 
 @architecture(SERIES, lengths=LENGTHS)
 def lstm_with_projection():
-    return Tagger(nn.LSTM(6, 7, proj_size=4, batch_first=True))
+    return Recurrent(nn.LSTM(6, 7, proj_size=4, batch_first=True))
 
 
 @architecture(SERIES, lengths=LENGTHS)
 def gru():
-    return Tagger(nn.GRU(6, 7, num_layers=2, batch_first=True))
+    return Recurrent(nn.GRU(6, 7, num_layers=2, batch_first=True))
 
 
 @architecture(SERIES, lengths=LENGTHS)
 def elman_network():
-    return Tagger(nn.RNN(6, 7, nonlinearity="relu", bias=False, batch_first=True))
+    return Recurrent(nn.RNN(6, 7, nonlinearity="relu", bias=False, batch_first=True))
 
 
 class LastState(nn.Module):

@@ -26,6 +26,8 @@ def moves_values(op: Step) -> bool:
         mode = next((a for a in op.arguments if isinstance(a, str)), "constant")
         fill = next((a for a in op.arguments if isinstance(a, float | int) and not isinstance(a, bool)), 0)
         return mode == "constant" and fill == 0
+    if op.key.op == "masked_fill":  # of attention: what may look at nothing is zero
+        return 0 in op.arguments
     return op.key.op in _MOVES
 
 

@@ -95,6 +95,20 @@ class Matrices(nn.Module):
         return F.linear((y.unsqueeze(0) @ self.experts).sum(0), self.last)
 
 
+class Turned(nn.Module):
+    """Matrices that the model turns before it multiplies by them, one seen through a view, one split in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Parameter(torch.randn(1, 5, 8))
+        self.pair = nn.Parameter(torch.randn(2, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x @ self.first.weight.T + self.first.bias).relu()
+        y = torch.mm(y, self.second.view(5, 8).t()).relu()
+        return y @ self.pair[0].T + y @ self.pair[1].mT
+
+
 class Standardized(nn.Module):
     """Weights that are computed each time: standardized, and a norm times a direction."""
 
@@ -139,6 +153,7 @@ def case(name: str) -> Case:
         "gru": lambda: Case(Recurrent(nn.GRU, nn.GRUCell), values(4, 6)),
         "rnn": lambda: Case(Recurrent(nn.RNN, nn.RNNCell), values(4, 6)),
         "matrices": lambda: Case(Matrices(), values(6)),
+        "turned": lambda: Case(Turned(), values(6)),
         "standardized": lambda: Case(Standardized(), values(3, 6, 6)),
         "encoder": lambda: Case(encoder, values(5, 8)),
         "transposed1d": lambda: Case(transposed(1), values(2, 7)),
@@ -150,7 +165,7 @@ def case(name: str) -> Case:
 
 
 CASES = (
-    "tied", "tables", "bag", "lstm", "gru", "rnn", "matrices", "standardized", "encoder",
+    "tied", "tables", "bag", "lstm", "gru", "rnn", "matrices", "turned", "standardized", "encoder",
     "transposed1d", "transposed2d", "transposed3d",
 )  # fmt: skip
 
@@ -233,6 +248,12 @@ def test_turned_packed_and_computed_weights_run_on_integers(name: str, instructi
     packed = sum(n.endswith((".k", ".v")) for n in coded)  # computed together with their queries
     integers = sum(ran[op] for op in ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"))
     assert integers >= len(coded) - packed
+
+
+def test_a_matrix_that_the_model_turns_runs_on_integers_as_a_linear_layer_does(tmp_path: Path) -> None:
+    exported("turned", "w8a8", tmp_path / "m.onnx")
+    ran = Counter(operations_that_run(tmp_path / "m.onnx", tmp_path))
+    assert ran["QGemm"] + ran["QLinearMatMul"] + ran["MatMulIntegerToFloat"] >= 1
 
 
 def test_tables_stay_codes_in_memory(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ class Held:
     def shape(self, floats: Weights) -> tuple[int, ...]:
         """The shape of the value."""
         layer = floats.layers[self.layers[0]]
-        held = None if layer.parameter is None else floats.tensor(layer.parameter)
-        return _size(layer, None) if held is None else tuple(held.shape)
+        if layer.parameter is not None:
+            return tuple(floats.tensor(layer.parameter).shape)
+        return layer.shape if layer.region is None else layer.region.size
 
 
 def held_in(simulated: SimulatedModel, name: str) -> Held | None:
@@ -56,47 +57,76 @@ def held_in(simulated: SimulatedModel, name: str) -> Held | None:
     floats, coded = simulated.floats, simulated.weights
     layer = floats.layers.get(name)
     if layer is not None and (layer.parameter is None or _is_whole(layer)):
-        return _alone(name, layer) if name in coded else None
+        return _alone(floats, name) if name in coded else None
     inside = [n for n, weight in floats.layers.items() if weight.parameter == name]
     if coded.keys().isdisjoint(inside) or name not in floats.covered(inside):
         return None
     if len(inside) == 1:
-        return _alone(inside[0], floats.layers[inside[0]])
+        return _alone(floats, inside[0])
     inside.sort(key=lambda n: region.offset if (region := floats.layers[n].region) is not None else 0)
-    if not _rows_follow(floats, name, inside):
+    if not _follow_each_other(floats, name, inside):
         return None
-    return Held(tuple(inside), plain=coded.keys() >= set(inside))
+    rows = all(_is_rows(floats.layers[n], floats.tensor(name)) for n in inside)
+    return Held(tuple(inside), plain=rows and coded.keys() >= set(inside))
 
 
 def _is_whole(layer: LayerWeight) -> bool:
     return layer.region is None and layer.order is None
 
 
-def _alone(name: str, layer: LayerWeight) -> Held:
-    whole = layer.parameter is None or layer.region is None
-    if layer.order is None or not whole:
-        return Held((name,), plain=whole)
-    turned = len(layer.shape) == 2 and layer.order == (1, 0)
-    return Held((name,), plain=turned, turned=turned)
+def _alone(floats: Weights, name: str) -> Held:
+    layer = floats.layers[name]
+    size, order = _in_memory(layer)
+    whole = layer.parameter is None or size is None or size == tuple(floats.tensor(layer.parameter).shape)
+    turned = len(layer.shape) == 2 and order == (1, 0)
+    return Held((name,), plain=whole and (turned or order is None), turned=whole and turned)
 
 
-def _rows_follow(floats: Weights, parameter: str, layers: list[str]) -> bool:
-    """Whether layers are slices of a parameter along its first axis, one after the other."""
-    held, start = floats.tensor(parameter), 0
+def _in_memory(layer: LayerWeight) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """The sizes of the region that a layer's weight is (None for all of a parameter) as they follow each other in
+    memory, and the order of these axes that puts output channels first (None where they are): a product with a
+    parameter that the model turns reads it in the end as a linear layer does.
+    """
+    region = layer.region
+    if region is None:
+        return None, layer.order
+    axes = list(range(len(region.size)))
+    if layer.parameter is not None:  # what the model computes is marked as it is read
+        axes.sort(key=lambda axis: -region.stride[axis])
+    order = tuple(axes.index(axis) for axis in layer.order or range(len(axes)))
+    return tuple(region.size[axis] for axis in axes), None if order == tuple(range(len(axes))) else order
+
+
+def _follow_each_other(floats: Weights, parameter: str, layers: list[str]) -> bool:
+    """Whether layers are stretches of a parameter's memory, one after the other."""
+    start = 0
     for layer in map(floats.layers.__getitem__, layers):
-        region = layer.region
-        if region is None or layer.order is not None or region.offset != start:
+        size, _ = _in_memory(layer)
+        if layer.region is None or size is None or layer.region.offset != start:
             return False
-        if region.stride != held.stride() or region.size[1:] != tuple(held.shape[1:]):
+        if sorted(layer.region.stride, reverse=True) != [math.prod(size[axis + 1 :]) for axis in range(len(size))]:
             return False
-        start += region.size[0] * region.stride[0]
-    return True
+        start += math.prod(size)
+    return floats.tensor(parameter).is_contiguous()
+
+
+def _is_rows(layer: LayerWeight, held: Tensor) -> bool:
+    """Whether a layer is whole rows of what holds it, output channels first."""
+    size, order = _in_memory(layer)
+    return size is not None and order is None and size[1:] == tuple(held.shape[1:])
 
 
 def composed(editor: Editor, before: ir.Node, simulated: SimulatedModel, held: Held, codes: CodesOf) -> ir.Value:
     """The float32 value that holds layers, from the ``codes`` of those that have some."""
     parts = [_laid_out(editor, before, simulated, name, codes) for name in held.layers]
-    return parts[0] if len(parts) == 1 else editor.node(before, "Concat", parts, f"{held.name}.weight", axis=0)
+    if len(parts) == 1:
+        return parts[0]
+    name, size = f"{held.name}.weight", held.shape(simulated.floats)
+    if not held.plain:  # parts may have other axes than the whole
+        flat = editor.initializer(f"{name}.flat", np.array([-1], np.int64))
+        parts = [editor.node(before, "Reshape", [part, flat], name) for part in parts]
+    value = editor.node(before, "Concat", parts, name, axis=0)
+    return value if held.plain else _reshaped(editor, before, value, name, (), size)
 
 
 def _laid_out(editor: Editor, before: ir.Node, simulated: SimulatedModel, name: str, codes: CodesOf) -> ir.Value:
@@ -106,25 +136,19 @@ def _laid_out(editor: Editor, before: ir.Node, simulated: SimulatedModel, name: 
         return editor.initializer(stored, simulated.floats[name].detach().numpy())
     value = dequantized(editor, before, stored, simulated.weights[name], codes(name))
     held = None if layer.parameter is None else simulated.floats.tensor(layer.parameter)
-    size, made = _size(layer, held), layer.shape
+    size, order = _in_memory(layer)
+    size, made = size or (layer.shape if held is None else tuple(held.shape)), layer.shape
 
-    if layer.order is not None:
-        turned = tuple(size[axis] for axis in layer.order)
+    if order is not None:
+        turned = tuple(size[axis] for axis in order)
         value = _reshaped(editor, before, value, stored, made, turned)
-        back = sorted(range(len(size)), key=layer.order.__getitem__)
+        back = sorted(range(len(size)), key=order.__getitem__)
         value, made = editor.node(before, "Transpose", [value], stored, perm=back), size
 
     # a layer alone in a parameter may see more axes than that has: a transposed convolution sees its groups
     if held is not None and math.prod(size) == held.numel():
         size = tuple(held.shape)
     return _reshaped(editor, before, value, stored, made, size)
-
-
-def _size(layer: LayerWeight, held: Tensor | None) -> tuple[int, ...]:
-    """The shape in which a layer's weight is read, before its axes are put in order."""
-    if layer.region is not None:
-        return layer.region.size
-    return layer.shape if held is None else tuple(held.shape)
 
 
 def _reshaped(

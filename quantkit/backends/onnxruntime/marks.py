@@ -24,6 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSizes, names_of
+from quantkit.backends.onnxruntime.near_neutral import optimized
 from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes, refused_name
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
@@ -209,12 +210,15 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
     taken = replace(traced.sizes, names=names)
     try:
         with tracing(), plain_mode(simulated.model), restored(simulated.model), _quiet():
-            exported = torch.onnx.export(traced.program, dynamo=True, opset_version=OPSET, verbose=False)
+            exported = torch.onnx.export(
+                traced.program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+            )
+            assert exported is not None
+            graph = optimized(exported)
     except MODEL_ERRORS as error:
         raise not_exported(error) from error
-    assert exported is not None
     batched = tuple(name for name in asked.shapes if (name, 0) in asked.batch & taken.dynamic)
-    return MarkedGraph(exported.model, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))
+    return MarkedGraph(graph, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))
 
 
 def _tell(asked: Asked, traced: TracedSizes, names: Mapping[Place, str]) -> None:

@@ -23,6 +23,7 @@ from quantkit.simulation.model import SimulatedModel, at_sites, run_with
 
 RUNS = 16
 LAST_BITS = 2.0**-22  # of a value
+HUGE = 1e4  # beyond it a value is taken for a mask's, which is no sum that a runtime could round in another way
 Change = Callable[[OpKey, Tensor], Tensor]
 
 
@@ -94,7 +95,9 @@ def _disturbance(simulated: SimulatedModel, steps: float, generator: torch.Gener
         if place.output == READ or place.op == INPUT.op or (tensor._is_view() and changed is tensor):
             return changed
         sizes = changed.abs()
+        sizes = sizes.where(sizes < HUGE, 0)
         least = sizes[sizes > 0].min() if bool((sizes > 0).any()) else torch.ones((), dtype=sizes.dtype)
-        return changed + noise(changed) * LAST_BITS * torch.where(sizes > 0, sizes, least)
+        disturbed = changed + noise(changed) * LAST_BITS * torch.where(sizes > 0, sizes, least)
+        return disturbed.where(changed.abs() < HUGE, changed)
 
     return change

@@ -70,7 +70,8 @@ class LayerWeight:
     parameters ``sources``; ``region`` is the part of it, None for all, and ``order`` the axes of the region, output
     channels first (several are joined), None where they are first. ``bias`` names the bias, ``groups`` are a
     convolution's. ``numbers`` are the values that a computed weight has in the program, ``at`` the calls that read it,
-    with its position among the tensors they read.
+    with its position among the tensors they read. ``reads_constant``: what it multiplies is the same whatever the
+    model is given, as coordinates are and what parameters alone make.
     """
 
     kind: str
@@ -83,15 +84,15 @@ class LayerWeight:
     sources: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     at: tuple[tuple[OpKey, int], ...] = ()
+    reads_constant: bool = False
 
     @property
     def reads_rows(self) -> bool:
         """Whether what the layer multiplies is known row by row, so that rounding can look at it: not where there are
-        several matrices, where it is on the left, looked up, or made inside a recurrent call.
+        several matrices, where it is on the left, looked up, the same for all inputs, or made inside a recurrent call.
         """
-        return self.kind in ("linear", "conv1d", "conv2d", "conv3d") or (
-            self.kind == "matmul" and self.order == (1, 0)
-        )
+        rows = self.kind in ("linear", "conv1d", "conv2d", "conv3d")
+        return not self.reads_constant and (rows or (self.kind == "matmul" and self.order == (1, 0)))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON takes them; of a layer whose weight is computed, where that is read, too."""
@@ -102,7 +103,7 @@ class LayerWeight:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LayerWeight:
         """The layer that ``to_dict`` described."""
-        known = {field.name: record[field.name] for field in fields(cls)}
+        known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         for name in ("shape", "order", "sources", "numbers"):
             known[name] = None if known[name] is None else tuple(known[name])
         if (region := known["region"]) is not None:

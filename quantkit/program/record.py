@@ -100,6 +100,7 @@ class Recorder:
         self.sources: dict[int, frozenset[str]] = {}  # of what depends on parameters: their names
         self.calls: dict[str, list[LayerCall]] = defaultdict(list)
         self.weights: dict[str, LayerWeight] = {}
+        self.of_parameters: list[tuple[str, LayerWeight, LayerCall]] = []  # calls that read what parameters alone make
         self.stored: dict[str, int] = {}
         for name, tensor in named_state(model).items():
             known = self.numbers.of_tensor.get(tensor)
@@ -230,7 +231,7 @@ class Recorder:
         for product in products_of(call.key.op, args, kwargs, fixed):
             source = None if product.source is None else self.number(product.source)
             computing = not call.varies and source in self.sources and source in self.floating
-            if computing or (not call.varies and product.kind == "matmul"):
+            if not call.varies and product.kind == "matmul":
                 continue  # parameters alone: the weight of some other call may be made so
             number = self.number(product.weight)
             found = self.owners.layer(product, call.key, self.sources[number])
@@ -239,13 +240,27 @@ class Recorder:
             name, weight = found
             if weight.parameter is None and number in self.sized:
                 continue  # a weight for one size of the inputs, as a query repeated for every sample, is none
+            made = tensors_of(result)[0]
+            macs = operations_per_sample(product, made, self.samples if call.varies else 1)
+            of_layer = LayerCall(call.key, source, self.number(made), macs, call.inputs.index(source))
+            if computing:
+                self.of_parameters += [(name, weight, of_layer)] if weight.parameter is not None else []
+                continue
             known = self.weights.setdefault(name, weight)
             if weight.parameter is None:
                 at = (*known.at, (call.key, call.inputs.index(number)))
                 self.weights[name] = replace(known, numbers=(*known.numbers, number), at=at)
-            made = tensors_of(result)[0]
-            macs = operations_per_sample(product, made, self.samples if call.varies else 1)
-            self.calls[name].append(LayerCall(call.key, source, self.number(made), macs, call.inputs.index(source)))
+            self.calls[name].append(of_layer)
+
+    def layers(self) -> dict[str, LayerWeight]:
+        """The layers that were called. Of what reads parameters alone, all but the makers of other layers' weights."""
+        held = {name for weight in self.weights.values() for name in (weight.parameter, *weight.sources)}
+        for name, weight, call in self.of_parameters:
+            if weight.parameter not in held:
+                self.weights.setdefault(name, weight)
+                self.calls[name].append(call)
+        constant = {name for name, calls in self.calls.items() if self.varying.isdisjoint(c.input for c in calls)}
+        return {name: replace(w, reads_constant=name in constant) for name, w in self.weights.items()}
 
 
 def run_model(model: nn.Module, batch: Batch, updated: Collection[str] | None = None) -> Any:
@@ -300,7 +315,7 @@ def recorded(model: nn.Module, batch: Batch) -> tuple[Program, Any]:
 def _program(recorder: Recorder, inputs: list[int], outputs: dict[str, int], updated: list[str]) -> Program:
     steps = _with_written_made_anew(recorder)
     needed = {n for step in steps if not step.constant for n in step.inputs} | set(outputs.values())
-    weights = dict(recorder.weights)
+    weights = recorder.layers()
     held = {recorder.stored[name] for w in weights.values() for name in ([w.parameter] if w.parameter else w.sources)}
     never_called = {name: w for name, w in recorder.modules.items() if recorder.stored[str(w.parameter)] not in held}
     weights |= {name: w for name, w in never_called.items() if name not in weights}

@@ -307,9 +307,7 @@ def _reason_to_stay_float(name: str, weights: Weights, program: Program, request
     read = [call.input for call in calls]
     if not weight.reads_rows:
         return ""
-    if any(v in program.stored.values() for v in read) or all(
-        v in program.makers and v not in program.varying for v in read
-    ):
+    if any(v in program.stored.values() for v in read):
         return CONSTANT
     if not all(can_hold_codes(program, v) for v in read):
         return "it reads a tensor that no recorded call made (scripted code, or writing through a view)"

@@ -110,7 +110,7 @@ def module_named_input():
     return model, IMAGE
 
 
-@family(fc="reads a constant")
+@family()
 def learned_query():
     class Query(nn.Module):
         def __init__(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +45,7 @@ from quantkit.simulation.model import SimulatedModel, run_with
 
 DOMAIN = "quantkit"
 OPSET = 21
+Call = tuple[OpKey, bool]  # its key, and whether it reads floating-point tensors
 _QUIETER = {
     "torch.onnx": logging.ERROR,
     "onnxscript": logging.ERROR,
@@ -92,17 +93,22 @@ def _mark(kind: str, tensor: Tensor, **attributes: str) -> Tensor:
 
 
 class _Marks:
-    """Marks the tensors of sites, and the parameters that hold layers' weights."""
+    """Marks the tensors of sites, and the parameters that hold layers' weights. ``known_as``: the keys of calls that
+    have another while the model is exported, by that.
+    """
 
-    def __init__(self, simulated: SimulatedModel) -> None:
+    def __init__(self, simulated: SimulatedModel, known_as: Mapping[OpKey, OpKey] | None = None) -> None:
+        self.known_as = known_as or {}
         self.places = {place: site.name for site in simulated.sites for place in (site.place, *site.echoes)}
         self.parameters = parameter_marks(simulated)
         self.floats, self.quantized = simulated.floats, list(simulated.weights)
-        self.keys: list[OpKey] = []  # of the calls of the last run: the exporter puts a module's own attributes back
+        self.calls: list[Call] = []  # of the last run: the exporter puts a module's own attributes back
         self.trace = SizeTrace()
 
     def change(self, place: OpKey, tensor: Tensor) -> Tensor:
         self.trace.called(place)
+        if self.known_as:
+            place = replace(self.known_as.get(replace(place, output=0), place), output=place.output)
         if place not in self.places:
             return tensor
         return _mark("Site", tensor, name=self.places[place], place=str(place))
@@ -116,18 +122,21 @@ class _Marks:
             return _mark("Weight", tensor, name=name)
         return self.parameter(name, tensor)
 
-    def relevant(self, keys: Sequence[OpKey]) -> list[OpKey]:
-        """Of the keys of calls those that say where sites, and weights that are computed, are."""
+    def relevant(self, calls: Sequence[Call]) -> list[OpKey]:
+        """Of the keys of calls those that say where sites, and weights that are computed, are: not of what is computed
+        of sizes and positions.
+        """
         places = {*self.places, *self.floats.operands(self.quantized)}
         kinds = {(place.scope, place.op) for place in places}
-        return [key for key in keys if (key.scope, key.op) in kinds]
+        return [key for key, of_floats in calls if of_floats and (key.scope, key.op) in kinds]
 
     def operands(self) -> Operands:
         """What calls read instead of weights that the model computes."""
         found: Operands = {}
+        traced = {known: key for key, known in self.known_as.items()}
         for name in self.quantized:
             for key, (position, operand) in self.floats.operands([name]).items():
-                found[key] = position, _mark("Weight", operand, name=name)
+                found[traced.get(key, key)] = position, _mark("Weight", operand, name=name)
         return found
 
 
@@ -164,9 +173,11 @@ class _WeightMarks(TorchFunctionMode):
 class _MarkedModel(nn.Module):
     """A model as a function from its input tensors to its output tensors, with marks."""
 
-    def __init__(self, simulated: SimulatedModel, leaves: Sequence[Any], spec: TreeSpec) -> None:
+    def __init__(
+        self, simulated: SimulatedModel, leaves: Sequence[Any], spec: TreeSpec, known_as: Mapping[OpKey, OpKey]
+    ) -> None:
         super().__init__()
-        self.model, self.marks = simulated.model, _Marks(simulated)
+        self.model, self.marks = simulated.model, _Marks(simulated, known_as)
         self.floats = simulated.floats
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -177,12 +188,12 @@ class _MarkedModel(nn.Module):
         for position, tensor in zip(self.tensors, inputs, strict=True):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
-        self.marks.keys.clear()
+        self.marks.calls.clear()
         self.marks.trace.enter(inputs)
         with _WeightMarks(self.floats, self.marks):  # built here: the exporter puts tensors of its own in their places
             result = run_with(
                 self.model, self.marks.change, args, kwargs,
-                before=lambda key, *_: self.marks.keys.append(key), operands=self.marks.operands(),
+                before=_noting(self.marks.calls), operands=self.marks.operands(),
             )  # fmt: skip
         return tuple(tensor for _, tensor in named_tensors(result))
 
@@ -203,8 +214,8 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
         )
     asked = Asked.of(simulated.model, example, sizes or DynamicSizes())
     others = OtherSizes.of(simulated, asked)
-    outputs, keys = _outputs_and_calls(simulated, example, tuple(asked.shapes))
-    traced = trace_sizes(others, _Exports(others, keys).routes)
+    outputs, calls = _outputs_and_calls(simulated, example, tuple(asked.shapes))
+    traced = trace_sizes(others, _Exports(others, calls).routes)
     names = names_of(asked, traced.sizes.sizes)
     _tell(asked, traced, names)
     taken = replace(traced.sizes, names=names)
@@ -242,19 +253,26 @@ def _tell(asked: Asked, traced: TracedSizes, names: Mapping[Place, str]) -> None
 
 def _outputs_and_calls(
     simulated: SimulatedModel, example: Batch, inputs: Sequence[str]
-) -> tuple[tuple[str, ...], list[OpKey]]:
-    """The names of the outputs beside those of the inputs, and the keys of the calls of a run that is not being
-    exported.
-    """
-    keys: list[OpKey] = []
+) -> tuple[tuple[str, ...], list[Call]]:
+    """The names of the outputs beside those of the inputs, and the calls of a run that is not being exported."""
+    calls: list[Call] = []
     with plain_mode(simulated.model), restored(simulated.model, simulated.updated):
-        result = run_with(simulated.model, lambda _, tensor: tensor, *example, before=lambda key, *_: keys.append(key))
+        result = run_with(simulated.model, lambda _, tensor: tensor, *example, before=_noting(calls))
     if not results_of(result):
         raise InvalidRequest(
             f"The model cannot be exported to ONNX: it returns {type(result).__name__}, in which no tensor is found. "
             "Let it return a tensor, a tuple or a dict."
         )
-    return output_names(result, inputs), keys
+    return output_names(result, inputs), calls
+
+
+def _noting(calls: list[Call]) -> Callable[[OpKey, Any, Any], None]:
+    """Notes calls as they come, to be given as ``before``."""
+
+    def note(key: OpKey, args: Any, kwargs: Any) -> None:
+        calls.append((key, any(tensor.is_floating_point() for tensor in tensors_of((args, kwargs)))))
+
+    return note
 
 
 @dataclass
@@ -262,7 +280,7 @@ class _Exports:
     """The ways to export a model with some sizes varying; ``followed`` are the exports by the model's own code."""
 
     others: OtherSizes
-    keys: Sequence[OpKey]
+    calls: Sequence[Call]
     followed: dict[frozenset[Place], tuple[torch.export.ExportedProgram, _Marks]] = field(default_factory=dict)
 
     @property
@@ -272,7 +290,7 @@ class _Exports:
     def own(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, SizeTrace]:
         """By the model's own code."""
         program, marks = self._follow(places)
-        if marks.keys != list(self.keys):
+        if marks.calls != list(self.calls):
             raise RuntimeError("the model's code takes another path while it is exported")
         return program, marks.trace
 
@@ -281,20 +299,27 @@ class _Exports:
         mask that would be left out where it masks nothing.
         """
         program, marks = self._follow(places)
-        if marks.keys == list(self.keys):
+        if marks.calls == list(self.calls):
             raise RuntimeError("the model's code takes no other path while it is exported")
-        if marks.relevant(marks.keys) != marks.relevant(self.keys):
+        traced, known = marks.relevant(marks.calls), marks.relevant(self.calls)
+        if [(key.scope, key.op) for key in traced] != [(key.scope, key.op) for key in known]:
             raise RuntimeError("the model's code takes another path between its layers while it is exported")
+        if traced != known:  # more or fewer calls before them, as of what is computed of positions
+            program, marks = self._marked(places, dict(zip(traced, known, strict=True)))
         return program, marks.trace
 
     def _follow(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, _Marks]:
         if places not in self.followed:
-            example = self.others.asked.traced_example(places)
-            leaves, spec = tree_flatten(example)
-            marked = _MarkedModel(self.others.simulated, leaves, spec).eval()
-            self.followed[places] = self._exported(marked, example, places), marked.marks
-        program, marks = self.followed[places]
-        return program, marks
+            self.followed[places] = self._marked(places, {})
+        return self.followed[places]
+
+    def _marked(
+        self, places: frozenset[Place], known_as: Mapping[OpKey, OpKey]
+    ) -> tuple[torch.export.ExportedProgram, _Marks]:
+        example = self.others.asked.traced_example(places)
+        leaves, spec = tree_flatten(example)
+        marked = _MarkedModel(self.others.simulated, leaves, spec, known_as).eval()
+        return self._exported(marked, example, places), marked.marks
 
     def replayed(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, SizeTrace]:
         """By the program that stands for the model at these sizes."""

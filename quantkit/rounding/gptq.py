@@ -43,7 +43,7 @@ def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     scale, zero = group_ranges(rows, format, moments.squares(rows.shape[-1]).to(rows.dtype))
 
     stretch = STRETCH.to(rows.dtype).reshape(-1, 1, 1, 1)
-    step = max(1, _ELEMENTS_AT_ONCE // (len(STRETCH) * rows.shape[0] * rows.shape[2]))
+    step = slice_rows(rows.shape[0], rows.shape[2])
     best_codes, best_scale = [], []
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
         scales = base * stretch
@@ -55,6 +55,11 @@ def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
         best_codes.append(blocks.joined(ordered.restored(kept), rows.shape[-1]))
         best_scale.append(scales.gather(0, best.expand(1, *scales.shape[1:]))[0])
     return torch.cat(best_codes, 1), torch.cat(best_scale, 1), zero
+
+
+def slice_rows(groups: int, inputs: int) -> int:
+    """How many rows of each group are tried at once."""
+    return max(1, _ELEMENTS_AT_ONCE // (len(STRETCH) * groups * inputs))
 
 
 def _by_column(per_group: Tensor, rows: Tensor, ordered: Ordered, blocks: Blocks) -> Tensor:

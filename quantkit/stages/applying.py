@@ -18,10 +18,11 @@ from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.by_layers import round_by_layers
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
-from quantkit.rounding.request import RoundingRequest
+from quantkit.rounding.request import RoundingOptions, RoundingRequest
 from quantkit.sensitivity.damage import Reference
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
+from quantkit.stages.footprint import fitting
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions
 from quantkit.stages.reconstruct import (
@@ -36,7 +37,7 @@ from quantkit.stages.reconstruct import (
 )
 from quantkit.stages.recording import Recording
 from quantkit.stages.reparameterize import Reparameterization, reparameterization_of
-from quantkit.stages.working_memory import working_memory
+from quantkit.stages.working_memory import Learning, WorkingMemory, working_memory, working_seconds
 from quantkit.transforms.prepare import Prepared
 
 LOG_BITS = 4  # the width that logarithmic codes have a format for: "alog4"
@@ -114,19 +115,37 @@ class PlanApplication:
         return simulated, notes
 
     def _announced(self) -> dict[str, Any]:
-        """The working memory, said before it is taken; nothing where the model is not on program."""
+        """Memory and time, said before they are taken; nothing where the model is not on program."""
         if isinstance(self.recording, str):
             return {}
-        learned = by_blocks = 0
-        if self.reconstruction is not None:
-            held = len(self.reconstruction.data.held_outputs)
-            learned = len(self.reconstruction.data) + held
-            if self.options.reconstruction in ("block", *ADAQUANT):
-                by_blocks = len(self.reconstruction.block_data) + held
+        memory = self._working_memory(self._rounding)
+        seconds = working_seconds(self.ready, self.formatted.batches, self._learning, self._rounding)
+        notice(f"{memory}; about {seconds:.0f} s of the processor")
+        return {"working_bytes": memory.peak_bytes, "working_seconds": seconds}
+
+    def _working_memory(self, rounding: RoundingOptions) -> WorkingMemory:
+        assert not isinstance(self.recording, str), "what is not on program is not announced"
         samples = sum(map(batch_size, self.formatted.batches))
-        memory = working_memory(self.ready, self.recording, samples, learned, by_blocks)
-        notice(str(memory))
-        return {"working_bytes": memory.peak_bytes}
+        return working_memory(self.ready, self.recording, samples, self._learning, rounding)
+
+    @property
+    def _rounding(self) -> RoundingOptions:
+        """The rounding within the memory that it is given."""
+        asked = self.options
+        on_program = not isinstance(self.recording, str)
+        memory = asked.memory if on_program else None
+        return fitting(memory, asked.rounding, lambda options: self._working_memory(options).peak_bytes)
+
+    @property
+    def _learning(self) -> Learning:
+        """What will be learned."""
+        found, how = self.reconstruction, self.options.reconstruction
+        if found is None:
+            return Learning()
+        options, held = found.learning, len(found.data.held_outputs)
+        blocks = len(found.block_data) + held if how in ("block", *ADAQUANT) else 0
+        schedules = {"network": (options.network,), "block": (options.block, options.network), "none": ()}
+        return Learning(len(found.data) + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
         ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
@@ -150,7 +169,8 @@ class PlanApplication:
     def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
         """Give every layer its codes; returns how."""
         recording = self.recording
-        request = RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished)
+        most = self._rounding.hessian_bytes
+        request = RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished, most)
         if isinstance(recording, str):
             return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
         inputs = recording.program.entering(self.ready.model, recording.samples)

@@ -9,7 +9,6 @@ from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
-from quantkit.program.inputs import batch_size
 from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
@@ -22,7 +21,6 @@ from quantkit.rounding.request import RoundingOptions, RoundingRequest
 from quantkit.sensitivity.damage import Reference
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
-from quantkit.stages.footprint import fitting
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions
 from quantkit.stages.reconstruct import (
@@ -37,7 +35,7 @@ from quantkit.stages.reconstruct import (
 )
 from quantkit.stages.recording import Recording
 from quantkit.stages.reparameterize import Reparameterization, reparameterization_of
-from quantkit.stages.working_memory import Learning, WorkingMemory, working_memory, working_seconds
+from quantkit.stages.working_memory import Expected, Learning, expected_work
 from quantkit.transforms.prepare import Prepared
 
 LOG_BITS = 4  # the width that logarithmic codes have a format for: "alog4"
@@ -100,8 +98,13 @@ class PlanApplication:
             ready.model, ready.sites, {}, self._site_ranges(progress), ready.weights, ready.program.updated
         )
         simulated.eval()
-        notes: dict[str, Any] = self._announced()
-        notes["rounding"] = self._round(simulated, progress, finished)
+        notes: dict[str, Any] = {}
+        rounding = RoundingOptions(self.options.rounding)
+        if (expected := self._announced()) is not None:
+            notes = {"working_bytes": expected.memory.peak_bytes, "working_seconds": expected.seconds}
+            rounding = expected.rounding
+        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes)
+        notes["rounding"] = self._round(simulated, request)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
         learning, correcting = self.options.reconstruction, self.options.correction
@@ -114,27 +117,14 @@ class PlanApplication:
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 
-    def _announced(self) -> dict[str, Any]:
-        """Memory and time, said before they are taken; nothing where the model is not on program."""
+    def _announced(self) -> Expected | None:
+        """Memory and time, said before they are taken; None where the model is not on program."""
         if isinstance(self.recording, str):
-            return {}
-        memory = self._working_memory(self._rounding)
-        seconds = working_seconds(self.ready, self.formatted.batches, self._learning, self._rounding)
-        notice(f"{memory}; about {seconds:.0f} s of the processor")
-        return {"working_bytes": memory.peak_bytes, "working_seconds": seconds}
-
-    def _working_memory(self, rounding: RoundingOptions) -> WorkingMemory:
-        assert not isinstance(self.recording, str), "what is not on program is not announced"
-        samples = sum(map(batch_size, self.formatted.batches))
-        return working_memory(self.ready, self.recording, samples, self._learning, rounding)
-
-    @property
-    def _rounding(self) -> RoundingOptions:
-        """The rounding within the memory that it is given."""
-        asked = self.options
-        on_program = not isinstance(self.recording, str)
-        memory = asked.memory if on_program else None
-        return fitting(memory, asked.rounding, lambda options: self._working_memory(options).peak_bytes)
+            return None
+        batches = self.formatted.batches
+        expected = expected_work(self.ready, self.recording, batches, self.options, self._learning)
+        notice(str(expected))
+        return expected
 
     @property
     def _learning(self) -> Learning:
@@ -166,11 +156,9 @@ class PlanApplication:
         less = squared_error(histogram, logarithmic) < squared_error(histogram, uniform)
         return logarithmic if less or not asked.is_integer else uniform
 
-    def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
+    def _round(self, simulated: SimulatedModel, request: RoundingRequest) -> dict[str, str]:
         """Give every layer its codes; returns how."""
         recording = self.recording
-        most = self._rounding.hessian_bytes
-        request = RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished, most)
         if isinstance(recording, str):
             return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
         inputs = recording.program.entering(self.ready.model, recording.samples)

@@ -17,6 +17,7 @@ from quantkit.rounding.request import RoundingOptions
 from quantkit.simulation.playback import CHUNK, SPILL_BYTES
 from quantkit.stages.footprint import (
     collecting_bytes,
+    fitting,
     forward_bytes,
     rounding_bytes,
     rounding_seconds,
@@ -25,6 +26,7 @@ from quantkit.stages.footprint import (
 )
 from quantkit.stages.forecast import forward_seconds
 from quantkit.stages.machine import machine
+from quantkit.stages.options import ApplyOptions
 from quantkit.stages.recording import Recording
 from quantkit.transforms.prepare import Prepared
 
@@ -33,7 +35,7 @@ _COPIES = 2  # of parameters: codes, and weights as they are read
 _LEARNED_COPIES = 9  # learned: float, computed with, their gradients, two of Adam, mean, present and best
 _GRAPH = 3  # what a gradient keeps of a value: itself, quantized, and its own gradient
 _PASSES = 6  # of a quantized model: two for ranges, two to round layer by layer, two to compare
-_STEP = 4  # forwards of a batch that a step of learning takes: the gradient is about two, and quantizing one
+_STEP = 3  # forwards of a batch that a step of learning takes, its gradient included
 _LEARNED = 0.05  # of what rounding a weight takes: a step of learning it
 
 
@@ -97,6 +99,30 @@ def working_memory(
     hessian = max(_rounding(ready, name, chunk, forward, options) for name in ready.quantizable)
     copies = (_LEARNED_COPIES if learned else _COPIES) * state
     return WorkingMemory(values, _DRAWING * samples * inputs * learned, hessian, graph, copies)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What rounding and learning will take, with the ``rounding`` that keeps to the memory that may be taken."""
+
+    memory: WorkingMemory
+    seconds: float
+    rounding: RoundingOptions
+
+    def __str__(self) -> str:
+        return f"{self.memory}; about {self.seconds:.0f} s of the processor"
+
+
+def expected_work(
+    ready: Prepared, recording: Recording, batches: Sequence[Batch], options: ApplyOptions, learning: Learning
+) -> Expected:
+    """What rounding on ``batches`` as the ``options`` say, and ``learning``, will take."""
+
+    def memory(rounding: RoundingOptions) -> WorkingMemory:
+        return working_memory(ready, recording, sum(map(batch_size, batches)), learning, rounding)
+
+    rounding = fitting(options.memory, options.rounding, lambda asked: memory(asked).peak_bytes)
+    return Expected(memory(rounding), working_seconds(ready, batches, learning, rounding), rounding)
 
 
 def _rounding(ready: Prepared, layer: str, chunk: int, forward: int, options: RoundingOptions) -> int:

@@ -118,8 +118,8 @@ def profile(
     layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
     "same" they are as all others; either way the plan says so. ``loss``: "kl", "mse" or "auto".
     With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
-    changed; until it is complete, every finished layer is, so that a run that was killed resumes. Raises
-    InvalidRequest before any measuring when the request cannot be carried out.
+    changed; until it is complete, every finished layer is, so that a run that was killed resumes. ``memory`` as for
+    ``quantize``. Raises InvalidRequest before any measuring when the request cannot be carried out.
     """
     run = _run(progress, workdir)
     request = make_ready(
@@ -174,8 +174,8 @@ def apply(
     quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
     HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
     rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
-    depend on: the same call again, after a kill or not, does none of that twice. Raises InvalidRequest for a plan
-    that does not fit the model or the target.
+    depend on: the same call again, after a kill or not, does none of that twice. ``memory`` as for ``quantize``.
+    Raises InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)

@@ -1,6 +1,6 @@
 """Do memory and time stay within what is announced? Peak memory and processor time of profiles and of applied plans.
 
-    python tools/study_promises.py [--only NAME ...] [--list] [--markdown FILE]
+    python tools/study_promises.py [--only NAME ...] [--list] [--keep FILE] [--markdown FILE]
 
 A profile is measured and a plan applied, each in a process of its own, on one thread, where a tiny network has been
 quantized before, so that libraries are loaded. Memory is the peak of the resident memory above what was
@@ -12,6 +12,7 @@ Linux only (``/proc``); the language models need transformers.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -50,6 +51,7 @@ class Case:
     schemes: tuple[str, ...] = ("w4a8", "w8a8")
     learning: str = "none"
     profiled: bool = True
+    memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def benchmark(name: str, samples: int) -> Callable[[], tuple[nn.Module, Any]]:
 
 def wide_conv() -> tuple[nn.Module, Any]:
     """One output reads 4,096 channels at 16 places: 65,536 inputs."""
-    return nn.Sequential(nn.Conv1d(4096, 16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 10)), randn(48, 4096, 24)
+    return nn.Sequential(nn.Conv1d(4096, 16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 10)), randn(16, 4096, 24)
 
 
 def wide_linear() -> tuple[nn.Module, Any]:
@@ -135,7 +137,7 @@ def bert() -> tuple[nn.Module, Any]:
 
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     config = BertConfig(vocab_size=2000, max_position_embeddings=512, num_labels=4, **sizes)
-    return BertForSequenceClassification(config), tokens(16, 512, 2000)
+    return BertForSequenceClassification(config), tokens(8, 512, 2000)
 
 
 def llama() -> tuple[nn.Module, Any]:
@@ -145,16 +147,17 @@ def llama() -> tuple[nn.Module, Any]:
     config = LlamaConfig(vocab_size=2000, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
     config.num_attention_heads = config.num_key_value_heads = 4
     config.use_cache = False
-    return LlamaForCausalLM(config), tokens(8, 1024, 2000)
+    return LlamaForCausalLM(config), tokens(4, 1024, 2000)
 
 
 CASES = {
-    "resnet20": Case(benchmark("resnet20", 128)),
+    "resnet20": Case(benchmark("resnet20", 64)),
     "resnet8": Case(benchmark("resnet8", 128)),
-    "mobilenetv1": Case(benchmark("mobilenetv1", 64)),
-    "vit_hybrid": Case(benchmark("vit_hybrid", 64)),
-    "wide_conv1d": Case(wide_conv, ("w4a8",)),
-    "wide_linear": Case(wide_linear),
+    "mobilenetv1": Case(benchmark("mobilenetv1", 32)),
+    "vit_hybrid": Case(benchmark("vit_hybrid", 32)),
+    "convolution of 65,536 inputs": Case(wide_conv, ("w4a8",), profiled=False),
+    "the same in 1 GB": Case(wide_conv, ("w4a8",), memory="1 GB"),
+    "linear of 4,096 inputs": Case(wide_linear),
     "50,000 classes": Case(many_classes),
     "512 tokens": Case(bert),
     "1,024 tokens": Case(llama),
@@ -165,7 +168,7 @@ CASES = {
 
 
 def request_for(case: Case, model: nn.Module, inputs: Any) -> Request:
-    return make_ready(model.eval(), inputs, schemes=case.schemes)
+    return make_ready(model.eval(), inputs, schemes=case.schemes, memory=case.memory)
 
 
 class Meter:
@@ -173,6 +176,7 @@ class Meter:
 
     def __init__(self) -> None:
         gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free is given back
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         self.before, self.started = resident("VmRSS"), time.process_time()
 
@@ -196,7 +200,9 @@ def profiled(network: str, case: Case, model: nn.Module, inputs: Any) -> Promise
 def applied(network: str, case: Case, model: nn.Module, inputs: Any) -> Promise:
     request = request_for(case, model, inputs)
     plan = Plan.of({name: schemes[0] for name, schemes in request.candidates.items()})
-    options = ApplyOptions(reconstruction=case.learning, correction="none", reparameterization="none")
+    options = ApplyOptions(
+        reconstruction=case.learning, correction="none", reparameterization="none", memory=case.memory
+    )
     meter = Meter()
     result = apply_plan(request.session, plan, Application(options, run=QUIET))
     bytes, seconds = (float(result.notes[f"working_{what}"]) for what in ("bytes", "seconds"))
@@ -223,6 +229,13 @@ def in_own_process(network: str, verb: str) -> Promise:
     return Promise(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def kept(file: Path | None, network: str, verb: str) -> Promise | None:
+    """What an earlier run has measured."""
+    lines = file.read_text().splitlines() if file is not None and file.exists() else []
+    every = [Promise(**json.loads(line)) for line in lines]
+    return next((one for one in every if (one.network, one.verb) == (network, verb)), None)
+
+
 PAGE = """# Do memory and time stay within what is announced?
 
 `quantkit plan` and every verb say beforehand what they will take. `python tools/study_promises.py` compares: peak of
@@ -239,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="NAME", help="these networks")
     parser.add_argument("--list", action="store_true", help="print the names and exit")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="lines of JSON: a run that was killed goes on there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page of results")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -252,8 +266,11 @@ def main() -> None:
     promises = []
     for network in asked.only or CASES:
         for verb in VERBS if CASES[network].profiled else ("apply",):
-            promises.append(in_own_process(network, verb))
+            promises.append(kept(asked.keep, network, verb) or in_own_process(network, verb))
             print(promises[-1].row, flush=True)
+            if asked.keep is not None and kept(asked.keep, network, verb) is None:
+                with asked.keep.open("a") as file:
+                    print(json.dumps(asdict(promises[-1])), file=file)
     if asked.markdown:
         table = "\n".join([HEADER, *(promise.row for promise in promises)])
         asked.markdown.write_text(PAGE.format(least=LEAST_BYTES / MB, seconds=LEAST_SECONDS, table=table))

@@ -23,6 +23,7 @@ _FACTORS = 6  # matrices while a Hessian is factored: the sum, sorted twice, its
 _FACTORED = 3  # of all blocks: the sum, its factor, and that in float32 as it is and turned
 _PRODUCT = 2.5  # the sum, and a product in float32 and in float64
 _TRIED = 5  # copies of the weights that GPTQ tries at once: left, codes, errors, squares, scales
+_COUNTING = 7  # copies of a value while it is counted: shifted, scaled, bins of 64 bits
 _LEAST_HESSIAN, _SHRINKING = 1 << 16, 0.8  # bytes, and the share that is tried next
 _SEARCHED = 8  # of all weights while a range is searched for them
 
@@ -49,6 +50,12 @@ def forward_bytes(program: Program, samples: int) -> int:
 def largest_value(program: Program, samples: int) -> int:
     """The bytes of the largest value of so many samples."""
     return max(value_bytes(program, samples).values(), default=0)
+
+
+def counting_bytes(program: Program, samples: int) -> int:
+    """What it takes to count the values of sites while so many samples pass."""
+    largest = max(value_bytes(program, samples).values(), default=0)
+    return forward_bytes(program, samples) + _COUNTING * largest
 
 
 def rows_read(program: Program, layer: str) -> int:

@@ -27,6 +27,7 @@ from quantkit.simulation.model import at_sites, run_with
 from quantkit.stages.footprint import (
     FLOAT,
     collecting_bytes,
+    counting_bytes,
     fitting,
     forward_bytes,
     largest_value,
@@ -35,14 +36,13 @@ from quantkit.stages.footprint import (
     together,
     value_bytes,
 )
-from quantkit.stages.machine import seconds_of
+from quantkit.stages.machine import range_seconds, seconds_of
 from quantkit.stages.request import Request
 from quantkit.transforms.prepare import Prepared
 
 PASSES = 2  # of the float model beside the measuring: layer inputs, rows seen
 PASSES_AT_SITES = 4  # two for activation ranges, where counting takes as long again
 GRAPH_COPIES = 4  # how often a graph of second derivatives holds every activation
-_COUNTING = 7  # copies of a site's values while they are counted: shifted, scaled, bins of 64 bits
 _QUANTIZING = 3  # copies of a site's values while they are quantized
 _COMPARING = 6  # copies of one batch's outputs while they are compared, in float64
 _ANY_RANGE = SiteRange(0.05, 128)
@@ -90,7 +90,7 @@ def forecast(request: Request) -> Forecast:
 
     # one site is quantized while its formats are measured, all of them in what is measured beside single formats
     measured = (formats - at_sites) * plain + at_sites * (plain + quantized) / 2 + (forwards - formats) * quantized
-    seconds = measured + PASSES * plain + PASSES_AT_SITES * quantized * (at_sites > 0)
+    seconds = measured + PASSES * plain + PASSES_AT_SITES * quantized * (at_sites > 0) + at_sites * range_seconds()
     options = rounding_options(request)
     rounding = _rounding_seconds(request, samples, options)
     return Forecast(formats, forwards, samples, seconds, rounding, _peak_bytes(request, options), rule)
@@ -140,7 +140,7 @@ def _peak_bytes(request: Request, options: RoundingOptions) -> int:
     shifts = min(len(formats) * every, SHIFT_BYTES) * cost.keeps_shifts
     graph = GRAPH_COPIES * forward_bytes(program, GRAPH_SAMPLES) * cost.keeps_graph
     measuring = forward + _QUANTIZING * value + _COMPARING * outputs + FLOAT * sum(numbers.values())
-    return codes + max(rounding, forward + _COUNTING * value, inputs + every + shifts + measuring + graph)
+    return codes + max(rounding, counting_bytes(program, batch), inputs + every + shifts + measuring + graph)
 
 
 def _rounding_seconds(request: Request, samples: int, options: RoundingOptions) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.ranges.activations import Extremes, Histogram, mse_range
 from quantkit.rounding import Moments, rounding_of
 from quantkit.rounding.gptq import STRETCH, slice_rows
 from quantkit.rounding.moments import inverse_factor
@@ -60,6 +61,14 @@ def machine(rounding: str) -> Machine:
     one, many = (_rounded_seconds(x[:rows], moments, rounding) for rows in (1, _ROWS))
     weight = (many - one) / (_ROWS - 1) / _SIZE - spread * _SIZE
     return Machine(product, factor, spread, one / _SIZE, max(weight, 0.0))
+
+
+@cache
+def range_seconds() -> float:
+    """Seconds to find the range of a site from its histogram; measured once in a process."""
+    x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0), device="cpu").relu()
+    histogram = Histogram.empty(Extremes().seen(x)).seen(x)
+    return seconds_of(lambda: mse_range(histogram, 8))
 
 
 def _rounded_seconds(rows: Tensor, moments: Moments, rounding: str) -> float:

@@ -17,6 +17,7 @@ from quantkit.rounding.request import RoundingOptions
 from quantkit.simulation.playback import CHUNK, SPILL_BYTES
 from quantkit.stages.footprint import (
     collecting_bytes,
+    counting_bytes,
     fitting,
     forward_bytes,
     rounding_bytes,
@@ -25,7 +26,8 @@ from quantkit.stages.footprint import (
     value_bytes,
 )
 from quantkit.stages.forecast import forward_seconds
-from quantkit.stages.machine import machine
+from quantkit.stages.inputs import BATCH
+from quantkit.stages.machine import machine, range_seconds
 from quantkit.stages.options import ApplyOptions
 from quantkit.stages.recording import Recording
 from quantkit.transforms.prepare import Prepared
@@ -33,8 +35,8 @@ from quantkit.transforms.prepare import Prepared
 _DRAWING = 9  # copies of the samples: recorded, divided, and one draw while it is changed, mixed and laid out
 _COPIES = 2  # of parameters: codes, and weights as they are read
 _LEARNED_COPIES = 9  # learned: float, computed with, their gradients, two of Adam, mean, present and best
-_GRAPH = 3  # what a gradient keeps of a value: itself, quantized, and its own gradient
-_PASSES = 6  # of a quantized model: two for ranges, two to round layer by layer, two to compare
+_GRAPH = 5  # what a gradient keeps of a value: itself, scaled, rounded and quantized, and its own gradient
+_PASSES = 10  # of a quantized model: four to count values for ranges, two to round, four to time and compare
 _STEP = 3  # forwards of a batch that a step of learning takes, its gradient included
 _LEARNED = 0.05  # of what rounding a weight takes: a step of learning it
 
@@ -53,12 +55,13 @@ class Learning:
 
 @dataclass(frozen=True)
 class WorkingMemory:
-    """Bytes beyond the model and its calibration inputs: ``values`` between layers, or that enter and leave one block,
-    for all samples, ``drawing`` what is learned from (freed before learning, but a process seldom gives small pieces
-    back), ``hessian`` of the largest layer, ``graph`` of one batch while it is differentiated, ``copies`` of the
-    model's state.
+    """Bytes beyond the model and its calibration inputs: ``ranges`` while the values of sites are counted; ``values``
+    between layers, or that enter and leave one block, for all samples, ``drawing`` what is learned from (freed before
+    learning, but a process seldom gives small pieces back), ``hessian`` of the largest layer, ``graph`` of one batch
+    while it is differentiated; and ``copies`` of the model's state.
     """
 
+    ranges: int
     values: int
     drawing: int
     hessian: int
@@ -67,7 +70,7 @@ class WorkingMemory:
 
     @property
     def peak_bytes(self) -> int:
-        return self.values + self.drawing + max(self.hessian, self.graph) + self.copies
+        return self.copies + max(self.ranges, self.values + self.drawing + max(self.hessian, self.graph))
 
     def __str__(self) -> str:
         return (
@@ -98,7 +101,8 @@ def working_memory(
     graph = _GRAPH * chunk * together(sizes, program.producer) if learned else 0
     hessian = max(_rounding(ready, name, chunk, forward, options) for name in ready.quantizable)
     copies = (_LEARNED_COPIES if learned else _COPIES) * state
-    return WorkingMemory(values, _DRAWING * samples * inputs * learned, hessian, graph, copies)
+    ranges = counting_bytes(program, min(samples, BATCH))
+    return WorkingMemory(ranges, values, _DRAWING * samples * inputs * learned, hessian, graph, copies)
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def working_seconds(ready: Prepared, batches: Sequence[Batch], learning: Learnin
     samples, batch = sum(map(batch_size, batches)), max(batches, key=batch_size)
     plain, quantized = (x / batch_size(batch) for x in forward_seconds(ready, batch))
     rounding = sum(rounding_seconds(ready.program, n, 1, samples, options) for n in ready.quantizable)
-    found = _PASSES * samples * quantized + rounding
+    found = _PASSES * samples * quantized + len(ready.sites) * range_seconds() + rounding
     if not learning.schedules:
         return found
     weights = sum(math.prod(ready.weights.layers[name].shape) for name in ready.quantizable)

@@ -50,9 +50,10 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     hessian, columns = 8 * 108**2, 4 * 40 * 36 * 108
     assert rounding.hessian == int(2.5 * hessian) + 2 * 40 * value + columns + 3 * 40 * value
     assert rounding.peak_bytes == rounding.values + rounding.hessian + rounding.copies
+    assert rounding.ranges == (3 + 7) * 40 * value
     program = recording.program
     made = sum(torch.Size(program.shape[number][1:]).numel() for number in program.producer)
-    assert learning.graph == 3 * 4 * 40 * made
+    assert learning.graph == 5 * 4 * 40 * made
 
 
 def test_rounding_without_inputs_holds_no_hessian() -> None:

@@ -24,6 +24,7 @@ _FACTORED = 3  # of all blocks: the sum, its factor, and that in float32 as it i
 _PRODUCT = 2.5  # the sum, and a product in float32 and in float64
 _TRIED = 5  # copies of the weights that GPTQ tries at once: left, codes, errors, squares, scales
 _COUNTING = 7  # copies of a value while it is counted: shifted, scaled, bins of 64 bits
+_RETURNED = 1 << 25  # bytes: what the C library gives back to the system as soon as it is free
 _LEAST_HESSIAN, _SHRINKING = 1 << 16, 0.8  # bytes, and the share that is tried next
 _SEARCHED = 8  # of all weights while a range is searched for them
 
@@ -34,9 +35,15 @@ def value_bytes(program: Program, samples: int) -> dict[int, int]:
     return {n: FLOAT * math.prod(shape) * samples // program.size for n, shape in shapes if n in program.varying}
 
 
+def _resident(size: int) -> int:
+    """What a value that comes and goes adds to the process: a small one leaves a gap that others often do not fit."""
+    return size if size >= _RETURNED else 2 * size
+
+
 def forward_bytes(program: Program, samples: int) -> int:
     """The most bytes that values take at one time in a forward of so many samples."""
-    sizes, last = value_bytes(program, samples), program.last_reads(0, len(program.steps))
+    sizes = {number: _resident(size) for number, size in value_bytes(program, samples).items()}
+    last = program.last_reads(0, len(program.steps))
     live: dict[int, int] = {}
     most = 0
     for i, step in enumerate(program.steps):
@@ -54,8 +61,7 @@ def largest_value(program: Program, samples: int) -> int:
 
 def counting_bytes(program: Program, samples: int) -> int:
     """What it takes to count the values of sites while so many samples pass."""
-    largest = max(value_bytes(program, samples).values(), default=0)
-    return forward_bytes(program, samples) + _COUNTING * largest
+    return forward_bytes(program, samples) + _COUNTING * _resident(largest_value(program, samples))
 
 
 def rows_read(program: Program, layer: str) -> int:

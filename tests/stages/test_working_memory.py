@@ -48,9 +48,9 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
 
     # the second convolution: its sum and a product, its input padded and turned, its columns, and three values
     hessian, columns = 8 * 108**2, 4 * 40 * 36 * 108
-    assert rounding.hessian == int(2.5 * hessian) + 2 * 40 * value + columns + 3 * 40 * value
+    assert rounding.hessian == int(2.5 * hessian) + 2 * 40 * value + columns + 2 * 3 * 40 * value
     assert rounding.peak_bytes == rounding.values + rounding.hessian + rounding.copies
-    assert rounding.ranges == (3 + 7) * 40 * value
+    assert rounding.ranges == 2 * (3 + 7) * 40 * value
     program = recording.program
     made = sum(torch.Size(program.shape[number][1:]).numel() for number in program.producer)
     assert learning.graph == 5 * 4 * 40 * made

@@ -20,7 +20,7 @@ from quantkit.rounding import rounding_of
 from quantkit.rounding.request import RoundingOptions
 from quantkit.sensitivity import COSTS
 from quantkit.sensitivity.curvature import GRAPH_SAMPLES
-from quantkit.sensitivity.outputs import OutputRule
+from quantkit.sensitivity.outputs import OutputRule, Outputs
 from quantkit.sensitivity.registry import Workload
 from quantkit.sensitivity.sketch import SHIFT_BYTES
 from quantkit.simulation.model import at_sites, run_with
@@ -45,6 +45,7 @@ PASSES_AT_SITES = 4  # two for activation ranges, where counting takes as long a
 GRAPH_COPIES = 4  # how often a graph of second derivatives holds every activation
 _QUANTIZING = 3  # copies of a site's values while they are quantized
 _COMPARING = 6  # copies of one batch's outputs while they are compared, in float64
+_SOFTMAXES = 3  # that comparing outputs amounts to
 _ANY_RANGE = SiteRange(0.05, 128)
 
 
@@ -78,10 +79,11 @@ def forecast(request: Request) -> Forecast:
     """Time one batch, and scale it up. Good to a factor of two."""
     samples = sum(batch_size(batch) for batch in request.batches)
     ready, batch = request.ready, max(request.batches, key=batch_size)
-    plain, quantized = (x * samples / batch_size(batch) for x in forward_seconds(ready, batch))
     with torch.no_grad():
         result = run_model(ready.model, batch)
     rule = OutputRule.of(ready.model, result, batch, request.settings["loss"])
+    comparing = _comparing_seconds(rule.rows(result, batch))
+    plain, quantized = ((x + comparing) * samples / batch_size(batch) for x in forward_seconds(ready, batch))
     cost = COSTS[request.settings["sensitivity"]]
     layers, sites = len(request.candidates), len(ready.sites)
     formats = len(request.entries())
@@ -115,6 +117,16 @@ def forward_seconds(ready: Prepared, batch: Batch) -> tuple[float, float]:
 
     plain = seconds_of(lambda: run_model(ready.model, batch))
     return plain, max(plain, seconds_of(run))
+
+
+def _comparing_seconds(outputs: Outputs) -> float:
+    """Seconds to compare the outputs of a batch, whose damage is computed in float64."""
+
+    def softmaxes() -> None:
+        for rows in outputs:
+            rows.double().log_softmax(-1)
+
+    return _SOFTMAXES * seconds_of(softmaxes)
 
 
 def _peak_bytes(request: Request, options: RoundingOptions) -> int:

@@ -19,7 +19,7 @@ from quantkit.rounding.moments import inverse_factor
 from quantkit.rounding.weights import quantize_weight
 
 _SIZE = 640  # of the matrices it is measured on
-_ROWS = 64
+_TALL = (1024, 64)  # the shape of a weight with rows enough to fill the caches, as those of large layers do
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,12 @@ def machine(rounding: str) -> Machine:
     if rounding_of(rounding).factored:
         factor = seconds_of(lambda: inverse_factor(hessian)) / _SIZE**3
         spread = len(STRETCH) / 2 * product  # an error reaches the columns behind it, half of them in the mean
-    assert moments.factor is not None, "a random matrix can be factored"
-    one, many = (_rounded_seconds(x[:rows], moments, rounding) for rows in (1, _ROWS))
-    weight = (many - one) / (_ROWS - 1) / _SIZE - spread * _SIZE
-    return Machine(product, factor, spread, one / _SIZE, max(weight, 0.0))
+    column = _rounded_seconds(x[:1], moments, rounding) / _SIZE
+    rows, inputs = _TALL
+    tall = torch.rand(_TALL, generator=torch.Generator().manual_seed(0), device="cpu")
+    seconds = _rounded_seconds(tall, Moments(hessian[:, :inputs, :inputs]), rounding)
+    weight = (seconds - inputs * column) / (rows * inputs) - inputs * spread
+    return Machine(product, factor, spread, column, max(weight, 0.0))
 
 
 @cache
@@ -72,6 +74,7 @@ def range_seconds() -> float:
 
 
 def _rounded_seconds(rows: Tensor, moments: Moments, rounding: str) -> float:
+    assert moments.factor is not None, "a random matrix can be factored"
     return seconds_of(lambda: quantize_weight(rows, [WeightFormat("4")], moments, rounding=rounding))
 
 

@@ -30,19 +30,19 @@ _SEARCHED = 8  # of all weights while a range is searched for them
 
 
 def value_bytes(program: Program, samples: int) -> dict[int, int]:
-    """Bytes of every value that depends on the inputs, for so many samples."""
-    shapes = program.shape.items()
-    return {n: FLOAT * math.prod(shape) * samples // program.size for n, shape in shapes if n in program.varying}
+    """Bytes of every value for so many samples; none of those that are the same for all: they are held once."""
+    sizes = {n: FLOAT * math.prod(shape) * samples // program.size for n, shape in program.shape.items()}
+    return {n: size * (n in program.varying or n in program.rows) for n, size in sizes.items()}
 
 
-def _resident(size: int) -> int:
+def resident_bytes(size: int) -> int:
     """What a value that comes and goes adds to the process: a small one leaves a gap that others often do not fit."""
     return size if size >= _RETURNED else 2 * size
 
 
 def forward_bytes(program: Program, samples: int) -> int:
     """The most bytes that values take at one time in a forward of so many samples."""
-    sizes = {number: _resident(size) for number, size in value_bytes(program, samples).items()}
+    sizes = {number: resident_bytes(size) for number, size in value_bytes(program, samples).items()}
     last = program.last_reads(0, len(program.steps))
     live: dict[int, int] = {}
     most = 0
@@ -61,7 +61,7 @@ def largest_value(program: Program, samples: int) -> int:
 
 def counting_bytes(program: Program, samples: int) -> int:
     """What it takes to count the values of sites while so many samples pass."""
-    return forward_bytes(program, samples) + _COUNTING * _resident(largest_value(program, samples))
+    return forward_bytes(program, samples) + _COUNTING * resident_bytes(largest_value(program, samples))
 
 
 def rows_read(program: Program, layer: str) -> int:

@@ -20,6 +20,7 @@ from quantkit.stages.footprint import (
     counting_bytes,
     fitting,
     forward_bytes,
+    resident_bytes,
     rounding_bytes,
     rounding_seconds,
     together,
@@ -98,7 +99,8 @@ def working_memory(
     state = sum(t.numel() * t.element_size() for t in ready.model.state_dict().values())
     learned = learning.network + learning.blocks > 0
     forward = forward_bytes(program, chunk)
-    graph = _GRAPH * chunk * together(sizes, program.producer) if learned else 0
+    values_of_chunk = value_bytes(program, chunk)
+    graph = _GRAPH * learned * sum(resident_bytes(values_of_chunk[number]) for number in program.producer)
     hessian = max(_rounding(ready, name, chunk, forward, options) for name in ready.quantizable)
     copies = (_LEARNED_COPIES if learned else _COPIES) * state
     ranges = counting_bytes(program, min(samples, BATCH))

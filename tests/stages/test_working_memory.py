@@ -53,7 +53,25 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     assert rounding.ranges == 2 * (3 + 7) * 40 * value
     program = recording.program
     made = sum(torch.Size(program.shape[number][1:]).numel() for number in program.producer)
-    assert learning.graph == 5 * 4 * 40 * made
+    assert learning.graph == 2 * 5 * 4 * 40 * made
+
+
+def test_values_that_follow_the_number_of_samples_alone_are_held_too() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[0], 4)
+            return self.two(self.one(x + mask).relu() + mask)
+
+    batch = ((torch.randn(6, 4),), {})
+    ready = prepare(Masked().eval(), [batch], Target.load("onnxruntime-cpu"))
+    replay = replay_of(ready, [batch])
+    assert isinstance(replay, Replay)
+    found = working_memory(ready, recording_of(ready, replay), 6, Learning(), RoundingOptions())
+    assert found.values == 6 * 2 * (4 * 4)  # what a layer reads, and the mask that is read behind it
 
 
 def test_rounding_without_inputs_holds_no_hessian() -> None:

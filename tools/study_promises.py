@@ -147,7 +147,7 @@ def llama() -> tuple[nn.Module, Any]:
     config = LlamaConfig(vocab_size=2000, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
     config.num_attention_heads = config.num_key_value_heads = 4
     config.use_cache = False
-    return LlamaForCausalLM(config), tokens(4, 1024, 2000)
+    return LlamaForCausalLM(config), tokens(2, 1024, 2000)
 
 
 CASES = {

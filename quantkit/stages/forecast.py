@@ -45,7 +45,7 @@ PASSES_AT_SITES = 4  # two for activation ranges, where counting takes as long a
 GRAPH_COPIES = 4  # how often a graph of second derivatives holds every activation
 _QUANTIZING = 3  # copies of a site's values while they are quantized
 _COMPARING = 6  # copies of one batch's outputs while they are compared, in float64
-_SOFTMAXES = 3  # that comparing outputs amounts to
+_SOFTMAXES = 6  # that comparing outputs amounts to
 _ANY_RANGE = SiteRange(0.05, 128)
 
 

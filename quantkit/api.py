@@ -55,6 +55,7 @@ def quantize(
     correction: str | None = "auto",
     reparameterization: str = "auto",
     seed: int = 0,
+    memory: str | None = None,
     progress: bool = True,
     workdir: str | Path | None = None,
     inplace: bool = False,
@@ -73,15 +74,16 @@ def quantize(
     be. Otherwise "fast" takes the plan that the profile predicts best; "balanced" and "thorough" improve it by
     measuring around it, with at most 1.5 and 3 measurements per profiled format. Raises InvalidRequest for a bad
     request and InfeasibleBudget for one that cannot be met, both before anything is measured; AccuracyNotMet when no
-    plan keeps the accuracy.
+    plan keeps the accuracy. ``memory``, as "4 GB", limits what is held beyond the model and its inputs: wide layers
+    are rounded in more blocks of inputs then, and a warning says where that is not enough.
     """
     run = _run(progress, workdir)
-    how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
+    how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)
     search = Search.of(budget, solver, effort, Application(how, evaluate, run, inplace))
     request = make_ready(
         model, calibration, example_inputs=example_inputs, samples=samples, target=target,
         **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity,
-        rounding=rounding, ranges=ranges, seed=seed,
+        rounding=rounding, ranges=ranges, seed=seed, memory=memory,
     )  # fmt: skip
     return _with_notices(quantize_request(request, search))
 
@@ -103,6 +105,7 @@ def profile(
     rounding: str = "auto",
     ranges: str = "mse",
     seed: int = 0,
+    memory: str | None = None,
     progress: bool = True,
     workdir: str | Path | None = None,
 ) -> Profile:
@@ -115,14 +118,14 @@ def profile(
     layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
     "same" they are as all others; either way the plan says so. ``loss``: "kl", "mse" or "auto".
     With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
-    changed; until it is complete, every finished layer is, so that a run that was killed resumes. Raises
-    InvalidRequest before any measuring when the request cannot be carried out.
+    changed; until it is complete, every finished layer is, so that a run that was killed resumes. ``memory`` as for
+    ``quantize``. Raises InvalidRequest before any measuring when the request cannot be carried out.
     """
     run = _run(progress, workdir)
     request = make_ready(
         model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
         rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
-        seed=seed,
+        seed=seed, memory=memory,
     )  # fmt: skip
     return measure(request, run)
 
@@ -145,6 +148,7 @@ def apply(
     loss: str = "auto",
     evaluate: Evaluate | None = None,
     seed: int = 0,
+    memory: str | None = None,
     progress: bool = True,
     workdir: str | Path | None = None,
     inplace: bool = False,
@@ -170,11 +174,11 @@ def apply(
     quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
     HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
     rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
-    depend on: the same call again, after a kill or not, does none of that twice. Raises InvalidRequest for a plan
-    that does not fit the model or the target.
+    depend on: the same call again, after a kill or not, does none of that twice. ``memory`` as for ``quantize``.
+    Raises InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
-    how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization)
+    how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)
     require_metric(evaluate)
     asked = Application(how, evaluate, _run(progress, workdir), inplace)
     require_layers(model, decided, goal)

@@ -294,6 +294,15 @@ def _read(name: str, asked: object) -> tuple[Fraction, str]:
     return Fraction(number), unit
 
 
+def read_bytes(name: str, asked: object) -> int:
+    """The bytes of an amount such as "4 GB", called ``name`` in errors. Raises InvalidRequest for what is none."""
+    number, word = _split(str(asked).strip())
+    unit = next((u for u in _BYTES if word and u.lower() == _OTHER_SPELLINGS.get(word.lower(), word).lower()), None)
+    if number is None or unit is None or not 1 <= number * _BYTES[unit] < 1 << 62:
+        raise InvalidRequest(f"{name}={asked!r} is not an amount of memory such as '4 GB'.")
+    return int(number * _BYTES[unit])
+
+
 def _truth(name: str, asked: object) -> bool:
     word = str(asked).strip().lower()
     if word not in ("true", "false"):

@@ -144,7 +144,7 @@ def _plan(options: argparse.Namespace) -> None:
     from quantkit.recipe.forecast import forecast_of
     from quantkit.recipe.read import read_recipe
 
-    print(forecast_of(read_recipe(options.recipe, options.set)))
+    print(forecast_of(read_recipe(options.recipe, options.set), progress=not options.quiet))
 
 
 def _profile(options: argparse.Namespace) -> None:

@@ -4,19 +4,31 @@ memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from quantkit.allocation.allocate import allocate, narrowest
 from quantkit.allocation.only_plan import only_plan
 from quantkit.budget import Budget
 from quantkit.plan import Composition, Plan
+from quantkit.progress import track
 from quantkit.recipe.read import DECIDED_LATER, Recipe
 from quantkit.recipe.run import inputs_of
 from quantkit.stages.forecast import forecast
+from quantkit.stages.options import ApplyOptions
 from quantkit.stages.quantize import candidates_of
 from quantkit.stages.request import Request, make_ready
+from quantkit.stages.working_memory import Learning, expected_work
+
+PARTS = 6  # of the text: layers, sites, sizes, what the limits come to, measuring and applying
 
 
-def forecast_of(recipe: Recipe) -> str:
+def forecast_of(recipe: Recipe, progress: bool = False) -> str:
     """The text that ``quantkit plan`` prints. Raises InfeasibleBudget when no plan can meet the recipe's budget."""
+    return "\n".join(track(_parts(recipe), "planning", PARTS, progress))
+
+
+def _parts(recipe: Recipe) -> Iterator[str]:
+    """The parts of the text, as they become known."""
     inputs = inputs_of(recipe)
     settings = {key: value for key, value in recipe.settings().items() if key not in DECIDED_LATER}
     limit = Budget.parse(recipe.get("budget"))
@@ -28,16 +40,12 @@ def forecast_of(recipe: Recipe) -> str:
     only = only_plan(request.unmeasured(), certain or limit)
     if only is None and certain is not None:
         allocate(request.unmeasured(), certain)
-    return "\n".join(
-        [
-            *_layers(request),
-            f"{len(request.ready.sites)} activation sites",
-            _sizes(request),
-            _composition(request),
-            _certain(limit, certain),
-            _measuring(request, only),
-        ]
-    )
+    yield "\n".join(_layers(request))
+    yield f"{len(request.ready.sites)} activation sites"
+    yield f"{_sizes(request)}\n{_composition(request)}"
+    yield _certain(limit, certain)
+    yield _measuring(request, only)
+    yield _rounding(request, ApplyOptions(rounding=request.settings["rounding"], memory=recipe.get("memory")))
 
 
 def _certain(limit: Budget, certain: Budget | None) -> str:
@@ -53,6 +61,17 @@ def _measuring(request: Request, only: Plan | None) -> str:
     if only is not None:
         return "every layer has one candidate: nothing is profiled"
     return str(forecast(request)) if request.batches else "without calibration data nothing is measured"
+
+
+def _rounding(request: Request, options: ApplyOptions) -> str:
+    """What rounding by a plan takes. How much is learned after it depends on the plan."""
+    recording = request.session.recording(request.ready)
+    if not request.batches:
+        return "without calibration data rounding takes what the weights take"
+    if isinstance(recording, str):
+        return f"rounding runs the whole model for every layer: {recording}"
+    expected = expected_work(request.ready, recording, request.batches, options, Learning())
+    return f"{expected}; what is learned after it depends on the plan, and is announced then"
 
 
 def _layers(request: Request) -> list[str]:

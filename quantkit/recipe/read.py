@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "correction": _TEXT,
     "reparameterization": _TEXT,
     "seed": _NUMBER,
+    "memory": _TEXT,
 }
 # settings that a profile does not depend on
 DECIDED_LATER = ("budget", "solver", "effort", "reconstruction", "correction", "reparameterization")

@@ -9,7 +9,6 @@ from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
-from quantkit.program.inputs import batch_size
 from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
@@ -18,7 +17,7 @@ from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding.by_layers import round_by_layers
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
-from quantkit.rounding.request import RoundingRequest
+from quantkit.rounding.request import RoundingOptions, RoundingRequest
 from quantkit.sensitivity.damage import Reference
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
@@ -36,7 +35,7 @@ from quantkit.stages.reconstruct import (
 )
 from quantkit.stages.recording import Recording
 from quantkit.stages.reparameterize import Reparameterization, reparameterization_of
-from quantkit.stages.working_memory import working_memory
+from quantkit.stages.working_memory import Expected, Learning, expected_work
 from quantkit.transforms.prepare import Prepared
 
 LOG_BITS = 4  # the width that logarithmic codes have a format for: "alog4"
@@ -99,8 +98,13 @@ class PlanApplication:
             ready.model, ready.sites, {}, self._site_ranges(progress), ready.weights, ready.program.updated
         )
         simulated.eval()
-        notes: dict[str, Any] = self._announced()
-        notes["rounding"] = self._round(simulated, progress, finished)
+        notes: dict[str, Any] = {}
+        rounding = RoundingOptions(self.options.rounding)
+        if (expected := self._announced()) is not None:
+            notes = {"working_bytes": expected.memory.peak_bytes, "working_seconds": expected.seconds}
+            rounding = expected.rounding
+        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes)
+        notes["rounding"] = self._round(simulated, request)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
         learning, correcting = self.options.reconstruction, self.options.correction
@@ -113,20 +117,25 @@ class PlanApplication:
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 
-    def _announced(self) -> dict[str, Any]:
-        """The working memory, said before it is taken; nothing where the model is not on program."""
+    def _announced(self) -> Expected | None:
+        """Memory and time, said before they are taken; None where the model is not on program."""
         if isinstance(self.recording, str):
-            return {}
-        learned = by_blocks = 0
-        if self.reconstruction is not None:
-            held = len(self.reconstruction.data.held_outputs)
-            learned = len(self.reconstruction.data) + held
-            if self.options.reconstruction in ("block", *ADAQUANT):
-                by_blocks = len(self.reconstruction.block_data) + held
-        samples = sum(map(batch_size, self.formatted.batches))
-        memory = working_memory(self.ready, self.recording, samples, learned, by_blocks)
-        notice(str(memory))
-        return {"working_bytes": memory.peak_bytes}
+            return None
+        batches = self.formatted.batches
+        expected = expected_work(self.ready, self.recording, batches, self.options, self._learning)
+        notice(str(expected))
+        return expected
+
+    @property
+    def _learning(self) -> Learning:
+        """What will be learned."""
+        found, how = self.reconstruction, self.options.reconstruction
+        if found is None:
+            return Learning()
+        options, held = found.learning, len(found.data.held_outputs)
+        blocks = len(found.block_data) + held if how in ("block", *ADAQUANT) else 0
+        schedules = {"network": (options.network,), "block": (options.block, options.network), "none": ()}
+        return Learning(len(found.data) + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
         ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
@@ -147,10 +156,9 @@ class PlanApplication:
         less = squared_error(histogram, logarithmic) < squared_error(histogram, uniform)
         return logarithmic if less or not asked.is_integer else uniform
 
-    def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
+    def _round(self, simulated: SimulatedModel, request: RoundingRequest) -> dict[str, str]:
         """Give every layer its codes; returns how."""
         recording = self.recording
-        request = RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished)
         if isinstance(recording, str):
             return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
         inputs = recording.program.entering(self.ready.model, recording.samples)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from quantkit.budget import read_bytes
 from quantkit.errors import InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
 from quantkit.ranges.activations import RANGES
@@ -41,7 +42,8 @@ def choices() -> dict[str, tuple[str, ...]]:
 @dataclass(frozen=True)
 class ProfileOptions:
     """What is measured, and how: the candidates and the names in ``choices``. ``everywhere``: the one candidate is
-    for every layer that can take it, and the others stay float.
+    for every layer that can take it, and the others stay float. ``memory``: as much, "4 GB", may be taken beyond the
+    model and its inputs.
     """
 
     schemes: Schemes | None = None
@@ -53,14 +55,16 @@ class ProfileOptions:
     rounding: str = "auto"
     ranges: str = "mse"
     seed: int = 0
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         require_choices(**chosen(self))
+        require_memory(self.memory)
 
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """How a plan is met, by the names in ``choices``; a correction that is None is off."""
+    """How a plan is met, by the names in ``choices``, within which ``memory``; a correction that is None is off."""
 
     rounding: str = "auto"
     ranges: str = "mse"
@@ -69,10 +73,12 @@ class ApplyOptions:
     loss: str = "auto"
     seed: int = 0
     reparameterization: str = "auto"
+    memory: str | None = None
     learning: LearningOptions = field(default_factory=LearningOptions)  # not among what the verbs ask for
 
     def __post_init__(self) -> None:
         require_choices(**chosen(self))
+        require_memory(self.memory)
 
     def require_known(self, inputs: Inputs) -> None:
         """Raise InvalidRequest for what needs data that is not there."""
@@ -106,6 +112,12 @@ def choose(name: str, value: str, known: Iterable[str] | Mapping[str, Any]) -> N
     """Raise InvalidRequest, with the known names, for a name that is none of them."""
     if value not in (names := list(known)):
         raise InvalidRequest(f"Unknown {name} {value!r}; known: {', '.join(names)}.{did_you_mean(str(value), names)}")
+
+
+def require_memory(asked: str | None) -> None:
+    """Raise InvalidRequest for what is no amount of memory."""
+    if asked is not None:
+        read_bytes("memory", asked)
 
 
 def require_choices(**asked: str) -> None:

@@ -19,7 +19,7 @@ from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.sensitivity.rarely_reached import reached_by_few, with_fallback
-from quantkit.stages.forecast import forecast
+from quantkit.stages.forecast import forecast, rounding_options
 from quantkit.stages.options import Run
 from quantkit.stages.request import Request
 from quantkit.store import Artefacts
@@ -41,15 +41,20 @@ def measure(request: Request, run: Run, evaluator: Evaluator | None = None) -> P
             notice(f"reusing the profile {kept}")
             artefacts.remove()
             return replace(found, latency=request.target.latency)
-    if request.batches:
-        expected = forecast(request)
-        notice(str(expected))
-        notice(f"damage: {expected.rule}")
-    measured = _measure(request, run.progress, evaluator or evaluator_of(request, run))
+    measured = _measure(request, run.progress, evaluator or announced_evaluator(request, run))
     if kept is not None:
         measured.save(kept)
         artefacts.remove()
     return measured
+
+
+def announced_evaluator(request: Request, run: Run) -> Evaluator:
+    """What a request is measured on, after saying what the profile will take and what it compares."""
+    if request.batches:
+        expected = forecast(request)
+        notice(str(expected))
+        notice(f"damage: {expected.rule}")
+    return evaluator_of(request, run)
 
 
 def _require_measurable(request: Request) -> None:
@@ -90,7 +95,7 @@ def evaluator_of(request: Request, run: Run) -> Evaluator:
     ready, batches, settings = request.ready, request.batches, request.settings
     artefacts, progress = artefacts_of(request, run.workdir), run.progress
     perturbations, rounded = weight_perturbations(
-        ready, request.candidates, batches, settings["rounding"], progress, artefacts
+        ready, request.candidates, batches, rounding_options(request), progress, artefacts
     )
     perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress, artefacts)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(settings["seed"]))

@@ -23,7 +23,7 @@ from quantkit.stages.file_size import Choose, FileLengths, FileLimit, fitting_pl
 from quantkit.stages.metric import require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
 from quantkit.stages.options import Schemes, choose
-from quantkit.stages.profile import evaluator_of, measure
+from quantkit.stages.profile import announced_evaluator, measure
 from quantkit.stages.reconstruct import samples_enough
 from quantkit.stages.request import Request
 from quantkit.stages.result import Result
@@ -112,7 +112,7 @@ def _decide(
     blank = request.unmeasured()
     _require_work(blank, limit)
     allocate(blank, limit)  # refuses what cannot be met before anything is measured
-    evaluator = None if search.effort == "fast" else evaluator_of(request, run)
+    evaluator = None if search.effort == "fast" else announced_evaluator(request, run)
     measured = measure(request, run, evaluator)
     seed = request.settings["seed"]
 
@@ -142,7 +142,7 @@ def _within_accuracy(request: Request, search: Search) -> Result:
     others = limit.without_accuracy()
     if others is not None:
         allocate(request.unmeasured(), others)
-    evaluator = evaluator_of(request, run)
+    evaluator = announced_evaluator(request, run)
     measured = measure(request, run, evaluator)
     accuracy = AccuracySearch(request, measured, evaluator, limit, search.application.evaluate, search.effort)
     return replace(meet_accuracy(accuracy, _finisher(request, search)), profile=measured)

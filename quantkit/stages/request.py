@@ -150,6 +150,7 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         "seed": options.seed,
         **session.identity,
         **{name: value for name, value in chosen(options).items() if name != "first_last"},
+        **({} if options.memory is None else {"memory": options.memory}),
     }
     return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings)
 

@@ -1,32 +1,68 @@
-"""What rounding and learning will hold, known before either begins."""
+"""What rounding and learning will hold, and how long they will take, known before either begins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch.utils._pytree import tree_map
+
+from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.segments import between_layers
-from quantkit.rounding.layer_inputs import positions_wanted
+from quantkit.ranges.statistics import hessian_bytes
+from quantkit.reconstruction.learning import Schedule
+from quantkit.rounding import rounding_of
+from quantkit.rounding.request import RoundingOptions
 from quantkit.simulation.playback import CHUNK, SPILL_BYTES
+from quantkit.stages.footprint import (
+    collecting_bytes,
+    counting_bytes,
+    fitting,
+    forward_bytes,
+    resident_bytes,
+    rounding_bytes,
+    rounding_seconds,
+    together,
+    value_bytes,
+)
+from quantkit.stages.forecast import forward_seconds
+from quantkit.stages.inputs import BATCH
+from quantkit.stages.machine import machine, range_seconds
+from quantkit.stages.options import ApplyOptions
 from quantkit.stages.recording import Recording
 from quantkit.transforms.prepare import Prepared
 
-_FLOAT = 4  # bytes
-_HESSIANS = 6  # a layer's: summed, sorted, damped, its inverse and factor in float64, the factor in float32
 _DRAWING = 9  # copies of the samples: recorded, divided, and one draw while it is changed, mixed and laid out
-_COPIES = 9  # of parameters: float, learned, computed with, their gradients, two of Adam, mean, present and best
-_GRAPH = 3  # what a gradient keeps of a value: itself, quantized, and its own gradient
+_COPIES = 2  # of parameters: codes, and weights as they are read
+_LEARNED_COPIES = 9  # learned: float, computed with, their gradients, two of Adam, mean, present and best
+_GRAPH = 5  # what a gradient keeps of a value: itself, scaled, rounded and quantized, and its own gradient
+_PASSES = 10  # of a quantized model: four to count values for ranges, two to round, four to time and compare
+_STEP = 3  # forwards of a batch that a step of learning takes, its gradient included
+_LEARNED = 0.05  # of what rounding a weight takes: a step of learning it
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What will be learned: the network from ``network`` samples, by blocks from ``blocks`` ones, of which ``held``
+    are held back, each by a schedule; 0 samples where nothing is learned so.
+    """
+
+    network: int = 0
+    blocks: int = 0
+    held: int = 0
+    schedules: tuple[Schedule, ...] = ()
 
 
 @dataclass(frozen=True)
 class WorkingMemory:
-    """Bytes beyond the model and its calibration inputs: ``values`` between layers, or that enter and leave one block,
-    for all samples, ``drawing`` what is learned from (freed before learning, but a process seldom gives small pieces
-    back), ``hessian`` of the largest layer, ``graph`` of one batch while it is differentiated, ``copies`` of the
-    model's state.
+    """Bytes beyond the model and its calibration inputs: ``ranges`` while the values of sites are counted; ``values``
+    between layers, or that enter and leave one block, for all samples, ``drawing`` what is learned from (freed before
+    learning, but a process seldom gives small pieces back), ``hessian`` of the largest layer, ``graph`` of one batch
+    while it is differentiated; and ``copies`` of the model's state.
     """
 
+    ranges: int
     values: int
     drawing: int
     hessian: int
@@ -35,7 +71,7 @@ class WorkingMemory:
 
     @property
     def peak_bytes(self) -> int:
-        return self.values + self.drawing + max(self.hessian, self.graph) + self.copies
+        return self.copies + max(self.ranges, self.values + self.drawing + max(self.hessian, self.graph))
 
     def __str__(self) -> str:
         return (
@@ -45,35 +81,78 @@ class WorkingMemory:
         )
 
 
-def working_memory(ready: Prepared, recording: Recording, samples: int, learned: int, by_blocks: int) -> WorkingMemory:
-    """The working memory of rounding on ``samples`` and learning the network on ``learned`` ones and its blocks on
-    ``by_blocks`` ones, held-back ones included (0 where nothing is learned so).
+def working_memory(
+    ready: Prepared, recording: Recording, samples: int, learning: Learning, options: RoundingOptions
+) -> WorkingMemory:
+    """The working memory of rounding on ``samples`` and of ``learning``.
 
     Rounding holds what is read from a layer on. Learning holds what enters it in the quantized and in
     the float network, what leaves it in both, and what is wanted.
     """
     program = recording.program
-    sizes = {number: _FLOAT * math.prod(shape[1:]) for number, shape in program.shape.items()}
-    edges = [(_together(sizes, b.entering), _together(sizes, b.leaving)) for b in recording.blocks]
+    sizes, chunk = value_bytes(program, 1), min(samples, CHUNK)
+    edges = [(together(sizes, b.entering), together(sizes, b.leaving)) for b in recording.blocks]
     enters, leaves = (max(side) for side in zip(*edges, strict=True))
-    inputs = _together(sizes, program.inputs)
-    held = max(_together(sizes, segment.entering) for segment in between_layers(program, ready.quantizable))
-    values = max(samples * held, learned * inputs + by_blocks * (2 * enters + 3 * leaves))
-    state = _FLOAT * sum(t.numel() for t in ready.model.state_dict().values())
-    floating = sum(math.prod(program.shape[number][1:]) for number in program.producer)
-    graph = _GRAPH * CHUNK * floating * _FLOAT
-    hessian = max(_hessian(ready, name) for name in ready.quantizable)
-    return WorkingMemory(values, _DRAWING * samples * inputs * (learned > 0), hessian, graph, _COPIES * state)
+    inputs = together(sizes, program.inputs)
+    held = max(together(sizes, segment.entering) for segment in between_layers(program, ready.quantizable))
+    values = max(samples * held, learning.network * inputs + learning.blocks * (2 * enters + 3 * leaves))
+    state = sum(t.numel() * t.element_size() for t in ready.model.state_dict().values())
+    learned = learning.network + learning.blocks > 0
+    forward = forward_bytes(program, chunk)
+    values_of_chunk = value_bytes(program, chunk)
+    graph = _GRAPH * learned * sum(resident_bytes(values_of_chunk[number]) for number in program.producer)
+    hessian = max(_rounding(ready, name, chunk, forward, options) for name in ready.quantizable)
+    copies = (_LEARNED_COPIES if learned else _COPIES) * state
+    ranges = counting_bytes(program, min(samples, BATCH))
+    return WorkingMemory(ranges, values, _DRAWING * samples * inputs * learned, hessian, graph, copies)
 
 
-def _together(sizes: Mapping[int, int], numbers: Iterable[int]) -> int:
-    return sum(sizes[number] for number in numbers)
+@dataclass(frozen=True)
+class Expected:
+    """What rounding and learning will take, with the ``rounding`` that keeps to the memory that may be taken."""
+
+    memory: WorkingMemory
+    seconds: float
+    rounding: RoundingOptions
+
+    def __str__(self) -> str:
+        return f"{self.memory}; about {self.seconds:.0f} s of the processor"
 
 
-def _hessian(ready: Prepared, layer: str) -> int:
-    """Bytes that rounding a layer takes: its Hessian several times, and the inputs of one chunk as a matrix."""
-    weight, width = ready.weights.layers[layer], ready.weights.inputs(layer)
-    if not weight.reads_rows:
-        return 0
-    rows = CHUNK * positions_wanted(width)
-    return weight.groups * (_HESSIANS * 8 * width**2 + 3 * _FLOAT * rows * width)
+def expected_work(
+    ready: Prepared, recording: Recording, batches: Sequence[Batch], options: ApplyOptions, learning: Learning
+) -> Expected:
+    """What rounding on ``batches`` as the ``options`` say, and ``learning``, will take."""
+
+    def memory(rounding: RoundingOptions) -> WorkingMemory:
+        return working_memory(ready, recording, sum(map(batch_size, batches)), learning, rounding)
+
+    rounding = fitting(options.memory, options.rounding, lambda asked: memory(asked).peak_bytes)
+    return Expected(memory(rounding), working_seconds(ready, batches, learning, rounding), rounding)
+
+
+def _rounding(ready: Prepared, layer: str, chunk: int, forward: int, options: RoundingOptions) -> int:
+    """Bytes that rounding a layer takes, with the forward that shows its inputs."""
+    weight, most, method = ready.weights.layers[layer], options.hessian_bytes, rounding_of(options.name)
+    found = rounding_bytes(weight, options)
+    if not (method.hessian and weight.reads_rows):
+        return found
+    both = hessian_bytes(weight, most) * method.cross  # the products with the inputs of the float network
+    seen = hessian_bytes(weight, most) + collecting_bytes(ready.program, layer, chunk, most) + forward
+    return both + max(found, seen)
+
+
+def working_seconds(ready: Prepared, batches: Sequence[Batch], learning: Learning, options: RoundingOptions) -> float:
+    """Seconds of the processor for rounding on ``batches``, and for ``learning``, from timing one batch."""
+    samples, batch = sum(map(batch_size, batches)), max(batches, key=batch_size)
+    plain, quantized = (x / batch_size(batch) for x in forward_seconds(ready, batch))
+    rounding = sum(rounding_seconds(ready.program, n, 1, samples, options) for n in ready.quantizable)
+    found = _PASSES * samples * quantized + len(ready.sites) * range_seconds() + rounding
+    if not learning.schedules:
+        return found
+    weights = sum(math.prod(ready.weights.layers[name].shape) for name in ready.quantizable)
+    few = tree_map(lambda x: x[: learning.schedules[0].batch], batch)
+    step = _STEP * forward_seconds(ready, few)[1] + _LEARNED * weights * machine(options.name).weight
+    for schedule in learning.schedules:
+        found += schedule.steps * step + schedule.checks * learning.held * quantized
+    return found + learning.network * plain

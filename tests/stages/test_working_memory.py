@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import quantkit
+from quantkit.errors import InvalidRequest
+from quantkit.program.layers import LayerWeight
 from quantkit.program.segments import whole
+from quantkit.rounding.request import RoundingOptions
 from quantkit.simulation import playback
 from quantkit.simulation.playback import copied_state, float_program, play_output, room_for
+from quantkit.stages.footprint import rounding_bytes
 from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
-from quantkit.stages.working_memory import working_memory
+from quantkit.stages.working_memory import Learning, working_memory
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.stages.networks import images, small
@@ -32,19 +37,74 @@ def recorded(x: Tensor) -> tuple[Prepared, Recording]:
 def test_the_figures_of_a_small_network_by_hand() -> None:
     ready, recording = recorded(images(40))
     assert len(recording.blocks) == 1
-    inputs, logits = 4 * 2 * 6 * 6, 4 * 10
-    rounding = working_memory(ready, recording, 40, 0, by_blocks=0)
-    assert rounding.values == 40 * 2 * (4 * 12 * 6 * 6)  # before "mix": what it reads, and what is added behind it
-    learning = working_memory(ready, recording, 40, 100, by_blocks=200)
+    inputs, logits, value = 4 * 2 * 6 * 6, 4 * 10, 4 * 12 * 6 * 6
+    rounding = working_memory(ready, recording, 40, Learning(), RoundingOptions())
+    assert rounding.values == 40 * 2 * value  # before "mix": what it reads, and what is added behind it
+    learning = working_memory(ready, recording, 40, Learning(100, 200), RoundingOptions())
     assert learning.values == 100 * inputs + 200 * (2 * inputs + 3 * logits)
     assert (rounding.drawing, learning.drawing) == (0, 9 * 40 * inputs)
-    assert learning.peak_bytes == rounding.peak_bytes + learning.values - rounding.values + learning.drawing
-    widest = 12 * 9  # inputs of an output of the second convolution
-    assert rounding.hessian == 6 * 8 * widest**2 + 3 * 4 * playback.CHUNK * 128 * widest
-    assert rounding.peak_bytes == rounding.values + max(rounding.hessian, rounding.graph) + rounding.copies
+    state = sum(t.numel() * t.element_size() for t in ready.model.state_dict().values())
+    assert (rounding.copies, learning.copies) == (2 * state, 9 * state)
+
+    # the second convolution: its sum and a product, its input padded and turned, its columns, and three values
+    hessian, columns = 8 * 108**2, 4 * 40 * 36 * 108
+    assert rounding.hessian == int(2.5 * hessian) + 2 * 40 * value + columns + 2 * 3 * 40 * value
+    assert rounding.peak_bytes == rounding.values + rounding.hessian + rounding.copies
+    assert rounding.ranges == 2 * (3 + 7) * 40 * value
     program = recording.program
     made = sum(torch.Size(program.shape[number][1:]).numel() for number in program.producer)
-    assert rounding.graph == 3 * 4 * playback.CHUNK * made
+    assert learning.graph == 2 * 5 * 4 * 40 * made
+
+
+def test_values_that_follow_the_number_of_samples_alone_are_held_too() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[0], 4)
+            return self.two(self.one(x + mask).relu() + mask)
+
+    batch = ((torch.randn(6, 4),), {})
+    ready = prepare(Masked().eval(), [batch], Target.load("onnxruntime-cpu"))
+    replay = replay_of(ready, [batch])
+    assert isinstance(replay, Replay)
+    found = working_memory(ready, recording_of(ready, replay), 6, Learning(), RoundingOptions())
+    assert found.values == 6 * 2 * (4 * 4)  # what a layer reads, and the mask that is read behind it
+
+
+def test_rounding_without_inputs_holds_no_hessian() -> None:
+    ready, recording = recorded(images(40))
+    nearest = working_memory(ready, recording, 40, Learning(), RoundingOptions("nearest"))
+    assert nearest.hessian == 4 * 8 * 12 * 108
+
+
+def test_blocks_hold_less_than_the_whole() -> None:
+    weight = LayerWeight("linear", (8, 4096), "w")
+    whole = rounding_bytes(weight, RoundingOptions())
+    assert whole == 6 * 8 * 4096**2
+    blocks = rounding_bytes(weight, RoundingOptions(hessian_bytes=8 * 4096 * 512))
+    assert blocks == 3 * 8 * 4096 * 512 + 4 * 5 * 17 * 8 * 4096
+
+
+def test_layers_are_rounded_in_blocks_within_the_memory_given(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(nn.Linear(600, 4)).eval(), torch.randn(32, 600)
+    whole, limited, least = (
+        quantkit.apply(model, {"0": "w4"}, x, reconstruction="none", correction=None, memory=memory, progress=False)
+        for memory in (None, "4 MB", "1 KB")
+    )
+    assert whole.notes["working_bytes"] > 4e6 >= limited.notes["working_bytes"]
+    assert "blocks" not in whole.notes["rounding"]["0"] and "blocks of inputs" in limited.notes["rounding"]["0"]
+    assert any("memory='1 KB' cannot be kept" in notice for notice in least.notes["notices"])
+
+
+def test_a_profile_keeps_to_the_memory_given() -> None:
+    model, x = nn.Sequential(nn.Linear(600, 4)).eval(), torch.randn(32, 600)
+    found = quantkit.profile(model, x, schemes=["w4", "w8"], memory="4 MB", progress=False)
+    assert "blocks of inputs" in found.provenance["rounded"]["0"]
+    with pytest.raises(InvalidRequest, match="memory='much'"):
+        quantkit.profile(model, x, memory="much")
 
 
 @pytest.mark.parametrize("how", ["none", "network", "block", "adaquant"])

@@ -35,8 +35,8 @@ class Target:
     the products of two activations, ``fused_activations`` what it fuses into layers and element-wise operations.
     ``weight_only``: every layer can have codes for its weight alone; ``weight_only_groups``: also in groups and with
     zero points. ``instruction_set`` is that of the CPUs that files are written for, ``roles`` whether tensors must,
-    may or cannot hold codes in each role (``targets.roles``); they may in one that is not named. ``latency``: what a model's parts take on
-    a machine, where that was measured.
+    may or cannot hold codes in each role (``targets.roles``); they may in one that is not named. ``latency``: what a
+    model's parts take on a machine, where that was measured.
     """
 
     name: str

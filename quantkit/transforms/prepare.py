@@ -48,7 +48,7 @@ class Prepared:
     pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
     the reason why not. ``other_bytes`` is what a file stores besides the layers' weights: biases, unfolded norms,
     buffers, and what codes bring with them (``transforms.stored``). ``float_bytes`` is all that the user's model
-    stores, ``float32_bytes`` the same in float32. ``float_sums`` are the additions without codes (``program.additions``).
+    stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
     """
 
     model: nn.Module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class CrepeTiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for i, (inputs, outputs) in enumerate(zip(_CHANNELS, _CHANNELS[1:], strict=False), 1):
+        for i, (inputs, outputs) in enumerate(pairwise(_CHANNELS), 1):
             kernel, stride = (512, 4) if i == 1 else (64, 1)
             self.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, (kernel, 1), (stride, 1)))
             self.add_module(f"conv{i}_BN", nn.BatchNorm2d(outputs, eps=1e-3))

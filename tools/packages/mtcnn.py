@@ -1,4 +1,4 @@
-"""The three networks of MTCNN (Zhang et al., 2016) with facenet-pytorch's weights: proposals, refinement, landmarks."""
+"""The three networks of MTCNN (Zhang et al., 2016) as in facenet-pytorch: proposals, refinement, landmarks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PNet(nn.Module):
         self.conv4_1, self.conv4_2 = nn.Conv2d(32, 2, 1), nn.Conv2d(32, 4, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (batch, 3, height, width) -> shifts of the four edges, and the probabilities of no face and a face."""
+        """Images (batch, 3, height, width) -> shifts of edges (batch, 4, ...), probabilities of no face and a face."""
         x = F.max_pool2d(self.prelu1(self.conv1(images)), 2, 2, ceil_mode=True)
         x = self.prelu3(self.conv3(self.prelu2(self.conv2(x))))
         return self.conv4_2(x), self.conv4_1(x).softmax(dim=1)

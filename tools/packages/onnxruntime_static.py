@@ -22,14 +22,9 @@ class _Samples(CalibrationDataReader):  # type: ignore[misc]
     """One sample after the other, by the names of a file's inputs."""
 
     def __init__(self, case: Case, names: list[str]) -> None:
-        self.rows: Iterator[dict[str, Any]] = iter(
-            [
-                {
-                    name: x.numpy()
-                    for name, x in zip(names, row.values() if isinstance(row, dict) else row, strict=True)
-                }
-                for row in samples(case.calibration, SAMPLES)
-            ]
+        rows = samples(case.calibration, SAMPLES)
+        self.rows: Iterator[dict[str, Any]] = (
+            {name: x.numpy() for name, x in zip(names, row, strict=True)} for row in rows
         )
 
     def get_next(self) -> dict[str, Any] | None:

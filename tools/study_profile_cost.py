@@ -30,6 +30,7 @@ from quantkit.formats import ActivationFormat, Scheme
 from quantkit.program.inputs import Batch, batch_size, split_batches
 from quantkit.program.program import Program, Step
 from quantkit.program.record import run_model
+from quantkit.rounding.request import RoundingOptions
 from quantkit.sensitivity import ESTIMATORS
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Subject
@@ -122,7 +123,7 @@ def main() -> None:
     ready, batches = prepared(options.samples, data)
     started = time.process_time()
     candidates = {name: [Scheme.parse(f"w{b}") for b in BITS] for name in ready.quantizable}
-    changes, _ = weight_perturbations(ready, candidates, batches, "gptq", progress=True)
+    changes, _ = weight_perturbations(ready, candidates, batches, RoundingOptions("gptq"), progress=True)
     rounding = time.process_time() - started
     replay = replay_of(ready, batches)
     assert isinstance(replay, Replay), replay

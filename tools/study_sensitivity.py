@@ -28,6 +28,7 @@ from scipy.stats import kendalltau, spearmanr
 from quantkit.formats import Scheme
 from quantkit.program.inputs import Batch, split_batches
 from quantkit.progress import track
+from quantkit.rounding.request import RoundingOptions
 from quantkit.sensitivity.by_place import digest_changes
 from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.measure import Perturbation, Subject
@@ -94,7 +95,9 @@ def case_of(
     batches = split_batches([((calibration,), {})], 128)
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
     candidates = {layer: [Scheme.parse(f"w{b}") for b in bits] for layer in ready.quantizable}
-    changes, _ = weight_perturbations(ready, candidates, batches, rounding, progress=True, artefacts=artefacts)
+    changes, _ = weight_perturbations(
+        ready, candidates, batches, RoundingOptions(rounding), progress=True, artefacts=artefacts
+    )
     return Case(ready, batches, Subject(ready.model, quick_batches(evaluation), {}, weights=ready.weights), changes)
 
 

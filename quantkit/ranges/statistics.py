@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from quantkit.errors import InvalidRequest
 from quantkit.program.arguments import leaves_of
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import Weights
+from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.program import Program
 from quantkit.program.sites import Site
 from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import track
 from quantkit.ranges.activations import Extremes, Histogram
-from quantkit.rounding.layer_inputs import input_columns
+from quantkit.rounding.blocks import HESSIAN_BYTES, Blocks, blocks_of
+from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
+from quantkit.rounding.moments import Moments
 from quantkit.simulation.model import SimulatedModel, at_sites, run_with
 
 ROWS = 1 << 15
-HESSIAN_BYTES = 1 << 30
 
 
 def site_histograms(
@@ -66,9 +67,10 @@ class _Reached(Exception):
 
 
 def layer_hessians(
-    model: SimulatedModel, program: Program, layers: Sequence[str], batches: Iterable[Any]
-) -> dict[str, Tensor]:
-    """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now.
+    model: SimulatedModel, program: Program, layers: Sequence[str], batches: Iterable[Any], most: int = HESSIAN_BYTES
+) -> dict[str, Moments]:
+    """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now; in blocks
+    where that of a layer is beyond ``most`` bytes.
 
     Products are taken in float32 over slices of rows and summed in float64. Of a convolution with many positions some
     are drawn, by a fixed seed. A forward stops at the last layer asked for.
@@ -81,6 +83,7 @@ def layer_hessians(
     }
     if not watched:
         return {}
+    blocks = {name: blocks_of(program.weights[name], most) for name, _ in watched.values()}
     last = max(watched, key=[step.key for step in program.steps].index)
     sums: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(0)
@@ -88,7 +91,8 @@ def layer_hessians(
     def before(key: OpKey, args: Any, kwargs: Any) -> None:
         if key in watched:
             name, source = watched[key]
-            accumulate(sums, name, input_columns(program.kinds[name], args, kwargs, draws, source))
+            read = layer_inputs(program.kinds[name], args, kwargs, draws, source)
+            accumulate(sums, name, read, blocks[name])
             if key == last:
                 raise _Reached
 
@@ -98,17 +102,22 @@ def layer_hessians(
                 model.run(args, kwargs, before)
             except _Reached:
                 continue
-    return sums
+    return {name: Moments(found, count=blocks[name].count) for name, found in sums.items()}
 
 
-def accumulate(sums: dict[str, Tensor], name: str, columns: Tensor, others: Tensor | None = None) -> None:
-    """Add X^T X of ``columns`` (groups, rows, K), or Y^T X with Y the ``others``, to the sum under a name."""
+def accumulate(
+    sums: dict[str, Tensor], name: str, read: LayerInputs, blocks: Blocks, others: LayerInputs | None = None
+) -> None:
+    """Add X^T X of each block of the inputs X that a layer ``read``, or Y^T X, Y being ``others``, to a named sum."""
     if name not in sums:
-        groups, _, width = columns.shape
-        sums[name] = torch.zeros(groups, width, width, dtype=torch.float64, device="cpu")
-    left = columns if others is None else others
-    for rows, others_rows in zip(columns.float().split(ROWS, dim=1), left.float().split(ROWS, dim=1), strict=True):
-        sums[name] += (others_rows.transpose(1, 2) @ rows).double().cpu()
+        shape = (read.groups * blocks.count, blocks.width, blocks.width)
+        sums[name] = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    for block, span in enumerate(blocks.spans(read.width)):
+        x = read.columns(span)
+        y = x if others is None else others.columns(span)
+        total = sums[name][block :: blocks.count, : x.shape[-1], : x.shape[-1]]
+        for rows, others_rows in zip(x.float().split(ROWS, dim=1), y.float().split(ROWS, dim=1), strict=True):
+            total += (others_rows.transpose(1, 2) @ rows).double().cpu()
 
 
 def rows_seen(
@@ -134,13 +143,19 @@ def rows_seen(
     return counts
 
 
-def in_memory_bound(weights: Weights, layers: Sequence[str]) -> Iterator[list[str]]:
-    """Split ``layers`` into runs whose Hessians (groups x K x K doubles each) stay under 1 GiB together."""
+def hessian_bytes(weight: LayerWeight, most: int = HESSIAN_BYTES) -> int:
+    """Bytes of a layer's X^T X, in blocks where all of it is beyond ``most``; none where it is not looked at."""
+    blocks = blocks_of(weight, most)
+    return 8 * weight.groups * blocks.count * blocks.width**2 * weight.reads_rows
+
+
+def in_memory_bound(weights: Weights, layers: Sequence[str], most: int = HESSIAN_BYTES) -> Iterator[list[str]]:
+    """Split ``layers`` into runs whose Hessians stay within ``most`` bytes together."""
     run: list[str] = []
     held = 0
     for name in layers:
-        size = 8 * weights.layers[name].groups * weights.inputs(name) ** 2 * weights.layers[name].reads_rows
-        if run and held + size > HESSIAN_BYTES:
+        size = hessian_bytes(weights.layers[name], most)
+        if run and held + size > most:
             yield run
             run, held = [], 0
         run.append(name)

@@ -17,7 +17,8 @@ from quantkit.program.program import Step
 from quantkit.program.segments import Segment, between_layers
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
-from quantkit.rounding.layer_inputs import input_columns
+from quantkit.rounding.blocks import HESSIAN_BYTES, blocks_of
+from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, move
@@ -34,7 +35,7 @@ def round_by_layers(runner: SimulatedProgram, inputs: Values, request: RoundingR
     segments = between_layers(program, request.formats)
     ours: list[Values] = [part for part, _ in in_chunks(program, inputs)]
     theirs: list[Values] = [] if floats is None else [part for part, _ in in_chunks(program, inputs)]
-    walk = _Walk(runner, floats, segments, ours, theirs)
+    walk = _Walk(runner, floats, segments, ours, theirs, request.hessian_bytes)
     place = {name: i for i, segment in enumerate(segments) for name in segment.layers}
     outside = [name for name in request.formats if name not in place]  # they do not look at inputs
     for name in track([*outside, *place], "quantizing layers", enabled=request.progress):
@@ -55,6 +56,7 @@ class _Walk:
     segments: Sequence[Segment]
     ours: list[Values]
     theirs: list[Values]
+    most: int
     at: int = 0
     seen: tuple[int, Moments] | None = None
 
@@ -72,7 +74,7 @@ class _Walk:
         if self.seen is not None and self.seen[0] == read:
             return self.seen[1]
         floats = None if self.floats is None else (self.floats, self.theirs)
-        found = moments(self.runner, self.segments[place], name, self.ours, floats)
+        found = moments(self.runner, self.segments[place], name, self.ours, floats, self.most)
         self.seen = None if read is None or found is None else (read, found)
         return found
 
@@ -95,11 +97,13 @@ def moments(
     name: str,
     parts: Sequence[Values],
     floats: tuple[SimulatedProgram, Sequence[Values]] | None = None,
+    most: int = HESSIAN_BYTES,
 ) -> Moments | None:
     """The moments of a layer's inputs, given the values that enter a segment before all its calls, in ``floats`` those
-    of the float network; None where it is not called.
+    of the float network; in blocks where they are beyond ``most`` bytes. None where the layer is not called.
     """
     program = runner.program
+    blocks = blocks_of(program.weights[name], most)
     sums: dict[str, Tensor] = {}
     draws, same_draws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     calls = {call.key: call for call in program.calls[name]}
@@ -110,11 +114,11 @@ def moments(
         read = _Read(step, calls[step.key], segment.until(i, step.inputs[0]), program.kinds[name])
         theirs = parts if floats is None else floats[1]
         for part, other in zip(parts, theirs, strict=True):
-            columns = read.columns(runner, part, draws)
-            accumulate(sums, "hessian", columns)
+            inputs = read.inputs(runner, part, draws)
+            accumulate(sums, "hessian", inputs, blocks)
             if floats is not None:
-                accumulate(sums, "cross", columns, read.columns(floats[0], other, same_draws))
-    return Moments(sums["hessian"], sums.get("cross")) if sums else None
+                accumulate(sums, "cross", inputs, blocks, read.inputs(floats[0], other, same_draws))
+    return Moments(sums["hessian"], sums.get("cross"), blocks.count) if sums else None
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,11 @@ class _Read:
     before: Segment
     kind: str
 
-    def columns(self, runner: SimulatedProgram, part: Values, draws: torch.Generator) -> Tensor:
+    def inputs(self, runner: SimulatedProgram, part: Values, draws: torch.Generator) -> LayerInputs:
         """What the call reads, as its site leaves it, given the values that enter the segment."""
         if self.before.stop > self.before.start:  # steps on the way may write to their arguments
             part = {number: x.clone() for number, x in part.items()}
         first, shapes = self.step.inputs[0], runner.part(self.before, part).shapes
         read = dict(zip(self.step.inputs, runner.inside(part, self.before, self.step.inputs), strict=True))
         read[first] = runner.quantize(read_place(self.step.key), read[first])
-        return input_columns(self.kind, *self.step.called(read, shapes), draws, self.call.source)
+        return layer_inputs(self.kind, *self.step.called(read, shapes), draws, self.call.source)

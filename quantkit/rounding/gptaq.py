@@ -17,7 +17,8 @@ RIDGE = 0.01  # of the mean diagonal
 def gptaq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     """GPTQ of the matched weight; of the weight itself where inputs of one network alone are known."""
     if moments is not None and moments.cross is not None:
-        rows = matched(rows, moments.hessian, moments.cross)
+        found = matched(moments.blocks.cut(rows), moments.hessian, moments.cross)
+        rows = moments.blocks.joined(found, rows.shape[-1])
     return gptq(rows, format, moments)
 
 

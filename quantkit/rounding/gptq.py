@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.formats import WeightFormat
 from quantkit.numbers.uniform import dequantize, quantize
 from quantkit.ranges.weights import group_ranges, per_input
+from quantkit.rounding.blocks import Blocks
 from quantkit.rounding.moments import InverseFactor, Moments, Ordered
 from quantkit.rounding.registry import Codes, rounding
 
@@ -30,33 +31,37 @@ _ELEMENTS_AT_ONCE = 1 << 22
 def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     """GPTQ under several scales around the one of least weighted squared error, keeping the best for each row.
 
-    Rows are independent, so they are tried in slices that bound memory. Columns are rounded most active first; groups
+    Rows are independent, so they are tried in slices that bound memory. The blocks of a wide layer are rounded as if
+    they were groups of their own, but for the scales, which they share. Columns are rounded most active first; groups
     and their scales are those of neighbouring inputs all the same ("static groups"), so that kernels need no index of
     groups.
     """
     assert moments is not None and moments.factor is not None
-    found = moments.factor.factor
+    found, blocks = moments.factor.factor, moments.blocks
     factor = InverseFactor(found.upper.to(rows.dtype), found.dead, found.damping)
     ordered = Ordered(moments.factor.order, factor)
-    squares = moments.hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1).to(rows.dtype)
-    scale, zero = group_ranges(rows, format, squares)
+    scale, zero = group_ranges(rows, format, moments.squares(rows.shape[-1]).to(rows.dtype))
 
     stretch = STRETCH.to(rows.dtype).reshape(-1, 1, 1, 1)
     step = max(1, _ELEMENTS_AT_ONCE // (len(STRETCH) * rows.shape[0] * rows.shape[2]))
     best_codes, best_scale = [], []
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
         scales = base * stretch
-        step_of, zero_of = (_by_column(x, some, ordered) for x in (scales, offset))
-        codes, loss = gptq_codes(ordered.sorted(some), factor, step_of, zero_of, *format.code_range)
-        best = loss.argmin(0)[None, ..., None]
-        best_codes.append(ordered.restored(codes.gather(0, best.expand(1, *codes.shape[1:]))[0]))
+        step_of, zero_of = (_by_column(x, some, ordered, blocks) for x in (scales, offset))
+        codes, loss = gptq_codes(ordered.sorted(blocks.cut(some)), factor, step_of, zero_of, *format.code_range)
+        best = blocks.summed(loss).argmin(0)[None, ..., None]
+        of_blocks = best.repeat_interleave(blocks.count, 1)
+        kept = codes.gather(0, of_blocks.expand(1, *codes.shape[1:]))[0]
+        best_codes.append(blocks.joined(ordered.restored(kept), rows.shape[-1]))
         best_scale.append(scales.gather(0, best.expand(1, *scales.shape[1:]))[0])
     return torch.cat(best_codes, 1), torch.cat(best_scale, 1), zero
 
 
-def _by_column(per_group: Tensor, rows: Tensor, ordered: Ordered) -> Tensor:
+def _by_column(per_group: Tensor, rows: Tensor, ordered: Ordered, blocks: Blocks) -> Tensor:
     """Scales of groups as one per column in the order of rounding; one for all columns stays one."""
-    return per_group if per_group.shape[-1] == 1 else ordered.sorted(per_input(per_group, rows.shape[-1]))
+    if per_group.shape[-1] == 1:
+        return per_group.repeat_interleave(blocks.count, -3)
+    return ordered.sorted(blocks.cut(per_input(per_group, rows.shape[-1]), fill=1.0))
 
 
 def gptq_codes(

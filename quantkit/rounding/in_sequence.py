@@ -27,15 +27,16 @@ def round_in_sequence(
     """Give every layer of ``request`` its codes; returns how each was rounded."""
     how = {}
     for name in track(request.formats, "quantizing layers", enabled=request.progress):
-        seen = partial(_moments, simulated, program, name, batches)
+        seen = partial(_moments, simulated, program, name, batches, request.hessian_bytes)
         weight, how[name] = request.rounded(simulated.floats, name, seen)
         simulated.set_weight(name, weight)
     return how
 
 
-def _moments(simulated: SimulatedModel, program: Program, name: str, batches: Sequence[Any]) -> Moments | None:
-    hessian = layer_hessians(simulated, program, [name], batches).get(name)
-    return None if hessian is None else Moments(hessian)
+def _moments(
+    simulated: SimulatedModel, program: Program, name: str, batches: Sequence[Any], most: int
+) -> Moments | None:
+    return layer_hessians(simulated, program, [name], batches, most).get(name)
 
 
 def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]]) -> None:

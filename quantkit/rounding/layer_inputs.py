@@ -8,6 +8,7 @@ before the convolution is seen.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,19 +26,46 @@ def positions_wanted(inputs: int) -> int:
     return max(LEAST_POSITIONS, inputs // 2)
 
 
-def input_columns(
-    kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator | None = None, source: int = 0
-) -> Tensor:
-    """Inputs of one layer call as (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one call of a layer multiplies. ``x`` are rows (1, rows, K), or what a convolution slides over, padded, (N,
+    C, positions); ``places`` (output positions, kernel positions) then says where in it each product reads.
+    """
 
-    Rows of a convolution go through all samples of one position, then of the next. ``kind`` is "linear", "matmul" or
-    "conv1d".."conv3d"; ``args`` and ``kwargs`` are those of the torch call, ``source`` the position of what the layer
-    reads among its tensors. With a ``generator``, of a convolution with many positions some are drawn, the same for
-    all samples of the call.
+    x: Tensor
+    places: Tensor | None = None
+    groups: int = 1
+
+    @property
+    def width(self) -> int:
+        """How many inputs an output has: K."""
+        if self.places is None:
+            return self.x.shape[-1]
+        return self.x.shape[1] // self.groups * self.places.shape[1]
+
+    def columns(self, span: slice) -> Tensor:
+        """The inputs of a span of all K, as (groups, rows, inputs)."""
+        if self.places is None:
+            return self.x[..., span]
+        kernel = self.places.shape[1]
+        first, last = span.start // kernel, -(-span.stop // kernel)
+        x = self.x.unflatten(1, (self.groups, -1))[:, :, first:last].flatten(1, 2)
+        # samples last: what is picked is then one piece of memory for each place
+        picked = x.permute(1, 2, 0).contiguous().index_select(1, self.places.t().reshape(-1).to(x.device))
+        found = picked.view(self.groups, -1, len(self.places) * len(x))
+        return found[:, span.start - first * kernel : span.stop - first * kernel].transpose(1, 2)
+
+
+def layer_inputs(
+    kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator | None = None, source: int = 0
+) -> LayerInputs:
+    """The inputs of one layer call: ``kind`` is "linear", "matmul" or "conv1d".."conv3d"; ``args`` and ``kwargs`` are
+    those of the torch call, ``source`` the position of what the layer reads among its tensors. With a ``generator``,
+    of a convolution with many positions some are drawn, the same for all samples of the call.
     """
     if not kind.startswith("conv"):
         tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
-        return tensors[source].reshape(1, -1, tensors[source].shape[-1])
+        return LayerInputs(tensors[source].reshape(1, -1, tensors[source].shape[-1]))
     given = named_arguments(kind, args, kwargs)
     x, kernel = given["input"], given["weight"].shape[2:]
     dims = len(kernel)
@@ -55,6 +83,14 @@ def input_columns(
     wanted = positions_wanted(x.shape[1] // groups * math.prod(kernel))
     if generator is not None and len(places) > wanted:
         places = places[torch.randperm(len(places), generator=generator, device="cpu")[:wanted]]
-    # samples last: what is picked is then one piece of memory for each place
-    picked = x.flatten(2).permute(1, 2, 0).contiguous().index_select(1, places.t().reshape(-1).to(x.device))
-    return picked.view(groups, -1, len(places) * len(x)).transpose(1, 2)
+    return LayerInputs(x.flatten(2), places, groups)
+
+
+def input_columns(
+    kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator | None = None, source: int = 0
+) -> Tensor:
+    """All ``layer_inputs`` as one (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
+    Rows of a convolution go through all samples of one position, then of the next.
+    """
+    found = layer_inputs(kind, args, kwargs, generator, source)
+    return found.columns(slice(0, found.width))

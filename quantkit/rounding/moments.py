@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quantkit.rounding.blocks import Blocks
+
 DAMPING = 0.01
 MAX_DAMPING = 1.0
 PER_OCTAVE = 16
@@ -16,16 +18,26 @@ PER_OCTAVE = 16
 @dataclass(frozen=True)
 class Moments:
     """Of a layer's inputs X in the quantized network: the sum of X^T X, (groups, K, K) float64, and where it was asked
-    for that of Y^T X, Y its inputs in the float network.
+    for that of Y^T X, Y its inputs in the float network. Of a wide layer, whose inputs are in ``count`` blocks, these
+    are (groups x count, width, width).
     """
 
     hessian: Tensor
     cross: Tensor | None = None
+    count: int = 1
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.count, self.hessian.shape[-1])
 
     @cached_property
     def factor(self) -> Ordered | None:
         """The factor of the Hessian, one for all formats of a layer; None where there is none."""
-        return ordered_factor(self.hessian)
+        return ordered_factor(self.hessian) if self.count == 1 else _block_by_block(self.hessian)
+
+    def squares(self, inputs: int) -> Tensor:
+        """The sum of the squares of each input, (groups, 1, K)."""
+        return self.blocks.joined(self.hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(-2), inputs)
 
 
 @dataclass(frozen=True)
@@ -92,3 +104,18 @@ def ordered_factor(hessian: Tensor) -> Ordered | None:
     rows = hessian.gather(1, order.unsqueeze(-1).expand_as(hessian))
     factor = inverse_factor(rows.gather(2, order.unsqueeze(-2).expand_as(hessian)))
     return None if factor is None else Ordered(order, factor)
+
+
+def _block_by_block(hessian: Tensor) -> Ordered | None:
+    """``ordered_factor`` of matrices that are each damped as much as it needs; while one is being factored, no copies
+    of the others are held.
+    """
+    upper, order = torch.empty_like(hessian), torch.empty(hessian.shape[:2], dtype=torch.int64, device="cpu")
+    dead, damping = torch.empty_like(order, dtype=torch.bool), 0.0
+    for i, block in enumerate(hessian.split(1)):
+        found = ordered_factor(block)
+        if found is None:
+            return None
+        upper[i], order[i], dead[i] = found.factor.upper[0], found.order[0], found.factor.dead[0]
+        damping = max(damping, found.factor.damping)
+    return Ordered(order, InverseFactor(upper, dead, damping))

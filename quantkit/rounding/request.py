@@ -8,19 +8,31 @@ from dataclasses import dataclass, field
 from quantkit.formats import WeightFormat
 from quantkit.program.layers import Weights
 from quantkit.reconstruction.snapshot import Cache, Rounded
-from quantkit.rounding import Moments, rounding_of
+from quantkit.rounding import AUTO, Moments, rounding_of
+from quantkit.rounding.blocks import HESSIAN_BYTES
 from quantkit.rounding.registry import Rounding
 from quantkit.rounding.weights import quantize_weight, rounding_note
 
 
 @dataclass(frozen=True)
+class RoundingOptions:
+    """A rounding by name, and the most bytes that X^T X of a layer's inputs may take."""
+
+    name: str = AUTO
+    hessian_bytes: int = HESSIAN_BYTES
+
+
+@dataclass(frozen=True)
 class RoundingRequest:
-    """The format of each layer, in execution order, and the rounding; layers in ``cache`` are not rounded again."""
+    """The format of each layer, in execution order, and the rounding; layers in ``cache`` are not rounded again. X^T X
+    of a layer's inputs takes at most ``hessian_bytes``.
+    """
 
     formats: Mapping[str, WeightFormat]
     rounding: str = "auto"
     progress: bool = True
     cache: Cache = field(default_factory=Cache)
+    hessian_bytes: int = HESSIAN_BYTES
 
     @property
     def method(self) -> Rounding:

@@ -17,11 +17,14 @@ from quantkit.rounding.registry import Codes
 
 @dataclass(frozen=True)
 class Rounded:
-    """A layer's codes per format and how they were found: the rounding used and the damping its Hessian needed."""
+    """A layer's codes per format and how they were found: the rounding used, the damping its Hessian needed, and the
+    blocks of inputs that it was kept for.
+    """
 
     weights: dict[WeightFormat, QuantizedWeight]
     rounding: str
     damping: float = 0.0
+    blocks: int = 1
 
 
 def quantize_weight(
@@ -44,7 +47,8 @@ def quantize_weight(
     rows = rows if rows.dtype == torch.float64 else rows.float()
     found = {format: _stored(method.codes(rows, format, moments), weight, format) for format in formats}
     factor = moments.factor if method.factored and moments is not None else None
-    return Rounded(found, method.name, 0.0 if factor is None else factor.factor.damping)
+    damping = 0.0 if factor is None else factor.factor.damping
+    return Rounded(found, method.name, damping, moments.count if method.hessian and moments is not None else 1)
 
 
 def _stored(found: Codes, weight: Tensor, format: WeightFormat) -> QuantizedWeight:
@@ -63,4 +67,6 @@ def rounding_note(layer: str, rounded: Rounded, asked: str) -> str:
     if rounded.rounding != rounding_of(asked).name:
         warn(f"{layer}: the Hessian of its inputs cannot be factored; rounded to nearest")
     factored = rounding_of(rounded.rounding).factored
-    return f"{rounded.rounding}, damping {rounded.damping:g}" if factored else rounded.rounding
+    damping = f", damping {rounded.damping:g}" if factored else ""
+    blocks = f", in {rounded.blocks} blocks of inputs" if rounded.blocks > 1 else ""
+    return f"{rounded.rounding}{damping}{blocks}"

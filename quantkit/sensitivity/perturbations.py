@@ -19,6 +19,7 @@ from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.statistics import in_memory_bound, layer_hessians, site_histograms
 from quantkit.reconstruction.snapshot import weights_codec
 from quantkit.rounding import Moments, rounding_of
+from quantkit.rounding.request import RoundingOptions
 from quantkit.rounding.weights import quantize_weight, rounding_note
 from quantkit.sensitivity.measure import Perturbation
 from quantkit.simulation.model import as_float
@@ -30,7 +31,7 @@ def weight_perturbations(
     ready: Prepared,
     candidates: Mapping[str, Sequence[Scheme]],
     batches: Sequence[Batch],
-    rounding: str,
+    rounding: RoundingOptions,
     progress: bool,
     artefacts: Artefacts | None = None,
 ) -> tuple[list[Perturbation], dict[str, str]]:
@@ -46,24 +47,25 @@ def weight_perturbations(
     done = {n: codecs[n].decode(*found) for n in formats if (found := kept.find(*pieces[n])) is not None}
 
     # One pass over the batches collects the Hessians of as many layers as fit into memory.
-    for run in in_memory_bound(ready.weights, [name for name in formats if name not in done]):
-        hessians = {}
-        if rounding_of(rounding).hessian:
-            hessians = layer_hessians(observed, ready.program, run, track(batches, "layer inputs", enabled=progress))
+    most = rounding.hessian_bytes
+    for run in in_memory_bound(ready.weights, [name for name in formats if name not in done], most):
+        seen: dict[str, Moments] = {}
+        if rounding_of(rounding.name).hessian:
+            shown = track(batches, "layer inputs", enabled=progress)
+            seen = layer_hessians(observed, ready.program, run, shown, most)
         for name in track(run, "rounding", enabled=progress):
-            compute = partial(_rounded, ready, name, formats[name], hessians.pop(name, None), rounding)
+            compute = partial(_rounded, ready, name, formats[name], seen.pop(name, None), rounding.name)
             done[name] = kept.cached(*pieces[name], compute, codecs[name])
     rounded_as = [Perturbation(n, str(f), done[n][0][str(f)]) for n, fs in formats.items() for f in fs]
     return rounded_as, {name: done[name][1] for name in formats}
 
 
 def _rounded(
-    ready: Prepared, layer: str, formats: Sequence[WeightFormat], hessian: torch.Tensor | None, rounding: str
+    ready: Prepared, layer: str, formats: Sequence[WeightFormat], moments: Moments | None, rounding: str
 ) -> tuple[dict[str, QuantizedWeight], str]:
     """A layer's codes in every format, and how they were rounded."""
     weight = ready.weights.layers[layer]
     how = rounding if weight.reads_rows or not rounding_of(rounding).hessian else "nearest"
-    moments = None if hessian is None else Moments(hessian)
     rounded = quantize_weight(ready.weights[layer], formats, moments, weight.groups, how)
     return {str(f): codes for f, codes in rounded.weights.items()}, rounding_note(layer, rounded, how)
 

@@ -11,8 +11,8 @@ import torch
 from quantkit.program.inputs import batch_size
 from quantkit.program.intercept import tensors_of
 from quantkit.program.record import run_model
-from quantkit.ranges.statistics import HESSIAN_BYTES
 from quantkit.rounding import Moments, rounding_of
+from quantkit.rounding.blocks import HESSIAN_BYTES
 from quantkit.rounding.weights import quantize_weight
 from quantkit.sensitivity import COSTS
 from quantkit.sensitivity.curvature import GRAPH_SAMPLES

@@ -14,6 +14,7 @@ from quantkit.plan import Profile, digest_of
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.progress import notice, warn
 from quantkit.ranges.statistics import rows_seen
+from quantkit.rounding.request import RoundingOptions
 from quantkit.sensitivity import ESTIMATORS, NO_INPUTS
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Perturbation, Subject
@@ -90,7 +91,7 @@ def evaluator_of(request: Request, run: Run) -> Evaluator:
     ready, batches, settings = request.ready, request.batches, request.settings
     artefacts, progress = artefacts_of(request, run.workdir), run.progress
     perturbations, rounded = weight_perturbations(
-        ready, request.candidates, batches, settings["rounding"], progress, artefacts
+        ready, request.candidates, batches, RoundingOptions(settings["rounding"]), progress, artefacts
     )
     perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress, artefacts)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(settings["seed"]))

@@ -20,7 +20,7 @@ from quantkit.program.record import record
 from quantkit.program.sites import Site
 from quantkit.ranges import statistics
 from quantkit.ranges.activations import Extremes, Histogram
-from quantkit.ranges.statistics import in_memory_bound, layer_hessians, site_histograms
+from quantkit.ranges.statistics import hessian_bytes, in_memory_bound, layer_hessians, site_histograms
 from quantkit.simulation.model import SimulatedModel
 
 LAYERS = ("stem", "grouped", "twice", "head")
@@ -62,7 +62,9 @@ def hessians(
     model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], **site_ranges: SiteRange
 ) -> dict[str, Tensor]:
     sites = [Site("input", OpKey("", "input"))]
-    return layer_hessians(SimulatedModel(model, sites, {}, site_ranges), record(model, batches[0]), layers, batches)
+    simulated = SimulatedModel(model, sites, {}, site_ranges)
+    found = layer_hessians(simulated, record(model, batches[0]), layers, batches)
+    return {name: moments.hessian for name, moments in found.items()}
 
 
 def captured_inputs(model: nn.Module, layers: Sequence[str], batch: Batch) -> dict[str, list[Tensor]]:
@@ -166,10 +168,9 @@ def test_layer_called_twice_is_seen_twice_when_it_is_the_last(model: Mixed) -> N
 def test_runs_keep_order_and_stay_under_the_bound(widths: list[int], bound: int) -> None:
     model = nn.Sequential(*(nn.Linear(width, 2) for width in widths))
     names = [str(i) for i in range(len(widths))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "HESSIAN_BYTES", bound)
-        runs = list(in_memory_bound(Weights.of_modules(model), names))
-    sizes = {name: 8 * width**2 for name, width in zip(names, widths, strict=True)}
+    weights = Weights.of_modules(model)
+    runs = list(in_memory_bound(weights, names, bound))
+    sizes = {name: hessian_bytes(weights.layers[name], bound) for name in names}
     held = [sum(sizes[name] for name in run) for run in runs]
     assert [name for run in runs for name in run] == names
     assert all(run for run in runs)
@@ -178,13 +179,11 @@ def test_runs_keep_order_and_stay_under_the_bound(widths: list[int], bound: int)
         assert total + sizes[following[0]] > bound  # no run ends early
 
 
-def test_bound_counts_what_layer_hessians_makes(model: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bound_counts_what_layer_hessians_makes(model: Mixed) -> None:
     exact = sum(h.numel() * h.element_size() for h in hessians(model, LAYERS, [image_batch()]).values())
-    monkeypatch.setattr(statistics, "HESSIAN_BYTES", exact)
     weights = Weights.of_modules(model)
-    assert list(in_memory_bound(weights, LAYERS)) == [list(LAYERS)]
-    monkeypatch.setattr(statistics, "HESSIAN_BYTES", exact - 1)
-    assert list(in_memory_bound(weights, LAYERS)) == [list(LAYERS[:-1]), [LAYERS[-1]]]
+    assert list(in_memory_bound(weights, LAYERS, exact)) == [list(LAYERS)]
+    assert list(in_memory_bound(weights, LAYERS, exact - 1)) == [list(LAYERS[:-1]), [LAYERS[-1]]]
     assert list(in_memory_bound(weights, [])) == []
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import QuantizedWeight, dequantize, quantize
+from quantkit.program.inputs import Batch
 from quantkit.ranges.statistics import layer_hessians
 from quantkit.ranges.weights import mse_range
 from quantkit.rounding import AUTO, ROUNDINGS, Moments
@@ -42,7 +43,12 @@ def network(name: str) -> tuple[Prepared, dict[str, Tensor]]:
     batches = [((x,), {})]
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
     simulated = SimulatedModel(ready.model, (), {}, {})
-    return ready, layer_hessians(simulated, ready.program, ready.quantizable, batches)
+    return ready, hessians_of(simulated, ready, batches)
+
+
+def hessians_of(simulated: SimulatedModel, ready: Prepared, batches: list[Batch]) -> dict[str, Tensor]:
+    found = layer_hessians(simulated, ready.program, ready.quantizable, batches)
+    return {name: moments.hessian for name, moments in found.items()}
 
 
 def rounded(ready: Prepared, name: str, hessian: Tensor, format: WeightFormat, rounding: str) -> QuantizedWeight:
@@ -84,7 +90,7 @@ def test_and_on_trained_networks(name: str, rounding: str, data_dir: Path) -> No
     batches = [((recipe.preprocess(np.load(data_dir / file)[array][:32]),), {})]
     ready = prepare(model, batches, Target.load("onnxruntime-cpu"))
     simulated = SimulatedModel(ready.model, (), {}, {})
-    hessians, format = layer_hessians(simulated, ready.program, ready.quantizable, batches), Scheme.parse("w3").weight
+    hessians, format = hessians_of(simulated, ready, batches), Scheme.parse("w3").weight
     for layer, hessian in hessians.items():
         weight = ready.weights[layer].detach()
         nearest, learned = (rounded(ready, layer, hessian, format, way) for way in ("nearest", rounding))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
+from quantkit.rounding.request import RoundingOptions
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.outputs import Output, OutputRule
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
@@ -42,7 +43,7 @@ def request_of(model: nn.Module, batches: list[Batch]) -> Request:
 def perturbed(request: Request) -> list[Perturbation]:
     """Every weight format of every layer and every activation format of every site."""
     ready, batches = request.ready, request.batches
-    weights, _ = weight_perturbations(ready, request.candidates, batches, "nearest", progress=False)
+    weights, _ = weight_perturbations(ready, request.candidates, batches, RoundingOptions("nearest"), progress=False)
     return weights + site_perturbations(ready, request.site_formats, batches, "mse", progress=False)
 
 

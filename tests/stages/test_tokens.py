@@ -169,7 +169,7 @@ def test_weights_are_rounded_for_the_inputs_on_their_grids() -> None:
     rows = outputs(ready.model.norm, x).reshape(-1, WIDTH).numpy()
     read = np.stack([on_its_grid(row, 4) for row in rows]).astype(float)
     np.testing.assert_allclose(found[0].numpy(), read.T @ read, rtol=1e-5, atol=1e-4)
-    other = layer_hessians(simulated, ready.program, [name], [((x,), {})])[name]
+    other = layer_hessians(simulated, ready.program, [name], [((x,), {})])[name].hessian
     torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-4)
 
 

@@ -22,21 +22,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from packages.case import Case, Run, arguments
+from packages.case import Case
 from packages.crepe import crepe
 from packages.minilm import minilm
 from packages.mtcnn import o_net, p_net, r_net
 from packages.onnxruntime_static import export_float, quantized_by_onnxruntime
 from packages.resemblyzer import resemblyzer
+from packages.running import in_onnxruntime, in_torch, noise
 from packages.silero import silero
 from torch import nn
 
 import quantkit
-from quantkit.backends.onnxruntime.sessions import feeds, open_session
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NETWORKS: dict[str, Callable[[Path], Case]] = {
@@ -48,7 +47,6 @@ NETWORKS: dict[str, Callable[[Path], Case]] = {
     "Silero VAD": silero,
 }
 CACHE = REPOSITORY / "out" / "wheels"
-DRAWS = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -58,24 +56,6 @@ class File:
     length: int
     seconds: float
     scores: dict[str, np.ndarray]
-
-
-def in_onnxruntime(path: Path) -> Run:
-    """What runs a file."""
-    session = open_session(path, threads=1)
-    return lambda batch: session.run(None, feeds(session, arguments(batch)))
-
-
-def in_torch(model: nn.Module) -> Run:
-    """What runs a network."""
-
-    def run(batch: Any) -> list[np.ndarray]:
-        args, kwargs = arguments(batch)
-        with torch.no_grad():
-            found = model(*args, **kwargs)
-        return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
-
-    return run
 
 
 def made(case: Case, make: Callable[[], Path]) -> File:
@@ -92,13 +72,6 @@ def by_quantkit(case: Case, budget: str, folder: Path) -> Path:
     path = folder / "quantkit.onnx"
     result.export_onnx(path)
     return path
-
-
-def noise(first: np.ndarray, second: np.ndarray) -> float:
-    """The bootstrap standard error of the difference between the means of two paired scores."""
-    difference = first - second
-    drawn = np.random.default_rng(0).integers(len(difference), size=(DRAWS, len(difference)))
-    return float(difference[drawn].mean(axis=1).std())
 
 
 def warm_up(folder: Path) -> None:

@@ -73,10 +73,10 @@ def tones(count: int, seed: int) -> tuple[Tensor, np.ndarray]:
 
 def pitch(activations: np.ndarray) -> np.ndarray:
     """Cents above 10 Hz: the mean of the nine bins around the highest, weighted (as in the paper)."""
-    best = activations.argmax(axis=1)
-    near = np.clip(best[:, None] + np.arange(-4, 5), 0, BINS - 1)
-    weights = np.take_along_axis(activations, near, axis=1)
-    return LOWEST + CENTS_PER_BIN * (weights * near).sum(axis=1) / weights.sum(axis=1)
+    bins = np.arange(BINS)
+    near = np.abs(bins - activations.argmax(axis=1)[:, None]) <= 4
+    weights = np.where(near, activations, 0)
+    return LOWEST + CENTS_PER_BIN * (weights * bins).sum(axis=1) / weights.sum(axis=1)
 
 
 def _scores(unseen: Tensor, cents: np.ndarray) -> Callable[[Run], Scores]:

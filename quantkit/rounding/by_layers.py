@@ -20,6 +20,7 @@ from quantkit.ranges.statistics import accumulate
 from quantkit.rounding.blocks import HESSIAN_BYTES, blocks_of
 from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
 from quantkit.rounding.moments import Moments
+from quantkit.rounding.recurrent_inputs import recurrent_inputs
 from quantkit.rounding.request import RoundingRequest
 from quantkit.simulation.playback import SimulatedProgram, Values, copied_state, float_program, in_chunks, move
 
@@ -100,7 +101,8 @@ def moments(
     most: int = HESSIAN_BYTES,
 ) -> Moments | None:
     """The moments of a layer's inputs, given the values that enter a segment before all its calls, in ``floats`` those
-    of the float network; in blocks where they are beyond ``most`` bytes. None where the layer is not called.
+    of the float network; in blocks where they are beyond ``most`` bytes. None where the layer is not called, or a
+    recurrence does not say what it multiplies.
     """
     program = runner.program
     blocks = blocks_of(program.weights[name], most)
@@ -111,10 +113,12 @@ def moments(
         step = program.steps[i]
         if step.key not in calls:
             continue
-        read = _Read(step, calls[step.key], segment.until(i, step.inputs[0]), program.kinds[name])
+        read = _Read(step, name, calls[step.key], segment.until(i, step.inputs[0]))
         theirs = parts if floats is None else floats[1]
         for part, other in zip(parts, theirs, strict=True):
             inputs = read.inputs(runner, part, draws)
+            if inputs is None:
+                return None
             accumulate(sums, "hessian", inputs, blocks)
             if floats is not None:
                 accumulate(sums, "cross", inputs, blocks, read.inputs(floats[0], other, same_draws))
@@ -126,15 +130,21 @@ class _Read:
     """A layer's call, and the part of its segment before it."""
 
     step: Step
+    name: str
     call: LayerCall
     before: Segment
-    kind: str
 
-    def inputs(self, runner: SimulatedProgram, part: Values, draws: torch.Generator) -> LayerInputs:
-        """What the call reads, as its site leaves it, given the values that enter the segment."""
+    def inputs(self, runner: SimulatedProgram, part: Values, draws: torch.Generator) -> LayerInputs | None:
+        """What the call reads, as its site leaves it, given the values that enter the segment; None where a recurrence
+        does not say.
+        """
         if self.before.stop > self.before.start:  # steps on the way may write to their arguments
             part = {number: x.clone() for number, x in part.items()}
         first, shapes = self.step.inputs[0], runner.part(self.before, part).shapes
         read = dict(zip(self.step.inputs, runner.inside(part, self.before, self.step.inputs), strict=True))
         read[first] = runner.quantize(read_place(self.step.key), read[first])
-        return layer_inputs(self.kind, *self.step.called(read, shapes), draws, self.call.source)
+        args, kwargs = self.step.called(read, shapes)
+        kind = runner.program.kinds[self.name]
+        if kind == "recurrent":
+            return recurrent_inputs(runner.program, self.name, self.step, args)
+        return layer_inputs(kind, args, kwargs, draws, self.call.source)

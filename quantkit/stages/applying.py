@@ -10,6 +10,7 @@ from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import batch_size
+from quantkit.program.program import Program
 from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
@@ -34,7 +35,7 @@ from quantkit.stages.reconstruct import (
     require_reconstruction,
     worth_learning,
 )
-from quantkit.stages.recording import Recording
+from quantkit.stages.recording import Recording, program_of_sizes
 from quantkit.stages.reparameterize import Reparameterization, reparameterization_of
 from quantkit.stages.working_memory import working_memory
 from quantkit.transforms.prepare import Prepared
@@ -149,9 +150,14 @@ class PlanApplication:
 
     def _round(self, simulated: SimulatedModel, progress: bool, finished: Cache) -> dict[str, str]:
         """Give every layer its codes; returns how."""
-        recording = self.recording
+        ready, batches = self.ready, self.formatted.batches
         request = RoundingRequest(self.formatted.weights, self.options.rounding, progress, finished)
-        if isinstance(recording, str):
-            return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
-        inputs = recording.program.entering(self.ready.model, recording.samples)
-        return round_by_layers(SimulatedProgram(simulated, recording.program), inputs, request)
+        program: Program | None
+        if isinstance(self.recording, Recording):
+            program, batches = self.recording.program, [self.recording.samples]
+        else:
+            program = program_of_sizes(ready, batches)
+        if program is None:
+            return round_in_sequence(simulated, ready.program, batches, request)
+        inputs = [program.entering(ready.model, batch) for batch in batches]
+        return round_by_layers(SimulatedProgram(simulated, program), inputs, request)

@@ -4,7 +4,7 @@ what its matrices multiply on the way is made again here, one layer at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +31,7 @@ def recurrent_inputs(program: Program, name: str, step: Step, args: tuple[Any, .
         return LayerInputs(found.reshape(1, -1, found.shape[-1]))
     if not isinstance(args[3], bool):
         return None  # packed
-    call = _Recurrence(step.func, *args)
-    rows = call.read_by(position - (len(tensors) - len(args[2])))
+    rows = _Recurrence(step.func, args).read_by(position - (len(tensors) - len(args[2])))
     return None if rows is None else LayerInputs(rows.reshape(1, -1, rows.shape[-1]))
 
 
@@ -48,16 +47,13 @@ def _position(program: Program, name: str, step: Step) -> int | None:
 class _Recurrence:
     """A call of ``torch.lstm``, ``torch.gru`` or ``torch.rnn_tanh``, to be run layer by layer."""
 
-    def __init__(
-        self, func: Callable[..., Any], x: Tensor, state: Tensor | Sequence[Tensor], parameters: Sequence[Tensor],
-        biases: bool, layers: int, dropout: float, training: bool, bidirectional: bool, batch_first: bool,
-    ) -> None:  # fmt: skip
-        self.func, self.parameters = func, parameters
-        self.x = x.transpose(0, 1) if batch_first else x
-        self.state = state
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        x, self.state, self.parameters, biases, layers, _, _, bidirectional, batch_first = args
+        self.func = func
+        self.x: Tensor = x.transpose(0, 1) if batch_first else x
         self.options = (biases, 1, 0.0, False, bidirectional, False)
         self.directions = 2 if bidirectional else 1
-        self.each = len(parameters) // (layers * self.directions)  # of a layer and direction
+        self.each = len(self.parameters) // (layers * self.directions)  # of a layer and direction
 
     def read_by(self, parameter: int) -> Tensor | None:
         """(steps, batch, inputs): what the matrix of this number among all parameters multiplies."""

@@ -1,20 +1,23 @@
-"""Sums that cannot run on codes: where one operand is so much larger than the other, as a mask of -10000 beside
-scores, that no grid for the result tells the values of the smaller one apart.
+"""Sums of activations that stay float although the target could run them on codes.
+
+In some one operand is so much larger than the other, as a mask of -10000 beside scores, that no grid for the result
+tells the values of the smaller one apart. Of others only norms, means and further such sums read the result, as in a
+transformer: they would be quantized for nothing.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from quantkit.program.arguments import leaves_of
-from quantkit.program.codes import on_codes
+from quantkit.program.codes import fused_output, moves_values, on_codes, root_of
 from quantkit.program.inputs import Batch, first_samples
 from quantkit.program.intercept import OpKey, device_of, intercept, own_inputs
-from quantkit.program.program import Program
+from quantkit.program.program import Program, Step
 from quantkit.program.updates import plain_mode, restored
 from quantkit.targets import Target
 
@@ -50,3 +53,61 @@ def drowned_additions(model: nn.Module, program: Program, target: Target, batch:
     return frozenset(
         key for key, (low, high) in ranges.items() if spreads[key] and (high - low) / LEVELS > COARSE * spreads[key]
     )
+
+
+def additions_of_no_use(
+    program: Program, target: Target, layers: Iterable[str], in_float: Container[OpKey] = ()
+) -> frozenset[OpKey]:
+    """The sums that could run on codes, whose codes neither one of the quantized ``layers`` reads nor a product of
+    activations, where some operand would get codes for the sum alone. The operations ``in_float`` have no codes. None
+    where the target wants codes for every sum.
+    """
+    if not target.adds_for_products:
+        return frozenset()
+    names, useless = tuple(layers), set()
+    read, coded = _CodesRead(program, target, names, in_float), _codes_of_layers(program, target, names)
+    for step in program.steps:
+        found = None if step.key in in_float else on_codes(program, step, target)
+        if found is None or found.result is None:
+            continue
+        operands = {root_of(program, value) for value in found.operands}
+        if operands <= coded or read.of(found.result):
+            coded |= operands | {root_of(program, found.result)}
+        else:
+            useless.add(step.key)
+    return frozenset(useless)
+
+
+def _codes_of_layers(program: Program, target: Target, layers: Iterable[str]) -> set[int]:
+    """The roots of what layers read, and of what they make where their kernels write codes."""
+    found = set()
+    for name in layers:
+        for call in program.calls[name]:
+            found.add(root_of(program, call.input))
+            if program.kinds[name] in target.output_coded:
+                found.add(fused_output(program, call.output, target.fused_activations))
+    return found
+
+
+class _CodesRead:
+    """Whether a layer or a product of activations reads the codes of a value: as they are, moved, or added to others
+    and behind an activation that is fused into the sum.
+    """
+
+    def __init__(self, program: Program, target: Target, layers: Iterable[str], in_float: Container[OpKey]) -> None:
+        self.program, self.target, self.in_float = program, target, in_float
+        self.inputs = {(call.key, call.input) for name in layers for call in program.calls[name]}
+        self.known: dict[int, bool] = {}
+
+    def of(self, value: int) -> bool:
+        if value not in self.known:
+            self.known[value] = any(self._by(step, value) for step in self.program.consumers.get(value, ()))
+        return self.known[value]
+
+    def _by(self, step: Step, value: int) -> bool:
+        if (step.key, value) in self.inputs:
+            return True
+        if moves_values(step):
+            return value == step.inputs[0] and any(self.of(moved) for moved in step.outputs)
+        found = None if step.key in self.in_float else on_codes(self.program, step, self.target)
+        return found is not None and (found.result is None or self.of(found.result))

@@ -94,6 +94,11 @@ class LayerWeight:
         rows = self.kind in ("linear", "conv1d", "conv2d", "conv3d")
         return not self.reads_constant and (rows or (self.kind == "matmul" and self.order == (1, 0)))
 
+    @property
+    def inputs_seen(self) -> bool:
+        """Whether rounding can look at what the layer multiplies, inside a recurrent call too."""
+        return self.reads_rows or self.kind == "recurrent"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON takes them; of a layer whose weight is computed, where that is read, too."""
         record = asdict(self)

@@ -3,9 +3,9 @@ measured.
 
 An integer kernel reads codes and writes codes. So a quantized layer needs a site on its input and, where the runtime's
 kernel writes codes (convolutions), one on its output, after the activation that the runtime fuses into it. A residual
-add stays in integers when its operands and its result are sites. Operations that only move values (slicing, padding
-with zero, pooling by maximum, reshaping) keep the site of what they move: the moved tensor is an *echo*, quantized
-with the same codes.
+add stays in integers when its operands and its result are sites, unless codes would serve nobody (``additions``).
+Operations that only move values (slicing, padding with zero, pooling by maximum, reshaping) keep the site of what they
+move: the moved tensor is an *echo*, quantized with the same codes.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from quantkit.ranges.activations import Extremes, Histogram
 from quantkit.rounding.blocks import HESSIAN_BYTES, Blocks, blocks_of
 from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
 from quantkit.rounding.moments import Moments
+from quantkit.rounding.recurrent_inputs import recurrent_inputs
 from quantkit.simulation.model import SimulatedModel, at_sites, run_with
 
 ROWS = 1 << 15
@@ -75,26 +76,28 @@ def layer_hessians(
     Products are taken in float32 over slices of rows and summed in float64. Of a convolution with many positions some
     are drawn, by a fixed seed. A forward stops at the last layer asked for.
     """
-    watched = {
-        call.key: (name, call.source)
-        for name in layers
-        if program.weights[name].reads_rows
-        for call in program.calls.get(name, ())
-    }
+    watched: dict[OpKey, list[tuple[str, int]]] = {}
+    for name in layers:
+        for call in program.calls.get(name, ()) if program.weights[name].inputs_seen else ():
+            watched.setdefault(call.key, []).append((name, call.source))
     if not watched:
         return {}
-    blocks = {name: blocks_of(program.weights[name], most) for name, _ in watched.values()}
-    last = max(watched, key=[step.key for step in program.steps].index)
+    blocks = {name: blocks_of(program.weights[name], most) for read in watched.values() for name, _ in read}
+    steps = {step.key: step for step in program.steps}
+    last = max(watched, key=list(steps).index)
     sums: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(0)
 
     def before(key: OpKey, args: Any, kwargs: Any) -> None:
-        if key in watched:
-            name, source = watched[key]
-            read = layer_inputs(program.kinds[name], args, kwargs, draws, source)
-            accumulate(sums, name, read, blocks[name])
-            if key == last:
-                raise _Reached
+        for name, source in watched.get(key, ()):
+            if program.kinds[name] == "recurrent":
+                read = recurrent_inputs(program, name, steps[key], args)
+            else:
+                read = layer_inputs(program.kinds[name], args, kwargs, draws, source)
+            if read is not None:
+                accumulate(sums, name, read, blocks[name])
+        if key == last:
+            raise _Reached
 
     with torch.no_grad():
         for args, kwargs in batches:
@@ -146,7 +149,7 @@ def rows_seen(
 def hessian_bytes(weight: LayerWeight, most: int = HESSIAN_BYTES) -> int:
     """Bytes of a layer's X^T X, in blocks where all of it is beyond ``most``; none where it is not looked at."""
     blocks = blocks_of(weight, most)
-    return 8 * weight.groups * blocks.count * blocks.width**2 * weight.reads_rows
+    return 8 * weight.groups * blocks.count * blocks.width**2 * weight.inputs_seen
 
 
 def in_memory_bound(weights: Weights, layers: Sequence[str], most: int = HESSIAN_BYTES) -> Iterator[list[str]]:

@@ -43,7 +43,7 @@ class RoundingRequest:
         and the layer has any.
         """
         format, rounding, looks = self.formats[layer], self.rounding, self.method.hessian
-        if looks and not floats.layers[layer].reads_rows:
+        if looks and not floats.layers[layer].inputs_seen:
             rounding, looks = "nearest", False
 
         def compute() -> Rounded:

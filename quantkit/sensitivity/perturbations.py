@@ -65,7 +65,7 @@ def _rounded(
 ) -> tuple[dict[str, QuantizedWeight], str]:
     """A layer's codes in every format, and how they were rounded."""
     weight = ready.weights.layers[layer]
-    how = rounding if weight.reads_rows or not rounding_of(rounding).hessian else "nearest"
+    how = rounding if weight.inputs_seen or not rounding_of(rounding).hessian else "nearest"
     rounded = quantize_weight(ready.weights[layer], formats, moments, weight.groups, how)
     return {str(f): codes for f, codes in rounded.weights.items()}, rounding_note(layer, rounded, how)
 

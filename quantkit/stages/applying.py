@@ -9,6 +9,7 @@ from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
+from quantkit.program.program import Program
 from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
@@ -33,7 +34,7 @@ from quantkit.stages.reconstruct import (
     require_reconstruction,
     worth_learning,
 )
-from quantkit.stages.recording import Recording
+from quantkit.stages.recording import Recording, program_of_sizes
 from quantkit.stages.reparameterize import Reparameterization, reparameterization_of
 from quantkit.stages.working_memory import Expected, Learning, expected_work
 from quantkit.transforms.prepare import Prepared
@@ -158,8 +159,13 @@ class PlanApplication:
 
     def _round(self, simulated: SimulatedModel, request: RoundingRequest) -> dict[str, str]:
         """Give every layer its codes; returns how."""
-        recording = self.recording
-        if isinstance(recording, str):
-            return round_in_sequence(simulated, self.ready.program, self.formatted.batches, request)
-        inputs = recording.program.entering(self.ready.model, recording.samples)
-        return round_by_layers(SimulatedProgram(simulated, recording.program), inputs, request)
+        ready, batches = self.ready, self.formatted.batches
+        program: Program | None
+        if isinstance(self.recording, Recording):
+            program, batches = self.recording.program, [self.recording.samples]
+        else:
+            program = program_of_sizes(ready, batches)
+        if program is None:
+            return round_in_sequence(simulated, ready.program, batches, request)
+        inputs = [program.entering(ready.model, batch) for batch in batches]
+        return round_by_layers(SimulatedProgram(simulated, program), inputs, request)

@@ -87,7 +87,8 @@ class _TimingRig:
     def simulated(self, mixture: Mixture) -> SimulatedModel:
         """The model with these layers quantized, and the sites that they need, on the CPU."""
         ready = self.ready
-        sites = place_sites(ready.model, ready.program, self.target, [n for n in ready.quantizable if n in mixture])
+        layers = [name for name in ready.quantizable if name in mixture]
+        sites = place_sites(ready.model, ready.program, self.target, layers, ready.float_sums)
         weights = {name: self.weights[name, bits] for name, bits in mixture.items()}
         ranges = {site.name: self.ranges[site.name] for site in sites}
         return SimulatedModel(ready.model, sites, weights, ranges, ready.weights).on_cpu()

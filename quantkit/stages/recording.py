@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from quantkit.program.input_shapes import distinct_forms, input_shapes
 from quantkit.program.inputs import Batch, batch_size, stacked
 from quantkit.program.program import Program
 from quantkit.program.replayable import replayable
@@ -46,6 +47,19 @@ def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
     if program is None or program.rows.get(program.output) != 0:
         return "what it computes depends on more than its inputs' values and batch size"
     return Replay(program, samples)
+
+
+def program_of_sizes(ready: Prepared, batches: Sequence[Batch]) -> Program | None:
+    """The program that stands for a model on batches of several sizes; None where there is none, or no data. Batches
+    that it was not tried on differ from those only in sizes that vary among these, too.
+    """
+    if not batches or ready.example is None:
+        return None
+    chosen = distinct_forms([input_shapes(ready.model, batch) for batch in batches])
+    few = torch.arange(TRIED, device="cpu")
+    others = [some_samples(batches[i], few[: batch_size(batches[i])]) for i in chosen]
+    program = replayable(ready.program, ready.model, ready.example, others)
+    return None if program is None or program.rows.get(program.output) != 0 else program
 
 
 def recording_of(ready: Prepared, replay: Replay) -> Recording:

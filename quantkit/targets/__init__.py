@@ -17,7 +17,7 @@ from quantkit.plan import digest_of
 from quantkit.plan.latency import LatencyTable
 from quantkit.store import write_atomically
 from quantkit.targets.instruction_sets import AUTO, INSTRUCTION_SETS, detected_instruction_set
-from quantkit.targets.roles import CANNOT, CODES, MAY, MUST, ROLES
+from quantkit.targets.roles import ADDITION_RESULT, CANNOT, CODES, FOR_PRODUCTS, MAY, MUST, ROLES
 
 # Name of a target -> its data file among the backends, which are not imported for it.
 DATA_FILES = {"onnxruntime-cpu": "onnxruntime/target.yaml"}
@@ -35,8 +35,8 @@ class Target:
     the products of two activations, ``fused_activations`` what it fuses into layers and element-wise operations.
     ``weight_only``: every layer can have codes for its weight alone; ``weight_only_groups``: also in groups and with
     zero points. ``instruction_set`` is that of the CPUs that files are written for, ``roles`` whether tensors must,
-    may or cannot hold codes in each role; they may in one that is not named. ``latency``: what a model's parts take on
-    a machine, where that was measured.
+    may or cannot hold codes in each role (``targets.roles``); they may in one that is not named. ``latency``: what a
+    model's parts take on a machine, where that was measured.
     """
 
     name: str
@@ -132,6 +132,11 @@ class Target:
     def can_hold_codes(self, role: str) -> bool:
         """Whether tensors in this role can hold codes."""
         return self.roles.get(role, MAY) != CANNOT
+
+    @property
+    def adds_for_products(self) -> bool:
+        """Whether sums run on codes only where codes are of use to a layer or a product of activations."""
+        return self.roles.get(ADDITION_RESULT) == FOR_PRODUCTS
 
     def role_of_codes(self, roles: Iterable[str]) -> str | None:
         """The role, of those that a tensor has, in which it must hold codes; None where it may stay float."""

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
-from quantkit.program.additions import drowned_additions
+from quantkit.program.additions import additions_of_no_use, drowned_additions
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
@@ -48,7 +48,7 @@ class Prepared:
     pairs that were folded. ``layers`` are in execution order, those never called last; each is quantizable or carries
     the reason why not. ``other_bytes`` is what a file stores besides the layers' weights: biases, unfolded norms,
     buffers, and what codes bring with them (``transforms.stored``). ``float_bytes`` is all that the user's model
-    stores, ``float32_bytes`` the same in float32. ``float_sums`` are the additions that no grid of codes leaves whole.
+    stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
     """
 
     model: nn.Module
@@ -185,8 +185,11 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
     if not names:
         reasons = [f"{n}: {layer.reason}" for n, layer in layers.items()] or ["it has none of the known layers"]
         raise InvalidRequest(f"The model has no layer to quantize ({'; '.join(reasons[:5])}).")
-    sites = place_sites(own, ready.program, target, coded, ready.float_sums) if ready.program.steps else ()
-    return _with_sites(ready, sites)
+    if not ready.program.steps:
+        return _with_sites(ready, ())
+    sums = ready.float_sums | additions_of_no_use(ready.program, target, coded, ready.float_sums)
+    sites = place_sites(own, ready.program, target, coded, sums)
+    return _with_sites(replace(ready, float_sums=sums), sites)
 
 
 def _with_sites(ready: Prepared, sites: tuple[Site, ...], tokens: bool = False) -> Prepared:

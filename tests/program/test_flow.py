@@ -39,7 +39,7 @@ def test_sites_of_any_mixture_are_those_the_graph_places(name: str) -> None:
     draw, layers = random.Random(0), ready.quantizable
     mixtures = [[n for n in layers if draw.random() < share] for share in (0.2, 0.5, 0.5, 0.5, 0.8)]
     for chosen in [[], layers, *mixtures]:
-        placed = place_sites(ready.model, ready.program, TARGET, chosen)
+        placed = place_sites(ready.model, ready.program, TARGET, chosen, ready.float_sums)
         assert execute(operations, chosen).coded == {site.name for site in placed}, chosen
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from quantkit.program.additions import additions_of_no_use
 from quantkit.program.inputs import Batch
 from quantkit.program.record import record
 from quantkit.program.sites import Site, place_sites
@@ -22,7 +24,8 @@ TARGET = Target.load("onnxruntime-cpu")
 
 def sites_of(model: nn.Module, batch: Batch, layers: Sequence[str] | None = None) -> dict[str, Site]:
     found = record(model.eval(), batch)
-    placed = place_sites(model, found, TARGET, list(found.calls) if layers is None else layers)
+    names = list(found.calls) if layers is None else layers
+    placed = place_sites(model, found, TARGET, names, additions_of_no_use(found, TARGET, names))
     assert len({site.name for site in placed}) == len({site.place for site in placed}) == len(placed)
     return {site.name: site for site in placed}
 
@@ -118,11 +121,11 @@ def test_residual_sums_have_sites_on_operands_and_result() -> None:
 def test_only_sums_of_two_activations_of_one_shape_run_on_codes(combine, placed: bool) -> None:
     def forward(self, x):
         y = self.conv(x)
-        return combine(y, torch.tanh(y))
+        return self.read(combine(y, torch.tanh(y)))
 
-    found = sites_of(Net(forward, conv=nn.Conv2d(3, 4, 3)), IMAGE)
+    found = sites_of(Net(forward, conv=nn.Conv2d(3, 4, 3), read=nn.Conv2d(4, 4, 1)), IMAGE)
     assert list(found)[:2] == ["input", "conv"]
-    assert ("/add" in found) == placed
+    assert ("addition operand" in found["conv"].roles) == placed
 
 
 @pytest.mark.parametrize("use", [lambda self, x: x + self.shift, lambda self, x: x + self.shift.expand_as(x)])
@@ -251,7 +254,7 @@ def test_sites_are_the_same_in_every_run_and_at_every_batch_size(case: str) -> N
     for samples in (1, 2, 7):
         assert prepare(model, [inputs(samples)], TARGET).sites == first.sites
         found = record(first.model, inputs(samples))
-        assert place_sites(first.model, found, TARGET, first.quantizable) == first.sites
+        assert place_sites(first.model, found, TARGET, first.quantizable, first.float_sums) == first.sites
 
 
 def test_mobilenet_block_gets_the_sites_of_its_kernels() -> None:
@@ -277,3 +280,63 @@ def test_layer_called_twice_reads_two_sites() -> None:
 def test_folded_sequential_has_its_site_after_the_relu() -> None:
     ready = prepare(settled(nn.Sequential(conv_bn(3, 4), conv_bn(4, 2))), [IMAGE], TARGET)
     assert [site.name for site in ready.sites] == ["input", "0.2", "1.2"]
+
+
+class PostNorm(nn.Module):
+    """Layers beside shortcuts, a norm behind each sum, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.norms = nn.ModuleList([nn.LayerNorm(6), nn.LayerNorm(6)])
+
+    def forward(self, x):
+        x = self.norms[0](x + self.first(x))
+        return self.head(self.norms[1](x + self.second(x)))
+
+
+def test_a_sum_that_only_a_norm_reads_has_no_codes() -> None:
+    found = sites_of(PostNorm(), VECTOR)
+    assert list(found) == ["input", "norms.0", "norms.1"]
+
+
+def test_sums_that_only_norms_and_further_sums_read_have_no_codes() -> None:
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.first(self.norm(x))
+        x = x + self.second(self.norm(x))
+        return self.head(self.norm(x))
+
+    layers = {name: nn.Linear(6, 6) for name in ("stem", "first", "second", "head")}
+    found = sites_of(Net(forward, norm=nn.LayerNorm(6), **layers), VECTOR)
+    assert [site.roles for site in found.values()] == [("layer input",)] * 4
+
+
+def test_a_sum_of_what_has_codes_anyway_has_some() -> None:
+    """As the last one of a residual network, which a mean reads: its operands are there in codes."""
+    model = Net(lambda self, x: self.two(y := self.one(x)) + y, one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 4, 1))
+    assert list(sites_of(model, IMAGE)) == ["input", "one", "two", "/add"]
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [
+        lambda self, x: self.head(x),
+        lambda self, x: self.head(F.relu(x)),
+        lambda self, x: self.head(F.max_pool1d(x[:, None], 1)[:, 0]),
+        lambda self, x: self.head(x.reshape(-1, 6) + torch.tanh(x)),
+        lambda self, x: x @ x.T,
+    ],
+    ids=["layer", "relu", "pool", "sum", "product"],
+)
+def test_a_sum_whose_codes_a_product_reads_has_some(carried) -> None:
+    model = Net(lambda self, x: carried(self, x + self.first(x)), first=nn.Linear(6, 6), head=nn.Linear(6, 2))
+    assert {"input", "first"} < set(sites_of(model, VECTOR))
+
+
+def test_another_runtime_may_want_codes_for_every_sum() -> None:
+    target = replace(TARGET, roles=dict(TARGET.roles) | {"addition result": "may"})
+    ready = prepare(PostNorm().eval(), [VECTOR], target)
+    names = [site.name for site in ready.sites]
+    assert names == ["input", "first", "/add", "norms.0", "second", "/add.1", "norms.1"]
+    assert [site.name for site in prepare(ready.model, [VECTOR], TARGET).sites] == ["input", "norms.0", "norms.1"]

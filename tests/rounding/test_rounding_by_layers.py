@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.formats import Scheme
 from quantkit.numbers.uniform import SiteRange
+from quantkit.program.inputs import Batch
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment, between_layers
 from quantkit.ranges.statistics import layer_hessians
@@ -22,18 +24,19 @@ from quantkit.rounding.request import RoundingRequest
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, move
+from quantkit.stages.recording import program_of_sizes
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
-from tests.program.models import randn
+from tests.program.models import Net, randn
 from tests.program.replays import program_of
 from tests.program.test_segments import Chain
 from tests.stages.networks import ConvReused, MobileNet
 
-W3 = Scheme.parse("w3").weight
+W3, TARGET = Scheme.parse("w3").weight, Target.load("onnxruntime-cpu")
 
 
 def recorded(model: nn.Module, x: Tensor) -> tuple[Prepared, Program, list[Segment]]:
-    ready = prepare(model, [((x,), {})], Target.load("onnxruntime-cpu"))
+    ready = prepare(model, [((x,), {})], TARGET)
     program = program_of(ready.model, ((x[:8],), {}), ((x[8:16],), {}))
     assert program is not None
     return ready, program, between_layers(program, ready.quantizable)
@@ -72,7 +75,7 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
         request = RoundingRequest(formats, rounding, progress=False)
         if in_one_replay:
             inputs = program.entering(ready.model, ((x,), {}))
-            how = round_by_layers(SimulatedProgram(simulated, program), inputs, request)
+            how = round_by_layers(SimulatedProgram(simulated, program), [inputs], request)
         else:
             how = round_in_sequence(simulated, ready.program, [((x,), {})], request)
         found.append((simulated.weights, how))
@@ -82,6 +85,32 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
         same = (one[name].codes == other[name].codes).float().mean()
         assert same > 0.97, name  # a sum in another order may tip a code on a tie, and that those after it
         torch.testing.assert_close(one[name].scale, other[name].scale)
+
+
+def test_images_of_several_sizes_are_replayed_together() -> None:
+    model = Net(lambda self, x: self.two(F.relu(self.one(x))), one=nn.Conv2d(3, 6, 3), two=nn.Conv2d(6, 4, 1)).eval()
+    batches: list[Batch] = [((randn(5, 3, side, 8, seed=side),), {}) for side in (6, 7, 9)]
+    ready = prepare(model, batches, TARGET)
+    program = program_of_sizes(ready, batches)
+    assert program is not None
+    request, found = RoundingRequest(dict.fromkeys(ready.quantizable, W3), progress=False), []
+    for in_one_replay in (False, True):
+        fresh = prepare(model, batches, TARGET)
+        simulated = SimulatedModel(fresh.model, (), {}, {})
+        if in_one_replay:
+            inputs = [program.entering(fresh.model, batch) for batch in batches]
+            round_by_layers(SimulatedProgram(simulated, program), inputs, request)
+        else:
+            round_in_sequence(simulated, fresh.program, batches, request)
+        found.append(simulated.weights)
+    for name in ready.quantizable:
+        assert (found[0][name].codes == found[1][name].codes).float().mean() > 0.97, name
+
+
+def test_no_program_stands_for_a_model_that_looks_at_its_size() -> None:
+    model = Net(lambda self, x: self.a(x) if x.shape[1] < 8 else self.a(x).tanh(), a=nn.Linear(4, 4)).eval()
+    batches: list[Batch] = [((randn(5, steps, 4),), {}) for steps in (6, 9)]
+    assert program_of_sizes(prepare(model, batches, TARGET), batches) is None
 
 
 class Counted(TorchDispatchMode):
@@ -103,7 +132,7 @@ def test_no_layer_is_run_twice() -> None:
     request = RoundingRequest(dict.fromkeys(ready.quantizable, W3), progress=False)
     runner = SimulatedProgram(SimulatedModel(ready.model, ready.sites, {}, {}), program)
     with Counted() as counted:
-        round_by_layers(runner, program.entering(ready.model, ((x,), {})), request)
+        round_by_layers(runner, [program.entering(ready.model, ((x,), {}))], request)
     convolutions = [name for name in ready.quantizable if name != "head"]
     assert counted.counts["convolution"] == 2 * len(convolutions) == 14
 
@@ -129,7 +158,7 @@ def test_layers_that_read_one_value_share_its_moments(monkeypatch: pytest.Monkey
     request = RoundingRequest(dict.fromkeys(ready.quantizable, W3), progress=False)
     floats = {name: ready.weights[name].clone() for name in ready.quantizable}
     simulated = SimulatedModel(ready.model, (), {}, {})
-    round_by_layers(SimulatedProgram(simulated, program), program.entering(ready.model, ((x,), {})), request)
+    round_by_layers(SimulatedProgram(simulated, program), [program.entering(ready.model, ((x,), {}))], request)
     assert collected == ["query", "out"]
     rows = x.reshape(-1, 8).double()
     for name in ("query", "key", "value"):

@@ -55,7 +55,9 @@ def test_an_unknown_one_is_refused_with_the_known_ones(name: str) -> None:
 
 @pytest.mark.parametrize("roles", [{"querry": "may"}, {"query": "yes"}])
 def test_roles_are_known_ones(roles: dict[str, str]) -> None:
-    with pytest.raises(InvalidRequest, match=r"roles: layer input, layer .*; each must, may, cannot hold codes"):
+    with pytest.raises(
+        InvalidRequest, match=r"roles: layer input, .*; each must, may, for products, cannot hold codes"
+    ):
         replace(Target.load(NAME), roles=roles)
 
 

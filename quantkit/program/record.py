@@ -259,7 +259,8 @@ class Recorder:
             if weight.parameter not in held:
                 self.weights.setdefault(name, weight)
                 self.calls[name].append(call)
-        constant = {name for name, calls in self.calls.items() if self.varying.isdisjoint(c.input for c in calls)}
+        known = {*self.producer, *self.stored.values()} - self.varying  # what no call made may depend on anything
+        constant = {name for name, calls in self.calls.items() if known.issuperset(call.input for call in calls)}
         return {name: replace(w, reads_constant=name in constant) for name, w in self.weights.items()}
 
 

@@ -113,7 +113,7 @@ def test_a_mask_of_huge_numbers_leaves_nothing_undecided(tmp_path: Path) -> None
         model.floats["inside"].mul_(-1)
     other = simulate(prepared(model.model, batch), batch, 8)
     found = measure_parity(path, other, [batch])
-    assert not any(one.undecided for one in found if one.output == "output.0")
+    assert not any(one.undecided for one in found if one.output == "output.0" and not one.optimized)
     with pytest.raises(ParityError, match="does not compute"):
         require_parity(found, DEFAULT_TOLERANCE)
     assert np.isfinite([one.relative_error for one in found]).all()

@@ -37,9 +37,9 @@ def smallest_of(build: Any, x: Any, **options: Any) -> float:
     return refused.value.smallest
 
 
-@pytest.mark.parametrize("network", [pytest.param("residual", marks=pytest.mark.slow), "mixed"])
-def test_the_file_meets_the_limit_and_no_smaller_one_would_do(network: str, tmp_path: Path, monkeypatch) -> None:
-    build, x = NETWORKS[network]
+@pytest.mark.slow
+def test_the_file_meets_the_limit_and_no_smaller_one_would_do(tmp_path: Path, monkeypatch) -> None:
+    build, x = NETWORKS["mixed"]
     with monkeypatch.context() as patched:
         patched.setattr(first_stage, "_measure", lambda *_: pytest.fail("something was measured"))
         least = smallest_of(build, x, schemes=["w2a8", "w8a8"])

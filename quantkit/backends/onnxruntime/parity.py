@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _HALF_ULP = 2.0**-24  # of a float32 value
 _STEPS = 0.5  # of a code: how far integer kernels round from what the file spells
-_MOST_UNDECIDED = 0.5  # of an output's entries: beyond that nothing is left to compare a file on
+_MOST_UNDECIDED = 0.9  # of an output's entries: beyond that nothing is left to compare a file on
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ import torch
 from golden_run import case_of
 from study_preparing import resident
 from torch import Tensor, nn
-from zoo.native import torchvision
 
 from quantkit.plan import Plan
 from quantkit.progress import one_call
@@ -132,7 +131,6 @@ def tokens(count: int, length: int, vocabulary: int) -> list[dict[str, Tensor]]:
 
 
 def bert() -> tuple[nn.Module, Any]:
-    torchvision()  # transformers imports it
     from transformers import BertConfig, BertForSequenceClassification
 
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
@@ -141,7 +139,6 @@ def bert() -> tuple[nn.Module, Any]:
 
 
 def llama() -> tuple[nn.Module, Any]:
-    torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=2000, hidden_size=128, intermediate_size=256, num_hidden_layers=2)

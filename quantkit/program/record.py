@@ -230,9 +230,8 @@ class Recorder:
 
         for product in products_of(call.key.op, args, kwargs, fixed):
             source = None if product.source is None else self.number(product.source)
-            computing = not call.varies and source in self.sources and source in self.floating
-            if not call.varies and product.kind == "matmul":
-                continue  # parameters alone: the weight of some other call may be made so
+            made_of = source in self.sources or product.kind == "matmul"
+            computing = not call.varies and source in self.floating and made_of
             number = self.number(product.weight)
             found = self.owners.layer(product, call.key, self.sources[number])
             if found is None or source is None:

@@ -44,7 +44,7 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
     largest, matters_so = weight.gather(-1, most).abs(), matters.gather(-1, most)
     for share in SHARES:
         scale, zero = _between(lowest * share, highest * share, format)
-        if not format.zero_point:
+        if not format.zero_point and weight.device.type == "cpu":  # elsewhere asking costs more than it saves
             missed = (largest + low * scale.abs()).clamp(min=0)
             if bool((missed.square() * matters_so >= best_error).all()):
                 break  # what clipping that one costs is more already, and ever more from here on

@@ -102,7 +102,7 @@ class PlanApplication:
         notes: dict[str, Any] = {}
         rounding = RoundingOptions(self.options.rounding)
         if (expected := self._announced()) is not None:
-            notes = {"working_bytes": expected.memory.peak_bytes, "working_seconds": expected.seconds}
+            notes["working_bytes"] = expected.memory.peak_bytes  # not the seconds, which no two runs agree on
             rounding = expected.rounding
         request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes)
         notes["rounding"] = self._round(simulated, request)

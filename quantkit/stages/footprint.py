@@ -75,7 +75,7 @@ def rows_read(program: Program, layer: str) -> int:
 def collecting_bytes(program: Program, layer: str, samples: int, most: int) -> int:
     """What it takes beside the sum to add the inputs of so many samples to X^T X, which has at most ``most`` bytes."""
     weight = program.weights[layer]
-    if not weight.reads_rows:
+    if not weight.inputs_seen:
         return 0
     blocks = blocks_of(weight, most)
     product = (_PRODUCT - 1) * hessian_bytes(weight, most) / blocks.count
@@ -89,7 +89,7 @@ def collecting_bytes(program: Program, layer: str, samples: int, most: int) -> i
 def rounding_bytes(weight: LayerWeight, options: RoundingOptions) -> int:
     """What it takes to round a layer, X^T X included where it is looked at."""
     elements, most = math.prod(weight.shape), options.hessian_bytes
-    if not (weight.reads_rows and rounding_of(options.name).hessian):
+    if not (weight.inputs_seen and rounding_of(options.name).hessian):
         return FLOAT * _SEARCHED * elements
     blocks, hessian = blocks_of(weight, most), hessian_bytes(weight, most)
     factoring = _FACTORS * hessian if blocks.count == 1 else 2 * hessian + _FACTORS * hessian // blocks.count
@@ -101,9 +101,9 @@ def rounding_bytes(weight: LayerWeight, options: RoundingOptions) -> int:
 def rounding_seconds(program: Program, layer: str, formats: int, samples: int, options: RoundingOptions) -> float:
     """Seconds to round a layer to so many formats, from the inputs of so many samples where it looks at any."""
     weight, asked = program.weights[layer], rounding_of(options.name)
-    speed = machine(asked.name if weight.reads_rows or not asked.hessian else "nearest")
+    speed = machine(asked.name if weight.inputs_seen or not asked.hessian else "nearest")
     blocks, rows = blocks_of(weight, options.hessian_bytes), 0
-    if asked.hessian and weight.reads_rows:
+    if asked.hessian and weight.inputs_seen:
         rows = samples * rows_read(program, layer) * len(program.calls[layer])
     collecting = rows * weight.groups * blocks.count * blocks.width**2 * speed.product
     return collecting + speed.rounding(_rows(weight), blocks.width, formats)

@@ -135,7 +135,7 @@ def _rounding(ready: Prepared, layer: str, chunk: int, forward: int, options: Ro
     """Bytes that rounding a layer takes, with the forward that shows its inputs."""
     weight, most, method = ready.weights.layers[layer], options.hessian_bytes, rounding_of(options.name)
     found = rounding_bytes(weight, options)
-    if not (method.hessian and weight.reads_rows):
+    if not (method.hessian and weight.inputs_seen):
         return found
     both = hessian_bytes(weight, most) * method.cross  # the products with the inputs of the float network
     seen = hessian_bytes(weight, most) + collecting_bytes(ready.program, layer, chunk, most) + forward

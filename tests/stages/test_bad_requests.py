@@ -26,7 +26,7 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("something was measured")
 
     monkeypatch.setattr(first_stage, "_measure", fail)
-    monkeypatch.setattr(whole, "evaluator_of", fail)
+    monkeypatch.setattr(whole, "announced_evaluator", fail)
     for name in ("PlanApplication", "Subject"):
         monkeypatch.setattr(last_stage, name, fail)
 

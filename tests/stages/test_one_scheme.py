@@ -26,7 +26,7 @@ def nothing_is_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("something was profiled")
 
     monkeypatch.setattr(first_stage, "_measure", fail)
-    monkeypatch.setattr(whole, "evaluator_of", fail)
+    monkeypatch.setattr(whole, "announced_evaluator", fail)
 
 
 class Mixed(nn.Module):

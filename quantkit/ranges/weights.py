@@ -44,9 +44,9 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
     largest, matters_so = weight.gather(-1, most).abs(), matters.gather(-1, most)
     for share in SHARES:
         scale, zero = _between(lowest * share, highest * share, format)
-        if not format.zero_point and weight.device.type == "cpu":  # elsewhere asking costs more than it saves
+        if not format.zero_point:
             missed = (largest + low * scale.abs()).clamp(min=0)
-            if bool((missed.square() * matters_so >= best_error).all()):
+            if _everywhere(missed.square() * matters_so >= best_error):
                 break  # what clipping that one costs is more already, and ever more from here on
         error = (dequantize(quantize(weight, scale, zero, low, high), scale, zero) - weight).square()
         error = (error if importance is None else error * importance).sum(-1, keepdim=True)
@@ -54,6 +54,10 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
         best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
         best_error = torch.where(better, error, best_error)
     return best, best_zero
+
+
+def _everywhere(rows: Tensor) -> bool:
+    return bool(rows.all())
 
 
 def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -235,6 +235,8 @@ def _export(options: argparse.Namespace) -> None:
     named = _named_sizes(options.dynamic)
     report = load(options.folder).export_onnx(options.out or options.folder / ONNX_FILE, dynamic=named or None)
     print(f"{report.path}: {report.file_bytes:,} bytes, {report.weight_bytes:,} of them the layers' weights")
+    vary = [f"{name}.shape[{axis}] ({size})" for name, axes in report.dynamic.items() for axis, size in axes.items()]
+    print(f"sizes that vary: {', '.join(vary) or 'none'}{''.join(f'; {needed}' for needed in report.conditions)}")
     for found in report.parity:
         how = "integer kernels" if found.optimized else "as spelled"
         print(f"{found.output}, {how}: {found.relative_error:.2%} from the simulated model")

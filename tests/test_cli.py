@@ -101,14 +101,16 @@ def sizes_in(path: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sizes_that_vary(recipe: str, tmp_path: Path) -> None:
+def test_sizes_that_vary(recipe: str, tmp_path: Path, capsys) -> None:
     """A recipe names them, for what is exported later too; the command line names others."""
     assert main(["run", recipe, "--set", "export.dynamic={x: {2: height}}", "--quiet"]) == 0
     assert sizes_in("out/tiny/model.onnx") == ["batch", "", "height", ""]
     first = (tmp_path / "out/tiny/model.onnx").read_bytes()
     assert main(["export", "out/tiny", "--quiet"]) == 0
     assert (tmp_path / "out/tiny/model.onnx").read_bytes() == first
+    capsys.readouterr()
     assert main(["export", "out/tiny", "--dynamic", "x:3=width", "--out", "other.onnx", "--quiet"]) == 0
+    assert "sizes that vary: x.shape[0] (batch), x.shape[3] (width)\n" in capsys.readouterr().out
     assert sizes_in("other.onnx") == ["batch", "", "", "width"]
 
 

@@ -21,7 +21,6 @@ import torch
 from golden_run import case_of, recipe_model
 from study_gptq import calibration_windows, language_model, unseen_windows
 from torch import Tensor, nn
-from zoo.native import torchvision
 
 from quantkit.formats import WeightFormat
 from quantkit.program.inputs import Batch, split_batches
@@ -47,7 +46,6 @@ def resnet20(unseen: int) -> tuple[nn.Module, list[Batch], list[Batch]]:
 
 
 def llama(unseen: int) -> tuple[nn.Module, list[Batch], list[Batch]]:
-    torchvision()  # transformers imports it
     model = language_model(DATA)
     return model, batches_of(calibration_windows(DATA, 32, 0)), batches_of(unseen_windows(DATA, unseen // 32))
 

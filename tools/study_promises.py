@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import gc
 import json
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from study_preparing import resident
 from torch import Tensor, nn
 
 from quantkit.plan import Plan
-from quantkit.progress import one_call
+from quantkit.progress import one_call, said
 from quantkit.stages.apply import Application, apply_plan
 from quantkit.stages.forecast import forecast
 from quantkit.stages.options import ApplyOptions, Run
@@ -202,8 +203,14 @@ def applied(network: str, case: Case, model: nn.Module, inputs: Any) -> Promise:
     )
     meter = Meter()
     result = apply_plan(request.session, plan, Application(options, run=QUIET))
-    bytes, seconds = (float(result.notes[f"working_{what}"]) for what in ("bytes", "seconds"))
+    bytes, seconds = float(result.notes["working_bytes"]), announced_seconds()
     return Promise(network, "apply", bytes, meter.bytes, seconds, meter.seconds)
+
+
+def announced_seconds() -> float:
+    """The last that was said of the time of rounding and learning: nothing that is kept with a result has it."""
+    found = [match for text in said() if (match := re.search(r"about (\d+) s of the processor$", text))]
+    return float(found[-1][1])
 
 
 VERBS = {"profile": profiled, "apply": applied}

@@ -230,8 +230,8 @@ class Recorder:
 
         for product in products_of(call.key.op, args, kwargs, fixed):
             source = None if product.source is None else self.number(product.source)
-            made_of = source in self.sources or product.kind == "matmul"
-            computing = not call.varies and source in self.floating and made_of
+            of_parameters = source in self.sources or product.kind == "matmul"
+            computing = not call.varies and source in self.floating and of_parameters
             number = self.number(product.weight)
             found = self.owners.layer(product, call.key, self.sources[number])
             if found is None or source is None:
@@ -243,7 +243,8 @@ class Recorder:
             macs = operations_per_sample(product, made, self.samples if call.varies else 1)
             of_layer = LayerCall(call.key, source, self.number(made), macs, call.inputs.index(source))
             if computing:
-                self.of_parameters += [(name, weight, of_layer)] if weight.parameter is not None else []
+                if weight.parameter is not None:
+                    self.of_parameters.append((name, weight, of_layer))
                 continue
             known = self.weights.setdefault(name, weight)
             if weight.parameter is None:

@@ -39,14 +39,15 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
     lowest, highest = weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
     best, best_zero = _between(lowest, highest, format)
     best_error = torch.full_like(best, torch.inf)
-    matters = torch.ones_like(weight) if importance is None else importance.expand_as(weight)
-    most = (weight.square() * matters).argmax(-1, keepdim=True)  # of each row the weight that matters most
-    largest, matters_so = weight.gather(-1, most).abs(), matters.gather(-1, most)
+    squares = weight.square() if importance is None else weight.square() * importance
+    most = squares.argmax(-1, keepdim=True)  # of each row the weight that matters most
+    largest = weight.gather(-1, most).abs()
+    matters = 1 if importance is None else importance.expand_as(weight).gather(-1, most)
     for share in SHARES:
         scale, zero = _between(lowest * share, highest * share, format)
         if not format.zero_point:
             missed = (largest + low * scale.abs()).clamp(min=0)
-            if _everywhere(missed.square() * matters_so >= best_error):
+            if _everywhere(missed.square() * matters >= best_error):
                 break  # what clipping that one costs is more already, and ever more from here on
         error = (dequantize(quantize(weight, scale, zero, low, high), scale, zero) - weight).square()
         error = (error if importance is None else error * importance).sum(-1, keepdim=True)

@@ -44,7 +44,9 @@ class LayerInputs:
         return self.x.shape[1] // self.groups * self.places.shape[1]
 
     def columns(self, span: slice) -> Tensor:
-        """The inputs of a span of all K, as (groups, rows, inputs)."""
+        """The inputs of a span of all K, as (groups, rows, inputs): of a convolution all samples of one output
+        position, then of the next.
+        """
         if self.places is None:
             return self.x[..., span]
         kernel = self.places.shape[1]
@@ -84,13 +86,3 @@ def layer_inputs(
     if generator is not None and len(places) > wanted:
         places = places[torch.randperm(len(places), generator=generator, device="cpu")[:wanted]]
     return LayerInputs(x.flatten(2), places, groups)
-
-
-def input_columns(
-    kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator | None = None, source: int = 0
-) -> Tensor:
-    """All ``layer_inputs`` as one (groups, rows, K): ``rows`` output positions, K inputs each (channels x kernel).
-    Rows of a convolution go through all samples of one position, then of the next.
-    """
-    found = layer_inputs(kind, args, kwargs, generator, source)
-    return found.columns(slice(0, found.width))

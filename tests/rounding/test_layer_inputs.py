@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from quantkit.program.intercept import intercept
 from quantkit.program.layers import layer_kind
-from quantkit.rounding.layer_inputs import input_columns
+from tests.rounding.columns import input_columns
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -19,7 +19,7 @@ from quantkit.ranges.statistics import layer_hessians
 from quantkit.rounding import Moments, by_layers
 from quantkit.rounding.by_layers import moments, round_by_layers
 from quantkit.rounding.in_sequence import round_in_sequence
-from quantkit.rounding.layer_inputs import LEAST_POSITIONS, input_columns, positions_wanted
+from quantkit.rounding.layer_inputs import LEAST_POSITIONS, positions_wanted
 from quantkit.rounding.request import RoundingRequest
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
@@ -30,6 +30,7 @@ from quantkit.transforms.prepare import Prepared, prepare
 from tests.program.models import Net, randn
 from tests.program.replays import program_of
 from tests.program.test_segments import Chain
+from tests.rounding.columns import input_columns
 from tests.stages.networks import ConvReused, MobileNet
 
 W3, TARGET = Scheme.parse("w3").weight, Target.load("onnxruntime-cpu")

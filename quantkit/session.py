@@ -11,12 +11,13 @@ from torch import nn
 from quantkit.plan import digest_of
 from quantkit.program.inputs import digest_batches, digest_model
 from quantkit.program.ownership import UNREAD
+from quantkit.program.padding import Padding, are_padded
 from quantkit.program.program import Program
 from quantkit.progress import warn
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
 from quantkit.stages.inputs import Inputs, require_accepted
-from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
+from quantkit.stages.recording import Recording, Replay, program_of_sizes, recording_of, replay_of
 from quantkit.targets import Target
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared
@@ -45,13 +46,16 @@ class Session:
         prepared = inputs.prepared(model, target)
         require_accepted(prepared.model, inputs.batches)
         _tell_unreached(prepared)
-        return cls(model, inputs, target, prepared)
+        session = cls(model, inputs, target, prepared)
+        if are_padded(prepared.model, inputs.batches):
+            session.prepared = replace(prepared, padding=session._padding())
+        return session
 
     def fork(self) -> Session:
         """The session with a float copy of its own of the prepared model."""
         own = copy_with_computed_tensors(self.prepared.model)
         forked = replace(self, prepared=replace(self.prepared, model=own, weights=self.prepared.weights.on(own)))
-        for name in ("replay", "identity"):  # the same for every copy
+        for name in ("replay", "standing", "identity"):  # the same for every copy
             if name in vars(self):
                 vars(forked)[name] = vars(self)[name]
         return forked
@@ -70,6 +74,26 @@ class Session:
     def replay(self) -> Replay | str:
         """The program that stands for the model, with all samples; or why there is none."""
         return replay_of(self.prepared, self.inputs.batches)
+
+    @cached_property
+    def standing(self) -> Program | None:
+        """The program that stands for the model, also where batches have several sizes; None where there is none."""
+        if isinstance(self.replay, str):
+            return program_of_sizes(self.prepared, self.inputs.batches)
+        return self.replay.program
+
+    def _padding(self) -> Padding | None:
+        """The padding of the calibration inputs; a warning where it cannot be followed through the model."""
+        ready, program = self.prepared, self.standing
+        if program is not None and ready.example is not None:
+            found = Padding.of(program, ready.model, ready.example)
+            if found is not None:
+                return found
+        warn(
+            "positions under padding count as data in ranges and rounding: the model could not be recorded at two "
+            "lengths, which tells where its values have them. Pad no more than needed."
+        )
+        return None
 
     def recording(self, ready: Prepared) -> Recording | str:
         """The replay, cut into blocks by the layers and sites of ``ready``; or why there is none."""

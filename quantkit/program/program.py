@@ -77,7 +77,8 @@ class Program:
     each layer's weight is, called or not, and ``kinds`` what it is. ``stored`` names the values of parameters and
     buffers, ``constants`` holds every other tensor that is read and not made; ``varying`` are the values that depend
     on the model's inputs, ``floating`` those of floating-point tensors, ``rows`` maps values with one row per sample
-    to the axis of the samples. ``updated`` are the tensors that a forward leaves changed in the model.
+    to the axis of the samples, ``second_shape`` to their shapes in a second recording, at other sizes. ``updated`` are
+    the tensors that a forward leaves changed in the model.
     ``channels_last``: whether a replay may use that layout. ``output`` is the one of ``outputs`` that is the model's
     answer, ``output_names`` are the names of all of them.
     """
@@ -98,6 +99,7 @@ class Program:
     floating: frozenset[int]
     updated: tuple[str, ...] = ()
     rows: Mapping[int, int] = field(default_factory=dict)
+    second_shape: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     channels_last: bool = True
     output: int = -1
     output_names: tuple[str, ...] = ()

@@ -95,7 +95,8 @@ def _compared(program: Program, second: Program) -> Program:
         if one.constant and not step.constant:
             anew.update(step.makes)
         steps.append(step)
-    return replace(program, rows=rows, steps=tuple(steps))
+    shapes = {n: second.shape[m] for n, m in pairs}
+    return replace(program, rows=rows, second_shape=shapes, steps=tuple(steps))
 
 
 def _axis_of(sizes: tuple[int, int], shape: tuple[int, ...], other: tuple[int, ...]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.arguments import leaves_of
+from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import LayerWeight, Weights
+from quantkit.program.layers import LayerCall, LayerWeight, Weights
+from quantkit.program.padding import Given, Padding
 from quantkit.program.program import Program
 from quantkit.program.sites import Site
 from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import track
 from quantkit.ranges.activations import Extremes, Histogram
 from quantkit.rounding.blocks import HESSIAN_BYTES, Blocks, blocks_of
-from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
+from quantkit.rounding.layer_inputs import LayerInputs, as_rows, layer_inputs
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.recurrent_inputs import recurrent_inputs
 from quantkit.simulation.model import SimulatedModel, at_sites, run_with
@@ -27,9 +29,14 @@ ROWS = 1 << 15
 
 
 def site_histograms(
-    model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], progress: bool = True
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    progress: bool = True,
+    padding: Padding | None = None,
 ) -> dict[str, Histogram]:
-    """A histogram of every site's values over ``batches`` of (args, kwargs): one pass for extremes, one to count.
+    """A histogram of every site's values over ``batches``, without those under ``padding``: one pass for extremes, one
+    to count.
 
     Raises InvalidRequest where a site's values are not finite: no integer range covers them.
     """
@@ -37,30 +44,42 @@ def site_histograms(
     if not sites:
         return {}
 
-    def widen(site: Site, x: Tensor) -> Tensor:
+    def widen(site: Site, x: Tensor) -> None:
         if not torch.isfinite(x).all():
             raise InvalidRequest(
                 f"The model computes NaN or infinite values at {site.name} on the calibration inputs, where integer "
                 "codes are asked for. Repair the model or the inputs, or keep the layers around it float by a rule."
             )
         extremes[site.name] = extremes[site.name].seen(x)
-        return x
 
-    _visit(model, sites, widen, track(batches, "activation ranges", enabled=progress))
+    visit(model, sites, widen, track(batches, "activation ranges", enabled=progress), padding)
     histograms = {name: Histogram.empty(found) for name, found in extremes.items()}
 
-    def count(site: Site, x: Tensor) -> Tensor:
+    def count(site: Site, x: Tensor) -> None:
         histograms[site.name] = histograms[site.name].seen(x)
-        return x
 
-    _visit(model, sites, count, track(batches, "activation histograms", enabled=progress))
+    visit(model, sites, count, track(batches, "activation histograms", enabled=progress), padding)
     return histograms
 
 
-def _visit(model: nn.Module, sites: Sequence[Site], see: Any, batches: Iterable[Any]) -> None:
+def visit(
+    model: nn.Module,
+    sites: Sequence[Site],
+    see: Callable[[Site, Tensor], None],
+    batches: Iterable[Batch],
+    padding: Padding | None = None,
+) -> None:
+    """Show every site's values over ``batches`` to ``see``, without those under ``padding``."""
+    given: Given = {}
+
+    def shown(site: Site, x: Tensor) -> Tensor:
+        see(site, x if padding is None else padding.kept(padding.places[site.place], x, given))
+        return x
+
     for args, kwargs in batches:
+        given = {} if padding is None else padding.given((args, kwargs))
         with plain_mode(model), restored(model):
-            run_with(model, at_sites(sites, see), args, kwargs)
+            run_with(model, at_sites(sites, shown), args, kwargs)
 
 
 class _Reached(Exception):
@@ -68,18 +87,20 @@ class _Reached(Exception):
 
 
 def layer_hessians(
-    model: SimulatedModel, program: Program, layers: Sequence[str], batches: Iterable[Any], most: int = HESSIAN_BYTES
+    model: SimulatedModel,
+    program: Program,
+    layers: Sequence[str],
+    batches: Iterable[Batch],
+    most: int = HESSIAN_BYTES,
+    padding: Padding | None = None,
 ) -> dict[str, Moments]:
-    """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now; in blocks
-    where that of a layer is beyond ``most`` bytes.
+    """Sum of X^T X over the inputs X of each layer, (groups, K, K) float64, as ``model`` computes them now, without
+    rows under ``padding``; in blocks where that of a layer is beyond ``most`` bytes.
 
     Products are taken in float32 over slices of rows and summed in float64. Of a convolution with many positions some
     are drawn, by a fixed seed. A forward stops at the last layer asked for.
     """
-    watched: dict[OpKey, list[tuple[str, int]]] = {}
-    for name in layers:
-        for call in program.calls.get(name, ()) if program.weights[name].inputs_seen else ():
-            watched.setdefault(call.key, []).append((name, call.source))
+    watched = _watched(program, layers)
     if not watched:
         return {}
     blocks = {name: blocks_of(program.weights[name], most) for read in watched.values() for name, _ in read}
@@ -88,12 +109,15 @@ def layer_hessians(
     sums: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(0)
 
+    given: Given = {}
+
     def before(key: OpKey, args: Any, kwargs: Any) -> None:
-        for name, source in watched.get(key, ()):
+        for name, call in watched.get(key, ()):
             if program.kinds[name] == "recurrent":
                 read = recurrent_inputs(program, name, steps[key], args)
             else:
-                read = layer_inputs(program.kinds[name], args, kwargs, draws, source)
+                rows = as_rows if padding is None else padding.rows_of(call.input, given)
+                read = layer_inputs(program.kinds[name], args, kwargs, draws, call.source, rows)
             if read is not None:
                 accumulate(sums, name, read, blocks[name])
         if key == last:
@@ -101,11 +125,21 @@ def layer_hessians(
 
     with torch.no_grad():
         for args, kwargs in batches:
+            given = {} if padding is None else padding.given((args, kwargs))
             try:
                 model.run(args, kwargs, before)
             except _Reached:
                 continue
     return {name: Moments(found, count=blocks[name].count) for name, found in sums.items()}
+
+
+def _watched(program: Program, layers: Sequence[str]) -> dict[OpKey, list[tuple[str, LayerCall]]]:
+    """The calls of those layers whose inputs are looked at, by key."""
+    watched: dict[OpKey, list[tuple[str, LayerCall]]] = {}
+    for name in layers:
+        for call in program.calls.get(name, ()) if program.weights[name].inputs_seen else ():
+            watched.setdefault(call.key, []).append((name, call))
+    return watched
 
 
 def accumulate(

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.uniform import dequantize, quantize
 
 SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of the range that clips nothing
+LONG = 1024  # inputs of a row from which on its error is smooth enough in the share to be searched coarse to fine
+COARSE = 4
+PIECE = 1 << 18  # weights searched for at once: most of what is computed on the way stays in the processor's cache
+
+
+def shares_tried(inputs: int) -> float:
+    """Of all shares, how many are tried for a row of so many inputs: one in four, then those around the best."""
+    return 1.0 if inputs < LONG else 1 / COARSE + 2 * (COARSE - 1) / len(SHARES)
 
 
 def _between(lowest: Tensor, highest: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
@@ -32,33 +39,72 @@ def _between(lowest: Tensor, highest: Tensor, format: WeightFormat) -> tuple[Ten
 def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The scale and zero point (..., 1) of each row of ``weight`` (..., inputs) with the least squared rounding error.
 
-    Searched over 81 shares of the clipping-free range between 1 and 0.2; ties keep the wider one. ``importance``
-    (broadcastable to the weight) weighs the squared errors, e.g. by the mean square of the input a weight multiplies.
+    Searched over 81 shares of the clipping-free range between 1 and 0.2, in long rows coarse to fine; ties keep the
+    wider one. ``importance`` (broadcastable to the weight) weighs the squared errors, e.g. by the mean square of the
+    input a weight multiplies.
     """
-    low, high = format.code_range
-    lowest, highest = weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
-    best, best_zero = _between(lowest, highest, format)
-    best_error = torch.full_like(best, torch.inf)
-    squares = weight.square() if importance is None else weight.square() * importance
-    most = squares.argmax(-1, keepdim=True)  # of each row the weight that matters most
-    largest = weight.gather(-1, most).abs()
-    matters = 1 if importance is None else importance.expand_as(weight).gather(-1, most)
-    for share in SHARES:
-        scale, zero = _between(lowest * share, highest * share, format)
-        if not format.zero_point:
-            missed = (largest + low * scale.abs()).clamp(min=0)
-            if _everywhere(missed.square() * matters >= best_error):
-                break  # what clipping that one costs is more already, and ever more from here on
-        error = (dequantize(quantize(weight, scale, zero, low, high), scale, zero) - weight).square()
-        error = (error if importance is None else error * importance).sum(-1, keepdim=True)
-        better = error < best_error
-        best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
-        best_error = torch.where(better, error, best_error)
-    return best, best_zero
+    importance = None if importance is None else importance.expand_as(weight)
+    if weight.numel() <= PIECE or weight.dim() < 2:
+        return _Search(weight, format, importance).found()
+    axis = max(range(weight.dim() - 1), key=lambda i: weight.shape[i])
+    each = max(1, PIECE * weight.shape[axis] // weight.numel())
+    pieces = weight.split(each, axis)
+    weights = [None] * len(pieces) if importance is None else importance.split(each, axis)
+    found = [_Search(piece, format, own).found() for piece, own in zip(pieces, weights, strict=True)]
+    scales, zeros = zip(*found, strict=True)
+    return torch.cat(scales, axis), torch.cat(zeros, axis)
 
 
-def _everywhere(rows: Tensor) -> bool:
-    return bool(rows.all())
+class _Search:
+    """The share of its range with the least error, for each row of a weight; ``room`` is where errors are computed."""
+
+    def __init__(self, weight: Tensor, format: WeightFormat, importance: Tensor | None) -> None:
+        self.weight, self.format, self.importance = weight, format, importance
+        self.lowest = weight.amin(-1, keepdim=True).clamp(max=0)
+        self.highest = weight.amax(-1, keepdim=True).clamp(min=0)
+        self.shares = weight.new_tensor(SHARES)
+        self.best = torch.zeros(self.lowest.shape, dtype=torch.int64, device=weight.device)  # of the shares
+        self.error = torch.full_like(self.lowest, torch.inf)
+        self.room = weight.square() if importance is None else weight.square() * importance
+        most = self.room.argmax(-1, keepdim=True)  # of each row the weight that matters most
+        self.largest = weight.gather(-1, most).abs()
+        self.matters = 1 if importance is None else importance.gather(-1, most)
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each row."""
+        step = 1 if self.weight.shape[-1] < LONG else COARSE
+        for number in range(0, len(SHARES), step):
+            if not self.tried(torch.full_like(self.best, number)):
+                break
+        best = self.best
+        for away in range(1 - step, step):
+            if away:
+                self.tried((best + away).clamp(0, len(SHARES) - 1))
+        return self._grid(self.best)
+
+    def tried(self, number: Tensor) -> bool:
+        """Try a share (..., 1), by number; False where clipping costs more than the best so far, in every row."""
+        low, high = self.format.code_range
+        scale, zero = self._grid(number)
+        if not self.format.zero_point:
+            missed = (self.largest + low * scale.abs()).clamp(min=0)
+            if bool((missed.square() * self.matters >= self.error).all()):
+                return False  # and ever more from here on
+        # ``dequantize`` of ``quantize`` in place, without a zero point where there is none
+        room = torch.div(self.weight, scale, out=self.room).round_()
+        if self.format.zero_point:
+            room.add_(zero).clamp_(low, high).sub_(zero)
+        else:
+            room.clamp_(low, high)
+        room.mul_(scale).sub_(self.weight).square_()
+        error = (room if self.importance is None else room.mul_(self.importance)).sum(-1, keepdim=True)
+        better = error < self.error
+        self.best, self.error = torch.where(better, number, self.best), torch.where(better, error, self.error)
+        return True
+
+    def _grid(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        share = self.shares[number]
+        return _between(self.lowest * share, self.highest * share, self.format)
 
 
 def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

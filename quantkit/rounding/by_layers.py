@@ -19,7 +19,7 @@ from quantkit.program.segments import Segment, between_layers
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
 from quantkit.rounding.blocks import HESSIAN_BYTES, blocks_of
-from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
+from quantkit.rounding.layer_inputs import LayerInputs, as_rows, layer_inputs
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.recurrent_inputs import recurrent_inputs
 from quantkit.rounding.request import RoundingRequest
@@ -34,6 +34,7 @@ def round_by_layers(runner: SimulatedProgram, inputs: Sequence[Values], request:
     floats = None
     if request.method.cross:
         floats = float_program(simulated.model, program, copied_state(program, simulated.model))
+        floats.padding = runner.padding
     segments = between_layers(program, request.formats)
     ours = _parts_of(program, inputs)
     theirs = [] if floats is None else _parts_of(program, inputs)
@@ -154,4 +155,5 @@ class _Read:
         kind = runner.program.kinds[self.name]
         if kind == "recurrent":
             return recurrent_inputs(runner.program, self.name, self.step, args)
-        return layer_inputs(kind, args, kwargs, draws, self.call.source)
+        rows = as_rows if runner.padding is None else runner.padding.rows_of(self.call.input, part)
+        return layer_inputs(kind, args, kwargs, draws, self.call.source, rows)

@@ -8,6 +8,7 @@ before the convolution is seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,16 +59,27 @@ class LayerInputs:
         return found[:, span.start - first * kernel : span.stop - first * kernel].transpose(1, 2)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(rows, channels) of a tensor with its channels last."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def layer_inputs(
-    kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator | None = None, source: int = 0
+    kind: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    generator: torch.Generator | None = None,
+    source: int = 0,
+    rows_of: Callable[[Tensor], Tensor] = as_rows,
 ) -> LayerInputs:
     """The inputs of one layer call: ``kind`` is "linear", "matmul" or "conv1d".."conv3d"; ``args`` and ``kwargs`` are
     those of the torch call, ``source`` the position of what the layer reads among its tensors. With a ``generator``,
-    of a convolution with many positions some are drawn, the same for all samples of the call.
+    of a convolution with many positions some are drawn, the same for all samples of the call. ``rows_of``
+    says which rows of what other layers read count.
     """
     if not kind.startswith("conv"):
         tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
-        return LayerInputs(tensors[source].reshape(1, -1, tensors[source].shape[-1]))
+        return LayerInputs(rows_of(tensors[source]).unsqueeze(0))
     given = named_arguments(kind, args, kwargs)
     x, kernel = given["input"], given["weight"].shape[2:]
     dims = len(kernel)

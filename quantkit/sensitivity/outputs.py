@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size
-from quantkit.program.intercept import forward_parameters
 from quantkit.program.outputs import counted, is_logits, named_tensors, position_of_answer
+from quantkit.program.padding import Argument, mask_arguments, mask_of
 
 Outputs = tuple[Tensor, ...]  # of every output that counts (rows, classes), in the order of the rule
 LOSSES = ("kl", "mse")
 SQUARED = "relative squared error"
 MASKED = -1e4  # a logit of probability zero, also where outputs are softened
-MASKS = ("decoder_attention_mask", "attention_mask")  # where a model takes both, its output belongs to the decoder
 
 
 def rows_of(output: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ class OutputRule:
 
     outputs: tuple[Output, ...] = ()
     main: int = 0
-    mask: tuple[str, int | None] | None = None
+    mask: Argument | None = None
 
     @classmethod
     def of(cls, model: nn.Module, result: Any, batch: Batch, loss: str) -> OutputRule:
@@ -95,7 +94,7 @@ class OutputRule:
         if loss not in ("auto", *LOSSES):
             raise InvalidRequest(f"Unknown loss {loss!r}; known: auto, {', '.join(LOSSES)}.")
         tensors = counted(result)
-        mask = _mask_argument(model)
+        mask = mask_arguments(model)[0]
         live = _live(batch, mask)
         outputs = []
         for name, tensor in tensors:
@@ -172,18 +171,7 @@ def _loss(asked: str, name: str, classes: int, alone: bool) -> str:
     return "kl" if distribution and classes >= 2 else "mse"
 
 
-def _mask_argument(model: nn.Module) -> tuple[str, int | None]:
-    names = [parameter.name for parameter in forward_parameters(model)]
-    name = next((mask for mask in MASKS if mask in names), MASKS[-1])
-    return name, names.index(name) if name in names else None
-
-
-def _live(batch: Batch, mask: tuple[str, int | None] | None) -> Tensor | None:
-    """The attention mask of a batch (samples, positions) as booleans; None where it has none of this kind."""
-    if mask is None:
-        return None
-    (args, kwargs), (name, position) = batch, mask
-    given = kwargs.get(name, args[position] if position is not None and position < len(args) else None)
-    if not isinstance(given, Tensor) or given.dim() != 2 or bool((given < 0).any()):
-        return None
-    return given != 0
+def _live(batch: Batch, mask: Argument | None) -> Tensor | None:
+    """The attention mask of a batch (samples, positions) as booleans; None where it has none."""
+    given = None if mask is None else mask_of(batch, mask)
+    return None if given is None else given != 0

@@ -52,7 +52,7 @@ def weight_perturbations(
         seen: dict[str, Moments] = {}
         if rounding_of(rounding.name).hessian:
             shown = track(batches, "layer inputs", enabled=progress)
-            seen = layer_hessians(observed, ready.program, run, shown, most)
+            seen = layer_hessians(observed, ready.program, run, shown, most, ready.padding)
         for name in track(run, "rounding", enabled=progress):
             compute = partial(_rounded, ready, name, formats[name], seen.pop(name, None), rounding.name)
             done[name] = kept.cached(*pieces[name], compute, codecs[name])
@@ -105,5 +105,5 @@ def _histograms(
         pairs = zip(names, arrays["extremes"].tolist(), arrays["counts"], strict=True)
         return {name: Histogram(Extremes(*ends), torch.from_numpy(counts)) for name, ends, counts in pairs}
 
-    compute = partial(site_histograms, ready.model, ready.sites, batches, progress)
+    compute = partial(site_histograms, ready.model, ready.sites, batches, progress, ready.padding)
     return artefacts.cached("ranges: all sites", names, compute, Codec(encode, decode)) if names else {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.program.intercept import OpKey, device_of
+from quantkit.program.padding import Padding
 from quantkit.program.program import Change, Part, Program
 from quantkit.program.segments import Segment, whole
 from quantkit.program.sizes import Shapes
@@ -29,7 +30,7 @@ class SimulatedProgram:
     """``model`` on its ``program``. ``weights`` and ``ranges`` take the place of the model's own; sites of 8 bits,
     whose noise is small beside what is being learned, are left out while gradients are taken. With ``dropping``, half
     of the elements at learned sites stay float then, drawn anew each time (QDrop, Wei et al., arXiv 2203.05740).
-    ``fixed`` parameters and buffers replace the model's.
+    ``fixed`` parameters and buffers replace the model's. Rows under ``padding`` are not rounded for.
     """
 
     model: SimulatedModel
@@ -38,6 +39,7 @@ class SimulatedProgram:
     ranges: dict[str, LearnedRange] = field(default_factory=dict)
     dropping: torch.Generator | None = None
     fixed: Mapping[str, Tensor] | None = None
+    padding: Padding | None = None
 
     def __post_init__(self) -> None:
         self.source: WeightSource = ModuleSource(self.model.model)
@@ -190,15 +192,16 @@ def play(runner: SimulatedProgram, values: Values, segment: Segment) -> dict[int
 @torch.no_grad()
 def move(runner: SimulatedProgram, parts: list[Values], segment: Segment) -> None:
     """Put what leaves a segment, as its sites leave it, in the place of what enters it: samples go part by part, so
-    that either is held once. What is the same for all samples is held once, too.
+    that either is held once. What is the same for all samples is held once, too. What tells padding stays.
     """
     same: dict[int, Tensor] = {}
+    masks = () if runner.padding is None else runner.padding.masks
     for i, part in enumerate(parts):
         held = dict(zip(segment.leaving, runner.inside(part, segment, segment.leaving), strict=True))
         for number, x in held.items():
             axis = runner.program.rows.get(number)
             held[number] = same.setdefault(number, x) if axis is None else _held(x, axis, len(parts))
-        parts[i] = held
+        parts[i] = held | {number: part[number] for number in masks}
 
 
 def _held(x: Tensor, axis: int, parts: int) -> Tensor:

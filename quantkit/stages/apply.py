@@ -86,7 +86,8 @@ def formatted_by(session: Session, plan: Plan) -> Formatted:
     left = dict.fromkeys(_kept_float(session, plan), LEFT)
     ready = _coded(leave_float(session.prepared, target, (), left), plan, target)
     weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
-    return Formatted(ready, weights, _site_formats(plan, ready, target), session.inputs.batches)
+    sites = _site_formats(plan, ready, target)
+    return Formatted(ready, weights, sites, session.inputs.batches, session.standing)
 
 
 def _finished(workdir: Path | None, session: Session, options: ApplyOptions, plan: Plan) -> Cache:

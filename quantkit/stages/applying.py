@@ -9,7 +9,6 @@ from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
-from quantkit.program.program import Program
 from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
@@ -34,7 +33,7 @@ from quantkit.stages.reconstruct import (
     require_reconstruction,
     worth_learning,
 )
-from quantkit.stages.recording import Recording, program_of_sizes
+from quantkit.stages.recording import Recording
 from quantkit.stages.reparameterize import Reparameterization, reparameterization_of
 from quantkit.stages.working_memory import Expected, Learning, expected_work
 from quantkit.transforms.prepare import Prepared
@@ -142,7 +141,7 @@ class PlanApplication:
         ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
         ranges |= {name: TokenRange(asked.bits) for name, asked in self.formatted.sites.items() if asked.dynamic}
         others = [site for site in self.ready.sites if site.name not in ranges]
-        histograms = site_histograms(self.ready.model, others, self.formatted.batches, progress)
+        histograms = site_histograms(self.ready.model, others, self.formatted.batches, progress, self.ready.padding)
         return ranges | {site.name: self._range_of(site, histograms[site.name]) for site in others if histograms}
 
     def _range_of(self, site: Site, histogram: Histogram) -> SiteRange | LogRange:
@@ -159,13 +158,10 @@ class PlanApplication:
 
     def _round(self, simulated: SimulatedModel, request: RoundingRequest) -> dict[str, str]:
         """Give every layer its codes; returns how."""
-        ready, batches = self.ready, self.formatted.batches
-        program: Program | None
-        if isinstance(self.recording, Recording):
-            program, batches = self.recording.program, [self.recording.samples]
-        else:
-            program = program_of_sizes(ready, batches)
+        ready, batches, program = self.ready, self.formatted.batches, self.formatted.program
         if program is None:
             return round_in_sequence(simulated, ready.program, batches, request)
+        if isinstance(self.recording, Recording):
+            batches = [self.recording.samples]
         inputs = [program.entering(ready.model, batch) for batch in batches]
-        return round_by_layers(SimulatedProgram(simulated, program), inputs, request)
+        return round_by_layers(SimulatedProgram(simulated, program, padding=ready.padding), inputs, request)

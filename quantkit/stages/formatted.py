@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 from quantkit.formats import ActivationFormat, WeightFormat
 from quantkit.program.inputs import Batch
+from quantkit.program.program import Program
 from quantkit.transforms.prepare import Prepared
 
 
 @dataclass(frozen=True)
 class Formatted:
-    """A float model with the formats of its layers and sites, and the data."""
+    """A float model with the formats of its layers and sites, the data, and the ``program`` that stands for the model
+    on all of it; None where there is none.
+    """
 
     ready: Prepared
     weights: Mapping[str, WeightFormat]
     sites: Mapping[str, ActivationFormat]
     batches: Sequence[Batch]
+    program: Program | None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.ranges.activations import Extremes, Histogram, mse_range
+from quantkit.ranges.weights import shares_tried
 from quantkit.rounding import Moments, rounding_of
 from quantkit.rounding.gptq import STRETCH, slice_rows
 from quantkit.rounding.moments import inverse_factor
@@ -42,7 +43,8 @@ class Machine:
         groups, rows, inputs = shape
         factors = groups * math.ceil(inputs / width) * width**3 * self.factor
         slices = math.ceil(rows / slice_rows(groups, inputs))
-        each = slices * width * self.column + groups * rows * inputs * (self.weight + width * self.spread)
+        weight = self.weight * shares_tried(inputs)
+        each = slices * width * self.column + groups * rows * inputs * (weight + width * self.spread)
         return factors + formats * each
 
 

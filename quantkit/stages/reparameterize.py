@@ -18,11 +18,10 @@ from quantkit.numbers.uniform import SiteRange
 from quantkit.program.inputs import Batch
 from quantkit.program.layers import Weights
 from quantkit.program.sites import Site
-from quantkit.program.updates import plain_mode, restored
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.ranges.channels import HELD_BACK, clipped_ranges, mse_ranges
+from quantkit.ranges.statistics import visit
 from quantkit.rounding.weights import quantize_weight
-from quantkit.simulation.model import at_sites, run_with
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions
 from quantkit.store import Arrays, Artefacts, Codec
@@ -117,16 +116,12 @@ def _outputs_of(
 
         def keep(
             site: Site, x: Tensor, found: dict[str, list[Tensor]] = found, draws: torch.Generator = draws
-        ) -> Tensor:
-            rows = x.reshape(-1, x.shape[-1])
+        ) -> None:
+            rows = x.reshape(-1, widths[site.name])
             drawn = torch.randperm(len(rows), generator=draws, device="cpu")[: -(-ROWS // len(batches))]
             found[site.name].append(rows[drawn].cpu())
-            return x
 
-        change = at_sites([by_name[norm.site] for norm in some], keep)
-        for args, kwargs in batches:
-            with plain_mode(ready.model), restored(ready.model):
-                run_with(ready.model, change, args, kwargs)
+        visit(ready.model, [by_name[norm.site] for norm in some], keep, batches, ready.padding)
         for norm in some:
             yield norm, torch.cat(found.pop(norm.site))
 

@@ -22,6 +22,7 @@ from quantkit.program.inputs import Batch, batch_size, first_samples, picked_sam
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
 from quantkit.program.ownership import CONSTANT, ownership, why_uncalled
+from quantkit.program.padding import Padding
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
@@ -49,6 +50,7 @@ class Prepared:
     the reason why not. ``other_bytes`` is what a file stores besides the layers' weights: biases, unfolded norms,
     buffers, and what codes bring with them (``transforms.stored``). ``float_bytes`` is all that the user's model
     stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
+    ``padding`` is that of the calibration inputs; None where there is none.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Prepared:
     float_bytes: int
     float32_bytes: int
     float_sums: frozenset[OpKey] = frozenset()
+    padding: Padding | None = None
 
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""

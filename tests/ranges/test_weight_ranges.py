@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import dequantize, quantize
-from quantkit.ranges.weights import SHARES, group_ranges, mse_range, per_input
+from quantkit.ranges import weights
+from quantkit.ranges.weights import LONG, SHARES, group_ranges, mse_range, per_input, shares_tried
 
 FORMATS = [Scheme.parse(text).weight for text in ("w2", "w3", "w4", "w8", "w2z", "w3z", "w4z", "w8z")]
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -66,6 +67,30 @@ def test_equals_a_search_row_by_row(format: WeightFormat, weighted: bool) -> Non
         assert float(zero[i]) == wanted_zero
         assert float(scale[i]) == pytest.approx(wanted_scale, rel=1e-12)
         assert error_of(row, float(scale[i]), float(zero[i]), format, weights) == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("format", [FORMATS[i] for i in (0, 2, 3, 6)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_long_rows_are_searched_coarse_to_fine(format: WeightFormat, weighted: bool) -> None:
+    draw = torch.Generator().manual_seed(2)
+    rows = torch.randn(6, LONG, generator=draw, dtype=torch.float64)
+    rows[3:] **= 3
+    importance = torch.rand(1, LONG, generator=draw, dtype=torch.float64) ** 4 if weighted else torch.ones(1, LONG)
+    found, wanted = [], []
+    for row, scale, zero in zip(rows.numpy(), *mse_range(rows, format, importance), strict=True):
+        found.append(error_of(row, float(scale), float(zero), format, importance[0].numpy()))
+        wanted.append(searched(row, format, importance[0].numpy())[0])
+    assert sum(found) == pytest.approx(sum(wanted), rel=2e-3)
+    assert shares_tried(LONG) < 0.35
+
+
+def test_large_weights_are_searched_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, importance = rows_of_many_kinds().reshape(2, 6, 3, 10), torch.rand(2, 1, 3, 10).double()
+    whole = [mse_range(rows, format, given) for format in FORMATS for given in (None, importance)]
+    monkeypatch.setattr(weights, "PIECE", 60)
+    parts = [mse_range(rows, format, given) for format in FORMATS for given in (None, importance)]
+    for one, other in zip(whole, parts, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @settings(deadline=None, max_examples=150)

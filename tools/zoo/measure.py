@@ -27,6 +27,8 @@ from quantkit.program.updates import restored
 from .entry import Entry, run
 
 SAMPLES, BATCHES, UNSEEN = 4, 2, 100  # UNSEEN: the seed of inputs that nothing was decided on
+MANY = 4_000_000  # parameters from which on weights are rounded to nearest: GPTQ of all of them takes minutes
+NEAREST: dict[str, Any] = {"rounding": "nearest", "correction": "none"}
 _ONLY_ADDED = "only added or multiplied"  # how the ownership of a table that is in no product says so
 # Operators that onnxruntime computes products with in integers.
 _INTEGER = {"QLinearConv", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
@@ -42,11 +44,13 @@ def measure(entry: Entry, budget: str, tell: Tell) -> None:
     try:
         tell({"stage": "build"})
         model = entry.model()
-        tell({"parameters": sum(p.numel() for p in model.parameters())})
+        parameters = sum(p.numel() for p in model.parameters())
+        tell({"parameters": parameters})
         tell({"stage": "run"})
         with torch.no_grad(), restored(model):
             run(model, entry.inputs(SAMPLES, 0))
-        result = _quantized(entry, model, budget, tell)
+        options = entry.options if parameters < MANY else NEAREST | entry.options
+        result = _quantized(entry, model, budget, options, tell)
         _exported(entry, result, tell)
         tell({"stage": "done"})
     except Exception as error:  # whatever it is, it is what this tool is there to tell
@@ -56,12 +60,12 @@ def measure(entry: Entry, budget: str, tell: Tell) -> None:
         tell({"plain": plain_export(model, entry.inputs(SAMPLES, UNSEEN))})
 
 
-def _quantized(entry: Entry, model: nn.Module, budget: str, tell: Tell) -> quantkit.Result:
+def _quantized(entry: Entry, model: nn.Module, budget: str, options: dict[str, Any], tell: Tell) -> quantkit.Result:
     tell({"stage": "quantize"})
     start = time.process_time()
     calibration = [entry.inputs(SAMPLES, seed) for seed in range(BATCHES)]
     try:
-        result = quantkit.quantize(model, budget, calibration, progress=False, **entry.options)
+        result = quantkit.quantize(model, budget, calibration, progress=False, **options)
     finally:
         tell({"quantize_seconds": time.process_time() - start})
     tell({"quantized": True, "share": stored_share(result, calibration[0])})

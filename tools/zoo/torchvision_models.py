@@ -18,17 +18,14 @@ CLASSIFICATION = {
     "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64, "mnasnet0_5": 64, "convnext_tiny": 64, "swin_t": 64,
     "swin_v2_t": 64, "googlenet": 64, "inception_v3": 96,
 }  # fmt: skip
-# GPTQ of matrices with ten thousand columns alone takes minutes.
-NEAREST: dict[str, Any] = {"rounding": "nearest", "correction": "none"}
-LARGE = {"alexnet", "vgg11", "vgg13_bn", "wide_resnet50_2"}
 
 
-def _add(name: str, inputs: Inputs, settings: dict[str, Any] | None = None, **options: Any) -> None:
+def _add(name: str, inputs: Inputs, settings: dict[str, Any] | None = None) -> None:
     def build() -> nn.Module:
         model: nn.Module = torchvision().models.get_model(name, **({"weights": None} | (settings or {})))
         return model
 
-    add("torchvision", f"torchvision/{name}", build, inputs, **options)
+    add("torchvision", f"torchvision/{name}", build, inputs)
 
 
 def _images(samples: int, seed: int) -> tuple[list[Tensor]]:
@@ -38,8 +35,7 @@ def _images(samples: int, seed: int) -> tuple[list[Tensor]]:
 
 for _name, _size in CLASSIFICATION.items():
     _extra = {"aux_logits": True, "init_weights": True} if _name in ("googlenet", "inception_v3") else {}
-    _options = NEAREST if _name in LARGE else {}
-    _add(_name, noise(3, _size, _size), {"num_classes": CLASSES, **_extra}, **_options)
+    _add(_name, noise(3, _size, _size), {"num_classes": CLASSES, **_extra})
 
 
 def _vit() -> nn.Module:
@@ -66,7 +62,7 @@ _add("retinanet_resnet50_fpn", _images, {**_WITHOUT, **_FEW, **_SIDES, "num_clas
 _add("fasterrcnn_mobilenet_v3_large_320_fpn", _images, {**_WITHOUT, **_SIDES, **_BOXES, "num_classes": CLASSES})
 _add("raft_small", lambda samples, seed: tuple(randn(samples, 3, 128, 128, seed=seed + k).tanh() for k in (0, 1)))
 for _name in ("r3d_18", "mc3_18", "r2plus1d_18"):
-    _add(_name, noise(3, 4, 32, 32), {"num_classes": CLASSES}, **NEAREST)
+    _add(_name, noise(3, 4, 32, 32), {"num_classes": CLASSES})
 
 
 def _s3d() -> nn.Module:

@@ -1,4 +1,5 @@
-"""Which rows of a model's values are padding: the positions where an attention mask is zero, followed by their axes.
+"""Which rows of a model's values are padding: the positions where an attention mask is zero, or a padding mask is not,
+followed by their axes.
 
 Sequences are padded to one length to go into a batch, and what a model computes there depends on nothing that anybody
 asked for. So rows under padding count neither in ranges nor in Hessians, and results do not change with the length
@@ -18,29 +19,36 @@ from quantkit.program.intercept import OpKey, change_inputs, forward_parameters,
 from quantkit.program.program import Program
 
 MASKS = ("decoder_attention_mask", "attention_mask")  # where a model takes both, its output belongs to the decoder
+PADDING_MASK = "padding_mask"  # how names end, in torch's own modules too, of masks that mark padding, not data
 Argument = tuple[str, int | None]  # its name, and its position among the positional arguments
 Sizes = tuple[int, int]  # in both recordings
 Given = Mapping[int, Tensor]  # the masks of a batch, by their numbers in the program
 
 
 def mask_arguments(model: nn.Module) -> list[Argument]:
-    """The attention masks that a forward takes; one that names none may take one by keyword all the same."""
+    """The masks that a forward takes; one that names none may take an attention mask by keyword all the same."""
     names = [parameter.name for parameter in forward_parameters(model)]
-    return [(name, names.index(name)) for name in MASKS if name in names] or [(MASKS[-1], None)]
+    known = [*(name for name in MASKS if name in names), *(name for name in names if name.endswith(PADDING_MASK))]
+    return [(name, names.index(name)) for name in known] or [(MASKS[-1], None)]
 
 
 def mask_of(batch: Batch, mask: Argument) -> Tensor | None:
-    """The attention mask of a batch, if it has one (samples, positions) in which zero is padding."""
+    """The mask of a batch, if it has one for each position (samples, positions) and not one to be added."""
     (args, kwargs), (name, position) = batch, mask
     given = kwargs.get(name, args[position] if position is not None and position < len(args) else None)
     usable = isinstance(given, Tensor) and given.dim() == 2 and not bool((given < 0).any())
     return given if usable else None
 
 
+def live_positions(given: Tensor, mask: Argument) -> Tensor:
+    """Booleans (samples, positions), false where a mask says that there is padding."""
+    return given == 0 if mask[0].endswith(PADDING_MASK) else given != 0
+
+
 def are_padded(model: nn.Module, batches: Sequence[Batch]) -> bool:
-    """Whether attention masks say that some positions are padding."""
-    masks = (mask_of(batch, mask) for mask in mask_arguments(model) for batch in batches)
-    return any(mask is not None and bool((mask == 0).any()) for mask in masks)
+    """Whether masks say that some positions are padding."""
+    given = ((mask_of(batch, mask), mask) for mask in mask_arguments(model) for batch in batches)
+    return any(x is not None and not bool(live_positions(x, mask).all()) for x, mask in given)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def _along(x: Tensor, axes: Sequence[int], dims: int) -> Tensor:
 @dataclass(frozen=True)
 class Padding:
     """The padding of a model's values. ``program`` stands for the model at two sizes, ``masks`` are the numbers of its
-    inputs that are attention masks, with the arguments they are passed as.
+    inputs that are masks, with the arguments they are passed as.
     """
 
     program: Program
@@ -109,8 +117,10 @@ class Padding:
     def live(self, number: int, x: Tensor, given: Given) -> Tensor | None:
         """Booleans that go with a value's shape, false under padding; None where nothing of it is."""
         for mask_number, axes in self._axes(number):
-            mask = given[mask_number] != 0 if mask_number in given else None
-            if mask is None or mask.all():
+            if mask_number not in given:
+                continue
+            mask = live_positions(given[mask_number], self.masks[mask_number])
+            if mask.all():
                 continue
             live = axes.live(mask, x.dim())
             if all(own in (1, size) for own, size in zip(live.shape, x.shape, strict=True)):

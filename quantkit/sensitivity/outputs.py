@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size
 from quantkit.program.outputs import counted, is_logits, named_tensors, position_of_answer
-from quantkit.program.padding import Argument, mask_arguments, mask_of
+from quantkit.program.padding import Argument, live_positions, mask_arguments, mask_of
 
 Outputs = tuple[Tensor, ...]  # of every output that counts (rows, classes), in the order of the rule
 LOSSES = ("kl", "mse")
@@ -172,6 +172,6 @@ def _loss(asked: str, name: str, classes: int, alone: bool) -> str:
 
 
 def _live(batch: Batch, mask: Argument | None) -> Tensor | None:
-    """The attention mask of a batch (samples, positions) as booleans; None where it has none."""
+    """The positions (samples, positions) of a batch that are no padding; None where it has no mask."""
     given = None if mask is None else mask_of(batch, mask)
-    return None if given is None else given != 0
+    return None if mask is None or given is None else live_positions(given, mask)

@@ -1,4 +1,4 @@
-"""Rows under padding count nowhere: wherever a model has them, and however long its sequences are padded."""
+"""Rows under padding count nowhere, wherever a model has them, and however long its sequences are padded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import quantkit
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey, own_inputs
 from quantkit.program.padding import Padding, are_padded
-from quantkit.ranges.statistics import layer_hessians
+from quantkit.ranges.statistics import layer_hessians, site_histograms
 from quantkit.session import Session
 from quantkit.simulation.model import as_float, run_with
 from quantkit.stages.inputs import Inputs
@@ -154,6 +154,33 @@ def test_without_masks_nothing_is_padding() -> None:
     model = Encoder().eval()
     assert not are_padded(model, [((), one) for one in whole])
     assert session_of(model, whole).prepared.padding is None
+
+
+class Torchs(nn.Module):
+    """torch's own encoder, whose masks mark padding, on vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 20, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=src_key_padding_mask)
+
+
+def test_masks_of_torch_mark_padding() -> None:
+    model = Torchs().eval()
+    x = torch.randn(4, 6, WIDTH)
+    mask = torch.arange(6) >= torch.tensor(LENGTHS[:4]).unsqueeze(1)
+    x[mask] = 1e4
+    session = session_of(model, [(x, mask)])
+    rule = session.reference("auto").damage
+    assert rule.counts == (sum(LENGTHS[:4]),)
+    found = site_histograms(
+        session.prepared.model, session.prepared.sites, session.inputs.batches, padding=session.prepared.padding
+    )
+    assert len(found) > 4
+    assert all(histogram.extremes.high < 100 for histogram in found.values())
 
 
 class OneLength(nn.Module):

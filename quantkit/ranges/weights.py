@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.uniform import dequantize, quantize
+from quantkit.numbers.uniform import quantize
 
 SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of the range that clips nothing
+AT_ONCE, ELEMENTS_AT_ONCE = 9, 1 << 17
 
 
 def _between(lowest: Tensor, highest: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
@@ -37,28 +38,40 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
     """
     low, high = format.code_range
     lowest, highest = weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
-    best, best_zero = _between(lowest, highest, format)
-    best_error = torch.full_like(best, torch.inf)
     squares = weight.square() if importance is None else weight.square() * importance
     most = squares.argmax(-1, keepdim=True)  # of each row the weight that matters most
     largest = weight.gather(-1, most).abs()
     matters = 1 if importance is None else importance.expand_as(weight).gather(-1, most)
-    for share in SHARES:
-        scale, zero = _between(lowest * share, highest * share, format)
+    best, least = torch.ones_like(lowest), torch.full_like(lowest, torch.inf)
+    for shares in _shares_in_turn(weight):
+        scale, zero = _between(lowest * shares, highest * shares, format)
+        missed = quantize(weight, scale, zero, low, high).sub_(zero).mul_(scale).sub_(weight)
+        error = (missed.square_() if importance is None else missed.square_().mul_(importance)).sum(-1, keepdim=True)
+        tried = len(shares)
         if not format.zero_point:
-            missed = (largest + low * scale.abs()).clamp(min=0)
-            if _everywhere(missed.square() * matters >= best_error):
-                break  # what clipping that one costs is more already, and ever more from here on
-        error = (dequantize(quantize(weight, scale, zero, low, high), scale, zero) - weight).square()
-        error = (error if importance is None else error * importance).sum(-1, keepdim=True)
-        better = error < best_error
-        best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
-        best_error = torch.where(better, error, best_error)
-    return best, best_zero
+            clipped = (largest + low * scale.abs()).clamp(min=0).square() * matters
+            before = torch.cat([least.unsqueeze(0), error[:-1]]).cummin(0).values
+            # what clipping the weight that matters most costs is more than the least error, and ever more from here on
+            enough = (clipped >= before).flatten(1).all(1)
+            tried = int(enough.int().argmax()) if enough.any() else tried
+        if tried:
+            found = error[:tried].argmin(0, keepdim=True)
+            of_found = error.gather(0, found)[0]
+            better = of_found < least
+            best = torch.where(better, shares.expand_as(error).gather(0, found)[0], best)
+            least = torch.where(better, of_found, least)
+        if tried < len(shares):
+            break
+    return _between(lowest * best, highest * best, format)
 
 
-def _everywhere(rows: Tensor) -> bool:
-    return bool(rows.all())
+def _shares_in_turn(weight: Tensor) -> tuple[Tensor, ...]:
+    """The shares (tried, 1, ..., 1) in the order in which they are tried, as many at once as memory and the cache
+    take.
+    """
+    shares = torch.tensor(SHARES, dtype=weight.dtype, device=weight.device)
+    at_once = max(1, min(AT_ONCE, ELEMENTS_AT_ONCE // max(1, weight.numel())))
+    return shares.reshape(-1, *[1] * weight.dim()).split(at_once)
 
 
 def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -35,6 +37,17 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no benchmark data in {folder}: set QUANTKIT_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def translations_once() -> Iterator[None]:
+    """torch's exporter parses the source of all its translations again for every export, which is half its time: once
+    is enough for all tests of a process.
+    """
+    parsed = staticmethod(cache(ONNXRegistry.from_torchlib))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ONNXRegistry, "from_torchlib", parsed)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.numbers.uniform import SiteRange
+from quantkit.numbers.uniform import SiteRange, quantize
 
 BINS = 2048
+TINY = float(np.finfo(np.float32).tiny)
 TAIL = 1e-4  # share of the values a percentile range leaves out on either side
 
 
@@ -69,8 +71,8 @@ def range_between(low: float, high: float, bits: int) -> SiteRange:
     """
     low, high = min(low, 0.0), max(high, 0.0)
     steps = (1 << bits) - 1
-    scale = float(torch.tensor((high - low) / steps, dtype=torch.float32, device="cpu"))
-    if scale < torch.finfo(torch.float32).tiny:
+    scale = float(np.float32((high - low) / steps))
+    if scale < TINY:
         return SiteRange(1.0, 0, bits)
     return SiteRange(scale, max(0, min(steps, round(-low / scale))), bits)
 
@@ -85,26 +87,34 @@ def mse_range(histogram: Histogram, bits: int) -> SiteRange:
 
     Upper and lower bound are each shrunk towards zero over a grid, in turns until neither improves.
     """
-    values, counts = histogram.centres(), histogram.counts.double()
-
-    def error(found: SiteRange) -> float:
-        rounded = found.dequantize(found.quantize(values))
-        return float((counts * (rounded - values).square()).sum())
-
     edges = histogram.extremes.with_zero()
     grid = torch.linspace(1.0, 0.02, 99, dtype=torch.float32, device="cpu").tolist()
-    low = high = 1.0
-    best = error(range_between(edges.low, edges.high, bits))
-    improved = bool(counts.sum() > 0)
+    shares = (1.0, 1.0)
+    best = _squared_errors(histogram, [range_between(edges.low, edges.high, bits)])[0]
+    searched = set()
+    improved = bool(histogram.counts.sum() > 0)
     while improved:
         improved = False
         for side in ("high", "low"):
-            for shrink in grid:
-                trial = (low, shrink) if side == "high" else (shrink, high)
-                found = error(range_between(edges.low * trial[0], edges.high * trial[1], bits))
+            low, high = shares
+            if (known := (side, low if side == "high" else high)) in searched:
+                continue
+            searched.add(known)
+            trials = [(low, shrink) if side == "high" else (shrink, high) for shrink in grid]
+            ranges = [range_between(edges.low * low, edges.high * high, bits) for low, high in trials]
+            for trial, found in zip(trials, _squared_errors(histogram, ranges), strict=True):
                 if found < best * (1 - 1e-9):
-                    best, (low, high), improved = found, trial, True
-    return range_between(edges.low * low, edges.high * high, bits)
+                    best, shares, improved = found, trial, True
+    return range_between(edges.low * shares[0], edges.high * shares[1], bits)
+
+
+def _squared_errors(histogram: Histogram, ranges: list[SiteRange]) -> list[float]:
+    """What each of the ranges, all of as many bits, makes of the values of the histogram."""
+    values, counts = histogram.centres(), histogram.counts.double()
+    grid = torch.tensor([(r.scale, r.zero_point) for r in ranges], dtype=torch.float64, device="cpu").unsqueeze(-1)
+    scales, zeros = grid.unbind(1)
+    rounded = quantize(values, scales, zeros, 0, ranges[0].high).sub_(zeros).mul_(scales)
+    return rounded.sub_(values).square_().mul_(counts).sum(-1).tolist()
 
 
 def percentile_range(histogram: Histogram, bits: int) -> SiteRange:

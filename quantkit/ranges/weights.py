@@ -7,6 +7,8 @@ of search: on ResNet20 with GPTQ, KL falls from 0.42 to 0.24 at 2 bits and from 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of 
 LONG = 1024  # inputs of a row from which on its error is smooth enough in the share to be searched coarse to fine
 COARSE = 4
 PIECE = 1 << 18  # weights searched for at once: most of what is computed on the way stays in the processor's cache
+AT_ONCE, ELEMENTS_AT_ONCE = 9, 1 << 17  # shares of small weights that are tried in one step
 
 
 def shares_tried(inputs: int) -> float:
@@ -56,54 +59,69 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
 
 
 class _Search:
-    """The share of its range with the least error, for each row of a weight; ``room`` is where errors are computed."""
+    """The share of its range with the least error, for each row of a weight."""
 
     def __init__(self, weight: Tensor, format: WeightFormat, importance: Tensor | None) -> None:
         self.weight, self.format, self.importance = weight, format, importance
         self.lowest = weight.amin(-1, keepdim=True).clamp(max=0)
         self.highest = weight.amax(-1, keepdim=True).clamp(min=0)
-        self.shares = weight.new_tensor(SHARES)
-        self.best = torch.zeros(self.lowest.shape, dtype=torch.int64, device=weight.device)  # of the shares
-        self.error = torch.full_like(self.lowest, torch.inf)
-        self.room = weight.square() if importance is None else weight.square() * importance
-        most = self.room.argmax(-1, keepdim=True)  # of each row the weight that matters most
+        self.shares = torch.tensor(SHARES, dtype=weight.dtype, device=weight.device)
+        self.best = torch.zeros_like(self.lowest, dtype=torch.int64)  # of the shares
+        self.least = torch.full_like(self.lowest, torch.inf)
+        squares = weight.square() if importance is None else weight.square() * importance
+        most = squares.argmax(-1, keepdim=True)  # of each row the weight that matters most
         self.largest = weight.gather(-1, most).abs()
         self.matters = 1 if importance is None else importance.gather(-1, most)
 
     def found(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each row."""
         step = 1 if self.weight.shape[-1] < LONG else COARSE
-        for number in range(0, len(SHARES), step):
-            if not self.tried(torch.full_like(self.best, number)):
+        coarse = torch.arange(0, len(SHARES), step, device=self.weight.device)
+        for numbers in self._at_once(coarse.reshape(-1, *[1] * self.weight.dim())):
+            if not self._tried(numbers):
                 break
-        best = self.best
-        for away in range(1 - step, step):
-            if away:
-                self.tried((best + away).clamp(0, len(SHARES) - 1))
+        if step > 1:
+            around = torch.tensor([away for away in range(1 - step, step) if away], device=self.weight.device)
+            fine = self.best + around.reshape(-1, *[1] * self.weight.dim())
+            for numbers in self._at_once(fine.clamp_(0, len(SHARES) - 1)):
+                self._tried(numbers)
         return self._grid(self.best)
 
-    def tried(self, number: Tensor) -> bool:
-        """Try a share (..., 1), by number; False where clipping costs more than the best so far, in every row."""
-        low, high = self.format.code_range
-        scale, zero = self._grid(number)
-        if not self.format.zero_point:
-            missed = (self.largest + low * scale.abs()).clamp(min=0)
-            if bool((missed.square() * self.matters >= self.error).all()):
-                return False  # and ever more from here on
-        # ``dequantize`` of ``quantize`` in place, without a zero point where there is none
-        room = torch.div(self.weight, scale, out=self.room).round_()
-        if self.format.zero_point:
-            room.add_(zero).clamp_(low, high).sub_(zero)
-        else:
-            room.clamp_(low, high)
-        room.mul_(scale).sub_(self.weight).square_()
-        error = (room if self.importance is None else room.mul_(self.importance)).sum(-1, keepdim=True)
-        better = error < self.error
-        self.best, self.error = torch.where(better, number, self.best), torch.where(better, error, self.error)
-        return True
+    def _at_once(self, numbers: Tensor) -> Iterator[Tensor]:
+        """Shares in the order in which they are tried, as many at once as memory and the cache take."""
+        yield from numbers.split(max(1, min(AT_ONCE, ELEMENTS_AT_ONCE // max(1, self.weight.numel()))))
 
-    def _grid(self, number: Tensor) -> tuple[Tensor, Tensor]:
-        share = self.shares[number]
+    def _tried(self, numbers: Tensor) -> bool:
+        """Try shares (tried, ..., 1), by number; False where clipping alone costs more than the best before one of
+        them, in every row.
+        """
+        low, high = self.format.code_range
+        scale, zero = self._grid(numbers)
+        # ``dequantize`` of ``quantize`` in place, without a zero point where there is none
+        missed = torch.div(self.weight, scale).round_()
+        if self.format.zero_point:
+            missed.add_(zero).clamp_(low, high).sub_(zero)
+        else:
+            missed.clamp_(low, high)
+        missed.mul_(scale).sub_(self.weight).square_()
+        error = (missed if self.importance is None else missed.mul_(self.importance)).sum(-1, keepdim=True)
+
+        tried = len(numbers)
+        if not self.format.zero_point:
+            clipped = (self.largest + low * scale.abs()).clamp(min=0).square() * self.matters
+            before = torch.cat([self.least.unsqueeze(0), error[:-1]]).cummin(0).values
+            # what clipping the weight that matters most costs is more than the least error, and ever more from here on
+            enough = (clipped >= before).flatten(1).all(1)
+            tried = int(enough.int().argmax()) if enough.any() else tried
+        if tried:
+            least, found = error[:tried].min(0)
+            better = least < self.least
+            best = numbers.expand_as(error).gather(0, found.unsqueeze(0))[0]
+            self.best, self.least = torch.where(better, best, self.best), torch.where(better, least, self.least)
+        return tried == len(numbers)
+
+    def _grid(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        share = self.shares[numbers]
         return _between(self.lowest * share, self.highest * share, self.format)
 
 

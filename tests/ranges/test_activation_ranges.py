@@ -71,7 +71,7 @@ def searched_error(histogram: Histogram, bits: int) -> float:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     values=st.lists(FLOATS, min_size=1, max_size=40),
     cuts=st.lists(st.integers(0, 40), max_size=5),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import nn
 
+from quantkit import api
 from quantkit.plan import Plan
 from quantkit.program.updates import own_modes
 from quantkit.reconstruction.learning import LearningOptions, Schedule
@@ -23,6 +26,11 @@ from quantkit.targets import Target
 def all_of(schedule: Schedule) -> LearningOptions:
     """One schedule for everything."""
     return LearningOptions(network=schedule, block=schedule, layer=schedule, tuning=schedule)
+
+
+def shorten(learning: LearningOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the verbs themselves learn by this schedule until the test ends."""
+    monkeypatch.setattr(api, "ApplyOptions", partial(ApplyOptions, learning=learning))
 
 
 def _asked(

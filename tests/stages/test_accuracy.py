@@ -14,11 +14,24 @@ from torch.nn.functional import kl_div
 
 import quantkit
 from quantkit.errors import AccuracyNotMet, InfeasibleBudget, InvalidRequest
+from quantkit.reconstruction.learning import LearningOptions, Schedule
 from quantkit.simulation.model import as_float
 from quantkit.stages import accuracy
 from tests.stages.networks import small
+from tests.stages.schedules import shorten
 
 SCHEMES = ["w2a8", "w3a8", "w4a8", "w8a8"]
+SHORT = LearningOptions(
+    network=Schedule(steps=60, batch=32, code_rate=3e-4, checks=4),
+    block=Schedule(steps=30, batch=32, code_rate=3e-3, checks=2),
+    tuning=Schedule(steps=20, batch=32, bias_rate=3e-3, checks=2),
+)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan that is tried learns."""
+    shorten(SHORT, monkeypatch)
 
 
 def images(count: int, seed: int) -> Tensor:

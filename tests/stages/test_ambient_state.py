@@ -18,7 +18,8 @@ from tests.program.architectures import ARCHITECTURES
 from tests.stages.networks import images, small
 from tests.stages.schedules import apply_with, quantize_with
 
-SHORT = LearningOptions(network=Schedule(steps=12, batch=32, code_rate=3e-4), block=Schedule(steps=6, batch=32))
+SHORT = LearningOptions(network=Schedule(steps=6, batch=32, code_rate=3e-4), block=Schedule(steps=4, batch=32))
+ENOUGH, FEW = 64, 8  # samples to learn from, and where nothing is learned
 
 
 @contextmanager
@@ -55,13 +56,13 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def cnn() -> tuple[nn.Module, Any]:
-    return small(), images(64)
+def cnn(samples: int = ENOUGH) -> tuple[nn.Module, Any]:
+    return small(), images(samples)
 
 
-def decoder() -> tuple[nn.Module, Any]:
+def decoder(samples: int = ENOUGH) -> tuple[nn.Module, Any]:
     entry = ARCHITECTURES["llama"]
-    return entry.build(), entry.batch(64)[1]
+    return entry.build(), entry.batch(samples)[1]
 
 
 BUILD = {"cnn": cnn, "decoder": decoder}
@@ -69,7 +70,7 @@ BUILD = {"cnn": cnn, "decoder": decoder}
 
 def call(kind: str, setting: Callable[[], AbstractContextManager[Any]] = nullcontext, learned: bool = True) -> Result:
     """3 bits for a small CNN, learning included; w3a8 for the linear layers of a decoder."""
-    model, samples = BUILD[kind]()
+    model, samples = BUILD[kind](ENOUGH if learned else FEW)
     how: dict[str, Any] = {} if learned else {"reconstruction": "none", "correction": None}
     with setting():
         if kind == "cnn":

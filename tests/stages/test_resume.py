@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,12 +13,12 @@ import quantkit
 from quantkit.plan import Profile
 from quantkit.sensitivity.measure import Subject
 from quantkit.store import Artefacts
-from tests.conftest import REPOSITORY
 from tests.recipe.tiny import rewritten, write_tiny
 from tests.stages.networks import images, small
+from tests.stages.processes import Run, forking
 
 # Writes a line for every layer rounded and every format measured, and kills itself at line number FATAL.
-CHILD = """
+SOURCE = """
 import os, signal, sys
 
 import torch
@@ -31,9 +28,8 @@ from quantkit.sensitivity import perturbations
 from quantkit.sensitivity.measure import Subject
 
 torch.set_num_threads(1)
-recipe, log, fatal = sys.argv[1], open(sys.argv[2], "a"), int(sys.argv[3])
 outputs, note = Subject.outputs, perturbations.rounding_note
-count = 0
+log, fatal, count = None, 0, 0
 
 
 def event(*words):
@@ -58,17 +54,26 @@ def logged_note(layer, *rest):
 
 
 Subject.outputs, perturbations.rounding_note = logged_outputs, logged_note
-sys.exit(main(["profile", recipe, "--quiet"]))
+
+
+def run(recipe, path, deadly):
+    global log, fatal
+    log, fatal = open(path, "a"), deadly
+    return main(["profile", recipe, "--quiet"])
 """
 
 
-def run(recipe: Path, log: Path, fatal: int = 0) -> tuple[int, list[str]]:
-    """Exit status of a child, and the lines it wrote."""
+def logged(run: Run, recipe: Path, log: Path, fatal: int = 0) -> tuple[int, list[str]]:
+    """Exit status of a run, and the lines it wrote."""
     before = log.read_text().splitlines() if log.exists() else []
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    arguments = [sys.executable, "-c", CHILD, str(recipe), str(log), str(fatal)]
-    status = subprocess.run(arguments, env=environment, cwd=REPOSITORY, check=False, capture_output=True).returncode
+    status = run(str(recipe), str(log), fatal)
     return status, log.read_text().splitlines()[len(before) :]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with forking(SOURCE) as run:
+        yield run
 
 
 def layers_of(lines: Sequence[str]) -> set[tuple[str, ...]]:
@@ -81,20 +86,22 @@ def _place(line: str) -> tuple[str, ...]:
     return (work, owner, *(one[0] for one in format))
 
 
-def test_killed_three_times_it_ends_with_the_same_profile_and_repeats_at_most_one_layer(tmp_path: Path) -> None:
+def test_killed_three_times_it_ends_with_the_same_profile_and_repeats_at_most_one_layer(
+    run: Run, tmp_path: Path
+) -> None:
     path = write_tiny(tmp_path)
     whole = rewritten(path, output=str(tmp_path / "whole"), schemes=["w3a8", "w5a8", "w8a8"]).rename(path.parent / "w")
-    status, every = run(whole, tmp_path / "whole.log")
+    status, every = logged(run, whole, tmp_path / "whole.log")
     assert status == 0
     assert len(every) == len(set(every)), "an uninterrupted run does nothing twice"
     killed = rewritten(write_tiny(tmp_path / "again"), output=str(tmp_path / "killed"))
     draw, done = random.Random(0), []
     for _ in range(3):
-        status, lines = run(killed, tmp_path / "killed.log", fatal=draw.randint(2, len(every) // 3))
+        status, lines = logged(run, killed, tmp_path / "killed.log", fatal=draw.randint(2, len(every) // 3))
         assert status == -signal.SIGKILL
         assert len(layers_of(lines) & layers_of(done)) <= 1
         done += lines
-    status, lines = run(killed, tmp_path / "killed.log")
+    status, lines = logged(run, killed, tmp_path / "killed.log")
     assert status == 0
     assert len(layers_of(lines) & layers_of(done)) <= 1
     assert set(done + lines) == set(every)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,9 +18,9 @@ from quantkit import Result
 from quantkit.reconstruction.learning import Schedule
 from quantkit.store import Artefacts
 from quantkit.targets import Target
-from tests.conftest import REPOSITORY
 from tests.program.models import randn
 from tests.stages.networks import images, small
+from tests.stages.processes import Run, forking
 from tests.stages.schedules import all_of, apply_with, quantize_with
 from tests.stages.test_reconstruct import SMALL, digits, layers
 from tests.stages.test_workdir import edited, nudged
@@ -30,7 +28,7 @@ from tests.stages.test_workdir import edited, nudged
 LAYERS, BLOCKS = 9, 2  # of the network of the quickstart; its last block is learned with the network as a whole
 
 # Writes a line before every layer is rounded and every piece is learned, and kills itself at line number FATAL.
-CHILD = """
+SOURCE = """
 import os, signal, sys
 
 import torch
@@ -39,16 +37,15 @@ from quantkit.cli import main
 from quantkit import api
 from quantkit.reconstruction import blocks as reconstruction
 from quantkit.rounding import request
-from quantkit.recipe import run
+from quantkit.recipe import run as recipe_run
 from quantkit.reconstruction.learning import Schedule
 from tests.stages.schedules import all_of
 
 torch.set_num_threads(1)
-log, fatal, arguments = open(sys.argv[1], "a"), int(sys.argv[2]), sys.argv[3:]
 short, options = all_of(Schedule(steps=12, batch=8)), api.ApplyOptions
 api.ApplyOptions = lambda *given: options(*given, learning=short)
 note, learn = request.rounding_note, reconstruction.learn
-count = 0
+log, fatal, count = None, 0, 0
 
 
 def event(work):
@@ -75,38 +72,45 @@ def logged_learning(moved, loss, held_back, *rest):
 
 
 request.rounding_note, reconstruction.learn = logged_note, logged_learning
-run.export_and_measure = lambda *arguments: sys.exit(0)  # all that is slow about a run and has nothing to resume
-sys.exit(main(["run", "recipes/quickstart.yaml", "--quiet", *arguments]))
+recipe_run.export_and_measure = lambda *arguments: sys.exit(0)  # slow, and nothing in it resumes
+
+
+def run(path, deadly, *arguments):
+    global log, fatal
+    log, fatal = open(path, "a"), deadly
+    return main(["run", "recipes/quickstart.yaml", "--quiet", *arguments])
 """
 
 
-def run(log: Path, output: Path, fatal: int = 0) -> tuple[int, list[str]]:
-    """Exit status of a child, and the lines it wrote."""
+def logged(run: Run, log: Path, output: Path, fatal: int = 0) -> tuple[int, list[str]]:
+    """Exit status of a run, and the lines it wrote."""
     before = log.read_text().splitlines() if log.exists() else []
     settings = {"schemes": "[w2a8,w4a8]", "samples": 40, "reconstruction": "block", "output": output}
-    changes = [f"--set={key}={value}" for key, value in settings.items()]
-    arguments = [sys.executable, "-c", CHILD, str(log), str(fatal), *changes]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(arguments, env=environment, cwd=REPOSITORY, check=False, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode, log.read_text().splitlines()[len(before) :]
+    status = run(str(log), fatal, *(f"--set={key}={value}" for key, value in settings.items()))
+    return status, log.read_text().splitlines()[len(before) :]
 
 
-def test_a_recipe_killed_while_rounding_and_while_learning_leaves_the_same_files(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    with forking(SOURCE) as run:
+        yield run
+
+
+def test_a_recipe_killed_while_rounding_and_while_learning_leaves_the_same_files(run: Run, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    status, every = run(tmp_path / "whole.log", whole)
+    status, every = logged(run, tmp_path / "whole.log", whole)
     assert status == 0 and len(every) == len(set(every)) == LAYERS + BLOCKS + 1
     (killed / "work").mkdir(parents=True)
     for profile in (whole / "work").glob("profile-*"):
         profile.rename(killed / "work" / profile.name)
     done: list[str] = []
     for fatal in (4, 7, 2):
-        status, lines = run(tmp_path / "killed.log", killed, fatal)
+        status, lines = logged(run, tmp_path / "killed.log", killed, fatal)
         assert status == -signal.SIGKILL
         assert len(set(lines) & set(done)) <= 1
         done += lines
     assert done[-1].startswith("learning block of") and not (killed / "plan.json").exists()
-    status, lines = run(tmp_path / "killed.log", killed)
+    status, lines = logged(run, tmp_path / "killed.log", killed)
     assert status == 0 and len(set(lines) & set(done)) <= 1
     assert set(done + lines) == set(every)
     for name in ("weights.safetensors", "plan.json"):
@@ -235,25 +239,41 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+USUAL: dict[str, Any] = {
+    "model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all pieces of the usual request."""
+    folder = tmp_path_factory.mktemp("usual")
+    apply(**USUAL, workdir=folder)
+    return folder
+
+
+def test_the_same_request_finds_all_its_pieces(usual: Path, kept: list[str]) -> None:
+    apply(**USUAL, workdir=usual)
+    assert not kept
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_pieces_of_another_request_are_not_used(change: dict, kept: list[str], tmp_path: Path) -> None:
-    usual = {"model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False}
-    apply(**usual, workdir=tmp_path)
-    before = len(kept)
-    apply(**usual, workdir=tmp_path)
-    assert len(kept) == before, "the same request finds all its pieces"
-    changed = apply(**(usual | change), workdir=tmp_path)
-    assert len(kept) > before and len(list(tmp_path.iterdir())) == 2
-    assert same(changed, apply(**(usual | change)))
+def test_pieces_of_another_request_are_not_used(change: dict, usual: Path, kept: list[str], tmp_path: Path) -> None:
+    folder = shutil.copytree(usual, tmp_path / "work")
+    changed = apply(**(USUAL | change), workdir=folder)
+    assert kept and len(list(folder.iterdir())) == 2
+    assert same(changed, apply(**(USUAL | change)))
 
 
-def test_another_version_does_not_use_them(kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = {"model": small(), "plan": PLAN, "calibration": images(), "reconstruction": "none", "progress": False}
-    apply(**usual, workdir=tmp_path)
-    before = len(kept)
+def test_another_version_does_not_use_them(
+    usual: Path, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(usual, tmp_path / "work")
+    (pieces,) = folder.iterdir()
+    before = {piece.name for piece in pieces.iterdir()}
     monkeypatch.setattr("quantkit.session.VERSION", "99")
-    apply(**usual, workdir=tmp_path)
-    assert len(kept) == 2 * before
+    apply(**USUAL, workdir=folder)
+    assert len(kept) == len(before)
 
 
 def test_a_damaged_piece_is_done_again(kept: list[str], tmp_path: Path) -> None:

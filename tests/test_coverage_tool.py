@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import onnx
@@ -24,14 +26,27 @@ from tools.zoo.table import is_slow_refusal, markdown, summary, why
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Layers of kinds that every version of the target runs on integers, by modules, functions and computed weights.
-SAMPLE = (
-    "mlp small_cnn two_outputs list_input weight_norm_parametrized conv1d "
-    "transformers/convnext transformers/poolformer"
-).split()
+SAMPLE = "two_outputs list_input weight_norm_parametrized conv1d transformers/poolformer".split()
 
 
-def printed(*arguments: str) -> str:
-    """What the tool prints."""
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the tool prints in this process."""
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    main = import_module("tools.coverage").main
+
+    def printed(*arguments: str) -> str:
+        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the tool sets it
+        monkeypatch.setattr(sys, "argv", ["coverage.py", *arguments])
+        capsys.readouterr()
+        assert main() == 0
+        return capsys.readouterr().out
+
+    return printed
+
+
+def printed_by_a_process(*arguments: str) -> str:
+    """What the tool prints as it is started by hand."""
     free = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPOSITORY / "tools" / "coverage.py"), *arguments]
     ran = subprocess.run(command, env=free, capture_output=True, text=True)
@@ -40,10 +55,10 @@ def printed(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_sample_is_quantized_exported_and_runs(tmp_path: Path) -> None:
+def test_a_sample_is_quantized_exported_and_runs(tool: Callable[..., str], tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is absent: pip install quantkit[hf]")
     kept, table = tmp_path / "found.jsonl", tmp_path / "table.md"
-    told = printed("--only", *SAMPLE, "--json", str(kept), "--markdown", str(table))
+    told = printed_by_a_process("--only", *SAMPLE, "--json", str(kept), "--markdown", str(table))
     found = {record["name"]: record for record in map(json.loads, kept.read_text().splitlines())}
 
     assert set(found) == set(SAMPLE), told
@@ -57,22 +72,25 @@ def test_a_sample_is_quantized_exported_and_runs(tmp_path: Path) -> None:
     assert f"{len(SAMPLE)} networks: quantized {len(SAMPLE)} (100.0 %), exported {len(SAMPLE)} (100.0 %)" in told
 
     before = kept.read_text()
-    again = printed("--only", *SAMPLE, "--json", str(kept))
+    again = tool("--only", *SAMPLE, "--json", str(kept))
     assert kept.read_text() == before
     assert again.strip() == told[told.index(f"{len(SAMPLE)} networks") :].strip()
 
 
 @pytest.mark.slow
-def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+def test_a_process_that_takes_too_long_is_ended(
+    tool: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = tmp_path / "found.jsonl"
-    printed("--only", "mlp", "--limit", "1", "--json", str(kept))
+    monkeypatch.setattr("tools.coverage.PRELOADED", [])  # for one network they take longer than it does
+    tool("--only", "mlp", "--limit", "1", "--json", str(kept))
     assert json.loads(kept.read_text())["failure"]["type"] == "Timeout"
 
 
-def test_the_zoo_is_large_and_its_names_are_listed() -> None:
+def test_the_zoo_is_large_and_its_names_are_listed(tool: Callable[..., str]) -> None:
     assert len(ZOO) >= 130
     assert {entry.family for entry in ZOO.values()} == {"plain", "transformers", "torchvision", "timm"}
-    listed = printed("--list").split()
+    listed = tool("--list").split()
     assert sorted(listed) == sorted(ZOO)
     assert listed[0] == "mlp" and listed[-1].startswith("timm/")  # the quick ones first
 

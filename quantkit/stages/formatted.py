@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quantkit.formats import ActivationFormat, WeightFormat
 from quantkit.program.inputs import Batch
+from quantkit.rounding.request import RoundingOptions
 from quantkit.transforms.prepare import Prepared
 
 
@@ -18,3 +19,7 @@ class Formatted:
     weights: Mapping[str, WeightFormat]
     sites: Mapping[str, ActivationFormat]
     batches: Sequence[Batch]
+
+    def rounding(self, layer: str, options: RoundingOptions) -> RoundingOptions:
+        """The options of rounding for one layer, whose codes may have 8 bits."""
+        return options.for_codes(self.ready.weights.layers[layer], self.weights[layer].bits)

@@ -12,8 +12,10 @@ from torch import nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import pack_weight
-from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
+from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Layer, Plan, average_bits, digest_of
+from quantkit.program.codes import fused_output
 from quantkit.program.input_shapes import varying_forms
+from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference, RunningDamage
@@ -23,6 +25,7 @@ from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
 from quantkit.stages.first_last import ends_of
+from quantkit.stages.float_activations import Trials, to_measure, weights_read_float, with_left_float
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import ApplyOptions, Run
@@ -40,13 +43,14 @@ _ANY_WEIGHT = WeightFormat("8")
 @dataclass(frozen=True)
 class Application:
     """What applying a plan is asked for beside the plan: options, the user's metric, and how to run. ``inplace``: the
-    user's own model is quantized.
+    user's own model is quantized. ``may_be_float``: layers that may be left float where their activations cost much.
     """
 
     options: ApplyOptions
     evaluate: Evaluate | None = None
     run: Run = field(default_factory=Run)
     inplace: bool = False
+    may_be_float: tuple[str, ...] = ()
 
 
 def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
@@ -57,8 +61,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     layers = session.prepared.layers
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
-    schemes = [scheme for n, scheme in plan.schemes.items() if n not in layers or not layers[n].weight_only]
-    options = asked.options.with_inputs(inputs, schemes)
+    options = asked.options.with_inputs(inputs, _schemes_to_check(plan, layers))
     formatted = formatted_by(session, plan)
     ready = formatted.ready
     reference = session.reference(options.loss)
@@ -67,12 +70,29 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     if asked.inplace:  # only now that nothing can be refused any more
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
+    ready, target = applying.ready, target_of(session, plan)
+    some = to_measure(reference, asked.may_be_float)
+    floats = {} if some is None else weights_read_float(ready)
     simulated, notes = applying.quantized(run.progress, finished)
-    plan = _recounted(plan, simulated, applying.ready, formatted.sites, target_of(session, plan))
+    if some is not None:
+        left = Trials(simulated, ready, target, some, floats).left_float(asked.may_be_float)
+        plan, ready = with_left_float(plan, left, ready, target)
+    plan = _recounted(plan, simulated, ready, formatted.sites, target)
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     shapes = varying_forms(simulated.model, inputs.shown) if inputs.shown else ()
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes, shapes=shapes)
+
+
+def _schemes_to_check(plan: Plan, layers: Mapping[str, Layer]) -> list[Scheme]:
+    """The schemes that calibration data has to fit; a plan that names sites says which of them stay float for layers
+    with weights alone in codes.
+    """
+    return [
+        scheme
+        for name, scheme in plan.schemes.items()
+        if not (name in layers and layers[name].weight_only) and not (plan.sites and scheme.activation is None)
+    ]
 
 
 def target_of(session: Session, plan: Plan) -> Target:
@@ -115,11 +135,22 @@ def _coded(ready: Prepared, plan: Plan, target: Target) -> Prepared:
             continue
         if asked := {c: a for c in site.consumers if (a := plan.schemes[c].activation) is not None}:
             raise _contradiction(site.name, {**asked, f"site {site.name}": FLOAT})
-        if role := target.role_of_codes(site.roles):
+        if (role := target.role_of_codes(site.roles)) and _made_on_codes(site, ready, plan, target):
             raise InvalidRequest(
                 f"The plan leaves site {site.name!r} float, which is a {role}, and {target.name} needs codes there."
             )
     return without_sites(ready, [name for name, fmt in plan.sites.items() if fmt == FLOAT])
+
+
+def _made_on_codes(site: Site, ready: Prepared, plan: Plan, target: Target) -> bool:
+    """Whether a layer that reads codes makes a site."""
+    program = ready.program
+    return any(
+        program.producer[fused_output(program, call.output, target.fused_activations)] == site.place
+        for name in ready.quantizable
+        if plan.schemes[name].activation is not None
+        for call in program.calls[name]
+    )
 
 
 def require_layers(model: nn.Module, plan: Plan, target: Target) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from quantkit.program.layers import LayerWeight
 
 HESSIAN_BYTES = 1 << 30  # of a layer's X^T X in float64: 11,585 inputs make one block
-EIGHT_BITS, EIGHT_BIT_WIDTH = 8, 1024  # inputs of a block, where codes have so many bits
+EIGHT_BITS = 8
+WIDE, WIDE_BLOCK = 1024, 512  # at 8 bits a layer of more inputs than the first has blocks of the second
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,10 @@ def hessian_limit(weight: LayerWeight, bits: int, most: int = HESSIAN_BYTES) -> 
     """The most bytes that X^T X of a layer's inputs may take for codes of so many bits, ``most`` in general.
 
     X^T X of K inputs takes K^2 to sum for each row and K^3 to factor. Errors of 8-bit codes are so small that making
-    up for them among more than ``EIGHT_BIT_WIDTH`` inputs is not worth that (docs/methods/gptq.md).
+    up for them among all inputs of a wide layer is not worth that (docs/methods/gptq.md).
     """
-    if bits < EIGHT_BITS:
-        return most
-    return min(most, 8 * weight.groups * math.prod(weight.shape[1:]) * EIGHT_BIT_WIDTH)
+    inputs = math.prod(weight.shape[1:])
+    return most if bits < EIGHT_BITS or inputs <= WIDE else min(most, 8 * weight.groups * inputs * WIDE_BLOCK)
 
 
 def blocks_of(weight: LayerWeight, most: int = HESSIAN_BYTES) -> Blocks:

@@ -77,6 +77,11 @@ class Trials:
             found.append(best)
             left.remove(best.layers)
             damage = best.after
+        if found:
+            count, every = len({name for one in found for name in one.layers}), len(self.ready.quantizable)
+            notice(
+                f"{count} of {every} layers compute in float, no faster than before; rules that name them prevent it"
+            )
         gone = {site for one in found for site in one.sites}
         self.simulated.sites = tuple(site for site in self.simulated.sites if site.name not in gone)
         return found

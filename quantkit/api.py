@@ -63,7 +63,8 @@ def quantize(
     """The best model inside ``budget``: profile, allocate, apply, and a measured comparison with the float model.
 
     A scheme as budget ("w8a8", "w4") goes to every layer that can take it; the plan says why others stay float. Then,
-    and wherever each layer has one candidate, nothing is profiled: limits are checked, and the one plan is applied.
+    and wherever each layer has one candidate, nothing is profiled: limits are checked, and the one plan is applied. At
+    8 bits, layers whose activations make most of the damage are left float afterwards, unless ``rules`` name them.
 
     Without ``calibration`` only weights are quantized, by what is known of them alone; ``example_inputs``, one batch
     of inputs, then lets the model be traced, which folds BatchNorm and counts operations.

@@ -130,6 +130,17 @@ def _read_sites(program: Program, calls: Iterable[tuple[str, LayerCall]]) -> tup
     return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
+def makers_of_codes(program: Program, target: Target, layers: Iterable[str]) -> dict[OpKey, tuple[str, ...]]:
+    """The places of what kernels make that write codes, each with the layers that make it."""
+    found: dict[OpKey, tuple[str, ...]] = {}
+    for name in layers:
+        if program.kinds[name] in target.output_coded:
+            for call in program.calls[name]:
+                place = program.producer[fused_output(program, call.output, target.fused_activations)]
+                found[place] = (*found.get(place, ()), name)
+    return found
+
+
 def place_sites(
     model: nn.Module, program: Program, target: Target, layers: Iterable[str], in_float: Container[OpKey] = ()
 ) -> tuple[Site, ...]:

@@ -14,6 +14,7 @@ from quantkit.progress import track
 from quantkit.recipe.read import DECIDED_LATER, Recipe
 from quantkit.recipe.run import inputs_of
 from quantkit.stages.forecast import forecast
+from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions
 from quantkit.stages.quantize import candidates_of
 from quantkit.stages.request import Request, make_ready
@@ -70,7 +71,12 @@ def _rounding(request: Request, options: ApplyOptions) -> str:
         return "without calibration data rounding takes what the weights take"
     if isinstance(recording, str):
         return f"rounding runs the whole model for every layer: {recording}"
-    expected = expected_work(request.ready, recording, request.batches, options, Learning())
+    weights = {
+        name: [s.weight for s in schemes if s.weight is not None] for name, schemes in request.candidates.items()
+    }
+    narrowest = {name: min(formats, key=lambda format: format.bits) for name, formats in weights.items()}
+    formatted = Formatted(request.ready, narrowest, {}, request.batches)
+    expected = expected_work(formatted, recording, options, Learning())
     return f"{expected}; what is learned after it depends on the plan, and is announced then"
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from quantkit.program.layers import LayerWeight
 
 HESSIAN_BYTES = 1 << 30  # of a layer's X^T X in float64: 11,585 inputs make one block
+EIGHT_BITS = 8
+WIDE, WIDE_BLOCK = 1024, 512  # at 8 bits a layer of more inputs than the first has blocks of the second
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Blocks:
     def summed(self, x: Tensor) -> Tensor:
         """``x`` (..., groups x count, O) summed over the blocks of each group."""
         return x if self.count == 1 else x.unflatten(-2, (-1, self.count)).sum(-2)
+
+
+def hessian_limit(weight: LayerWeight, bits: int, most: int = HESSIAN_BYTES) -> int:
+    """The most bytes that X^T X of a layer's inputs may take for codes of so many bits, ``most`` in general.
+
+    X^T X of K inputs takes K^2 to sum for each row and K^3 to factor. Errors of 8-bit codes are so small that making
+    up for them among all inputs of a wide layer is not worth that (docs/methods/gptq.md).
+    """
+    inputs = math.prod(weight.shape[1:])
+    return most if bits < EIGHT_BITS or inputs <= WIDE else min(most, 8 * weight.groups * inputs * WIDE_BLOCK)
 
 
 def blocks_of(weight: LayerWeight, most: int = HESSIAN_BYTES) -> Blocks:

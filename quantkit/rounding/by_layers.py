@@ -38,7 +38,7 @@ def round_by_layers(runner: SimulatedProgram, inputs: Sequence[Values], request:
     segments = between_layers(program, request.formats)
     ours = _parts_of(program, inputs)
     theirs = [] if floats is None else _parts_of(program, inputs)
-    walk = _Walk(runner, floats, segments, ours, theirs, request.hessian_bytes)
+    walk = _Walk(runner, floats, segments, ours, theirs, request)
     place = {name: i for i, segment in enumerate(segments) for name in segment.layers}
     outside = [name for name in request.formats if name not in place]  # they do not look at inputs
     for name in track([*outside, *place], "quantizing layers", enabled=request.progress):
@@ -63,9 +63,9 @@ class _Walk:
     segments: Sequence[Segment]
     ours: list[list[Values]]
     theirs: list[list[Values]]
-    most: int
+    request: RoundingRequest
     at: int = 0
-    seen: tuple[int, Moments] | None = None
+    seen: tuple[tuple[int, int], Moments] | None = None
 
     def moments(self, name: str, place: int) -> Moments | None:
         """The moments of a layer's inputs, in this segment or a later one."""
@@ -79,12 +79,12 @@ class _Walk:
         self.at = place
 
         # Several linear layers that read one value, as query, key and value do, have the same moments.
-        read = _plainly_read(self.runner, name)
-        if self.seen is not None and self.seen[0] == read:
+        most, read = self.request.most(name, self.runner.program.weights[name]), _plainly_read(self.runner, name)
+        if self.seen is not None and self.seen[0] == (read, most):
             return self.seen[1]
         floats = None if self.floats is None else (self.floats, [*chain(*self.theirs)])
-        found = moments(self.runner, self.segments[place], name, [*chain(*self.ours)], floats, self.most)
-        self.seen = None if read is None or found is None else (read, found)
+        found = moments(self.runner, self.segments[place], name, [*chain(*self.ours)], floats, most)
+        self.seen = None if read is None or found is None else ((read, most), found)
         return found
 
 

@@ -27,7 +27,7 @@ def round_in_sequence(
     """Give every layer of ``request`` its codes; returns how each was rounded."""
     how = {}
     for name in track(request.formats, "quantizing layers", enabled=request.progress):
-        seen = partial(_moments, simulated, program, name, batches, request.hessian_bytes)
+        seen = partial(_moments, simulated, program, name, batches, request.most(name, program.weights[name]))
         weight, how[name] = request.rounded(simulated.floats, name, seen)
         simulated.set_weight(name, weight)
     return how

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quantkit.formats import WeightFormat
-from quantkit.program.layers import Weights
+from quantkit.program.layers import LayerWeight, Weights
 from quantkit.reconstruction.snapshot import Cache, Rounded
 from quantkit.rounding import AUTO, Moments, rounding_of
-from quantkit.rounding.blocks import HESSIAN_BYTES
+from quantkit.rounding.blocks import HESSIAN_BYTES, hessian_limit
 from quantkit.rounding.registry import Rounding
 from quantkit.rounding.weights import quantize_weight, rounding_note
 
@@ -20,6 +20,10 @@ class RoundingOptions:
 
     name: str = AUTO
     hessian_bytes: int = HESSIAN_BYTES
+
+    def for_codes(self, weight: LayerWeight, bits: int) -> RoundingOptions:
+        """The same for a layer whose codes have so many bits."""
+        return replace(self, hessian_bytes=hessian_limit(weight, bits, self.hessian_bytes))
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class RoundingRequest:
     @property
     def method(self) -> Rounding:
         return rounding_of(self.rounding)
+
+    def most(self, layer: str, weight: LayerWeight) -> int:
+        """The most bytes that X^T X of a layer's inputs may take."""
+        return hessian_limit(weight, self.formats[layer].bits, self.hessian_bytes)
 
     def rounded(self, floats: Weights, layer: str, moments: Callable[[], Moments | None]) -> Rounded:
         """A layer's codes and how it was rounded: by the ``moments`` of its inputs where the rounding asks for them

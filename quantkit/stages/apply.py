@@ -14,6 +14,7 @@ from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import pack_weight
 from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
 from quantkit.program.input_shapes import varying_forms
+from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference, RunningDamage
@@ -23,6 +24,14 @@ from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
 from quantkit.stages.first_last import ends_of
+from quantkit.stages.float_activations import (
+    Trials,
+    around_site,
+    choices_of,
+    to_measure,
+    weights_read_float,
+    with_left_float,
+)
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import ApplyOptions, Run
@@ -40,13 +49,14 @@ _ANY_WEIGHT = WeightFormat("8")
 @dataclass(frozen=True)
 class Application:
     """What applying a plan is asked for beside the plan: options, the user's metric, and how to run. ``inplace``: the
-    user's own model is quantized.
+    user's own model is quantized. ``may_be_float``: layers that may be left float where their activations cost much.
     """
 
     options: ApplyOptions
     evaluate: Evaluate | None = None
     run: Run = field(default_factory=Run)
     inplace: bool = False
+    may_be_float: tuple[str, ...] = ()
 
 
 def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
@@ -57,8 +67,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     layers = session.prepared.layers
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
-    schemes = [scheme for n, scheme in plan.schemes.items() if n not in layers or not layers[n].weight_only]
-    options = asked.options.with_inputs(inputs, schemes)
+    options = asked.options.with_inputs(inputs, _schemes_to_check(plan, session))
     formatted = formatted_by(session, plan)
     ready = formatted.ready
     reference = session.reference(options.loss)
@@ -67,12 +76,30 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     if asked.inplace:  # only now that nothing can be refused any more
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
+    ready, target = applying.ready, target_of(session, plan)
+    choices = choices_of(ready, target, asked.may_be_float)
+    some = to_measure(reference, choices)
+    floats = {} if some is None else weights_read_float(ready)
     simulated, notes = applying.quantized(run.progress, finished)
-    plan = _recounted(plan, simulated, applying.ready, formatted.sites, target_of(session, plan))
+    if some is not None:
+        left = Trials(simulated, ready, target, some, floats).left_float(choices)
+        plan, ready = with_left_float(plan, left, ready, target)
+    plan = _recounted(plan, simulated, ready, formatted.sites, target)
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     shapes = varying_forms(simulated.model, inputs.shown) if inputs.shown else ()
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes, shapes=shapes)
+
+
+def _schemes_to_check(plan: Plan, session: Session) -> list[Scheme]:
+    """The schemes that calibration data has to fit: not those of layers with weights alone in codes, by their kind or
+    because the plan leaves a site float that they read or make.
+    """
+    ready = session.prepared
+    around = around_site(ready, session.target, ready.quantizable)
+    floats = {name for site, layers in around.items() if plan.sites.get(site) == FLOAT for name in layers}
+    alone = floats | {name for name, layer in ready.layers.items() if layer.weight_only}
+    return [s for name, s in plan.schemes.items() if not (name in alone and s.activation is None)]
 
 
 def target_of(session: Session, plan: Plan) -> Target:
@@ -111,12 +138,14 @@ def _coded(ready: Prepared, plan: Plan, target: Target) -> Prepared:
     where these have to hold codes.
     """
     ready = with_sites_of(ready, plan.schemes.values())
+    on_codes = [name for name in ready.quantizable if plan.schemes[name].activation is not None]
+    made = makers_of_codes(ready.program, target, on_codes)
     for site in ready.sites:
         if plan.sites.get(site.name) != FLOAT:
             continue
         if asked := {c: a for c in site.consumers if (a := plan.schemes[c].activation) is not None}:
             raise _contradiction(site.name, {**asked, f"site {site.name}": FLOAT})
-        if role := target.role_of_codes(site.roles):
+        if (role := target.role_of_codes(site.roles)) and site.place in made:
             raise InvalidRequest(
                 f"The plan leaves site {site.name!r} float, which is a {role}, and {target.name} needs codes there."
             )

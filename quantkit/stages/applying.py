@@ -121,8 +121,7 @@ class PlanApplication:
         """Memory and time, said before they are taken; None where the model is not on program."""
         if isinstance(self.recording, str):
             return None
-        batches = self.formatted.batches
-        expected = expected_work(self.ready, self.recording, batches, self.options, self._learning)
+        expected = expected_work(self.formatted, self.recording, self.options, self._learning)
         notice(str(expected))
         return expected
 

@@ -109,9 +109,8 @@ def rounding_seconds(program: Program, layer: str, formats: int, samples: int, o
     return collecting + speed.rounding(_rows(weight), blocks.width, formats)
 
 
-def fitting(memory: str | None, rounding: str, peak: Callable[[RoundingOptions], int]) -> RoundingOptions:
-    """A rounding with the largest X^T X whose ``peak`` is within ``memory``; a warning where none is small enough."""
-    options = RoundingOptions(rounding)
+def fitting(memory: str | None, options: RoundingOptions, peak: Callable[[RoundingOptions], int]) -> RoundingOptions:
+    """The options with the largest X^T X whose ``peak`` is within ``memory``; a warning where none is so small."""
     if memory is None:
         return options
     most = read_bytes("memory", memory)

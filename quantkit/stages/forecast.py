@@ -101,7 +101,7 @@ def forecast(request: Request) -> Forecast:
 def rounding_options(request: Request) -> RoundingOptions:
     """How a profile rounds within the memory that it is given."""
     memory = request.settings.get("memory") if request.batches else None
-    return fitting(memory, request.settings["rounding"], partial(_peak_bytes, request))
+    return fitting(memory, RoundingOptions(request.settings["rounding"]), partial(_peak_bytes, request))
 
 
 @torch.no_grad()

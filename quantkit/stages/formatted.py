@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quantkit.formats import ActivationFormat, WeightFormat
 from quantkit.program.inputs import Batch
 from quantkit.program.program import Program
+from quantkit.rounding.request import RoundingOptions
 from quantkit.transforms.prepare import Prepared
 
 
@@ -21,4 +22,8 @@ class Formatted:
     weights: Mapping[str, WeightFormat]
     sites: Mapping[str, ActivationFormat]
     batches: Sequence[Batch]
-    program: Program | None
+    program: Program | None = None
+
+    def rounding(self, layer: str, options: RoundingOptions) -> RoundingOptions:
+        """The options of rounding for one layer, whose codes may have 8 bits."""
+        return options.for_codes(self.ready.weights.layers[layer], self.weights[layer].bits)

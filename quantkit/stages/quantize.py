@@ -17,6 +17,7 @@ from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
+from quantkit.rounding.blocks import EIGHT_BITS
 from quantkit.stages.accuracy import AccuracySearch, Finish, accurate_enough, meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import Application, apply_plan
 from quantkit.stages.file_size import Choose, FileLengths, FileLimit, fitting_plan, require_file, smallest_file
@@ -76,9 +77,22 @@ def quantize_request(request: Request, search: Search) -> Result:
     if accuracy:
         return _within_accuracy(request, search) if only is None else _accurate_enough(request, search, only)
     if only is not None:
-        return apply_plan(request.session, only, search.application)
+        asked = replace(search.application, may_be_float=_may_be_float(request, search))
+        return apply_plan(request.session, only, asked)
     measured, plan = _decide(request, search)
     return replace(apply_plan(request.session, plan, search.application), profile=measured)
+
+
+def _may_be_float(request: Request, search: Search) -> tuple[str, ...]:
+    """The layers that a budget such as "w8a8" does not insist on: all that no rule names. Narrower weights are asked
+    for to save bytes, whatever they cost.
+    """
+    scheme = Scheme() if search.limit.scheme is None else Scheme.parse(search.limit.scheme)
+    if scheme.weight is None or scheme.weight.bits < EIGHT_BITS:
+        return ()
+    if scheme.activation is None or scheme.activation.dynamic:
+        return ()
+    return tuple(name for name in request.ready.quantizable if name not in request.by_rule)
 
 
 def _within_file(request: Request, search: Search) -> Result:

@@ -40,13 +40,14 @@ TargetName = str | os.PathLike[str] | Target
 @dataclass(frozen=True)
 class Request:
     """A session with the layers and sites that the candidates of a profile leave to be quantized, and what else
-    decides the result.
+    decides the result; ``by_rule`` are the layers that a rule of the user's names.
     """
 
     session: Session
     ready: Prepared
     candidates: dict[str, tuple[Scheme, ...]]
     settings: dict[str, Any]
+    by_rule: frozenset[str] = frozenset()
 
     @property
     def inputs(self) -> Inputs:
@@ -152,7 +153,8 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         **{name: value for name, value in chosen(options).items() if name != "first_last"},
         **({} if options.memory is None else {"memory": options.memory}),
     }
-    return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings)
+    by_rule = frozenset(name for name in ready.quantizable if decided_by_rule(name, options.rules))
+    return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings, by_rule)
 
 
 def _without_unfit(session: Session, scheme: Scheme, rules: Rules | None) -> Session:

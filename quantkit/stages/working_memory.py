@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.utils._pytree import tree_map
 
-from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.inputs import batch_size
 from quantkit.program.segments import between_layers
 from quantkit.ranges.statistics import hessian_bytes
 from quantkit.reconstruction.learning import Schedule
@@ -27,11 +26,11 @@ from quantkit.stages.footprint import (
     value_bytes,
 )
 from quantkit.stages.forecast import forward_seconds
+from quantkit.stages.formatted import Formatted
 from quantkit.stages.inputs import BATCH
 from quantkit.stages.machine import machine, range_seconds
 from quantkit.stages.options import ApplyOptions
 from quantkit.stages.recording import Recording
-from quantkit.transforms.prepare import Prepared
 
 _DRAWING = 9  # copies of the samples: recorded, divided, and one draw while it is changed, mixed and laid out
 _COPIES = 2  # of parameters: codes, and weights as they are read
@@ -82,14 +81,14 @@ class WorkingMemory:
 
 
 def working_memory(
-    ready: Prepared, recording: Recording, samples: int, learning: Learning, options: RoundingOptions
+    formatted: Formatted, recording: Recording, samples: int, learning: Learning, options: RoundingOptions
 ) -> WorkingMemory:
     """The working memory of rounding on ``samples`` and of ``learning``.
 
     Rounding holds what is read from a layer on. Learning holds what enters it in the quantized and in
     the float network, what leaves it in both, and what is wanted.
     """
-    program = recording.program
+    program, ready = recording.program, formatted.ready
     sizes, chunk = value_bytes(program, 1), min(samples, CHUNK)
     edges = [(together(sizes, b.entering), together(sizes, b.leaving)) for b in recording.blocks]
     enters, leaves = (max(side) for side in zip(*edges, strict=True))
@@ -101,7 +100,7 @@ def working_memory(
     forward = forward_bytes(program, chunk)
     values_of_chunk = value_bytes(program, chunk)
     graph = _GRAPH * learned * sum(resident_bytes(values_of_chunk[number]) for number in program.producer)
-    hessian = max(_rounding(ready, name, chunk, forward, options) for name in ready.quantizable)
+    hessian = max(_rounding(formatted, name, chunk, forward, options) for name in ready.quantizable)
     copies = (_LEARNED_COPIES if learned else _COPIES) * state
     ranges = counting_bytes(program, min(samples, BATCH))
     return WorkingMemory(ranges, values, _DRAWING * samples * inputs * learned, hessian, graph, copies)
@@ -119,21 +118,22 @@ class Expected:
         return f"{self.memory}; about {self.seconds:.0f} s of the processor"
 
 
-def expected_work(
-    ready: Prepared, recording: Recording, batches: Sequence[Batch], options: ApplyOptions, learning: Learning
-) -> Expected:
-    """What rounding on ``batches`` as the ``options`` say, and ``learning``, will take."""
+def expected_work(formatted: Formatted, recording: Recording, options: ApplyOptions, learning: Learning) -> Expected:
+    """What rounding as the ``options`` say, and ``learning``, will take."""
+    samples = sum(map(batch_size, formatted.batches))
 
     def memory(rounding: RoundingOptions) -> WorkingMemory:
-        return working_memory(ready, recording, sum(map(batch_size, batches)), learning, rounding)
+        return working_memory(formatted, recording, samples, learning, rounding)
 
-    rounding = fitting(options.memory, options.rounding, lambda asked: memory(asked).peak_bytes)
-    return Expected(memory(rounding), working_seconds(ready, batches, learning, rounding), rounding)
+    rounding = fitting(options.memory, RoundingOptions(options.rounding), lambda asked: memory(asked).peak_bytes)
+    return Expected(memory(rounding), working_seconds(formatted, learning, rounding), rounding)
 
 
-def _rounding(ready: Prepared, layer: str, chunk: int, forward: int, options: RoundingOptions) -> int:
+def _rounding(formatted: Formatted, layer: str, chunk: int, forward: int, options: RoundingOptions) -> int:
     """Bytes that rounding a layer takes, with the forward that shows its inputs."""
-    weight, most, method = ready.weights.layers[layer], options.hessian_bytes, rounding_of(options.name)
+    options = formatted.rounding(layer, options)
+    ready, most, method = formatted.ready, options.hessian_bytes, rounding_of(options.name)
+    weight = ready.weights.layers[layer]
     found = rounding_bytes(weight, options)
     if not (method.hessian and weight.inputs_seen):
         return found
@@ -142,11 +142,14 @@ def _rounding(ready: Prepared, layer: str, chunk: int, forward: int, options: Ro
     return both + max(found, seen)
 
 
-def working_seconds(ready: Prepared, batches: Sequence[Batch], learning: Learning, options: RoundingOptions) -> float:
-    """Seconds of the processor for rounding on ``batches``, and for ``learning``, from timing one batch."""
+def working_seconds(formatted: Formatted, learning: Learning, options: RoundingOptions) -> float:
+    """Seconds of the processor for rounding, and for ``learning``, from timing one batch."""
+    ready, batches = formatted.ready, formatted.batches
     samples, batch = sum(map(batch_size, batches)), max(batches, key=batch_size)
     plain, quantized = (x / batch_size(batch) for x in forward_seconds(ready, batch))
-    rounding = sum(rounding_seconds(ready.program, n, 1, samples, options) for n in ready.quantizable)
+    rounding = sum(
+        rounding_seconds(ready.program, n, 1, samples, formatted.rounding(n, options)) for n in ready.quantizable
+    )
     found = _PASSES * samples * quantized + len(ready.sites) * range_seconds() + rounding
     if not learning.schedules:
         return found

@@ -11,16 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quantkit.formats import Scheme
+from quantkit.formats import Scheme, WeightFormat
 from quantkit.program.layers import LayerWeight
 from quantkit.program.record import record
 from quantkit.ranges.statistics import layer_hessians
 from quantkit.ranges.weights import group_ranges
-from quantkit.rounding.blocks import Blocks, blocks_of
+from quantkit.rounding.blocks import Blocks, blocks_of, hessian_limit
+from quantkit.rounding.by_layers import round_by_layers
 from quantkit.rounding.gptq import STRETCH
+from quantkit.rounding.in_sequence import round_in_sequence
 from quantkit.rounding.moments import DAMPING, PER_OCTAVE, Moments
+from quantkit.rounding.request import RoundingRequest
 from quantkit.rounding.weights import quantize_weight, rounding_note
 from quantkit.simulation.model import SimulatedModel
+from quantkit.simulation.playback import SimulatedProgram
+from quantkit.stages.recording import program_of_sizes
+from quantkit.targets import Target
+from quantkit.transforms.prepare import prepare
 from tests.rounding.test_gptq import correlated_hessian
 
 
@@ -141,6 +148,39 @@ def test_blocks_cover_all_inputs_and_fit(channels: int, kernel: int, groups: int
     assert 8 * groups * blocks.count * blocks.width**2 <= most
     assert blocks.width % kernel == 0 or kernel * 8 * groups * inputs > most
     assert (blocks.count == 1) == (8 * groups * inputs**2 <= most)
+
+
+@pytest.mark.parametrize(("bits", "inputs", "widths"), [(8, 1024, 1024), (8, 2500, 500), (4, 2500, 2500)])
+def test_codes_of_eight_bits_make_up_for_errors_in_blocks(bits: int, inputs: int, widths: int) -> None:
+    weight = LayerWeight("linear", (2, inputs), "w")
+    assert blocks_of(weight, hessian_limit(weight, bits)).width == widths
+
+
+@pytest.mark.parametrize("in_one_replay", [True, False], ids=["replay", "whole forwards"])
+def test_layers_that_read_one_tensor_are_rounded_by_their_own_bits(in_one_replay: bool) -> None:
+    batch = ((torch.randn(4, 1100, generator=torch.Generator().manual_seed(0)),), {})
+    ready = prepare(Two().eval(), [batch], Target.load("onnxruntime-cpu"))
+    program, simulated = program_of_sizes(ready, [batch]), SimulatedModel(ready.model, (), {}, {})
+    assert program is not None
+    request = RoundingRequest({"one": WeightFormat("8"), "other": WeightFormat("4")}, progress=False)
+    if in_one_replay:
+        inputs = [program.entering(ready.model, batch)]
+        how = round_by_layers(SimulatedProgram(simulated, program), inputs, request)
+    else:
+        how = round_in_sequence(simulated, program, [batch], request)
+    assert how["one"].endswith(", in 3 blocks of inputs")
+    assert "blocks" not in how["other"]
+
+
+class Two(nn.Module):
+    """Two linear layers of as many inputs as make three blocks at 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(1100, 2), nn.Linear(1100, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.other(x)
 
 
 def test_what_was_cut_is_joined_again() -> None:

@@ -12,18 +12,25 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.errors import InvalidRequest
+from quantkit.formats import WeightFormat
 from quantkit.program.layers import LayerWeight
 from quantkit.program.segments import whole
 from quantkit.rounding.request import RoundingOptions
 from quantkit.simulation import playback
 from quantkit.simulation.playback import copied_state, float_program, play_output, room_for
 from quantkit.stages.footprint import rounding_bytes
+from quantkit.stages.formatted import Formatted
 from quantkit.stages.recording import Recording, Replay, recording_of, replay_of
 from quantkit.stages.working_memory import Learning, working_memory
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.stages.networks import images, small
 from tests.stages.test_reconstruct import SMALL, apply
+
+
+def formatted(ready: Prepared, bits: str = "4") -> Formatted:
+    """A prepared model whose layers all get weights of so many bits."""
+    return Formatted(ready, dict.fromkeys(ready.quantizable, WeightFormat(bits)), {}, ())
 
 
 def recorded(x: Tensor) -> tuple[Prepared, Recording]:
@@ -38,9 +45,9 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     ready, recording = recorded(images(40))
     assert len(recording.blocks) == 1
     inputs, logits, value = 4 * 2 * 6 * 6, 4 * 10, 4 * 12 * 6 * 6
-    rounding = working_memory(ready, recording, 40, Learning(), RoundingOptions())
+    rounding = working_memory(formatted(ready), recording, 40, Learning(), RoundingOptions())
     assert rounding.values == 40 * 2 * value  # before "mix": what it reads, and what is added behind it
-    learning = working_memory(ready, recording, 40, Learning(100, 200), RoundingOptions())
+    learning = working_memory(formatted(ready), recording, 40, Learning(100, 200), RoundingOptions())
     assert learning.values == 100 * inputs + 200 * (2 * inputs + 3 * logits)
     assert (rounding.drawing, learning.drawing) == (0, 9 * 40 * inputs)
     state = sum(t.numel() * t.element_size() for t in ready.model.state_dict().values())
@@ -70,14 +77,27 @@ def test_values_that_follow_the_number_of_samples_alone_are_held_too() -> None:
     ready = prepare(Masked().eval(), [batch], Target.load("onnxruntime-cpu"))
     replay = replay_of(ready, [batch])
     assert isinstance(replay, Replay)
-    found = working_memory(ready, recording_of(ready, replay), 6, Learning(), RoundingOptions())
+    found = working_memory(formatted(ready), recording_of(ready, replay), 6, Learning(), RoundingOptions())
     assert found.values == 6 * 2 * (4 * 4)  # what a layer reads, and the mask that is read behind it
 
 
 def test_rounding_without_inputs_holds_no_hessian() -> None:
     ready, recording = recorded(images(40))
-    nearest = working_memory(ready, recording, 40, Learning(), RoundingOptions("nearest"))
+    nearest = working_memory(formatted(ready), recording, 40, Learning(), RoundingOptions("nearest"))
     assert nearest.hessian == 4 * 8 * 12 * 108
+
+
+def test_eight_bits_of_a_wide_layer_are_announced_in_blocks() -> None:
+    batch = ((torch.rand(8, 3000),), {})
+    ready = prepare(nn.Sequential(nn.Linear(3000, 4)), [batch], Target.load("onnxruntime-cpu"))
+    replay = replay_of(ready, [batch])
+    assert isinstance(replay, Replay)
+    recording = recording_of(ready, replay)
+    four, eight = (
+        working_memory(formatted(ready, bits), recording, 8, Learning(), RoundingOptions()).hessian for bits in "48"
+    )
+    assert four == 6 * 8 * 3000**2
+    assert eight == (2 * 6 + 6) * 8 * 500**2  # sums and factors of six blocks, and one being factored
 
 
 def test_blocks_hold_less_than_the_whole() -> None:

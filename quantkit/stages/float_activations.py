@@ -30,6 +30,7 @@ from quantkit.transforms.prepare import Prepared, leave_float, without_sites
 TOLERATED = 2e-3  # of the damage that the same answer to every input would do
 LEAST_DAMAGE = 1e-5  # nobody sees less, even where answers hardly differ
 LEAST_SHARE = 0.2  # of the damage that has to go with what is left float
+MOST_OPERATIONS = 0.25  # of the network's that may be slowed down in all
 SAMPLES = 64  # to measure on
 TRIALS_AND_SAMPLES = 1024  # a network that needs more is not tried
 Layers = tuple[str, ...]
@@ -69,7 +70,7 @@ class Trials:
         tolerated = max(LEAST_DAMAGE, TOLERATED * spread(self.reference))
         while left and damage > tolerated:
             trials = [self._without(layers, found, damage) for layers in left]
-            worth = [trial for trial in trials if trial.after <= self._most_left(trial, found) * damage]
+            worth = [trial for trial in trials if self._is_worth_it(trial, found)]
             if not worth:
                 break
             best = min(worth, key=lambda trial: trial.after)
@@ -87,15 +88,23 @@ class Trials:
         self.simulated.sites = tuple(site for site in self.simulated.sites if site.name not in gone)
         return found
 
-    def _most_left(self, trial: LeftFloat, found: Sequence[LeftFloat]) -> float:
-        """The most of the damage that may stay for layers to be left float: less, the more of the network's operations
-        run in float then. Where damage is spread as operations are, nothing is gained by slowing the network down.
+    def _is_worth_it(self, trial: LeftFloat, found: Sequence[LeftFloat]) -> bool:
+        """Whether enough of the damage goes for what runs in float then, more, the more of the network's operations
+        that are: where damage is spread as they are, nothing is gained by slowing the network down.
         """
-        calls, before = self.ready.program.calls, {name for one in found for name in one.layers}
-        operations = {name: sum(call.macs for call in calls[name]) for name in self.ready.quantizable}
-        slower = [n for n in trial.layers if n not in before and not self.ready.layers[n].weight_only]
-        share = sum(operations[name] for name in slower) / max(1, sum(operations.values()))
-        return min(1 - LEAST_SHARE, (1 - share) ** 2)
+        before = {name for one in found for name in one.layers}
+        slower, all_slower = (
+            self._operations(names) for names in ({*trial.layers} - before, {*trial.layers} | before)
+        )
+        most = min(1 - LEAST_SHARE, (1 - slower) ** 2)
+        return trial.after <= most * trial.before and all_slower <= MOST_OPERATIONS
+
+    def _operations(self, layers: Collection[str]) -> float:
+        """The share of the network's multiplications that layers have, without those that are float anyway."""
+        ready = self.ready
+        each = {name: sum(call.macs for call in ready.program.calls[name]) for name in ready.quantizable}
+        coded = sum(each[name] for name in layers if not ready.layers[name].weight_only)
+        return coded / max(1, sum(each.values()))
 
     def _without(self, layers: Layers, found: Sequence[LeftFloat], damage: float) -> LeftFloat:
         """What comes of leaving these layers float beside those that were found before."""

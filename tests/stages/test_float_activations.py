@@ -21,12 +21,14 @@ def rows(count: int, seed: int) -> Tensor:
 
 
 class Uneven(nn.Module):
-    """Convolutions whose channels between them differ by orders of magnitude, and count alike; a third, with more of the work, after them."""
+    """Convolutions whose channels between them differ by orders of magnitude, and count alike; after them a third,
+    which has most of the work.
+    """
 
     def __init__(self, gains: Tensor) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.one, self.two, self.three = nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3), nn.Conv1d(8, 24, 3)
+        self.one, self.two, self.three = nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3), nn.Conv1d(8, 64, 3)
         with torch.no_grad():
             self.one.weight.mul_(gains[:, None, None])
             self.one.bias.mul_(gains)

@@ -26,7 +26,7 @@ from tools.zoo.table import is_slow_refusal, markdown, summary, why
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Layers of kinds that every version of the target runs on integers, by modules, functions and computed weights.
-SAMPLE = "two_outputs list_input weight_norm_parametrized conv1d transformers/poolformer".split()
+SAMPLE = "list_input weight_norm_parametrized transformers/poolformer".split()
 
 
 @pytest.fixture

@@ -64,8 +64,7 @@ def output_error(weight: Tensor, found: QuantizedWeight, hessian: Tensor) -> flo
 
 
 @pytest.mark.parametrize("rounding", LEARNED)
-@pytest.mark.parametrize("text", ["w2", "w4"])
-@pytest.mark.parametrize("name", ["digits", "small", "depthwise"])
+@pytest.mark.parametrize(("name", "text"), [("digits", "w2"), ("small", "w4"), ("depthwise", "w2")])
 def test_the_output_error_is_below_nearest_on_every_layer(name: str, text: str, rounding: str) -> None:
     ready, hessians = network(name)
     format = Scheme.parse(text).weight
@@ -78,8 +77,9 @@ def test_the_output_error_is_below_nearest_on_every_layer(name: str, text: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounding", LEARNED)
-@pytest.mark.parametrize("name", ["resnet8_mlperf", "mobilenetv1_025_vww"])
+@pytest.mark.parametrize(
+    ("name", "rounding"), [*(("resnet8_mlperf", rounding) for rounding in LEARNED), ("mobilenetv1_025_vww", "gptq")]
+)
 def test_and_on_trained_networks(name: str, rounding: str, data_dir: Path) -> None:
     from importlib import import_module
 

@@ -38,7 +38,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
 SHORT = LearningOptions(
     network=Schedule(steps=150, batch=32, code_rate=3e-4),
     block=Schedule(steps=24, batch=32),
-    layer=Schedule(steps=80, batch=32, checks=10),
+    layer=Schedule(steps=40, batch=32, checks=10),
 )
 apply = partial(apply_with, SHORT)
 
@@ -71,8 +71,7 @@ def test_learning_lowers_the_damage_on_unseen_inputs(how: str, scheme: str) -> N
     assert len(learned) == (3 if how == "block" else 1)
 
 
-@pytest.mark.parametrize("how", ["adaquant", "adaquant-parallel"])
-@pytest.mark.parametrize("scheme", ["w2a8", "w3a4"])
+@pytest.mark.parametrize(("how", "scheme"), [("adaquant", "w2a8"), ("adaquant-parallel", "w3a4")])
 def test_learning_layer_by_layer_lowers_the_damage_of_rounding_to_nearest(how: str, scheme: str) -> None:
     model, seen, _ = digits()
     plan = dict.fromkeys(layers(), scheme)

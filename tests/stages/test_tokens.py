@@ -20,6 +20,7 @@ from quantkit.backends.onnxruntime import weights
 from quantkit.backends.onnxruntime.onnx_model import OnnxModel
 from quantkit.numbers.per_token import TokenRange
 from quantkit.ranges.statistics import layer_hessians
+from quantkit.reconstruction.learning import LearningOptions, Schedule
 from quantkit.rounding.by_layers import moments
 from quantkit.runtime.real import PackedLayer
 from quantkit.simulation.playback import SimulatedProgram
@@ -27,9 +28,18 @@ from tests.numbers.test_token_codes import on_its_grid
 from tests.program.models import randn
 from tests.rounding.test_rounding_by_layers import parts_of, recorded
 from tests.stages.networks import images, small
+from tests.stages.schedules import shorten
 
 WIDTH = 12
 LAYERS = ("up", "mix", "down")
+SHORT = LearningOptions(
+    network=Schedule(steps=150, batch=32, code_rate=3e-4), block=Schedule(steps=30, batch=32, code_rate=3e-3)
+)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(SHORT, monkeypatch)
 
 
 class Mixer(nn.Module):
@@ -88,7 +98,7 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("bits", [4, 5, 8])
 def test_simulation_and_the_onnx_file_compute_what_numpy_does(bits: int, tmp_path: Path) -> None:
     result = applied(f"w4a{bits}d")
     assert set(result.plan.sites) == {"up/input", "mix/input", "mix/input.1", "down/input"}

@@ -12,7 +12,7 @@ import quantkit
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
 from quantkit.program.segments import cuts_of
-from quantkit.reconstruction.learning import Schedule
+from quantkit.reconstruction.learning import LearningOptions, Schedule
 from quantkit.rounding.by_layers import moments
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram
@@ -20,7 +20,7 @@ from tests.program.models import randn
 from tests.program.replays import program_of
 from tests.rounding.test_rounding_by_layers import parts_of, recorded
 from tests.stages.networks import ComputedWeights, small
-from tests.stages.schedules import all_of, apply_with
+from tests.stages.schedules import apply_with
 
 
 def linears(count: int, width: int) -> nn.ModuleList:
@@ -92,11 +92,16 @@ NETWORKS = {
 }
 
 
-apply = partial(apply_with, all_of(Schedule(steps=60, batch=32, checks=12)))
+SHORT = LearningOptions(
+    network=Schedule(steps=60, batch=32, checks=12),
+    block=Schedule(steps=30, batch=32, checks=6),
+    layer=Schedule(steps=8, batch=32, checks=2),
+)
+apply = partial(apply_with, SHORT)
+WAYS = [(case, how) for case in NETWORKS for how in ("block", "network", "adaquant")]
 
 
-@pytest.mark.parametrize("how", ["block", "network", "adaquant", "adaquant-parallel"])
-@pytest.mark.parametrize("case", NETWORKS)
+@pytest.mark.parametrize(("case", "how"), [*WAYS, ("two names", "adaquant-parallel"), ("frames", "adaquant-parallel")])
 def test_every_layer_is_learned_that_can_be(case: str, how: str) -> None:
     build, inputs = NETWORKS[case]
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ from quantkit.transforms.prepare import Prepared, leave_float, without_sites
 TOLERATED = 2e-3  # of the damage that the same answer to every input would do
 LEAST_DAMAGE = 1e-5  # nobody sees less, even where answers hardly differ
 LEAST_SHARE = 0.2  # of the damage that has to go with what is left float
+NEARLY = 0.9
 SAMPLES = 64  # to measure on
 TRIALS_AND_SAMPLES = 1024  # a network that needs more is not tried
 Layers = tuple[str, ...]
@@ -69,7 +70,7 @@ class Trials:
         tolerated = max(LEAST_DAMAGE, TOLERATED * spread(self.reference))
         while left and damage > tolerated:
             trials = [self._without(layers, found, damage) for layers in left]
-            best = min(trials, key=lambda trial: trial.after)
+            best = fewest_layers(trials)
             if best.after > (1 - LEAST_SHARE) * damage:
                 break
             self._set_float(best.layers, best.sites)
@@ -128,6 +129,13 @@ class Trials:
     def _damage(self) -> float:
         subject = Subject(self.simulated, self.reference.batches, {}, rule=self.reference.damage.rule)
         return self.reference.damage_of(subject.outputs()).mean
+
+
+def fewest_layers(trials: Sequence[LeftFloat]) -> LeftFloat:
+    """Of the trials that take away nearly as much damage as the best, the one with fewest layers."""
+    best = max(trial.before - trial.after for trial in trials)
+    good = [trial for trial in trials if trial.before - trial.after >= NEARLY * best]
+    return min(good or trials, key=lambda trial: (len(trial.layers), trial.after))
 
 
 def spread(reference: Reference) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.stages import float_activations
+from quantkit.stages.float_activations import LeftFloat, fewest_layers
 from quantkit.stages.result import Result
 
 GAINS = torch.logspace(0, 1.5, 8)  # of channels that share a scale: the smallest have a code for thirty
@@ -124,3 +125,12 @@ def test_networks_of_many_layers_are_not_tried(monkeypatch: pytest.MonkeyPatch) 
 def test_layers_in_float_and_on_integers_run_together_outside_the_simulation(uneven: Result) -> None:
     x = rows(8, 2)
     torch.testing.assert_close(uneven.to_real().model(x), uneven.model(x), rtol=0, atol=1e-4)
+
+
+def test_a_second_layer_is_not_left_float_for_next_to_nothing() -> None:
+    one, both = LeftFloat(("one",), (), 1.0, 0.11), LeftFloat(("one", "two"), (), 1.0, 0.1)
+    assert fewest_layers([both, one]) == one
+    much = LeftFloat(("one", "two"), (), 1.0, 0.01)
+    assert fewest_layers([much, one]) == much
+    worse = LeftFloat(("three",), (), 1.0, 1.1)
+    assert fewest_layers([worse, LeftFloat(("one",), (), 1.0, 1.2)]) == worse

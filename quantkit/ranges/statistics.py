@@ -163,12 +163,14 @@ def rows_seen(
     """How many inputs each layer gets over ``batches``: samples of convolutions, rows of other layers. Layers behind
     a choice that the network makes by its data, as experts are, may get few or none.
     """
-    watched = {call.key: (name, call.source) for name in layers for call in program.calls.get(name, ())}
+    watched: dict[OpKey, list[tuple[str, int]]] = {}  # a recurrent call has several matrices
+    for name in layers:
+        for call in program.calls.get(name, ()):
+            watched.setdefault(call.key, []).append((name, call.source))
     counts = dict.fromkeys(layers, 0)
 
     def before(key: OpKey, args: Any, kwargs: Any) -> None:
-        if key in watched:
-            name, source = watched[key]
+        for name, source in watched.get(key, ()):
             x = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)][source]
             kind = program.kinds[name]
             whole = kind.startswith("conv") or "embedding" in kind

@@ -29,8 +29,9 @@ from quantkit.transforms.prepare import Prepared, leave_float, without_sites
 
 TOLERATED = 2e-3  # of the damage that the same answer to every input would do
 LEAST_DAMAGE = 1e-5  # nobody sees less, even where answers hardly differ
-LEAST_SHARE = 0.2  # of the damage that has to go with what is left float
+LEAST_SHARE = 0.25  # of the damage that has to go with what is left float
 MOST_OPERATIONS = 0.25  # of the network's that may be slowed down in all
+NEARLY = 0.9
 SAMPLES = 64  # to measure on
 TRIALS_AND_SAMPLES = 1024  # a network that needs more is not tried
 Layers = tuple[str, ...]
@@ -73,7 +74,7 @@ class Trials:
             worth = [trial for trial in trials if self._is_worth_it(trial, found)]
             if not worth:
                 break
-            best = min(worth, key=lambda trial: trial.after)
+            best = fewest_layers(worth)
             self._set_float(best.layers, best.sites)
             notice(f"{', '.join(best.layers)}: {best}")
             found.append(best)
@@ -148,6 +149,13 @@ class Trials:
     def _damage(self) -> float:
         subject = Subject(self.simulated, self.reference.batches, {}, rule=self.reference.damage.rule)
         return self.reference.damage_of(subject.outputs()).mean
+
+
+def fewest_layers(trials: Sequence[LeftFloat]) -> LeftFloat:
+    """Of the trials that take away nearly as much damage as the best, the one with fewest layers."""
+    best = max(trial.before - trial.after for trial in trials)
+    good = [trial for trial in trials if trial.before - trial.after >= NEARLY * best]
+    return min(good or trials, key=lambda trial: (len(trial.layers), trial.after))
 
 
 def spread(reference: Reference) -> float:

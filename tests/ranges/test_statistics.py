@@ -20,7 +20,13 @@ from quantkit.program.record import record
 from quantkit.program.sites import Site
 from quantkit.ranges import statistics
 from quantkit.ranges.activations import Extremes, Histogram
-from quantkit.ranges.statistics import hessian_bytes, in_memory_bound, layer_hessians, site_histograms
+from quantkit.ranges.statistics import (
+    hessian_bytes,
+    in_memory_bound,
+    layer_hessians,
+    rows_seen,
+    site_histograms,
+)
 from quantkit.simulation.model import SimulatedModel
 
 LAYERS = ("stem", "grouped", "twice", "head")
@@ -217,3 +223,10 @@ def test_site_that_is_not_finite_is_refused_by_name(value: float) -> None:
     site = Site("1", OpKey("1", "relu")) if value > 0 else Site("0", OpKey("0", "index_fill"))
     with pytest.raises(InvalidRequest, match=rf"NaN or infinite values at {site.name} on the calibration inputs"):
         site_histograms(model, [site], [((torch.ones(2, 3),), {})], progress=False)
+
+
+def test_inputs_reach_every_matrix_of_a_recurrent_call() -> None:
+    model, batch = nn.LSTM(3, 4, 2, batch_first=True).eval(), ((torch.randn(2, 5, 3),), {})
+    program = record(model, batch)
+    found = rows_seen(SimulatedModel(model, (), {}, {}), program, list(program.calls), [batch, batch])
+    assert found == dict.fromkeys(["weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1"], 2 * 2 * 5)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import quantkit
 from quantkit.stages import float_activations
+from quantkit.stages.float_activations import LeftFloat, fewest_layers
 from quantkit.stages.result import Result
 
 GAINS = torch.logspace(0, 1.5, 8)  # of channels that share a scale: the smallest have a code for thirty
@@ -132,3 +133,12 @@ def test_most_of_a_network_is_not_slowed_down_for_a_part_of_the_damage(monkeypat
     monkeypatch.setattr(float_activations, "LEAST_SHARE", 0.0)  # whatever lowers it by more than its operations
     found = quantized(Uneven(torch.ones(8)), rows(32, 1))
     assert {str(scheme) for scheme in found.plan.schemes.values()} == {"w8a8"}
+
+
+def test_a_second_layer_is_not_left_float_for_next_to_nothing() -> None:
+    one, both = LeftFloat(("one",), (), 1.0, 0.11), LeftFloat(("one", "two"), (), 1.0, 0.1)
+    assert fewest_layers([both, one]) == one
+    much = LeftFloat(("one", "two"), (), 1.0, 0.01)
+    assert fewest_layers([much, one]) == much
+    worse = LeftFloat(("three",), (), 1.0, 1.1)
+    assert fewest_layers([worse, LeftFloat(("one",), (), 1.0, 1.2)]) == worse

@@ -97,7 +97,7 @@ def test_eight_bits_of_a_wide_layer_are_announced_in_blocks() -> None:
         working_memory(formatted(ready, bits), recording, 8, Learning(), RoundingOptions()).hessian for bits in "48"
     )
     assert four == 6 * 8 * 3000**2
-    assert eight == (2 * 6 + 6) * 8 * 500**2  # sums and factors of six blocks, and one being factored
+    assert eight == 3 * 6 * 8 * 500**2 + 4 * 5 * 17 * 4 * 3000  # sums and factors of six blocks, and what is tried
 
 
 def test_blocks_hold_less_than_the_whole() -> None:

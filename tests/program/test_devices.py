@@ -13,7 +13,6 @@ from torch._subclasses import FakeTensorMode
 
 from quantkit.formats import WeightFormat
 from quantkit.program.segments import Segment
-from quantkit.ranges import weights
 from quantkit.reconstruction.adaquant import JointWeight
 from quantkit.reconstruction.blocks import BlockData
 from quantkit.reconstruction.learned import LearnedWeight
@@ -32,9 +31,8 @@ def away(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "hqq"])
-def test_codes_of_a_weight_elsewhere_are_on_the_cpu(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_everywhere", lambda rows: False)  # there are no values to ask
-    format = WeightFormat("4")
+def test_codes_of_a_weight_elsewhere_are_on_the_cpu(rounding: str) -> None:
+    format = WeightFormat("4", zero_point=True)  # whose search asks for no values: there are none
     found = quantize_weight(away(4, 8), [format], rounding=rounding).weights[format]
     assert {found.codes.device.type, found.scale.device.type} == {"cpu"}
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what learning loads at its first step
 from golden_run import case_of
 from study_preparing import resident
 from torch import Tensor, nn

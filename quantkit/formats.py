@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from quantkit.errors import InvalidRequest
 
+EIGHT_BITS = 8
 _FLOAT_BITS = {"fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
 SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
 _FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"

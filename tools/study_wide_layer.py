@@ -16,36 +16,39 @@ from pathlib import Path
 
 import torch
 from packages.crepe import crepe
-from torch import Tensor
+from study_packages import CACHE
+from torch import Tensor, nn
 
 from quantkit.formats import WeightFormat
+from quantkit.ranges.statistics import accumulate
+from quantkit.rounding.blocks import Blocks
+from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.weights import quantize_weight
 
-CACHE = Path(__file__).resolve().parent.parent / "out" / "wheels"
 WIDTHS = (64, 256, 512, 1024, 2048, 8192)
 SEEN, UNSEEN = 64, 32  # windows
 
 
-def rows_of(wheels: Path) -> tuple[Tensor, Tensor]:
-    """The layer's inputs (windows, positions, inputs), and its weight as a matrix."""
+def windows_of(wheels: Path) -> tuple[Tensor, nn.Conv2d]:
+    """What the layer reads (windows, channels, positions, 1), and the layer."""
     case = crepe(wheels)
     layer, read = case.model.get_submodule("conv2"), []
-    hook = layer.register_forward_pre_hook(lambda _, args: read.append(args[0][..., 0]))
+    assert isinstance(layer, nn.Conv2d)
+    hook = layer.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     with torch.no_grad():
         for batch in case.calibration:
             case.model(batch)
     hook.remove()
-    weight = layer.weight.detach().flatten(1)
-    kernel = layer.weight.shape[2]
-    windows = torch.cat(read)[: SEEN + UNSEEN].unfold(2, kernel, 1)
-    return windows.permute(0, 2, 1, 3).flatten(2), weight
+    return torch.cat(read)[: SEEN + UNSEEN], layer
 
 
-def blocks_of(rows: Tensor, width: int) -> Moments:
-    """X^T X of rows (N, K), in blocks of so many inputs."""
-    parts = rows.split(width, dim=1)
-    return Moments(torch.stack([x.T @ x for x in parts]).double(), count=len(parts))
+def moments_of(inputs: LayerInputs, width: int) -> Moments:
+    """X^T X of a layer's inputs, in blocks of so many."""
+    sums: dict[str, Tensor] = {}
+    blocks = Blocks(-(-inputs.width // width), width)
+    accumulate(sums, "layer", inputs, blocks)
+    return Moments(sums["layer"], count=blocks.count)
 
 
 def main() -> None:
@@ -53,8 +56,10 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--wheels", type=Path, default=os.environ.get("QUANTKIT_WHEELS", CACHE))
     options = parser.parse_args()
-    windows, weight = rows_of(Path(options.wheels))
-    seen, unseen = windows[:SEEN].flatten(0, 1), windows[SEEN:].flatten(0, 1)
+    windows, layer = windows_of(Path(options.wheels))
+    weight = layer.weight.detach().flatten(1)
+    seen, others = (layer_inputs("conv2d", (x, layer.weight), {}) for x in windows.split([SEEN, UNSEEN]))
+    unseen = others.columns(slice(0, others.width))[0]
     wanted = unseen @ weight.T
 
     def error(moments: Moments | None, bits: str) -> float:
@@ -66,7 +71,7 @@ def main() -> None:
     print(f"| nearest | {error(None, '8'):.3f} | {error(None, '4'):.2f} | 0 | 0 |")
     for width in options.widths:
         start = time.process_time()
-        moments = blocks_of(seen, width)
+        moments = moments_of(seen, width)
         summed = time.process_time()
         assert moments.factor is not None
         factored = time.process_time()

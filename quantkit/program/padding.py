@@ -25,6 +25,11 @@ Sizes = tuple[int, int]  # in both recordings
 Given = Mapping[int, Tensor]  # the masks of a batch, by their numbers in the program
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(rows, channels) of a tensor with its channels last."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def mask_arguments(model: nn.Module) -> list[Argument]:
     """The masks that a forward takes; one that names none may take an attention mask by keyword all the same."""
     names = [parameter.name for parameter in forward_parameters(model)]
@@ -137,7 +142,7 @@ class Padding:
 
         def rows_of(x: Tensor) -> Tensor:
             live = self.live(number, x, given)
-            rows = x.reshape(-1, x.shape[-1])
+            rows = as_rows(x)
             if live is None or live.shape[-1] != 1:  # positions in the place of channels: each row has some
                 return rows
             return rows[live.expand(*x.shape[:-1], 1).reshape(-1)]

@@ -13,14 +13,14 @@ from quantkit.program.arguments import leaves_of
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerCall, LayerWeight, Weights
-from quantkit.program.padding import Given, Padding
+from quantkit.program.padding import Given, Padding, as_rows
 from quantkit.program.program import Program
 from quantkit.program.sites import Site
 from quantkit.program.updates import plain_mode, restored
 from quantkit.progress import track
 from quantkit.ranges.activations import Extremes, Histogram
 from quantkit.rounding.blocks import HESSIAN_BYTES, Blocks, blocks_of
-from quantkit.rounding.layer_inputs import LayerInputs, as_rows, layer_inputs
+from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.recurrent_inputs import recurrent_inputs
 from quantkit.simulation.model import SimulatedModel, at_sites, run_with

@@ -71,10 +71,10 @@ def _rounding(request: Request, options: ApplyOptions) -> str:
         return "without calibration data rounding takes what the weights take"
     if isinstance(recording, str):
         return f"rounding runs the whole model for every layer: {recording}"
-    weights = {
-        name: [s.weight for s in schemes if s.weight is not None] for name, schemes in request.candidates.items()
+    narrowest = {
+        name: min((s.weight for s in schemes if s.weight is not None), key=lambda format: format.bits)
+        for name, schemes in request.candidates.items()
     }
-    narrowest = {name: min(formats, key=lambda format: format.bits) for name, formats in weights.items()}
     formatted = Formatted(request.ready, narrowest, {}, request.batches)
     expected = expected_work(formatted, recording, options, Learning())
     return f"{expected}; what is learned after it depends on the plan, and is announced then"

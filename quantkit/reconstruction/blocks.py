@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quantkit.formats import EIGHT_BITS
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment, whole
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
@@ -22,7 +23,6 @@ from quantkit.reconstruction.learning import Rated, Schedule, Training, learn
 from quantkit.reconstruction.snapshot import Learned
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import (
-    EIGHT_BITS,
     SimulatedProgram,
     Values,
     float_program,

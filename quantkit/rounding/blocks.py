@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.formats import EIGHT_BITS
 from quantkit.program.layers import LayerWeight
 
 HESSIAN_BYTES = 1 << 30  # of a layer's X^T X in float64: 11,585 inputs make one block
-EIGHT_BITS = 8
 WIDE, WIDE_BLOCK = 1024, 512  # at 8 bits a layer of more inputs than the first has blocks of the second
 
 

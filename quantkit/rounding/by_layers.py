@@ -14,12 +14,13 @@ from torch import Tensor
 
 from quantkit.program.intercept import read_place
 from quantkit.program.layers import LayerCall
+from quantkit.program.padding import as_rows
 from quantkit.program.program import Program, Step
 from quantkit.program.segments import Segment, between_layers
 from quantkit.progress import track
 from quantkit.ranges.statistics import accumulate
 from quantkit.rounding.blocks import HESSIAN_BYTES, blocks_of
-from quantkit.rounding.layer_inputs import LayerInputs, as_rows, layer_inputs
+from quantkit.rounding.layer_inputs import LayerInputs, layer_inputs
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.recurrent_inputs import recurrent_inputs
 from quantkit.rounding.request import RoundingRequest

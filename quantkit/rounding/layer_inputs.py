@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantkit.program.arguments import leaves_of
 from quantkit.program.convolutions import named_arguments, padded_sides, per_axis
+from quantkit.program.padding import as_rows
 
 LEAST_POSITIONS = 128
 
@@ -59,11 +60,6 @@ class LayerInputs:
         return found[:, span.start - first * kernel : span.stop - first * kernel].transpose(1, 2)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(rows, channels) of a tensor with its channels last."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def layer_inputs(
     kind: str,
     args: tuple[Any, ...],
@@ -74,8 +70,8 @@ def layer_inputs(
 ) -> LayerInputs:
     """The inputs of one layer call: ``kind`` is "linear", "matmul" or "conv1d".."conv3d"; ``args`` and ``kwargs`` are
     those of the torch call, ``source`` the position of what the layer reads among its tensors. With a ``generator``,
-    of a convolution with many positions some are drawn, the same for all samples of the call. ``rows_of``
-    says which rows of what other layers read count.
+    of a convolution with many positions some are drawn, the same for all samples of the call. ``rows_of`` says
+    which rows of what other layers read count.
     """
     if not kind.startswith("conv"):
         tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from quantkit.formats import EIGHT_BITS
 from quantkit.program.intercept import OpKey, device_of
 from quantkit.program.padding import Padding
 from quantkit.program.program import Change, Part, Program
@@ -19,7 +20,6 @@ from quantkit.program.weight_source import ModuleSource, WeightSource
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.simulation.model import SimulatedModel, as_float
 
-EIGHT_BITS = 8
 CHUNK = 64  # samples played at once
 SPILL_BYTES = 1 << 30  # a value of all samples beyond this size is kept on disk
 Values = Mapping[int, Tensor]

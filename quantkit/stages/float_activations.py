@@ -31,7 +31,7 @@ TOLERATED = 2e-3  # of the damage that the same answer to every input would do
 LEAST_DAMAGE = 1e-5  # nobody sees less, even where answers hardly differ
 LEAST_SHARE = 0.25  # of the damage that has to go with what is left float
 MOST_OPERATIONS = 0.25  # of the network's that may be slowed down in all
-NEARLY = 0.9
+NEARLY = 0.9  # of what the best takes away: as good, with fewer layers in float
 SAMPLES = 64  # to measure on
 TRIALS_AND_SAMPLES = 1024  # a network that needs more is not tried
 Layers = tuple[str, ...]
@@ -152,17 +152,18 @@ class Trials:
 
 
 def fewest_layers(trials: Sequence[LeftFloat]) -> LeftFloat:
-    """Of the trials that take away nearly as much damage as the best, the one with fewest layers."""
+    """Of trials that take away damage, those nearly as good as the best, the one with fewest layers."""
     best = max(trial.before - trial.after for trial in trials)
     good = [trial for trial in trials if trial.before - trial.after >= NEARLY * best]
-    return min(good or trials, key=lambda trial: (len(trial.layers), trial.after))
+    return min(good, key=lambda trial: (len(trial.layers), trial.after))
 
 
 def spread(reference: Reference) -> float:
     """The damage of answering every input by the mean of all float outputs: what damage is to be compared with, as
     its unit depends on the outputs.
     """
-    means = [torch.cat(rows).mean(0) for rows in zip(*reference.outputs, strict=True)]
+    columns = list(zip(*reference.outputs, strict=True))
+    means = [torch.stack([rows.sum(0) for rows in column]).sum(0) / sum(map(len, column)) for column in columns]
     same = [
         tuple(mean.expand_as(rows) for mean, rows in zip(means, outputs, strict=True)) for outputs in reference.outputs
     ]
@@ -173,6 +174,8 @@ def choices_of(ready: Prepared, target: Target, layers: Collection[str]) -> list
     """What can be left float: the layers around each site, if they are all among ``layers``, and each of those whose
     activations are float anyway.
     """
+    if not layers:
+        return []
     around = around_site(ready, target, ready.quantizable).values()
     alone = [(name,) for name in ready.quantizable if ready.layers[name].weight_only]
     return [found for found in dict.fromkeys((*around, *alone)) if found and set(found) <= set(layers)]

@@ -15,9 +15,8 @@ from quantkit.allocation.plan_costs import counted
 from quantkit.allocation.solve import require_solver
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
-from quantkit.formats import Scheme
+from quantkit.formats import EIGHT_BITS, Scheme
 from quantkit.plan import Plan, Profile
-from quantkit.rounding.blocks import EIGHT_BITS
 from quantkit.stages.accuracy import AccuracySearch, Finish, accurate_enough, meet_accuracy, require_accuracy_request
 from quantkit.stages.apply import Application, apply_plan
 from quantkit.stages.file_size import Choose, FileLengths, FileLimit, fitting_plan, require_file, smallest_file

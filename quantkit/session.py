@@ -10,7 +10,6 @@ from torch import nn
 
 from quantkit.plan import digest_of
 from quantkit.program.inputs import digest_batches, digest_model
-from quantkit.program.ownership import UNREAD
 from quantkit.program.padding import Padding, are_padded
 from quantkit.program.program import Program
 from quantkit.progress import warn
@@ -110,12 +109,12 @@ class Session:
 
 def _tell_unreached(prepared: Prepared) -> None:
     """A warning on layers that stay float because no input reaches them, as experts that were never chosen."""
-    names = [name for name, layer in prepared.layers.items() if layer.reason == UNREAD]
+    names = [name for name, layer in prepared.layers.items() if layer.unread]
     if names:
         warn(
             f"no calibration input reaches {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}: "
-            "these layers stay float. Put inputs that reach them into the first batch, where the model is recorded, "
-            "or take layers that are never used out of the model."
+            "these layers stay float, no size counts them, and an exported file does not hold them. Where other "
+            "inputs use them, as experts, put some of those into the first batch, where the model is recorded."
         )
 
 

@@ -46,7 +46,7 @@ class Composition:
         )
         groups: dict[str, list[Layer]] = {}
         for name, layer in layers.items():
-            if chosen[name].is_float:
+            if chosen[name].is_float and not layer.unread:
                 groups.setdefault(layer.reason or LEFT, []).append(layer)
         floats = [_float_layers(reason, found) for reason, found in groups.items()]
         return cls(model, quantized, tuple(sorted(floats, key=lambda one: -one.bytes)), other)

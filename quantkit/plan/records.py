@@ -17,7 +17,8 @@ class Layer:
     """One layer of a profiled model. ``reason`` is empty when it can be quantized, else says why it stays float.
 
     ``float_bytes`` is its weight as the model stores it, ``macs`` its multiply-accumulates per sample over all calls,
-    ``inputs`` the sites it reads. ``weight_only``: what it reads has no codes, whatever its scheme.
+    ``inputs`` the sites it reads. ``weight_only``: what it reads has no codes, whatever its scheme. ``unread``:
+    no call reads its weight, as that of a head which only training uses; a file does not hold it, no size counts it.
     """
 
     name: str
@@ -29,10 +30,12 @@ class Layer:
     inputs: tuple[str, ...] = ()
     reason: str = ""
     weight_only: bool = False
+    unread: bool = False
 
     @property
     def weights(self) -> int:
-        return math.prod(self.shape)
+        """How many numbers a file stores for it before they are quantized."""
+        return 0 if self.unread else math.prod(self.shape)
 
     def carried_out(self, scheme: Scheme) -> Scheme:
         """What becomes of a scheme here: its weight format alone where the layer's inputs have no codes."""

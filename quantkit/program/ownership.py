@@ -17,7 +17,7 @@ from quantkit.program.updates import named_state
 
 LAYER, FLOAT, OTHER = "layer", "float", "other"
 CONSTANT = "it reads a constant, not an activation"
-UNREAD = "its weight takes part in no call of the recorded run"
+UNREAD = "no recorded call reads its weight, so that a file does not hold it"
 _COPIES = VIEWS | frozenset(
     "index_select to float double half bfloat16 type type_as clone repeat repeat_interleave tile flip "
     "interpolate".split()  # a table of positions, resized to the image at hand

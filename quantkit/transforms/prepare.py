@@ -21,7 +21,7 @@ from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halve
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights, layer_kind
-from quantkit.program.ownership import CONSTANT, ownership, why_uncalled
+from quantkit.program.ownership import CONSTANT, UNREAD, ownership, why_uncalled
 from quantkit.program.padding import Padding
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, unrecorded
@@ -285,15 +285,18 @@ def _layers(weights: Weights, program: Program, request: _Request) -> dict[str, 
     for name in order:
         weight, calls = weights.layers[name], program.calls.get(name, ())
         element = request.element_bytes.get(str(weight.parameter or weight.sources[0]), 4)
+        reason = _reason_to_stay_float(name, weights, program, request)
+        unread = reason == UNREAD
         layers[name] = Layer(
             name=name,
             kind=weight.kind,
             shape=weight.shape,
-            float_bytes=math.prod(weight.shape) * element,
+            float_bytes=0 if unread else math.prod(weight.shape) * element,
             macs=sum(call.macs for call in calls),
             calls=len(calls),
-            reason=_reason_to_stay_float(name, weights, program, request),
+            reason=reason,
             weight_only=weight.kind not in request.target.layers or not weight.reads_rows,
+            unread=unread,
         )
     return layers
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantkit.formats import WeightFormat
-from quantkit.program.ownership import FLOAT, LAYER, OTHER, Owned, ownership
+from quantkit.program.ownership import FLOAT, LAYER, OTHER, UNREAD, Owned, ownership
 from quantkit.program.record import record
 from quantkit.program.updates import restored
 from quantkit.rounding.weights import quantize_weight
@@ -174,6 +174,6 @@ def test_parts_in_other_notations_have_one_owner() -> None:
     assert sum(part.bytes for parts in by_name.values() for part in parts) == stored_bytes(model)
     assert [(part.owner, part.elements) for part in by_name["packed"]] == [(LAYER, 36), (LAYER, 24)]
     assert {part.owner for name in ("turned", "experts", "mixed", "gain") for part in by_name[name]} == {LAYER}
-    assert [part.reason for part in by_name["unread"]] == ["its weight takes part in no call of the recorded run"]
+    assert [part.reason for part in by_name["unread"]] == [UNREAD]
     assert {by_name[name][0].owner for name in ("basis", "steps")} <= {LAYER, OTHER}
     assert "tied" not in by_name

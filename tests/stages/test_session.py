@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import quantkit
+from quantkit.plan import COMPOSITION
 from quantkit.program.record import Recorder
 from quantkit.reconstruction.learning import Schedule
 from quantkit.session import Session
@@ -148,3 +149,28 @@ def test_layers_that_no_input_reaches_are_named_and_stay_float(kind: type[nn.Mod
         session = Session.open(model, inputs, Target.load("onnxruntime-cpu"))
     assert f"no calibration input reaches {names}: these layers stay float" in caplog.text
     assert not set(names.split(", ")) & set(session.prepared.quantizable)
+
+
+class Auxiliary(nn.Module):
+    """A head that only training uses, with more weights than all that is used later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 40), nn.Linear(40, 3)
+        self.auxiliary = nn.Sequential(nn.Linear(40, 200), nn.ReLU(), nn.Linear(200, 3))
+
+    def forward(self, x):
+        y = self.body(x).relu()
+        return (self.head(y), self.auxiliary(y)) if self.training else self.head(y)
+
+
+@pytest.mark.parametrize(("budget", "bits"), [("7 bits", 7), ("w8", 8)])
+def test_what_only_training_uses_is_in_no_size(budget: str, bits: int, tmp_path) -> None:
+    result = quantkit.quantize(Auxiliary().eval(), budget, torch.randn(8, 6), progress=False)
+    report = result.export_onnx(tmp_path / "model.onnx")
+    used, scales = 6 * 40 + 40 * 3, 4 * 43  # a float32 scale for every output channel
+    assert result.plan.size_bytes <= used * bits / 8 + scales * (budget == "w8")
+    assert "auxiliary" not in str(result.plan.provenance[COMPOSITION])
+    assert result.plan.average_bits == pytest.approx(8 * result.plan.size_bytes / used)
+    assert report.weight_bytes == result.plan.size_bytes
+    assert report.stored_bytes <= result.plan.total_bytes

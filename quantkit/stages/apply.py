@@ -82,7 +82,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     floats = {} if some is None else weights_read_float(ready)
     simulated, notes = applying.quantized(run.progress, finished)
     if some is not None:
-        left = Trials(simulated, ready, target, some, floats).left_float(choices)
+        left = Trials(simulated, ready, target, some, floats, run.progress).left_float(choices)
         plan, ready = with_left_float(plan, left, ready, target)
     plan = _recounted(plan, simulated, ready, formatted.sites, target)
     metrics |= compare_outputs(simulated, reference)

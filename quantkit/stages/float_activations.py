@@ -20,7 +20,7 @@ from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.plan import FLOAT, LEFT, Plan
 from quantkit.program.inputs import batch_size
 from quantkit.program.sites import makers_of_codes, place_sites
-from quantkit.progress import notice
+from quantkit.progress import notice, track
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
 from quantkit.simulation.model import SimulatedModel
@@ -53,7 +53,7 @@ class LeftFloat:
 @dataclass(frozen=True)
 class Trials:
     """A quantized model, which layers of it cost, and the float model's outputs on some batches: ``floats`` are the
-    weights of layers whose activations are float anyway.
+    weights of layers whose activations are float anyway. ``progress`` shows a line while they are tried.
     """
 
     simulated: SimulatedModel
@@ -61,6 +61,7 @@ class Trials:
     target: Target
     reference: Reference
     floats: Mapping[str, Tensor]
+    progress: bool = False
 
     def left_float(self, choices: Sequence[Layers]) -> list[LeftFloat]:
         """Those of the ``choices`` to leave float, each taking away a good part of the damage that is left; they are
@@ -70,7 +71,8 @@ class Trials:
         left, damage = list(choices), self._damage()
         tolerated = max(LEAST_DAMAGE, TOLERATED * spread(self.reference))
         while left and damage > tolerated:
-            trials = [self._without(layers, found, damage) for layers in left]
+            tried = track(left, "trying activations in float", enabled=self.progress)
+            trials = [self._without(layers, found, damage) for layers in tried]
             worth = [trial for trial in trials if self._is_worth_it(trial, found)]
             if not worth:
                 break

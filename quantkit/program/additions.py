@@ -43,7 +43,7 @@ def drowned_additions(model: nn.Module, program: Program, target: Target, batch:
             stds = [float(x.std()) for x in read if x.numel() > 1]
             spreads[key] = min([s for s in stds if s > 0], default=0.0)
         result = func(*args, **kwargs)
-        if key in keys:
+        if key in keys and result.numel():
             ranges[key] = [min(0.0, float(result.min())), max(0.0, float(result.max()))]
         return result
 

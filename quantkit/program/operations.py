@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from quantkit.plan.operations import Operation
 from quantkit.program.codes import fused_output, moves_values, on_codes, root_of
+from quantkit.program.intercept import read_place
 from quantkit.program.program import Program, Step
 from quantkit.program.sites import Site
 from quantkit.targets import Target
@@ -31,6 +32,12 @@ class _Reader:
     def __init__(self, program: Program, sites: Sequence[Site], target: Target) -> None:
         self.program, self.target = program, target
         self.site = {site.place: site.name for site in sites}
+        self.read = {place: site.name for site in sites for place in site.places}
+        self.made_in_float = {
+            program.producer.get(root_of(program, op.inputs[0])): self.read[place]
+            for op in program.steps
+            if (place := read_place(op.key)) in self.read
+        }
         self.layer_of = {call.key: name for name, calls in program.calls.items() for call in calls}
         self.fused: set[int] = set()
 
@@ -57,7 +64,11 @@ class _Reader:
             return Operation(str(op.key), "integer", self.names(op.inputs), self.names([made]))
         coded = self.program.kinds[layer] in self.target.output_coded
         call = next(call for call in self.program.calls[layer] if call.key == op.key)
-        return Operation(layer, "layer", self.names([call.input]), self.names([made]), coded)
+        own = self.read.get(read_place(op.key))
+        reads = self.names([call.input]) if own is None else (own,)
+        return Operation(layer, "layer", reads, self.names([made]), coded)
 
     def _float(self, op: Step) -> Operation:
-        return Operation(str(op.key), "float", self.names(op.inputs), self.names(op.outputs))
+        made = [self.made_in_float.get(self.program.producer.get(value)) for value in op.outputs]
+        writes = dict.fromkeys((*self.names(op.outputs), *(name for name in made if name is not None)))
+        return Operation(str(op.key), "float", self.names(op.inputs), tuple(writes))

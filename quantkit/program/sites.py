@@ -6,6 +6,10 @@ kernel writes codes (convolutions), one on its output, after the activation that
 add stays in integers when its operands and its result are sites, unless codes would serve nobody (``additions``).
 Operations that only move values (slicing, padding with zero, pooling by maximum, reshaping) keep the site of what they
 move: the moved tensor is an *echo*, quantized with the same codes.
+
+A tensor that is made in float, and that others than layers read too, keeps its values for these: a transformer adds
+what a norm made to what comes next, and 8 bits of every such sum would be lost. The layers take its codes as they read
+it, by one quantizer.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from quantkit.program.codes import fused_output, on_codes, root_of
+from quantkit.program.codes import fused_output, moves_values, on_codes, root_of
 from quantkit.program.intercept import INPUT, OpKey, read_place
 from quantkit.program.layers import LayerCall
 from quantkit.program.program import Program
@@ -28,6 +32,9 @@ from quantkit.targets.roles import ADDITION_OPERAND, ADDITION_RESULT, LAYER_INPU
 class Site:
     """One quantized tensor: the place that makes it, the echoes that must carry the same codes, the layers that read
     it, its shape without the batch dimension, and what it is to the operations around it (``targets.roles``).
+
+    Where others read it in float, ``place`` is that of the first call of a layer that reads it (``read_place``), and
+    ``copies`` are those of the other calls.
     """
 
     name: str
@@ -36,6 +43,12 @@ class Site:
     consumers: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     roles: tuple[str, ...] = ()
+    copies: tuple[OpKey, ...] = ()
+
+    @property
+    def places(self) -> tuple[OpKey, ...]:
+        """Where it is quantized: where it is made, or where each of its layers reads it."""
+        return (self.place, *self.copies)
 
 
 def coded_sites(sites: Iterable[Site], ranges: Container[str]) -> tuple[Site, ...]:
@@ -58,12 +71,32 @@ class _Placement:
         self.roles.setdefault(root, {})[role] = None
         self.readers.setdefault(root, {}).update({} if reader is None else {reader: None})
 
-    def is_handed_back(self, root: int) -> bool:
-        """Whether a value is an input of the model that it returns as it came, and that layers alone read in codes:
-        these take them as they read it.
+    def calls_reading(self, root: int) -> list[LayerCall]:
+        """The calls of layers that read the codes of a value, in execution order."""
+        program = self.program
+        calls = {call.key: call for name in self.readers[root] for call in program.calls[name]}
+        order = (calls[step.key] for step in program.steps if step.key in calls)
+        return [call for call in order if root_of(program, call.input) == root]
+
+    def is_float_for_others(self, root: int) -> bool:
+        """Whether no kernel makes the codes of a value, layers alone read them, as what their calls read first, and
+        others read it as well.
         """
-        returned = root in self.program.inputs and root in self.program.outputs
-        return returned and set(self.roles[root]) == {LAYER_INPUT}
+        if set(self.roles[root]) != {LAYER_INPUT}:
+            return False
+        calls = {call.key: call.input for call in self.calls_reading(root)}
+        first = {step.key: step.inputs[0] for step in self.program.steps if step.key in calls}
+        return first == calls and self._is_read_beside(calls, root)
+
+    def _is_read_beside(self, calls: Container[OpKey], value: int) -> bool:
+        """Whether a value, as it is or moved, is returned or read by more than these calls."""
+        if value in self.program.outputs:
+            return True
+        others = [step for step in self.program.consumers.get(value, ()) if step.key not in calls]
+        return any(
+            not moves_values(step) or any(self._is_read_beside(calls, moved) for moved in step.outputs)
+            for step in others
+        )
 
 
 def _place_layers(placement: _Placement, target: Target, layers: Iterable[str]) -> set[int]:
@@ -114,19 +147,14 @@ def token_sites(program: Program, layers: Iterable[str]) -> tuple[Site, ...]:
     """A site for what every call of ``layers`` reads, in execution order: quantized by that call as it comes, so that
     whoever else reads the same tensor gets it as it was made.
     """
-    return _read_sites(program, ((name, call) for name in layers for call in program.calls[name]))
-
-
-def _read_sites(program: Program, calls: Iterable[tuple[str, LayerCall]]) -> tuple[Site, ...]:
-    """A site for what each of these calls of layers reads, in execution order."""
     order = {op.key: i for i, op in enumerate(program.steps)}
     found = []
-    for name, call in calls:
-        i = program.calls[name].index(call)
-        label = f"{name}/input.{i}" if i else f"{name}/input"
-        shape = program.shape[call.input][1:]
-        site = Site(label, read_place(call.key), consumers=(name,), shape=shape, roles=(LAYER_INPUT,))
-        found.append((order[call.key], site))
+    for name in layers:
+        for i, call in enumerate(program.calls[name]):
+            label = f"{name}/input.{i}" if i else f"{name}/input"
+            shape = program.shape[call.input][1:]
+            site = Site(label, read_place(call.key), consumers=(name,), shape=shape, roles=(LAYER_INPUT,))
+            found.append((order[call.key], site))
     return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -152,24 +180,15 @@ def place_sites(
     order = {value: i for i, value in enumerate(program.producer)}
     roots = sorted(placement.needs, key=order.__getitem__)
     names = _names(model, program, [program.producer[r] for r in roots])
-    handed_back = {root for root in roots if placement.is_handed_back(root)}
-    calls = [
-        (name, call)
-        for root in roots
-        if root in handed_back
-        for name in placement.readers[root]
-        for call in program.calls[name]
-        if root_of(program, call.input) == root
-    ]
-    return _read_sites(program, calls) + tuple(
-        Site(
-            name=names[program.producer[root]],
-            place=program.producer[root],
-            echoes=tuple(program.producer[v] for v in sorted(placement.needs[root] - {root})),
-            consumers=tuple(placement.readers[root]),
-            shape=program.shape[root][1:],
-            roles=tuple(placement.roles[root]),
-        )
-        for root in roots
-        if root not in handed_back
-    )
+    return tuple(_site(placement, root, names[program.producer[root]]) for root in roots)
+
+
+def _site(placement: _Placement, root: int, name: str) -> Site:
+    """The site of a value that needs codes."""
+    program = placement.program
+    consumers, shape, roles = tuple(placement.readers[root]), program.shape[root][1:], tuple(placement.roles[root])
+    if placement.is_float_for_others(root):
+        place, *copies = dict.fromkeys(read_place(call.key) for call in placement.calls_reading(root))
+        return Site(name, place, (), consumers, shape, roles, tuple(copies))
+    echoes = tuple(program.producer[value] for value in sorted(placement.needs[root] - {root}))
+    return Site(name, program.producer[root], echoes, consumers, shape, roles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def visit(
     """Show every site's values over ``batches`` to ``see``, without those under ``padding``."""
     given: Given = {}
 
+    once = [replace(site, copies=()) for site in sites]  # several calls may read the same values
+
     def shown(site: Site, x: Tensor) -> Tensor:
         see(site, x if padding is None else padding.kept(padding.places[site.place], x, given))
         return x
@@ -79,7 +82,7 @@ def visit(
     for args, kwargs in batches:
         given = {} if padding is None else padding.given((args, kwargs))
         with plain_mode(model), restored(model):
-            run_with(model, at_sites(sites, shown), args, kwargs)
+            run_with(model, at_sites(once, shown), args, kwargs)
 
 
 class _Reached(Exception):

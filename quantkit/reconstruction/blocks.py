@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import EIGHT_BITS
+from quantkit.program.intercept import read_place
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment, whole
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
@@ -84,10 +85,10 @@ def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collectio
         runner.weights[name] = LearnedWeight(weight, model.weights[name], bias, reference.spread[name])
     made = {step.key for step in program.steps[segment.start : segment.stop]}
     entering = {program.producer[number] for number in segment.raw if number in program.producer}
-    inside = (made | entering) - {program.producer.get(segment.output)}
+    inside = (made | {read_place(key) for key in made} | entering) - {program.producer.get(segment.output)}
     for site in model.sites:
-        found = model.ranges.get(site.name)
-        if found is not None and found.static and found.integer and found.bits < EIGHT_BITS and site.place in inside:
+        found, within = model.ranges.get(site.name), inside.issuperset(site.places)
+        if found is not None and found.static and found.integer and found.bits < EIGHT_BITS and within:
             runner.ranges[site.name] = LearnedRange(found)
 
 

@@ -101,7 +101,8 @@ class _Replays:
         wanted: Sequence[int],
         part: Part,
     ) -> list[Tensor]:
-        at = {self.subject.sites[name].place: c for (name, _), c in state.items() if not c.stored}
+        sites = self.subject.sites
+        at = {place: c for (name, _), c in state.items() if not c.stored for place in sites[name].places}
 
         def change(place: OpKey, x: Tensor) -> Tensor:
             return at[place].fake_quantize(x) if place in at else x

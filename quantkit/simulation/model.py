@@ -30,7 +30,7 @@ def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) ->
     """A function of (place, tensor) that applies ``change`` to the tensors of ``sites`` and leaves all others
     alone.
     """
-    places = {site.place: site for site in sites}
+    places = {place: site for site in sites for place in site.places}
     return lambda place, tensor: change(places[place], tensor) if place in places else tensor
 
 

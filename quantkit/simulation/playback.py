@@ -44,7 +44,7 @@ class SimulatedProgram:
     def __post_init__(self) -> None:
         self.source: WeightSource = ModuleSource(self.model.model)
         self.names: dict[tuple[int, ...], set[str]] = {}  # that segments read
-        self.sites = {site.place: site.name for site in self.model.sites}
+        self.sites = {place: site.name for site in self.model.sites for place in site.places}
         self.shapes: dict[int, Shapes] = {}  # that calls follow, by the number of samples
 
     def state(self, segment: Segment, wanted: Sequence[int] = ()) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def _table(
 
     ready, operations = rig.ready, rig.operations
     marked = mark_graph(rig.simulated(dict.fromkeys(ready.quantizable, rig.widths[0])), rig.example)
-    owners = owners_of(marked, operations, {str(site.place): site.name for site in ready.sites})
+    owners = owners_of(marked, operations, {str(place): site.name for site in ready.sites for place in site.places})
     executions = [
         execute(operations, mixture, [name for name, bits in mixture.items() if bits >= FULL_BITS])
         for mixture in mixtures

@@ -7,7 +7,7 @@ tensor of the model's state under its own name. Its header has one entry, ``quan
 - ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
 - ``layers``: layer name -> weight format, shape and where the model holds it;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
-- ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape, roles;
+- ``sites``: name, place, echoes and copies of each as (scope, operation, index, output), consumers, shape, roles;
 - ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``);
 - ``shapes``, where sizes vary in the calibration data: the shapes of the model's inputs in a few batches of it.
 
@@ -200,4 +200,5 @@ def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str
 
 def _site(record: Mapping[str, Any]) -> Site:
     tuples = {part: tuple(record[part]) for part in ("consumers", "shape", "roles")}
-    return Site(record["name"], OpKey(**record["place"]), tuple(OpKey(**key) for key in record["echoes"]), **tuples)
+    echoes, copies = (tuple(OpKey(**key) for key in record[part]) for part in ("echoes", "copies"))
+    return Site(record["name"], OpKey(**record["place"]), echoes, copies=copies, **tuples)

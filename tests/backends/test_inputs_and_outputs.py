@@ -134,7 +134,8 @@ class BackInside(Convolutions):
 def test_an_input_that_is_handed_back_is_untouched(kind: type[Convolutions], name: str, tmp_path: Path) -> None:
     batch = ((X,), {})
     simulated = simulate(prepared(kind().eval(), batch), batch, 8, site_bits=4)
-    assert {"a/input"} <= {site.name for site in simulated.sites}
+    first = simulated.sites[0]
+    assert first.name == "input" and first.place.output < 0  # quantized by the calls that read it
     report = export_onnx(simulated, batch, tmp_path / "m.onnx")
     assert np.array_equal(results(report.path, X)[name], X.numpy())
     found = simulated(X)

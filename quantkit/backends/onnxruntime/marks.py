@@ -99,7 +99,7 @@ class _Marks:
 
     def __init__(self, simulated: SimulatedModel, known_as: Mapping[OpKey, OpKey] | None = None) -> None:
         self.known_as = known_as or {}
-        self.places = {place: site.name for site in simulated.sites for place in (site.place, *site.echoes)}
+        self.places = {place: site.name for site in simulated.sites for place in (*site.places, *site.echoes)}
         self.parameters = parameter_marks(simulated)
         self.floats, self.quantized = simulated.floats, list(simulated.weights)
         self.calls: list[Call] = []  # of the last run: the exporter puts a module's own attributes back

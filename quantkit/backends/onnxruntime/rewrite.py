@@ -112,8 +112,9 @@ class _SiteWriter:
     def __init__(self, editor: Editor, simulated: SimulatedModel) -> None:
         self.editor, self.simulated = editor, simulated
         self.expanded: Mapping[ir.Value, tuple[int, ...]] = {}
+        self.codes: dict[tuple[str, ir.Value | None], ir.Value] = {}  # of a tensor that several calls read: made once
         coded = coded_sites(simulated.sites, simulated.ranges)
-        self.places = {str(place) for site in coded for place in (site.place, *site.echoes)}
+        self.places = {str(place) for site in coded for place in (*site.places, *site.echoes)}
 
     def is_coded(self, mark: ir.Node) -> bool:
         """Whether the simulated model has codes at this place."""
@@ -133,10 +134,15 @@ class _SiteWriter:
         """Codes and what they stand for, as a pair that onnxruntime fuses with its neighbours."""
         scale = self.editor.initializer(f"{name}.scale", np.array(site.scale, np.float32))
         zero = self.editor.initializer(f"{name}.zero_point", np.array(site.zero_point, np.uint8))
-        codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
-        if site.bits < BYTE:  # bytes saturate at 255; clipping codes, not values, leaves the kernel before it integer
-            highest = self.editor.initializer(f"{name}.highest", np.array(site.high, np.uint8))
-            codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
+        codes = self.codes.get((name, mark.inputs[0]))
+        if codes is None:
+            codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
+            if (
+                site.bits < BYTE
+            ):  # bytes saturate at 255; clipping codes, not values, leaves the kernel before it integer
+                highest = self.editor.initializer(f"{name}.highest", np.array(site.high, np.uint8))
+                codes = self.editor.node(mark, "Clip", [codes, None, highest], name)
+            self.codes[name, mark.inputs[0]] = codes
         self._dequantize_for_float_layers(name, mark, codes, site)
         return self.editor.node(mark, "DequantizeLinear", [codes, scale, zero], name)
 

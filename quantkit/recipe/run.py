@@ -217,8 +217,9 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     graph = mark_graph(simulated, example, result.dynamic_sizes(example))
     checked = result.calibration[:CHECKED_BATCHES]
     options = ExportOptions(
-        result.instruction_set, checked, plan=result.plan, graph=graph, external_data=result.external_data
-    )
+        result.instruction_set, checked, plan=result.plan, graph=graph,
+        external_data=result.external_data, domains=result.operator_domains,
+    )  # fmt: skip
     report = export_onnx(simulated, example, path, options)
     metrics = dict(result.metrics)
     if inputs.evaluate is not None:

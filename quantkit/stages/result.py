@@ -25,6 +25,7 @@ from quantkit.runtime.real import RealModel
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.store import require_writable
+from quantkit.targets import OPERATOR_DOMAINS
 from quantkit.targets.instruction_sets import INSTRUCTION_SET, detected_instruction_set
 
 if TYPE_CHECKING:
@@ -115,8 +116,9 @@ class Result:
         sizes = self.dynamic_sizes(batch, dynamic)
         apart = self.external_data if external_data is None else external_data
         options = ExportOptions(
-            self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan, sizes=sizes, external_data=apart
-        )
+            self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan,
+            sizes=sizes, external_data=apart, domains=self.operator_domains,
+        )  # fmt: skip
         return export_onnx(self.simulated().on_cpu(), batch, path, options)
 
     def dynamic_sizes(self, example: Batch, named: Named | None = None) -> DynamicSizes:
@@ -141,6 +143,11 @@ class Result:
         the plan.
         """
         return str(self.plan.provenance.get(INSTRUCTION_SET) or detected_instruction_set())
+
+    @property
+    def operator_domains(self) -> tuple[str, ...]:
+        """The operator sets that files may use beside ONNX's own: none where an earlier version made the plan."""
+        return tuple(self.plan.provenance.get(OPERATOR_DOMAINS, ()))
 
     def example(self) -> Batch:
         """The first calibration batch; raises InvalidRequest where the result was loaded without data."""

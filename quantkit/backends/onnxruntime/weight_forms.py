@@ -39,7 +39,7 @@ from quantkit.numbers.packing import pack_plane, split_planes
 from quantkit.numbers.uniform import QuantizedWeight
 
 IR_VERSION = 10
-# Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 came with 1.23.
+# Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 and look-ups of pairs came with 1.23.
 _MINIMUM_RUNTIME = "1.19"
 _MINIMUM_RUNTIME_INT4 = "1.23"
 # onnxruntime folds results of up to 1 GiB, and unpacking passes through INT32.

@@ -72,7 +72,8 @@ class ExportOptions:
     """How a file is written: the ``instruction_set`` of the CPUs that it is for, ``check``, the batches to compare on
     (default: the example), and the ``plan`` whose digest its metadata has. ``sizes`` are those of the inputs that are
     to vary. ``graph`` is what ``mark_graph`` made earlier of the same model, to export it once for several files.
-    With ``external_data`` tensors lie in a second file even where one could hold them.
+    With ``external_data`` tensors lie in a second file even where one could hold them. ``domains`` are operator sets
+    that it may use beside ONNX's own.
     """
 
     instruction_set: str = AVX2
@@ -82,6 +83,7 @@ class ExportOptions:
     graph: MarkedGraph | None = field(default=None, repr=False)
     sizes: DynamicSizes = field(default_factory=DynamicSizes, repr=False)
     external_data: bool = False
+    domains: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -140,7 +142,7 @@ def length_of(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOpt
 
 def _described(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> ir.Model:
     """The graph with what its metadata says of it."""
-    model = quantized_graph(simulated, marked, options.instruction_set)
+    model = quantized_graph(simulated, marked, options)
     runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
     model.metadata_props[_RUNTIME] = runtime
     if options.plan is not None:
@@ -184,18 +186,18 @@ def _taken_shapes(simulated: SimulatedModel, marked: MarkedGraph, batch: Batch, 
     return shapes
 
 
-def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str) -> ir.Model:
+def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> ir.Model:
     """The graph of ``simulated`` in integers, from the marked graph of its model."""
     model = copy_tidy(marked)
-    quantize_marks(model, simulated, instruction_set)
+    quantize_marks(model, simulated, options.instruction_set, options.domains)
     remove_leftovers(model)
     return model
 
 
-def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str, path: str | Path) -> Path:
+def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, path: Path, options: ExportOptions) -> Path:
     """Write ``simulated`` to be timed: nothing compares what it computes."""
-    model_files(quantized_graph(simulated, marked, instruction_set), Path(path).name).write(Path(path))
-    return Path(path)
+    model_files(quantized_graph(simulated, marked, options), path.name).write(path)
+    return path
 
 
 def export_float(

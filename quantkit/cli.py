@@ -115,6 +115,11 @@ def _add_export_arguments(exporting: argparse.ArgumentParser) -> None:
         metavar="INPUT:AXIS=NAME",
         help="let a size of an input vary, e.g. input_ids:1=sequence (default: those of the recipe)",
     )
+    exporting.add_argument(
+        "--external-data",
+        action="store_true",
+        help="tensors in a second file, FILE.data (default: where one file cannot hold them, or the recipe says so)",
+    )
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,8 +131,9 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from quantkit.recipe.read import read_recipe
-    from quantkit.recipe.run import run_recipe
+    from quantkit.recipe.run import ONNX_FILE, run_recipe
     from quantkit.report.summary import summary
+    from quantkit.store import data_file
 
     recipe = read_recipe(options.recipe, options.set)
     result, measured = run_recipe(recipe, progress=not options.quiet)
@@ -137,7 +143,8 @@ def _run(options: argparse.Namespace) -> None:
         print(f"\nleft in {recipe.output}: {left}; for model.onnx add example_inputs, one batch of model inputs")
         return
     print(summary(result.plan, measured))
-    print(f"\nleft in {recipe.output}: model.onnx, {left}")
+    written = f"model.onnx{', model.onnx.data' * data_file(recipe.output / ONNX_FILE).exists()}"
+    print(f"\nleft in {recipe.output}: {written}, {left}")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -233,7 +240,9 @@ def _export(options: argparse.Namespace) -> None:
     from quantkit.recipe.run import ONNX_FILE, load
 
     named = _named_sizes(options.dynamic)
-    report = load(options.folder).export_onnx(options.out or options.folder / ONNX_FILE, dynamic=named or None)
+    path = options.out or options.folder / ONNX_FILE
+    apart = options.external_data or None
+    report = load(options.folder).export_onnx(path, dynamic=named or None, external_data=apart)
     print(f"{report.path}: {report.file_bytes:,} bytes, {report.weight_bytes:,} of them the layers' weights")
     vary = [f"{name}.shape[{axis}] ({size})" for name, axes in report.dynamic.items() for axis, size in axes.items()]
     print(f"sizes that vary: {', '.join(vary) or 'none'}{''.join(f'; {needed}' for needed in report.conditions)}")

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,20 +31,63 @@ def write_atomically(path: str | Path, write: Callable[[str], Any]) -> Path:
     path = Path(path)
     temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InvalidRequest(
-            f"Cannot write {str(path)!r}: {error.strerror or error}. Choose a folder that exists and can be written."
-        ) from error
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            os.close(handle)
+            write(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def data_file(path: str | Path) -> Path:
+    """Where a file that does not hold its own arrays has them: ``model.onnx.data`` of ``model.onnx``."""
+    return Path(f"{path}.data")
+
+
+def write_with_data(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let ``write`` fill a file with the name of ``path`` in a temporary folder beside it, and where it wants to its
+    ``data_file``, then move both; nothing is left behind when it fails.
+
+    A file is never seen beside data that are not its own: an earlier file goes before its data are replaced, and is
+    replaced before its data go. Raises InvalidRequest when the folder cannot be written.
+    """
+    path = Path(path)
+    data = data_file(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
+            made = Path(folder) / path.name
+            write(made)
+            made.chmod(0o644)
+            if not data_file(made).exists():
+                os.replace(made, path)
+                data.unlink(missing_ok=True)
+                return path
+            data_file(made).chmod(0o644)
+            path.unlink(missing_ok=True)
+            try:
+                os.replace(data_file(made), data)
+                os.replace(made, path)
+            except BaseException:
+                data.unlink(missing_ok=True)
+                raise
+    return path
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be written into an InvalidRequest."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidRequest(
+            f"Cannot write {str(path)!r}: {error.strerror or error}. Choose a folder that exists and can be written."
+        ) from error
 
 
 def require_writable(folder: str | Path) -> Path:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -79,53 +78,6 @@ def test_run(recipe: str, tmp_path: Path, capsys) -> None:
     assert "left in there: model.onnx, plan.json, weights.safetensors, recipe.yaml" in printed
     assert "quantkit: reusing the profile " in told
     assert Plan.load("there/plan.json").provenance["budget"] == "5 bits"
-
-
-@pytest.mark.slow
-def test_run_then_export(recipe: str, tmp_path: Path, capsys) -> None:
-    assert main(["run", recipe, "--quiet"]) == 0
-    assert capsys.readouterr().err == ""
-    first = (tmp_path / "out/tiny/model.onnx").read_bytes()
-    (tmp_path / "out/tiny/model.onnx").unlink()
-    assert main(["export", "out/tiny"]) == 0
-    assert (tmp_path / "out/tiny/model.onnx").read_bytes() == first
-    printed = capsys.readouterr().out
-    assert re.search(r"^out/tiny/model\.onnx: [\d,]+ bytes, [\d,]+ of them the layers' weights$", printed, re.M)
-    assert re.search(r"^output, integer kernels: \d\.\d\d% from the simulated model$", printed, re.M)
-    assert main(["export", "out/tiny", "--out", "other.onnx", "--quiet"]) == 0
-    assert (tmp_path / "other.onnx").read_bytes() == first
-
-
-def sizes_in(path: str) -> list[str]:
-    return [d.dim_param for d in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]
-
-
-@pytest.mark.slow
-def test_sizes_that_vary(recipe: str, tmp_path: Path, capsys) -> None:
-    """A recipe names them, for what is exported later too; the command line names others."""
-    assert main(["run", recipe, "--set", "export.dynamic={x: {2: height}}", "--quiet"]) == 0
-    assert sizes_in("out/tiny/model.onnx") == ["batch", "", "height", ""]
-    first = (tmp_path / "out/tiny/model.onnx").read_bytes()
-    assert main(["export", "out/tiny", "--quiet"]) == 0
-    assert (tmp_path / "out/tiny/model.onnx").read_bytes() == first
-    capsys.readouterr()
-    assert main(["export", "out/tiny", "--dynamic", "x:3=width", "--out", "other.onnx", "--quiet"]) == 0
-    assert "sizes that vary: x.shape[0] (batch), x.shape[3] (width)\n" in capsys.readouterr().out
-    assert sizes_in("other.onnx") == ["batch", "", "", "width"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    {
-        "no place": (["export", "out/none", "--dynamic", "x=width"], "--dynamic 'x=width' is not INPUT:AXIS=NAME"),
-        "no input": (["run", "RECIPE", "--set", "export.dynamic={y: {2: height}}"], "export.dynamic: dynamic= names"),
-        "no key": (["run", "RECIPE", "--set", "export.sizes={x: {2: height}}"], "export.sizes: unknown key"),
-    }.values(),
-    ids=["no place", "no input", "no key"],
-)
-def test_sizes_that_cannot_be_meant(recipe: str, arguments: list[str], message: str, capsys) -> None:
-    assert main([recipe if text == "RECIPE" else text for text in arguments]) == 1
-    assert message in capsys.readouterr().err
 
 
 def test_plan(recipe: str, tmp_path: Path, capsys) -> None:

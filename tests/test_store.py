@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from quantkit import store
 from quantkit.errors import InvalidRequest
-from quantkit.store import Artefacts, Codec, require_writable, write_atomically
+from quantkit.store import Artefacts, Codec, data_file, require_writable, write_atomically, write_with_data
 
 
 def below_a_file(folder: Path) -> Path:
@@ -101,6 +102,82 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
         write_atomically(tmp_path / "out", lambda temporary: Path(temporary).write_text("new"))
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / "kept").read_text() == "kept"
+
+
+def pair(number: int) -> Callable[[Path], None]:
+    """Writes a file that names its data by a number, and data of that number; odd numbers have no data."""
+
+    def write(path: Path) -> None:
+        path.write_text(f"reads {number}" if number % 2 == 0 else f"holds {number}")
+        if number % 2 == 0:
+            data_file(path).write_text(f"data {number}")
+
+    return write
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
+
+
+PAIR = {"out": "reads 2", "out.data": "data 2"}
+
+
+def test_a_file_and_its_data_replace_earlier_ones(tmp_path: Path) -> None:
+    for number, wanted in (
+        (2, PAIR),
+        (4, {"out": "reads 4", "out.data": "data 4"}),
+        (3, {"out": "holds 3"}),
+        (2, PAIR),
+    ):
+        assert write_with_data(tmp_path / "out", pair(number)) == tmp_path / "out"
+        assert contents(tmp_path) == wanted
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_a_failure_while_a_pair_is_written_leaves_the_earlier_one(tmp_path: Path, failure: BaseException) -> None:
+    def write(path: Path) -> None:
+        pair(4)(path)
+        raise failure
+
+    write_with_data(tmp_path / "out", pair(2))
+    with pytest.raises(InvalidRequest if isinstance(failure, OSError) else type(failure)):
+        write_with_data(tmp_path / "out", write)
+    assert contents(tmp_path) == PAIR
+
+
+@pytest.mark.parametrize("before", [2, 3])
+@pytest.mark.parametrize("number", [4, 5])
+@pytest.mark.parametrize("step", range(4))
+def test_no_file_is_seen_beside_data_of_another(
+    tmp_path: Path, before: int, number: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever step of putting a pair in place is the last that a process comes to."""
+    write_with_data(tmp_path / "out", pair(before))
+    done, seen = list[object](), list[dict[str, str]]()
+
+    def counted(act: Callable[..., None]) -> Callable[..., None]:
+        def perform(*arguments: object, **options: object) -> None:
+            if tmp_path not in (Path(str(one)).parent for one in arguments):
+                return act(*arguments, **options)  # in the temporary folder
+            if len(done) == step:
+                raise OSError(28, "No space left on device")
+            act(*arguments, **options)
+            done.append(arguments)
+            seen.append(contents(tmp_path))
+
+        return perform
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", counted(os.replace))
+        patched.setattr(Path, "unlink", counted(Path.unlink))
+        try:
+            write_with_data(tmp_path / "out", pair(number))
+        except InvalidRequest:
+            assert len(done) == step
+    for found in (*seen, contents(tmp_path)):
+        reads = found.get("out", "").removeprefix("reads ")
+        assert not reads.isdigit() or found["out.data"] == f"data {reads}"
 
 
 def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def exported(own: Network, plans: Mapping[str, Plan], target: Target, folder: Pa
             own.model, free, own.images, target=target, rounding="nearest", reconstruction="none", progress=False
         )
         path = folder / f"{k}.onnx"
-        options = ExportOptions(result.instruction_set, [first_samples(result.example(), 16)], plan=plan)
+        checked, domains = [first_samples(result.example(), 16)], result.operator_domains
+        options = ExportOptions(result.instruction_set, checked, plan=plan, domains=domains)
         export_onnx(result.simulated(), result.example(), path, options)
         found[name] = path, result
     return found

@@ -22,7 +22,7 @@ from quantkit.targets import is_target_file
 
 Keys = tuple[str, ...]
 
-_TEXT, _NUMBER, _LIST, _MAP = (str,), (int,), (list, str), (dict,)
+_TEXT, _NUMBER, _LIST, _MAP, _FLAG = (str,), (int,), (list, str), (dict,), (bool,)
 _DATA: dict[str, tuple[type, ...]] = {
     "npz": _TEXT,
     "inputs": (str, list, dict),
@@ -57,7 +57,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 # settings that a profile does not depend on
 DECIDED_LATER = ("budget", "solver", "effort", "reconstruction", "correction", "reparameterization")
-EXPORT: dict[str, tuple[type, ...]] = {"dynamic": _MAP}
+EXPORT: dict[str, tuple[type, ...]] = {"dynamic": _MAP, "external_data": _FLAG}
 PLACES: dict[str, tuple[type, ...]] = {"output": _TEXT, "workdir": _TEXT}
 REQUIRED = ("model", "budget")
 _VARIABLE = re.compile(r"\$\{QUANTKIT_DATA(?::-(?P<default>[^}]*))?\}")
@@ -229,12 +229,12 @@ def _check_table(
         if key not in types:
             hint = did_you_mean(str(key), list(types))
             raise _error(path, lines, keys, f"unknown key.{hint} Known: {', '.join(types)}.")
-        if not isinstance(value, types[key]) or isinstance(value, bool):
+        if not isinstance(value, types[key]) or (isinstance(value, bool) and bool not in types[key]):
             wanted = " or ".join(_TYPE_NAMES[t] for t in types[key])
             raise _error(path, lines, keys, f"{value!r} is not {wanted}.")
 
 
-_TYPE_NAMES = {str: "text", int: "a whole number", list: "a list", dict: "a table of keys"}
+_TYPE_NAMES = {str: "text", int: "a whole number", list: "a list", dict: "a table of keys", bool: "true or false"}
 
 
 def _check_source(path: Path, table: Mapping[str, Any], lines: Mapping[Keys, str], name: str) -> None:

@@ -34,7 +34,7 @@ from quantkit.stages.options import choices, choose
 from quantkit.stages.quantize import candidates_of
 from quantkit.stages.request import DEFAULT_TARGET
 from quantkit.stages.result import Result, load_result
-from quantkit.store import require_writable, write_atomically
+from quantkit.store import data_file, require_writable, write_atomically
 from quantkit.targets import Target
 from quantkit.targets.rules import parse_schemes
 
@@ -141,8 +141,9 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[Result, Measured 
         workdir=recipe.workdir,
         **recipe.settings(),
     )
-    result.dynamic = dynamic
-    (folder / ONNX_FILE).unlink(missing_ok=True)  # that of an earlier run would not be the plan's
+    result.dynamic, result.external_data = dynamic, _external_data(recipe)
+    for earlier in (folder / ONNX_FILE, data_file(folder / ONNX_FILE)):
+        earlier.unlink(missing_ok=True)  # that of an earlier run would not be the plan's
     result.save(folder)
     record(recipe, folder)
     return result, export_and_measure(result, inputs, folder / ONNX_FILE) if result.calibration else None
@@ -159,6 +160,10 @@ def dynamic_of(recipe: Recipe, inputs: Inputs) -> Named:
             first = calibration_batches(inputs.model, items_of(shown)[:1], None)[0]
             named_places(named, input_shapes(inputs.model, first))
     return named
+
+
+def _external_data(recipe: Recipe) -> bool:
+    return bool(recipe.get("export", "external_data", default=False))
 
 
 def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> tuple[Profile, Path]:
@@ -203,6 +208,7 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     """Write the ONNX file, and measure size, speed and accuracy of it and of the float network in onnxruntime."""
     from quantkit.backends.onnxruntime.latency import measure_latency_ratio
     from quantkit.backends.onnxruntime.marks import mark_graph
+    from quantkit.backends.onnxruntime.model_files import size_on_disk
     from quantkit.backends.onnxruntime.onnx_model import OnnxModel
     from quantkit.backends.onnxruntime.writer import ExportOptions, export_float, export_onnx
 
@@ -210,7 +216,10 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     simulated = result.simulated()
     graph = mark_graph(simulated, example, result.dynamic_sizes(example))
     checked = result.calibration[:CHECKED_BATCHES]
-    options = ExportOptions(result.instruction_set, checked, plan=result.plan, graph=graph)
+    options = ExportOptions(
+        result.instruction_set, checked, plan=result.plan, graph=graph,
+        external_data=result.external_data, domains=result.operator_domains,
+    )  # fmt: skip
     report = export_onnx(simulated, example, path, options)
     metrics = dict(result.metrics)
     if inputs.evaluate is not None:
@@ -223,7 +232,7 @@ def export_and_measure(result: Result, inputs: Inputs, path: Path) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         floating = export_float(simulated, example, Path(folder) / "float.onnx", graph=graph)
         latency = measure_latency_ratio(floating, path, batch, threads=threads)
-        float_bytes = floating.stat().st_size
+        float_bytes = size_on_disk(floating)
     return Measured(
         float_bytes=float_bytes,
         quantized_bytes=report.file_bytes,
@@ -302,6 +311,7 @@ def _load_by_recipe(folder: str | Path) -> Result:
     result = load_result(folder, model)
     samples = _samples(recipe, "calibration") or _samples(recipe, "example_inputs")
     result.dynamic = recipe.get("export", "dynamic", default={})
+    result.external_data = _external_data(recipe)
     if samples is not None:
         result.calibration = calibration_batches(model, items_of(samples), recipe.get("samples"))
     return result

@@ -37,7 +37,7 @@ from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import ApplyOptions, Run
 from quantkit.stages.result import Result
 from quantkit.store import Artefacts
-from quantkit.targets import Target
+from quantkit.targets import OPERATOR_DOMAINS, Target
 from quantkit.targets.instruction_sets import INSTRUCTION_SET
 from quantkit.targets.rules import require_kinds
 from quantkit.transforms.prepare import Prepared, leave_float, prepare_own, with_sites_of, without_sites
@@ -258,6 +258,7 @@ def _recounted(
             **plan.provenance,
             **_composition(plan, ready, size + ready.other_bytes),
             INSTRUCTION_SET: target.instruction_set,
+            OPERATOR_DOMAINS: list(target.operator_domains),
         },
     )
 

@@ -152,7 +152,7 @@ def _table(
     from quantkit.backends.onnxruntime.marks import mark_graph
     from quantkit.backends.onnxruntime.node_times import measure_files
     from quantkit.backends.onnxruntime.owners import owners_of
-    from quantkit.backends.onnxruntime.writer import write_unchecked
+    from quantkit.backends.onnxruntime.writer import ExportOptions, write_unchecked
 
     ready, operations = rig.ready, rig.operations
     marked = mark_graph(rig.simulated(dict.fromkeys(ready.quantizable, rig.widths[0])), rig.example)
@@ -161,8 +161,9 @@ def _table(
         execute(operations, mixture, [name for name, bits in mixture.items() if bits >= FULL_BITS])
         for mixture in mixtures
     ]
+    options = ExportOptions(rig.target.instruction_set, domains=rig.target.operator_domains)
     paths = [
-        write_unchecked(rig.simulated(mixture), marked, rig.target.instruction_set, folder / f"{k}.onnx")
+        write_unchecked(rig.simulated(mixture), marked, folder / f"{k}.onnx", options)
         for k, mixture in enumerate(mixtures)
     ]
     measured = measure_files(paths, inputs, threads, seconds)

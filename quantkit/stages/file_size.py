@@ -75,7 +75,8 @@ class FileLengths:
     def _length(self, simulated: SimulatedModel, graph: MarkedGraph, plan: Plan) -> int:
         from quantkit.backends.onnxruntime.writer import ExportOptions, length_of
 
-        options = ExportOptions(target_of(self.session, plan).instruction_set, plan=plan)
+        target = target_of(self.session, plan)
+        options = ExportOptions(target.instruction_set, plan=plan, domains=target.operator_domains)
         return length_of(simulated, graph, options)
 
 

@@ -25,6 +25,7 @@ from quantkit.runtime.real import RealModel
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.store import require_writable
+from quantkit.targets import OPERATOR_DOMAINS
 from quantkit.targets.instruction_sets import INSTRUCTION_SET, detected_instruction_set
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Result:
     accuracy, cheapest first. ``notes`` say how each layer was rounded, what was learned afterwards, and under
     "notices" what was said on the way. ``shapes`` has the shapes of the inputs, by name, of a few batches of
     calibration data between which everything varies that varies among all (empty where nothing but the number of
-    samples does): these sizes vary in an ONNX file, and so do those that a recipe names, ``dynamic``.
+    samples does): these sizes vary in an ONNX file, and so do those that a recipe names, ``dynamic``. With
+    ``external_data`` the recipe wants the file's tensors apart from it.
     """
 
     quantized: SimulatedModel | RealModel
@@ -58,6 +60,7 @@ class Result:
     curve: tuple[tuple[float, float], ...] = ()
     shapes: tuple[InputShapes, ...] = ()
     dynamic: Named = field(default_factory=dict)
+    external_data: bool = False
 
     @cached_property
     def model(self) -> QuantizedModel:
@@ -91,15 +94,18 @@ class Result:
         check: Sequence[Any] = (),
         tolerance: Tolerance | None = None,
         dynamic: Named | None = None,
+        external_data: bool | None = None,
     ) -> ExportReport:
         """Write an ONNX file for onnxruntime and compare it there with ``model`` before the call returns.
 
         ``example`` is one batch of model inputs (default: the first calibration batch), ``check`` the batches to
         compare on (default: the example). The number of samples may vary in the file, every size that varies in the
         calibration data, and those that ``dynamic`` names, as in ``{"input_ids": {1: "sequence"}}``; each is compared
-        at a second size too. A notice says which of them the model's code fixes. Raises ParityError, and leaves no
-        file, when they differ by more than ``tolerance``; InvalidRequest when the model cannot be exported, or not
-        with a size that ``dynamic`` names.
+        at a second size too. A notice says which of them the model's code fixes.
+
+        Above 2 GiB, and with ``external_data``, tensors lie in a second file, ``<path>.data``: keep both in one folder
+        under their names. Raises ParityError, and leaves no file, when they differ by more than ``tolerance``;
+        InvalidRequest when the model cannot be exported, or not with a size that ``dynamic`` names.
         """
         from quantkit.backends.onnxruntime.parity import DEFAULT_TOLERANCE
         from quantkit.backends.onnxruntime.writer import ExportOptions, export_onnx
@@ -108,7 +114,11 @@ class Result:
         batch = self.example() if example is None else as_batch(example)
         checked = [as_batch(item) for item in check]
         sizes = self.dynamic_sizes(batch, dynamic)
-        options = ExportOptions(self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan, sizes=sizes)
+        apart = self.external_data if external_data is None else external_data
+        options = ExportOptions(
+            self.instruction_set, checked, tolerance or DEFAULT_TOLERANCE, self.plan,
+            sizes=sizes, external_data=apart, domains=self.operator_domains,
+        )  # fmt: skip
         return export_onnx(self.simulated().on_cpu(), batch, path, options)
 
     def dynamic_sizes(self, example: Batch, named: Named | None = None) -> DynamicSizes:
@@ -133,6 +143,11 @@ class Result:
         the plan.
         """
         return str(self.plan.provenance.get(INSTRUCTION_SET) or detected_instruction_set())
+
+    @property
+    def operator_domains(self) -> tuple[str, ...]:
+        """The operator sets that files may use beside ONNX's own: none where an earlier version made the plan."""
+        return tuple(self.plan.provenance.get(OPERATOR_DOMAINS, ()))
 
     def example(self) -> Batch:
         """The first calibration batch; raises InvalidRequest where the result was loaded without data."""

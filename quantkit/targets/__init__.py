@@ -22,6 +22,7 @@ from quantkit.targets.roles import ADDITION_RESULT, CANNOT, CODES, FOR_PRODUCTS,
 # Name of a target -> its data file among the backends, which are not imported for it.
 DATA_FILES = {"onnxruntime-cpu": "onnxruntime/target.yaml"}
 SUFFIXES = (".yaml", ".yml", ".json")
+OPERATOR_DOMAINS = "operator_domains"  # their place in a plan's provenance
 _HEAD = "# Times of one model on one machine, measured by `quantkit bench`. Pass this file as target.\n"
 
 
@@ -34,7 +35,8 @@ class Target:
     can quantize token by token. ``integer_ops`` are the element-wise operations it runs on codes, ``integer_products``
     the products of two activations, ``fused_activations`` what it fuses into layers and element-wise operations.
     ``weight_only``: every layer can have codes for its weight alone; ``weight_only_groups``: also in groups and with
-    zero points. ``instruction_set`` is that of the CPUs that files are written for, ``roles`` whether tensors must,
+    zero points. ``instruction_set`` is that of the CPUs that files are written for, ``operator_domains`` the operator
+    sets that they may use beside the format's own, ``roles`` whether tensors must,
     may or cannot hold codes in each role (``targets.roles``); they may in one that is not named. ``latency``: what a
     model's parts take on a machine, where that was measured.
     """
@@ -56,6 +58,7 @@ class Target:
     weight_only_groups: bool = False
     dynamic_layers: tuple[str, ...] = ()
     instruction_set: str = AUTO
+    operator_domains: tuple[str, ...] = ()
     roles: Mapping[str, str] = field(default_factory=dict)
     latency: LatencyTable | None = None
 
@@ -127,7 +130,7 @@ class Target:
 
     def digest(self) -> str:
         """Identifies what codes and damages depend on: not the machine that files are written for or timed on."""
-        return digest_of(asdict(replace(self, latency=None, instruction_set=AUTO)))
+        return digest_of(asdict(replace(self, latency=None, instruction_set=AUTO, operator_domains=())))
 
     def can_hold_codes(self, role: str) -> bool:
         """Whether tensors in this role can hold codes."""

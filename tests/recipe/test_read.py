@@ -59,6 +59,10 @@ ERRORS = {
     "wrong type": (MODEL + DATA + "budget: 4\n", r":6: budget: 4 is not text or a table of keys\.$"),
     "wrong type of a number": (WHOLE + "samples: many\n", r":7: samples: 'many' is not a whole number\.$"),
     "truth is no number": (WHOLE + "seed: true\n", r":7: seed: True is not a whole number\.$"),
+    "a number is no truth": (
+        WHOLE + "export:\n  external_data: 1\n",
+        r":8: export\.external_data: 1 is not true or false\.$",
+    ),
     "wrong type of a section": ("model: net.py\n" + DATA + BUDGET, r":1: model: 'net\.py' is not a table of keys\.$"),
     "nothing after a key": (WHOLE + "output:\n", r":7: output: None is not text\.$"),
     "missing budget": (MODEL + DATA, r"recipe\.yaml: the key 'budget' is missing; a recipe needs model, budget\.$"),

@@ -125,7 +125,8 @@ def test_data_and_metric_of_functions(tmp_path: Path, monkeypatch) -> None:
 def test_a_file_that_fails_the_comparison_leaves_none_of_an_earlier_run(tmp_path: Path, monkeypatch) -> None:
     recipe = in_folder(write_tiny(tmp_path), tmp_path / "out")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model.onnx").write_bytes(b"of an earlier plan")
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / "out" / name).write_bytes(b"of an earlier plan")
 
     def differs(*arguments: Any) -> None:
         raise ParityError("The exported file does not compute what the simulated model computes.")

@@ -82,7 +82,7 @@ def _exported(entry: Entry, result: quantkit.Result, tell: Tell) -> None:
         tell({"stage": "compare"})
         tell(_compared(entry, result, path))
         open_session(path, save_optimized=optimized)
-        tell({"kernels": integer_kernels(onnx.load(optimized))})
+        tell({"kernels": integer_kernels(onnx.load(optimized, load_external_data=False))})
 
 
 def stored_share(result: quantkit.Result, item: Any) -> float:

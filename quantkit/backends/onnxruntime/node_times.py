@@ -75,7 +75,7 @@ def measure_files(paths: Sequence[Path], batch: Batch, threads: int, seconds: fl
     totals = reference * np.median(times[:, :, 1] / times[:, :, 0], axis=0)
     return [
         FileTimes(
-            onnx.load(f"{path}.optimized").graph,
+            onnx.load(f"{path}.optimized", load_external_data=False).graph,
             _node_times(session.end_profiling()),
             float(total),
             len(pairs),

@@ -40,6 +40,8 @@ _HALF_ULP = 2.0**-24  # of a float32 value
 _STEPS = 0.5  # of a code: how far integer kernels round from what the file spells
 _MOST_UNDECIDED = 0.5  # of an output's entries: beyond that little is left to compare a file on
 
+Outputs = dict[str, np.ndarray]
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -133,13 +135,14 @@ def measure_parity(
     several sizes the figures are those of the size at which it differs most. Undecided entries are looked for where an
     output differs by more than ``tolerance``. ``save_optimized``: where the graph that really runs is written.
     """
-    sessions = {
-        optimized: open_session(path, optimized=optimized, save_optimized=save_optimized if optimized else None)
-        for optimized in (False, True)
+    groups = _by_shapes(batches)
+    ran = {
+        optimized: _run(open_session(path, optimized=optimized, save_optimized=save), groups)
+        for optimized, save in ((False, None), (True, save_optimized))
     }
     found: dict[tuple[str, bool], OutputParity] = {}
-    for alike in _by_shapes(batches):
-        for one in _measured(sessions, simulated, alike, tolerance):
+    for k, alike in enumerate(groups):
+        for one in _measured({optimized: group[k] for optimized, group in ran.items()}, simulated, alike, tolerance):
             worst = found.setdefault((one.output, one.optimized), one)
             if one.relative_error > worst.relative_error:
                 found[one.output, one.optimized] = one
@@ -154,29 +157,34 @@ def _by_shapes(batches: Sequence[Batch]) -> list[list[Batch]]:
     return list(found.values())
 
 
+def _run(session: InferenceSession, groups: Sequence[Sequence[Batch]]) -> list[Outputs]:
+    """What a session makes of each group of batches."""
+    names = [output.name for output in session.get_outputs()]
+    outputs = (joined([run_session(session, batch) for batch in batches]) for batches in groups)
+    return [dict(zip(names, found, strict=True)) for found in outputs]
+
+
 def _measured(
-    sessions: Mapping[bool, InferenceSession],
+    ran: Mapping[bool, Outputs],
     simulated: SimulatedModel,
     batches: Sequence[Batch],
     tolerance: Tolerance,
 ) -> list[OutputParity]:
-    """The comparison on batches of the same sizes, in a session for each of without and with optimization."""
+    """The comparison on batches of the same sizes of what ``ran`` on them without and with optimization."""
     with plain_mode(simulated.model), restored(simulated.model):
         wanted = joined([results_of(simulated(*args, **kwargs)) for args, kwargs in batches])
     disturbed = outputs_with(simulated, _disturbance(simulated), batches)
     noise = [relative_error(one, other) for one, other in zip(disturbed, wanted, strict=True)]
     undecided = Undecided(simulated, batches, wanted)
     compared = []
-    for optimized, session in sessions.items():
-        found = joined([run_session(session, batch) for batch in batches])
-        names = [output.name for output in session.get_outputs()]
+    for optimized, found in ran.items():
         ones = [
             _compared(name, optimized, got, expected, noise[i])
-            for i, (name, got, expected) in enumerate(zip(names, found, wanted, strict=True))
+            for i, ((name, got), expected) in enumerate(zip(found.items(), wanted, strict=True))
         ]
         # by integer kernels all may turn on a tie, but a file as it is spelled is told by something that does not
         told = optimized or any(not one.by_entries and one.relative_error <= tolerance.limit(one) for one in ones)
-        for i, (one, got, expected) in enumerate(zip(ones, found, wanted, strict=True)):
+        for i, (one, got, expected) in enumerate(zip(ones, found.values(), wanted, strict=True)):
             if one.relative_error > tolerance.limit(one) and got.shape == expected.shape:
                 entries = undecided.entries(i, _STEPS if optimized else 0.0)
                 if entries.any() and (told or _share(entries) <= _MOST_UNDECIDED):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,11 @@ def bypass_marks(graph: ir.Graph) -> None:
             editor.bypass(mark)
 
 
-def quantize_marks(model: ir.Model, simulated: SimulatedModel, instruction_set: str) -> None:
+def quantize_marks(
+    model: ir.Model, simulated: SimulatedModel, instruction_set: str, domains: Collection[str] = ()
+) -> None:
     """Turn the marks of ``simulated``'s layers and sites into integers and take the others out. ``instruction_set``:
-    of the CPUs that the file is for.
+    of the CPUs that the file is for; ``domains``: operator sets that it may use beside ONNX's own.
 
     Raises InvalidRequest for formats that have no ONNX form yet.
     """
@@ -51,7 +53,7 @@ def quantize_marks(model: ir.Model, simulated: SimulatedModel, instruction_set: 
     graph = model.graph
     editor = Editor(graph)
     sites = _SiteWriter(editor, simulated)
-    weights = WeightWriter(editor, simulated, instruction_set, sites.coded_mark)
+    weights = WeightWriter(editor, simulated, sites.coded_mark, instruction_set, domains)
     weights.quantize_all()
     sites.expanded = weights.expanded
     for _, mark in marks(graph, "Weight"):

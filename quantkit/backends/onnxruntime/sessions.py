@@ -12,6 +12,7 @@ from quantkit.errors import InvalidRequest, QuantkitError
 from quantkit.program.input_shapes import leaf_names
 from quantkit.program.inputs import Batch
 from quantkit.program.intercept import tensors_of
+from quantkit.store import data_file
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -27,8 +28,9 @@ def open_session(
     """A session on an ONNX file. ``threads`` 0 leaves their number to onnxruntime.
 
     Without optimization every operation runs in float as the file spells it: the file's exact meaning.
-    ``save_optimized`` writes the graph that really runs. ``profile``: how the name of the file begins into which
-    ``end_profiling`` writes the time of every node. Raises QuantkitError where onnxruntime cannot load the file.
+    ``save_optimized`` writes the graph that really runs, its tensors beside it as they may not fit into one file.
+    ``profile``: how the name of the file begins into which ``end_profiling`` writes the time of every node. Raises
+    QuantkitError where onnxruntime cannot load the file.
     """
     import onnxruntime
 
@@ -40,6 +42,8 @@ def open_session(
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     if save_optimized is not None:
         options.optimized_model_filepath = str(save_optimized)
+        beside = data_file(save_optimized).name
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", beside)
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -11,7 +11,8 @@ bits     initializers                                        expanded by
 
 onnxruntime folds all of them to the same INT8 tensor, so speed does not depend on the width. Planes are bytes and not
 ONNX's INT2 and UINT4 because these need opset 25 and a newer runtime for the same size and the same speed; the
-function keeps the graph readable and the file small where a dozen nodes for each layer would not.
+function keeps the graph readable and the file small where a dozen nodes for each layer would not. Tables of 4 bits
+that are only looked up have another form, see ``block_lookup``.
 
 On x86 CPUs without VNNI onnxruntime multiplies unsigned by signed bytes in pairs that it adds in 16 bits, which
 saturates: 2 x 255 x 127 does not fit, what 7-bit codes give does. For two unsigned operands it widens first, which is
@@ -39,7 +40,7 @@ from quantkit.numbers.packing import pack_plane, split_planes
 from quantkit.numbers.uniform import QuantizedWeight
 
 IR_VERSION = 10
-# Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 came with 1.23.
+# Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 and look-ups of pairs came with 1.23.
 _MINIMUM_RUNTIME = "1.19"
 _MINIMUM_RUNTIME_INT4 = "1.23"
 # onnxruntime folds results of up to 1 GiB, and unpacking passes through INT32.

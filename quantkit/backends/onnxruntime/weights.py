@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from quantkit.backends.onnxruntime import block_lookup
 from quantkit.backends.onnxruntime.composed_weights import Held, composed, held_in
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import marks
@@ -47,19 +48,21 @@ def _reads(mark: ir.Node, held: Held) -> list[_Read]:
 class WeightWriter:
     """Writes the codes of marked weights; what two calls of a layer share is written once.
 
-    ``site_mark`` gives the mark of the site that a call reads first, where that has codes. ``expanded`` collects the
-    weights that float kernels read, with their shapes.
+    ``site_mark`` gives the mark of the site that a call reads first, where that has codes; ``domains`` are operator
+    sets that may be used beside ONNX's own. ``expanded`` collects the weights that float kernels read, with their
+    shapes.
     """
 
     def __init__(
         self,
         editor: Editor,
         simulated: SimulatedModel,
-        instruction_set: str,
         site_mark: Callable[[ir.Node], ir.Node | None],
+        instruction_set: str,
+        domains: Collection[str] = (),
     ) -> None:
-        self.editor, self.simulated = editor, simulated
-        self.instruction_set, self.site_mark = instruction_set, site_mark
+        self.editor, self.simulated, self.site_mark = editor, simulated, site_mark
+        self.in_blocks = block_lookup.DOMAIN in domains
         self.start = ir.node("Constant", [], {"value_int": 0})  # what calls share is made ahead of it; taken out again
         self.expanded: dict[ir.Value, tuple[int, ...]] = {}
         self.codes: dict[str, StoredCodes] = {}
@@ -71,8 +74,11 @@ class WeightWriter:
         self.marked = [(held, mark) for held, mark in found if held is not None]
         self.sites: dict[Held, set[str | None]] = defaultdict(set)
         self.unsigned: set[str] = set()  # layers whose codes are stored so
+        self.in_bytes: set[Held] = set()  # read by something else than look-ups, or inside a loop
         for held, mark in self.marked:
             for read in _reads(mark, held):
+                if not _is_look_up(read) or read.call.graph is not editor.graph:
+                    self.in_bytes.add(held)
                 self.sites[held].add(self._input_site(read.call))
                 if self._on_integers(read) and self._full_bytes(held) and instruction_set != VNNI:
                     self.unsigned.update(held.layers)
@@ -105,9 +111,16 @@ class WeightWriter:
             if self._has_integer_bias(held, call):
                 call.replace_input_with(_BIAS, self._bias(held, call, site))
         elif held.plain and _is_look_up(read) and len(held.layers) == 1:
-            name = held.layers[0]
-            codes, weight = self._codes_of(name), self.simulated.weights[name]
-            self.editor.replace(call, looked_up(self.editor, call, f"{name}.weight", weight, codes))
+            self.editor.replace(call, self._looked_up(held, call))
+
+    def _looked_up(self, held: Held, call: ir.Node) -> ir.Value:
+        """The rows that a call picks. A table that is expanded to bytes anyway is looked up in these."""
+        name = held.layers[0]
+        stored, weight = f"{name}.weight", self.simulated.weights[name]
+        block = block_lookup.block_size(weight)
+        if self.in_blocks and block is not None and held not in self.in_bytes:
+            return block_lookup.looked_up_in_blocks(self.editor, call, stored, weight, block)
+        return looked_up(self.editor, call, stored, weight, self._codes_of(name))
 
     def _on_integers(self, read: _Read) -> bool:
         return self._tokens_of(read) is not None or self._input_site(read.call) is not None

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnx
 import onnx_ir as ir
 
 from quantkit.backends.onnxruntime.dynamic import DynamicSizes
 from quantkit.backends.onnxruntime.editing import copy_tidy, remove_leftovers
 from quantkit.backends.onnxruntime.marks import OPSET, MarkedGraph, mark_graph
+from quantkit.backends.onnxruntime.model_files import model_files, size_on_disk
 from quantkit.backends.onnxruntime.parity import (
     DEFAULT_TOLERANCE,
     OutputParity,
@@ -28,30 +28,30 @@ from quantkit.backends.onnxruntime.parity import (
 )
 from quantkit.backends.onnxruntime.rewrite import bypass_marks, quantize_marks
 from quantkit.backends.onnxruntime.run_in_float import layers_in_float
-from quantkit.backends.onnxruntime.translated import first_line
-from quantkit.backends.onnxruntime.weight_forms import IR_VERSION, minimum_runtime
-from quantkit.errors import InvalidRequest, QuantkitError
+from quantkit.backends.onnxruntime.weight_forms import minimum_runtime
+from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan
 from quantkit.program.input_shapes import InputShapes, input_shapes, varying_places
 from quantkit.program.inputs import Batch
 from quantkit.progress import notice
 from quantkit.simulation.model import SimulatedModel
-from quantkit.store import write_atomically
+from quantkit.store import write_with_data
 from quantkit.targets.instruction_sets import AVX2
 
 _RUNTIME = "quantkit.minimum_onnxruntime"
-_LARGEST_FILE = (1 << 31) - 1  # protobuf's limit for one message
+_USUAL_NAME = "model.onnx"
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What was written and how it compares.
 
-    ``file_bytes`` is the file's size, ``stored_bytes`` the bytes in it of all tensors, initializers and constants,
-    ``weight_bytes`` those of all layers' weights, scales included, counted from its initializers. ``dynamic_batch``
-    is False where the model runs at one batch size only. ``layers_in_float`` are quantized layers that onnxruntime
-    has no integer kernel for as they stand in the graph. ``dynamic`` has the name of every size that varies, by input
-    and axis, ``conditions`` what the model's code needs of them.
+    ``file_bytes`` is the file's size, with that of the file of its tensors where there is one, ``stored_bytes`` the
+    bytes in them of all tensors, initializers and constants, ``weight_bytes`` those of all layers' weights, scales
+    included, counted from its initializers. ``dynamic_batch`` is False where the model runs at one batch size only.
+    ``layers_in_float`` are quantized layers that onnxruntime has no integer kernel for as they stand in the graph.
+    ``dynamic`` has the name of every size that varies, by input and axis, ``conditions`` what the model's code needs
+    of them.
     """
 
     path: Path
@@ -72,6 +72,8 @@ class ExportOptions:
     """How a file is written: the ``instruction_set`` of the CPUs that it is for, ``check``, the batches to compare on
     (default: the example), and the ``plan`` whose digest its metadata has. ``sizes`` are those of the inputs that are
     to vary. ``graph`` is what ``mark_graph`` made earlier of the same model, to export it once for several files.
+    With ``external_data`` tensors lie in a second file even where one could hold them. ``domains`` are operator sets
+    that it may use beside ONNX's own.
     """
 
     instruction_set: str = AVX2
@@ -80,6 +82,8 @@ class ExportOptions:
     plan: Plan | None = None
     graph: MarkedGraph | None = field(default=None, repr=False)
     sizes: DynamicSizes = field(default_factory=DynamicSizes, repr=False)
+    external_data: bool = False
+    domains: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -88,9 +92,13 @@ def export_onnx(
     """Write ``simulated`` to ``path`` and compare the file with it in onnxruntime.
 
     ``example`` is a batch (args, kwargs) of at least one sample; the file takes any number of samples where the model
-    does, and the other sizes that are to vary. Those are compared at a second size, too. Raises ParityError when the
-    file computes something else, and InvalidRequest when the model cannot be exported, or does not take a batch of
-    ``check``; then no file is left.
+    does, and the other sizes that are to vary. Those are compared at a second size, too. Where tensors do not fit into
+    one file, or with ``external_data``, they lie in ``<path>.data``, which has to stay beside it.
+
+    Memory, beyond the simulated model: its codes as they are stored; one more copy of all tensors while one file is
+    written, of the largest for two; then what onnxruntime makes of the file, one session at a time. Raises ParityError
+    when the file computes something else, and InvalidRequest when the model cannot be exported, or does not take a
+    batch of ``check``; then no file is left.
     """
     how = options or ExportOptions()
     marked = how.graph or mark_graph(simulated, example, how.sizes)
@@ -99,15 +107,15 @@ def export_onnx(
     parity: list[OutputParity] = []
     in_float: list[str] = []
 
-    def write_and_compare(temporary: str) -> None:
-        _write(model, temporary)
-        with TemporaryDirectory() as folder:
+    def write_and_compare(temporary: Path) -> None:
+        model_files(model, temporary.name, how.external_data).write(temporary)
+        with TemporaryDirectory(dir=temporary.parent) as folder:  # where there is room for it
             optimized = Path(folder) / "optimized.onnx"
             parity.extend(measure_parity(temporary, simulated, batches, how.tolerance, save_optimized=optimized))
             in_float.extend(layers_in_float(optimized, simulated))
         require_parity(parity, how.tolerance)
 
-    written = write_atomically(path, write_and_compare)
+    written = write_with_data(path, write_and_compare)
     if in_float:
         notice(
             f"onnxruntime runs {', '.join(in_float[:5])}{' and others' * (len(in_float) > 5)} in float, on weights "
@@ -115,7 +123,7 @@ def export_onnx(
         )
     return ExportReport(
         path=written,
-        file_bytes=written.stat().st_size,
+        file_bytes=size_on_disk(written),
         weight_bytes=_weight_bytes(model, simulated),
         stored_bytes=_stored_bytes(model),
         minimum_runtime=model.metadata_props[_RUNTIME],
@@ -128,13 +136,13 @@ def export_onnx(
 
 
 def length_of(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> int:
-    """Bytes of the file that ``export_onnx`` would write."""
-    return len(_serialized(_described(simulated, marked, options)))
+    """Bytes of what ``export_onnx`` would write; where the graph names a second file, with the usual name."""
+    return model_files(_described(simulated, marked, options), _USUAL_NAME, options.external_data).file_bytes
 
 
 def _described(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> ir.Model:
     """The graph with what its metadata says of it."""
-    model = quantized_graph(simulated, marked, options.instruction_set)
+    model = quantized_graph(simulated, marked, options)
     runtime = minimum_runtime(weight.format.bits for weight in simulated.weights.values())
     model.metadata_props[_RUNTIME] = runtime
     if options.plan is not None:
@@ -178,18 +186,18 @@ def _taken_shapes(simulated: SimulatedModel, marked: MarkedGraph, batch: Batch, 
     return shapes
 
 
-def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str) -> ir.Model:
+def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> ir.Model:
     """The graph of ``simulated`` in integers, from the marked graph of its model."""
     model = copy_tidy(marked)
-    quantize_marks(model, simulated, instruction_set)
+    quantize_marks(model, simulated, options.instruction_set, options.domains)
     remove_leftovers(model)
     return model
 
 
-def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str, path: str | Path) -> Path:
+def write_unchecked(simulated: SimulatedModel, marked: MarkedGraph, path: Path, options: ExportOptions) -> Path:
     """Write ``simulated`` to be timed: nothing compares what it computes."""
-    _write(quantized_graph(simulated, marked, instruction_set), str(path))
-    return Path(path)
+    model_files(quantized_graph(simulated, marked, options), path.name).write(path)
+    return path
 
 
 def export_float(
@@ -199,30 +207,7 @@ def export_float(
     model = copy_tidy(graph or mark_graph(simulated, example))
     bypass_marks(model.graph)
     remove_leftovers(model)
-    return write_atomically(path, lambda temporary: _write(model, temporary))
-
-
-def _write(model: ir.Model, path: str) -> None:
-    Path(path).write_bytes(_serialized(model))
-
-
-def _serialized(model: ir.Model) -> bytes:
-    model.ir_version = IR_VERSION
-    model.producer_name = "quantkit"
-    proto = ir.to_proto(model)
-    if proto.ByteSize() > _LARGEST_FILE:
-        raise InvalidRequest(
-            f"The ONNX file would have {proto.ByteSize():,} bytes, more than one file can hold ({_LARGEST_FILE:,}). "
-            "Give the large layers fewer bits."
-        )
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise QuantkitError(
-            "The model makes an ONNX file that is not valid; no file was written. Please report this: "
-            f"{first_line(error)}"
-        ) from error
-    return bytes(proto.SerializeToString(deterministic=True))
+    return write_with_data(path, lambda temporary: model_files(model, temporary.name).write(temporary))
 
 
 def _stored_bytes(model: ir.Model) -> int:

@@ -7,8 +7,10 @@ kept, a line each, and skipped by the next run. ``share`` is that of the weights
 elements of floating-point parameters of two or more dimensions, ties once, without tables that are only added or
 multiplied element by element. ``kernels`` are the products that onnxruntime's optimized graph computes in integers,
 ``sizes`` the dimensions of inputs that the file leaves open, ``error`` the relative root mean square error of the file
-against the quantized model on inputs that nothing was decided on, without optimization, the worst of all outputs.
-Seconds are of the CPU. Where a network cannot be exported, torch's own exporter is tried on the float model.
+against the quantized model on inputs that nothing was decided on, without optimization, the worst of all outputs;
+``noise`` is that of the quantized model against itself under another rounding of its sums, with the share of an output
+that such roundings decide, as the order of equal scores. Seconds are of the CPU. Where a network cannot be exported,
+torch's own exporter is tried on the float model.
 
 Needs what the extra ``zoo`` installs; a network whose library is absent is left out.
 """

@@ -17,7 +17,7 @@ from torch import nn
 
 import quantkit
 from quantkit.backends.onnxruntime.marks import OPSET
-from quantkit.backends.onnxruntime.parity import relative_error
+from quantkit.backends.onnxruntime.parity import measure_parity, relative_error
 from quantkit.backends.onnxruntime.sessions import feeds, open_session
 from quantkit.program.inputs import as_batch
 from quantkit.program.ownership import UNREAD, ownership
@@ -105,7 +105,11 @@ def stored_share(result: quantkit.Result, item: Any) -> float:
 
 
 def _compared(entry: Entry, result: quantkit.Result, path: Path) -> Record:
-    """The error of the file on unseen inputs, and the sizes that it takes."""
+    """The error of the file on unseen inputs, what of it the network's own rounding makes, and the sizes it takes.
+
+    ``noise`` is the error of the quantized model against itself under another rounding of its sums, ``undecided`` the
+    share of an output's entries that such roundings decide, as the order of equal scores does.
+    """
     session = open_session(path, optimized=False)
     dynamic = {size for given in session.get_inputs() for size in given.shape if isinstance(size, str)}
     item = entry.inputs(SAMPLES - 1 if dynamic else SAMPLES, UNSEEN)
@@ -113,7 +117,9 @@ def _compared(entry: Entry, result: quantkit.Result, path: Path) -> Record:
         wanted = _floating(run(result.model, item))
     found = [x for x in session.run(None, feeds(session, as_batch(item))) if x.dtype.kind == "f"]
     errors = [relative_error(one, other) for one, other in zip(found, wanted, strict=True)]
-    return {"sizes": sorted(dynamic), "error": max(errors)}
+    exact = [one for one in measure_parity(path, result.simulated(), [as_batch(item)]) if not one.optimized]
+    own = {"noise": max(one.rounding_noise for one in exact), "undecided": max(one.undecided for one in exact)}
+    return {"sizes": sorted(dynamic), "error": max(errors), **own}
 
 
 def _floating(outputs: Any) -> list[np.ndarray]:

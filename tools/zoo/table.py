@@ -8,7 +8,8 @@ from typing import Any
 
 Record = dict[str, Any]
 SLOW_REFUSAL_S = 5
-HEAD = "| network | quantized | exported | share | kernels | sizes | error | seconds |"
+HEAD = "| network | quantized | exported | share | kernels | sizes | error | noise | seconds |"
+LARGE_ERROR = 0.02
 
 
 def cells(found: Record) -> list[str]:
@@ -23,8 +24,17 @@ def cells(found: Record) -> list[str]:
         str(sum(kernels.values())) if "kernels" in found else "-",
         (", ".join(found["sizes"]) or "none") if "sizes" in found else "-",
         f"{found['error']:.1e}" if "error" in found else "-",
+        _noise_of(found),
         f"{seconds:.0f}",
     ]
+
+
+def _noise_of(found: Record) -> str:
+    """How far a network is from itself under another rounding, and the share of its output that depends on it."""
+    if "noise" not in found:
+        return "-"
+    undecided = found.get("undecided", 0.0)
+    return f"{found['noise']:.1e}" + (f", {100 * undecided:.0f} % undecided" if undecided else "")
 
 
 def why(found: Record) -> str:
@@ -73,6 +83,8 @@ def summary(records: Sequence[Record]) -> list[str]:
         lines.append(f"share at 8 bits or fewer: median {100 * median(shares):.1f} %, least {100 * min(shares):.1f} %")
     if errors:
         lines.append(f"error of the file: median {median(errors):.1e}, worst {max(errors):.1e}")
+        large = [found["name"] for found in records if found.get("error", 0.0) > LARGE_ERROR]
+        lines.append(f"errors above {100 * LARGE_ERROR:.0f} %: {len(large)}{_listed(large)}")
     lines.append(f"raw errors: {len(raw)}{_listed(raw)}")
     lines.append(f"refusals after more than {SLOW_REFUSAL_S} s: {len(slow)}{_listed(slow)}")
     return lines

@@ -118,11 +118,11 @@ def timed(allowed: Mapping[str, Sequence[Scheme]]) -> dict[str, tuple[Scheme, ..
     weights alone are expanded, which saves no time. Raises InvalidRequest where a layer has none, or none but float.
     """
     narrowed = {
-        name: tuple(s for s in options if s.is_float or (s.activation and s.activation.bits == FULL_BITS))
+        name: tuple(s for s in options if not s.has_codes or (s.activation and s.activation.bits == FULL_BITS))
         for name, options in allowed.items()
     }
     for name, options in narrowed.items():
-        if not options or (all(s.is_float for s in options) and not all(s.is_float for s in allowed[name])):
+        if not options or any(s.has_codes for s in allowed[name]) > any(s.has_codes for s in options):
             raise InvalidRequest(
                 f"A limit on latency is met with {FULL_BITS}-bit activations so far, and layer {name!r} may be "
                 f"{', '.join(map(str, allowed[name]))}. Add a scheme such as 'w4a{FULL_BITS}'."

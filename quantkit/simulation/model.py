@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from quantkit.numbers.kinds import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyRange, AnyWeight
 from quantkit.program.arguments import replaced
 from quantkit.program.halves import stores_halves, widened
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, device_of, intercept, map_tensors
@@ -137,7 +136,7 @@ class SimulatedModel(nn.Module):
         self,
         model: nn.Module,
         sites: Iterable[Site],
-        weights: Mapping[str, QuantizedWeight],
+        weights: Mapping[str, AnyWeight],
         ranges: Mapping[str, AnyRange],
         floats: Weights | None = None,
         updated: Iterable[str] = (),
@@ -146,12 +145,12 @@ class SimulatedModel(nn.Module):
         self.model = model
         self.sites, self.updated = tuple(sites), tuple(updated)
         self.floats = Weights.of_modules(model) if floats is None else floats
-        self.weights: dict[str, QuantizedWeight] = {}
+        self.weights: dict[str, AnyWeight] = {}
         self.ranges: dict[str, AnyRange] = dict(ranges)
         for name, weight in weights.items():
             self.set_weight(name, weight)
 
-    def set_weight(self, name: str, weight: QuantizedWeight) -> None:
+    def set_weight(self, name: str, weight: AnyWeight) -> None:
         """Give a layer its codes; what it computes with becomes their dequantized value, which takes the place of a
         parameter in half precision call by call.
         """

@@ -11,7 +11,7 @@ from torch import nn
 
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
-from quantkit.numbers.packed_weight import pack_weight
+from quantkit.numbers.packed_weight import stored_bytes
 from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
 from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
@@ -23,6 +23,7 @@ from quantkit.session import Session
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
+from quantkit.stages.beyond_half import require_half
 from quantkit.stages.first_last import ends_of
 from quantkit.stages.float_activations import (
     Trials,
@@ -40,7 +41,14 @@ from quantkit.store import Artefacts
 from quantkit.targets import Target
 from quantkit.targets.instruction_sets import INSTRUCTION_SET
 from quantkit.targets.rules import require_kinds
-from quantkit.transforms.prepare import Prepared, leave_float, prepare_own, with_sites_of, without_sites
+from quantkit.transforms.prepare import (
+    Prepared,
+    leave_float,
+    prepare_own,
+    read_in_float,
+    with_sites_of,
+    without_sites,
+)
 
 AS_GIVEN = "as given"  # the policy on first and last layers in a plan that comes as a mapping
 _ANY_WEIGHT = WeightFormat("8")
@@ -111,7 +119,9 @@ def formatted_by(session: Session, plan: Plan) -> Formatted:
     """The session's float model with the formats of a plan. Raises InvalidRequest for a plan that does not fit."""
     target = target_of(session, plan)
     left = dict.fromkeys(_kept_float(session, plan), LEFT)
-    ready = _coded(leave_float(session.prepared, target, (), left), plan, target)
+    ready = leave_float(session.prepared, target, (), left)
+    ready = read_in_float(ready, target, [name for name in ready.quantizable if not plan.schemes[name].has_codes])
+    ready = _coded(ready, plan, target)
     weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
     sites = _site_formats(plan, ready, target)
     return Formatted(ready, weights, sites, session.inputs.batches, session.standing)
@@ -176,6 +186,7 @@ def _kept_float(session: Session, plan: Plan) -> list[str]:
             raise InvalidRequest(f"The plan gives layer {name!r} {scheme}, but {every.layers[name].reason}.")
         if scheme.weight is not None:
             check_group(name, scheme.weight, every.layers[name].shape)
+        require_half(every.weights, name, scheme)
     require_kinds(every.layers, {name: [scheme] for name, scheme in plan.schemes.items()}, target)
     _check_size(plan, every)
     known = [site.name for site in (*every.sites, *with_sites_of(every, plan.schemes.values()).sites)]
@@ -236,7 +247,7 @@ def _recounted(
     plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat], target: Target
 ) -> Plan:
     """The plan with sizes counted from what was packed; raises QuantkitError if they are not what it promised."""
-    packed = {name: pack_weight(weight).nbytes for name, weight in simulated.weights.items()}
+    packed = {name: stored_bytes(weight) for name, weight in simulated.weights.items()}
     size = sum(packed.get(name, layer.float_bytes) for name, layer in ready.layers.items())
     if plan.size_bytes and size != plan.size_bytes:
         raise QuantkitError(

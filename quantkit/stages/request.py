@@ -18,6 +18,7 @@ from quantkit.program.operations import operations_of
 from quantkit.sensitivity import require_additive
 from quantkit.sensitivity.measure import Scores
 from quantkit.session import Session
+from quantkit.stages.beyond_half import why_not_half, without_beyond_half
 from quantkit.stages.first_last import policy_record, with_policy
 from quantkit.stages.inputs import Inputs, tell_what_is_missing
 from quantkit.stages.options import ProfileOptions, chosen
@@ -31,7 +32,7 @@ from quantkit.targets.rules import (
     weights_only,
     why_float,
 )
-from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
+from quantkit.transforms.prepare import Prepared, leave_float, read_in_float, with_sites_of
 
 DEFAULT_TARGET = "onnxruntime-cpu"
 TargetName = str | os.PathLike[str] | Target
@@ -160,7 +161,8 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
 def _without_unfit(session: Session, scheme: Scheme, rules: Rules | None) -> Session:
     """The session with the layers float that cannot take the scheme and that no rule decides."""
     layers, target = session.prepared.layers, session.target
-    reasons = {name: why_float(layer, scheme, target) for name, layer in layers.items()}
+    weights = session.prepared.weights
+    reasons = {n: why_float(layer, scheme, target) or why_not_half(weights, n, scheme) for n, layer in layers.items()}
     unfit = {n: why for n, why in reasons.items() if why and not layers[n].reason and not decided_by_rule(n, rules)}
     return replace(session, prepared=leave_float(session.prepared, target, (), unfit)) if unfit else session
 
@@ -170,7 +172,7 @@ def _with_candidates(
 ) -> tuple[Prepared, dict[str, tuple[Scheme, ...]]]:
     """The model with what its candidates leave float left float, and the candidates of every layer."""
     ready, inputs, target = session.prepared, session.inputs, session.target
-    allowed = candidate_schemes(ready.layers, wanted, rules, target)
+    allowed = without_beyond_half(ready.weights, candidate_schemes(ready.layers, wanted, rules, target))
     require_kinds(ready.layers, allowed, target)
     offered = [s for name, options in allowed.items() if not ready.layers[name].weight_only for s in options]
     inputs.require_schemes(offered)
@@ -178,4 +180,5 @@ def _with_candidates(
     always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
     if always_float:
         ready = leave_float(ready, target, always_float)
+    ready = read_in_float(ready, target, [n for n in ready.quantizable if not any(s.has_codes for s in allowed[n])])
     return with_sites_of(ready, offered), allowed

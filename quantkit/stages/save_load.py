@@ -1,8 +1,9 @@
 """A quantized model on disk: ``plan.json`` beside ``weights.safetensors``.
 
 ``weights.safetensors`` holds, for every quantized layer, the tensors of ``numbers.packed_weight`` under
-``<layer>.weight``: codes packed at true width, scales and, where the format has them, zero points; and every other
-tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON with:
+``<layer>.weight``: codes packed at true width, scales and, where the format has them, zero points, or float16 values;
+and every other tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON
+with:
 
 - ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
 - ``layers``: layer name -> weight format, shape and where the model holds it;
@@ -30,9 +31,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
-from quantkit.numbers.kinds import range_of
-from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyWeight, range_of
+from quantkit.numbers.packed_weight import PARTS, stored_tensors, stored_weight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.halves import keep_only_matrices_half
 from quantkit.program.input_shapes import InputShapes
@@ -65,7 +65,7 @@ def save_result(
     folder = Path(folder)
     tensors = _other_state(simulated)
     for name, weight in simulated.weights.items():
-        tensors |= pack_weight(weight).tensors(f"{name}.weight")
+        tensors |= stored_tensors(weight, f"{name}.weight")
     floats = simulated.floats.layers
     header = {
         "version": MODEL_VERSION,
@@ -161,20 +161,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
-def _weight(name: str, record: Mapping[str, Any], floats: Weights, tensors: dict[str, Tensor]) -> QuantizedWeight:
-    """A layer's codes, taken out of ``tensors``."""
+def _weight(name: str, record: Mapping[str, Any], floats: Weights, tensors: dict[str, Tensor]) -> AnyWeight:
+    """A layer's weight as it is stored, taken out of ``tensors``."""
     shape = tuple(record["shape"])
-    if (found := tuple(floats[name].shape)) != shape:
+    if (own := tuple(floats[name].shape)) != shape:
         raise InvalidRequest(
-            f"Layer {name!r} has a weight of shape {found} in the model and of {shape} in the saved file: this is not "
+            f"Layer {name!r} has a weight of shape {own} in the model and of {shape} in the saved file: this is not "
             "the model that was saved."
         )
     format = Scheme.parse(record["format"]).weight
     assert format is not None
-    packed = PackedWeight.of_tensors(tensors, f"{name}.weight", shape, format)
-    for stored in packed.tensors(f"{name}.weight"):
-        del tensors[stored]
-    return unpack_weight(packed)
+    found = stored_weight(tensors, f"{name}.weight", shape, format)
+    for part in PARTS:
+        tensors.pop(f"{name}.weight.{part}", None)
+    return found
 
 
 def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str, Tensor]) -> None:

@@ -147,7 +147,8 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
     activations = [scheme.activation for scheme in schemes if scheme.activation is not None]
     if any(not activation.dynamic for activation in activations):
         return ready
-    sites = token_sites(ready.program, ready.quantizable) if activations else ()
+    readers = [name for name in ready.quantizable if not ready.layers[name].weight_only]
+    sites = token_sites(ready.program, readers) if activations else ()
     return _with_sites(ready, sites, tokens=True)
 
 
@@ -177,6 +178,16 @@ def leave_float(
     """
     given = dict.fromkeys(names, KEPT) | dict(reasons or {})
     layers = {n: replace(layer, reason=layer.reason or given.get(n, "")) for n, layer in ready.layers.items()}
+    return _placed(replace(ready, layers=layers), target)
+
+
+def read_in_float(ready: Prepared, target: Target, names: Collection[str]) -> Prepared:
+    """The same model with these layers reading floats, whatever becomes of their weights, and the sites that are
+    left.
+    """
+    if not names:
+        return ready
+    layers = {n: replace(layer, weight_only=layer.weight_only or n in names) for n, layer in ready.layers.items()}
     return _placed(replace(ready, layers=layers), target)
 
 

@@ -1,4 +1,5 @@
 """How a layer's codes lie in the file: true size for every width, expanded to INT8 once, when onnxruntime loads it.
+Weights of float16 are stored as such and expanded to float32.
 
 =======  ==================================================  ==========================================
 bits     initializers                                        expanded by
@@ -35,6 +36,7 @@ from torch import Tensor
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
 from quantkit.formats import bit_planes
+from quantkit.numbers.half import HalfWeight
 from quantkit.numbers.packing import pack_plane, split_planes
 from quantkit.numbers.uniform import QuantizedWeight
 
@@ -91,6 +93,24 @@ def stored_codes(
         value = editor.node(before, "Add", [value, middle], name)
         value = editor.node(before, "Cast", [value], name, to=ir.DataType.UINT8)
     return StoredCodes(value, unsigned)
+
+
+def widened(editor: Editor, before: ir.Node, name: str, weight: HalfWeight) -> ir.Value:
+    """The float32 value of a weight stored as float16, by an operator that onnxruntime carries out when it loads the
+    file.
+    """
+    return editor.node(before, "Cast", [_halves(editor, name, weight)], name, to=ir.DataType.FLOAT)
+
+
+def looked_up_halves(editor: Editor, call: ir.Node, layer: str, weight: HalfWeight) -> ir.Value:
+    """The float32 values of the rows of a float16 table that a Gather picks: they are widened, never the table."""
+    name = f"{layer}.weight"
+    rows = editor.node(call, "Gather", [_halves(editor, name, weight), call.inputs[1]], name, axis=0)
+    return editor.node(call, "Cast", [rows], name, to=ir.DataType.FLOAT)
+
+
+def _halves(editor: Editor, name: str, weight: HalfWeight) -> ir.Value:
+    return editor.initializer(name, weight.values.numpy())
 
 
 def dequantized(editor: Editor, before: ir.Node, name: str, weight: QuantizedWeight, codes: StoredCodes) -> ir.Value:

@@ -15,7 +15,14 @@ from quantkit.backends.onnxruntime.composed_weights import Held, composed, held_
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import marks
 from quantkit.backends.onnxruntime.token_forms import Factors, Tokens, reads_rows, token_product
-from quantkit.backends.onnxruntime.weight_forms import StoredCodes, looked_up, stored_codes
+from quantkit.backends.onnxruntime.weight_forms import (
+    StoredCodes,
+    dequantized,
+    looked_up,
+    looked_up_halves,
+    stored_codes,
+    widened,
+)
 from quantkit.simulation.model import SimulatedModel
 from quantkit.targets.instruction_sets import VNNI
 
@@ -62,7 +69,10 @@ class WeightWriter:
         self.instruction_set, self.site_mark = instruction_set, site_mark
         self.start = ir.node("Constant", [], {"value_int": 0})  # what calls share is made ahead of it; taken out again
         self.expanded: dict[ir.Value, tuple[int, ...]] = {}
+        self.coded = {name: weight for name, weight in simulated.weights.items() if weight.integer}
+        self.half = {name: weight for name, weight in simulated.weights.items() if not weight.integer}
         self.codes: dict[str, StoredCodes] = {}
+        self.widened: dict[str, ir.Value] = {}
         self.joined: dict[tuple[Held, bool], StoredCodes] = {}
         self.factors: dict[tuple[Held, bool], ir.Value] = {}
         self.biases: dict[tuple[Held, str], ir.Value] = {}
@@ -86,7 +96,7 @@ class WeightWriter:
                 if read.call.graph is self.editor.graph:  # not inside a loop, which reads what is made around it
                     self._quantize_read(held, read)
             if mark.outputs[0].uses():
-                value = composed(self.editor, self.start, self.simulated, held, self._codes_of)
+                value = composed(self.editor, self.start, self.simulated, held, self._value_of)
                 self.expanded[value] = held.shape(self.simulated.floats)
                 self.editor.replace(mark, value)
             else:
@@ -96,6 +106,10 @@ class WeightWriter:
     def _quantize_read(self, held: Held, read: _Read) -> None:
         """Let a call compute on codes where there is a kernel for them; others read the weight in float."""
         call = read.call
+        if not self.half.keys().isdisjoint(held.layers):
+            if _is_row_look_up(held, read):
+                self.editor.replace(call, looked_up_halves(self.editor, call, held.name, self.half[held.name]))
+            return
         tokens, site = self._tokens_of(read), self._input_site(call)
         if tokens is not None:
             factors = Factors(held.name, self._joined(held, turned=True), self._scales(held))
@@ -104,21 +118,30 @@ class WeightWriter:
             call.replace_input_with(read.position, self._factors(held, read))
             if self._has_integer_bias(held, call):
                 call.replace_input_with(_BIAS, self._bias(held, call, site))
-        elif held.plain and _is_look_up(read) and len(held.layers) == 1:
-            name = held.layers[0]
-            codes, weight = self._codes_of(name), self.simulated.weights[name]
+        elif _is_row_look_up(held, read):
+            name = held.name
+            codes, weight = self._codes_of(name), self.coded[name]
             self.editor.replace(call, looked_up(self.editor, call, f"{name}.weight", weight, codes))
 
     def _on_integers(self, read: _Read) -> bool:
         return self._tokens_of(read) is not None or self._input_site(read.call) is not None
 
     def _full_bytes(self, held: Held) -> bool:
-        return held.plain and any(self.simulated.weights[name].format.bits == 8 for name in held.layers)
+        return held.plain and any(self.simulated.weights[name].bits == 8 for name in held.layers)
+
+    def _value_of(self, name: str) -> ir.Value:
+        """The float32 weight of a layer, output channels first."""
+        stored = f"{name}.weight"
+        if name in self.coded:
+            return dequantized(self.editor, self.start, stored, self.coded[name], self._codes_of(name))
+        if name not in self.widened:
+            self.widened[name] = widened(self.editor, self.start, stored, self.half[name])
+        return self.widened[name]
 
     def _codes_of(self, name: str) -> StoredCodes:
         """The codes of a layer, output channels first."""
         if name not in self.codes:
-            weight, unsigned = self.simulated.weights[name], name in self.unsigned
+            weight, unsigned = self.coded[name], name in self.unsigned
             stored = f"{name}.weight"
             self.codes[name] = stored_codes(
                 self.editor, self.start, stored, weight.codes, weight.format.bits, unsigned
@@ -138,7 +161,7 @@ class WeightWriter:
         return self.joined[held, turned]
 
     def _scales(self, held: Held) -> Tensor:
-        return torch.cat([self.simulated.weights[name].scale.reshape(-1) for name in held.layers])
+        return torch.cat([self.coded[name].scale.reshape(-1) for name in held.layers])
 
     def _factors(self, held: Held, read: _Read) -> ir.Value:
         """The weight as integer kernels read it: dequantized codes, zero points spelled since QGemm wants them."""
@@ -202,7 +225,8 @@ class WeightWriter:
         return self.biases[held, site]
 
 
-def _is_look_up(read: _Read) -> bool:
-    """Whether a call picks rows of the weight."""
+def _is_row_look_up(held: Held, read: _Read) -> bool:
+    """Whether a call picks rows of one layer's weight."""
+    alone = held.plain and len(held.layers) == 1
     axis = read.call.attributes["axis"].as_int() if "axis" in read.call.attributes else 0
-    return read.call.op_type == "Gather" and read.position == 0 and axis == 0 and not read.turned
+    return alone and read.call.op_type == "Gather" and read.position == 0 and axis == 0 and not read.turned

@@ -14,8 +14,8 @@ from quantkit.formats import HALF, WeightFormat
 from quantkit.numbers.quantizer import Codes, Quantizer
 
 LARGEST = torch.finfo(torch.float16).max  # 65504
-_STEPS = 10  # bits of a mantissa: numbers from one power of two to the next are 2^-10 of it apart
-_SMALLEST_POWER = -14  # below it they are evenly spaced
+_STEPS = torch.finfo(torch.float16).eps  # from one power of two to the next, in that power
+_EVEN = torch.finfo(torch.float16).tiny  # below it numbers are evenly spaced
 
 
 def half_problem(weight: Tensor) -> str:
@@ -64,8 +64,8 @@ class HalfWeight(Quantizer):
 
     def steps(self) -> Tensor:
         """The distance between neighbouring numbers at each value."""
-        exponents = torch.frexp(self.dequantize()).exponent - 1
-        return torch.exp2((exponents.clamp(min=_SMALLEST_POWER) - _STEPS).float())
+        powers = torch.frexp(self.dequantize().abs().clamp(min=_EVEN)).exponent - 1
+        return torch.exp2(powers.float()) * _STEPS
 
     def quantize(self, x: Tensor) -> Codes:
         """The nearest values of another weight, which are their own codes."""

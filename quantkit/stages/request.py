@@ -29,6 +29,7 @@ from quantkit.targets.rules import (
     decided_by_rule,
     parse_schemes,
     require_kinds,
+    require_runnable,
     weights_only,
     why_float,
 )
@@ -129,6 +130,7 @@ def make_ready(
     goal, asked = Target.load(target), ProfileOptions(**options)
     require_additive(asked.sensitivity)
     wanted = parse_schemes(asked.schemes, goal)
+    require_runnable(asked.rules, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     if asked.schemes is None and not inputs.batches:
         wanted = weights_only(wanted)

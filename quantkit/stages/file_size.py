@@ -44,7 +44,7 @@ class FileLengths:
 
     def __call__(self, plan: Plan) -> int:
         """Those of a plan that is not applied yet. Raises InvalidRequest where the model cannot be exported."""
-        formatted = formatted_by(self.session, plan)
+        formatted = formatted_by(self.session.fork(), plan)  # the session's own weights stay float
         ready = formatted.ready
         weights = {}
         for name, fmt in formatted.weights.items():

@@ -24,11 +24,12 @@ from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
-from quantkit.plan import COMPOSITION, Composition, Plan, Profile, average_bits
+from quantkit.plan import COMPOSITION, FLOAT_STORAGE, Composition, Plan, Profile, average_bits
 from quantkit.plan.latency import FULL_BITS
 
 GAP, GAP_OF_LARGE = 1e-6, 1e-4  # relative distance to the bound that counts as optimal
 LARGE = 2000  # options: beyond, the last digits of the proof take most of the time
+CARRIED = ("first_last", FLOAT_STORAGE)  # of what a profile's provenance says, into that of its plans
 
 
 def gap_for(problem: Problem) -> float:
@@ -150,7 +151,7 @@ def plan_of(profile: Profile, allocation: AllocationProblem, assignment: Assignm
         predicted_damage=profile.predict(chosen, sites),
         why=reasons(profile, allocation, assignment),
         provenance={
-            **{key: value for key, value in profile.provenance.items() if key == "first_last"},
+            **{key: value for key, value in profile.provenance.items() if key in CARRIED},
             COMPOSITION: str(Composition.of(profile.layers, schemes, profile.other_bytes, profile.float_bytes)),
         },
     )

@@ -1,4 +1,4 @@
-"""Weights stored as float16: values rounded to half precision, computed with in float32. There are no codes."""
+"""Numbers stored as float16: values rounded to half precision, computed with in float32. There are no codes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.formats import HALF, WeightFormat
 from quantkit.numbers.quantizer import Codes, Quantizer
 
+LEAST_ELEMENTS = 64  # of a tensor: the Cast that widens it takes about as much of a file as half of these
 LARGEST = torch.finfo(torch.float16).max  # 65504
 _STEPS = torch.finfo(torch.float16).eps  # from one power of two to the next, in that power
 _EVEN = torch.finfo(torch.float16).tiny  # below it numbers are evenly spaced
@@ -23,6 +24,12 @@ def half_problem(weight: Tensor) -> str:
     low, high = weight.detach().aminmax()
     largest = float(torch.maximum(-low, high))
     return f"its weight reaches {largest:g}, and float16 ends at {LARGEST:g}" if largest > LARGEST else ""
+
+
+def is_half_exactly(tensor: Tensor) -> bool:
+    """Whether a float32 tensor can be stored as float16 without loss, and is worth it."""
+    worth = tensor.dtype == torch.float32 and tensor.numel() >= LEAST_ELEMENTS
+    return worth and torch.equal(tensor.to(torch.float16).float(), tensor)
 
 
 @dataclass(frozen=True)

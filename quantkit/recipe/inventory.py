@@ -13,7 +13,7 @@ from quantkit.rounding import AUTO, ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, RANKINGS
 from quantkit.stages.first_last import FIRST_LAST
 from quantkit.stages.operating_point import EFFORTS
-from quantkit.stages.options import REPARAMETERIZATIONS
+from quantkit.stages.options import FLOAT16, FLOAT32, REPARAMETERIZATIONS
 from quantkit.targets import Target, target_names
 
 
@@ -34,6 +34,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("solver", SOLVERS),
         ("effort", EFFORTS),
         ("first_last", FIRST_LAST),
+        ("float_storage", (FLOAT32, FLOAT16)),
         ("rounding", (AUTO, *ROUNDINGS)),
         ("ranges", RANGES),
         ("reconstruction", RECONSTRUCTIONS),

@@ -130,7 +130,7 @@ class RealModel(nn.Module):
             name: real_layer(name, self._kernel_kind(name), weight, floats.bias(name), self._input_of(name), expand)
             for name, weight in simulated.weights.items()
         }
-        self.covered = covered
+        self.covered, self.half_floats = covered, simulated.half_floats
         self.eval()
 
     def _kernel_kind(self, name: str) -> str:
@@ -182,7 +182,9 @@ class RealModel(nn.Module):
         room = {id(state[name]): nn.Parameter(torch.empty(state[name].shape, device="cpu")) for name in self.covered}
         own = copy.deepcopy(self.model, dict(room))  # under all names of a parameter that is tied
         floats = self.floats.on(own)
-        return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        found = SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        found.half_floats = self.half_floats
+        return found
 
     @contextmanager
     def quantizing(self, outside: Sequence[Tensor] = ()) -> Iterator[None]:

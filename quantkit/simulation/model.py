@@ -129,8 +129,10 @@ class SimulatedModel(nn.Module):
     ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. ``floats``
     says where the layers' weights are (default: in modules of the common kinds), ``updated`` which tensors a forward
     changes that are to stay. Computes in float32: half-precision inputs, which a half-precision model takes, are
-    widened.
+    widened. ``half_floats``: what stays float is stored as float16, and has its values.
     """
+
+    half_floats: bool = False
 
     def __init__(
         self,
@@ -170,7 +172,9 @@ class SimulatedModel(nn.Module):
 
     def _on(self, model: nn.Module) -> SimulatedModel:
         floats = self.floats.on(model)
-        return SimulatedModel(model, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        other = SimulatedModel(model, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        other.half_floats = self.half_floats
+        return other
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*tree_map(widened, (args, kwargs)))

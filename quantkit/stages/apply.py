@@ -12,7 +12,7 @@ from torch import nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import stored_bytes
-from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
+from quantkit.plan import COMPOSITION, FLOAT, FLOAT_STORAGE, LEFT, Composition, Plan, average_bits, digest_of
 from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
@@ -35,12 +35,13 @@ from quantkit.stages.float_activations import (
 )
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.metric import Evaluate, metric_of
-from quantkit.stages.options import ApplyOptions, Run
+from quantkit.stages.options import FLOAT16, ApplyOptions, Run
 from quantkit.stages.result import Result
 from quantkit.store import Artefacts
 from quantkit.targets import Target
 from quantkit.targets.instruction_sets import INSTRUCTION_SET
 from quantkit.targets.rules import require_kinds
+from quantkit.transforms.half_floats import store_floats_as_halves
 from quantkit.transforms.prepare import (
     Prepared,
     leave_float,
@@ -92,6 +93,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     if some is not None:
         left = Trials(simulated, ready, target, some, floats).left_float(choices)
         plan, ready = with_left_float(plan, left, ready, target)
+    if ready.half_floats:
+        store_floats_as_halves(simulated, ready.halves)
     plan = _recounted(plan, simulated, ready, formatted.sites, target)
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
@@ -268,6 +271,7 @@ def _recounted(
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
             **plan.provenance,
             **_composition(plan, ready, size + ready.other_bytes),
+            **({FLOAT_STORAGE: FLOAT16} if ready.half_floats else {}),
             INSTRUCTION_SET: target.instruction_set,
         },
     )

@@ -12,7 +12,7 @@ from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.plan import Profile, SiteRecord, digest_shapes
+from quantkit.plan import FLOAT_STORAGE, Profile, SiteRecord, digest_shapes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
 from quantkit.sensitivity import require_additive
@@ -21,7 +21,7 @@ from quantkit.session import Session
 from quantkit.stages.beyond_half import why_not_half, without_beyond_half
 from quantkit.stages.first_last import policy_record, with_policy
 from quantkit.stages.inputs import Inputs, tell_what_is_missing
-from quantkit.stages.options import ProfileOptions, chosen
+from quantkit.stages.options import FLOAT16, FLOAT32, ProfileOptions, chosen
 from quantkit.targets import Target
 from quantkit.targets.rules import (
     Rules,
@@ -140,6 +140,8 @@ def make_ready(
 
 def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptions) -> Request:
     """The request for ``wanted`` candidates. Raises InvalidRequest for what the model or the target cannot do."""
+    if options.float_storage == FLOAT16:
+        session = session.storing_halves()
     rules = with_policy(options.first_last, session.prepared, wanted, options.rules)
     if options.everywhere:
         session = _without_unfit(session, wanted[0], rules)
@@ -153,7 +155,8 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         "target": session.target.digest(),
         "seed": options.seed,
         **session.identity,
-        **{name: value for name, value in chosen(options).items() if name != "first_last"},
+        **{name: value for name, value in chosen(options).items() if name not in ("first_last", FLOAT_STORAGE)},
+        **({} if options.float_storage == FLOAT32 else {FLOAT_STORAGE: options.float_storage}),
         **({} if options.memory is None else {"memory": options.memory}),
     }
     by_rule = frozenset(name for name in ready.quantizable if decided_by_rule(name, options.rules))

@@ -10,6 +10,7 @@ with:
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
 - ``sites``: name, place and echoes of each as (scope, operation, index, output), consumers, shape, roles;
 - ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``);
+- ``halves``, where what stays float is stored as float16: the names of what is, and computes as float32;
 - ``shapes``, where sizes vary in the calibration data: the shapes of the model's inputs in a few batches of it.
 
 Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
+from quantkit.numbers.half import is_half_exactly
 from quantkit.numbers.kinds import AnyWeight, range_of
 from quantkit.numbers.packed_weight import PARTS, stored_tensors, stored_weight
 from quantkit.plan import Plan, canonical_json
@@ -76,6 +78,9 @@ def save_result(
         "sites": [asdict(site) for site in simulated.sites],
         "ranges": {name: found.to_dict() for name, found in simulated.ranges.items()},
     }
+    if simulated.half_floats:
+        header["halves"] = halves = [name for name, tensor in tensors.items() if is_half_exactly(tensor)]
+        tensors |= {name: tensors[name].to(torch.float16) for name in halves}
     if shapes:
         header["shapes"] = [{name: list(shape) for name, shape in form.items()} for form in shapes]
     header["digest"] = _digest(header, tensors)
@@ -120,11 +125,14 @@ def load_result(folder: str | Path, model: nn.Module) -> Loaded:
         weights = {name: _weight(name, record, floats, tensors) for name, record in header["layers"].items()}
     except AttributeError as error:
         raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
+    tensors |= {name: tensors[name].float() for name in header.get("halves", ())}
     _load_state(own, covered, tensors)
     sites = [_site(record) for record in header["sites"]]
     ranges = {name: range_of(record) for name, record in header["ranges"].items()}
     shapes = tuple({name: tuple(shape) for name, shape in form.items()} for form in header.get("shapes", ()))
-    return SimulatedModel(own, sites, weights, ranges, floats, header["updated"]), plan, folds, shapes
+    simulated = SimulatedModel(own, sites, weights, ranges, floats, header["updated"])
+    simulated.half_floats = "halves" in header
+    return simulated, plan, folds, shapes
 
 
 def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:

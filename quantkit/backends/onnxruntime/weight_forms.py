@@ -36,7 +36,6 @@ from torch import Tensor
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
 from quantkit.formats import bit_planes
-from quantkit.numbers.half import HalfWeight
 from quantkit.numbers.packing import pack_plane, split_planes
 from quantkit.numbers.uniform import QuantizedWeight
 
@@ -95,22 +94,21 @@ def stored_codes(
     return StoredCodes(value, unsigned)
 
 
-def widened(editor: Editor, before: ir.Node, name: str, weight: HalfWeight) -> ir.Value:
-    """The float32 value of a weight stored as float16, by an operator that onnxruntime carries out when it loads the
+def widened(editor: Editor, before: ir.Node, name: str, halves: ir.Value) -> ir.Value:
+    """The float32 value of what is stored as float16, by an operator that onnxruntime carries out when it loads the
     file.
     """
-    return editor.node(before, "Cast", [_halves(editor, name, weight)], name, to=ir.DataType.FLOAT)
+    return editor.node(before, "Cast", [halves], name, to=ir.DataType.FLOAT)
 
 
-def looked_up_halves(editor: Editor, call: ir.Node, layer: str, weight: HalfWeight) -> ir.Value:
+def picks_rows(call: ir.Node) -> bool:
+    """Whether a call looks up rows of its first input."""
+    return call.op_type == "Gather" and ("axis" not in call.attributes or call.attributes["axis"].as_int() == 0)
+
+
+def widened_rows(editor: Editor, call: ir.Node, name: str, table: ir.Value) -> ir.Value:
     """The float32 values of the rows of a float16 table that a Gather picks: they are widened, never the table."""
-    name = f"{layer}.weight"
-    rows = editor.node(call, "Gather", [_halves(editor, name, weight), call.inputs[1]], name, axis=0)
-    return editor.node(call, "Cast", [rows], name, to=ir.DataType.FLOAT)
-
-
-def _halves(editor: Editor, name: str, weight: HalfWeight) -> ir.Value:
-    return editor.initializer(name, weight.values.numpy())
+    return widened(editor, call, name, editor.node(call, "Gather", [table, call.inputs[1]], name, axis=0))
 
 
 def dequantized(editor: Editor, before: ir.Node, name: str, weight: QuantizedWeight, codes: StoredCodes) -> ir.Value:

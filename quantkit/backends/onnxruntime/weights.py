@@ -19,9 +19,10 @@ from quantkit.backends.onnxruntime.weight_forms import (
     StoredCodes,
     dequantized,
     looked_up,
-    looked_up_halves,
+    picks_rows,
     stored_codes,
     widened,
+    widened_rows,
 )
 from quantkit.simulation.model import SimulatedModel
 from quantkit.targets.instruction_sets import VNNI
@@ -108,7 +109,8 @@ class WeightWriter:
         call = read.call
         if not self.half.keys().isdisjoint(held.layers):
             if _is_row_look_up(held, read):
-                self.editor.replace(call, looked_up_halves(self.editor, call, held.name, self.half[held.name]))
+                table = self._halves_of(held.name)
+                self.editor.replace(call, widened_rows(self.editor, call, f"{held.name}.weight", table))
             return
         tokens, site = self._tokens_of(read), self._input_site(call)
         if tokens is not None:
@@ -135,8 +137,11 @@ class WeightWriter:
         if name in self.coded:
             return dequantized(self.editor, self.start, stored, self.coded[name], self._codes_of(name))
         if name not in self.widened:
-            self.widened[name] = widened(self.editor, self.start, stored, self.half[name])
+            self.widened[name] = widened(self.editor, self.start, stored, self._halves_of(name))
         return self.widened[name]
+
+    def _halves_of(self, name: str) -> ir.Value:
+        return self.editor.initializer(f"{name}.weight", self.half[name].values.numpy())
 
     def _codes_of(self, name: str) -> StoredCodes:
         """The codes of a layer, output channels first."""
@@ -227,6 +232,5 @@ class WeightWriter:
 
 def _is_row_look_up(held: Held, read: _Read) -> bool:
     """Whether a call picks rows of one layer's weight."""
-    alone = held.plain and len(held.layers) == 1
-    axis = read.call.attributes["axis"].as_int() if "axis" in read.call.attributes else 0
-    return alone and read.call.op_type == "Gather" and read.position == 0 and axis == 0 and not read.turned
+    alone = held.plain and len(held.layers) == 1 and not read.turned
+    return alone and read.position == 0 and picks_rows(read.call)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from quantkit.backends.onnxruntime.dynamic import DynamicSizes
 from quantkit.backends.onnxruntime.editing import copy_tidy, remove_leftovers
+from quantkit.backends.onnxruntime.half_initializers import store_as_halves
 from quantkit.backends.onnxruntime.marks import OPSET, MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.parity import (
     DEFAULT_TOLERANCE,
@@ -181,8 +182,13 @@ def _taken_shapes(simulated: SimulatedModel, marked: MarkedGraph, batch: Batch, 
 def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, instruction_set: str) -> ir.Model:
     """The graph of ``simulated`` in integers, from the marked graph of its model."""
     model = copy_tidy(marked)
+    given = list(model.graph.initializers.values())
     quantize_marks(model, simulated, instruction_set)
     remove_leftovers(model)
+    if simulated.half_floats:
+        parts = [f"{name}.weight" for name in simulated.floats.layers if name not in simulated.weights]
+        made = [model.graph.initializers[name] for name in parts if name in model.graph.initializers]
+        store_as_halves(model.graph, dict.fromkeys([*given, *made]))
     return model
 
 

@@ -158,6 +158,8 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
 
 def without_sites(ready: Prepared, names: Collection[str]) -> Prepared:
     """The same with the tensors of these sites in float."""
+    if not names:
+        return ready
     return _with_sites(ready, tuple(site for site in ready.sites if site.name not in names))
 
 

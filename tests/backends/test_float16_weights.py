@@ -136,6 +136,21 @@ def test_the_solver_takes_it_where_it_is_worth_its_bytes(tmp_path: Path) -> None
     assert stored_bytes(report.path) <= result.plan.total_bytes
 
 
+def test_a_limit_on_accuracy_tries_it_beside_codes() -> None:
+    model = perceptron()
+    wanted = outputs(model, ROWS)
+
+    def nearness(found: nn.Module) -> float:
+        return -float((outputs(found, ROWS) - wanted).abs().mean())
+
+    loss = -nearness(quantkit.quantize(model, "w8a8", ROWS, **QUICK).model)
+    asked = {"evaluate": nearness, "schemes": ["w4a8", "w8a8", "w16"], **QUICK}
+    result = quantkit.quantize(model, f"accuracy_drop={0.8 * loss}", ROWS, **asked)
+    schemes = {str(scheme) for scheme in result.plan.schemes.values()}
+    assert "w16" in schemes and schemes & {"w4a8", "w8a8"}
+    assert -nearness(result.model) <= 0.8 * loss
+
+
 @pytest.mark.parametrize("budget", [{"activation_bytes": "700 B"}, {"bops": "30%"}])
 def test_limits_on_what_runs_count_it_as_a_float_layer(budget: dict[str, str]) -> None:
     result = quantkit.quantize(perceptron(), budget, ROWS, schemes=["w8a8", "w16"], **QUICK)

@@ -16,8 +16,9 @@ FLOAT = "float"  # the format of a site that holds no codes
 class Layer:
     """One layer of a profiled model. ``reason`` is empty when it can be quantized, else says why it stays float.
 
-    ``float_bytes`` is its weight as the model stores it, ``macs`` its multiply-accumulates per sample over all calls,
-    ``inputs`` the sites it reads. ``weight_only``: what it reads has no codes, whatever its scheme.
+    ``float_bytes`` is its weight as the model stores it, or in float16 where what stays float is that, ``macs`` its
+    multiply-accumulates per sample over all calls, ``inputs`` the sites it reads. ``weight_only``: what it reads has
+    no codes, whatever its scheme.
     """
 
     name: str

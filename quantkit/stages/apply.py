@@ -269,7 +269,7 @@ def _recounted(
         average_bits=average_bits(ready.layers, size),
         provenance={
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
-            **plan.provenance,
+            **{key: value for key, value in plan.provenance.items() if key != FLOAT_STORAGE},
             **_composition(plan, ready, size + ready.other_bytes),
             **({FLOAT_STORAGE: FLOAT16} if ready.half_floats else {}),
             INSTRUCTION_SET: target.instruction_set,

@@ -111,6 +111,12 @@ def test_a_plan_says_it_and_is_applied_so() -> None:
         quantkit.apply(model, plan, ROWS, float_storage="float32", **QUICK)
 
 
+def test_a_plan_without_float_layers_may_be_applied_otherwise() -> None:
+    plan = quantkit.quantize(perceptron(), "w4", ROWS, **HALF).plan
+    result = quantkit.apply(perceptron(), plan, ROWS, float_storage="float32", **QUICK)
+    assert "float_storage" not in result.plan.provenance and result.plan.total_bytes > plan.total_bytes
+
+
 def test_limits_on_size_and_on_the_file_are_kept(tmp_path: Path) -> None:
     x, asked = ROWS, {"rules": {"head": "float"}, "schemes": ["w2", "w4"], **HALF}
     with pytest.raises(InfeasibleBudget) as refused:

@@ -14,14 +14,14 @@ from torch import nn
 
 from quantkit.budget import Budget
 from quantkit.formats import Scheme
-from quantkit.plan import Plan, Profile
+from quantkit.plan import FLOAT_STORAGE, Plan, Profile
 from quantkit.program.updates import own_modes
 from quantkit.progress import one_call, said
 from quantkit.session import Session
 from quantkit.stages.apply import Application, apply_plan, require_layers
 from quantkit.stages.inputs import Inputs
 from quantkit.stages.metric import Evaluate, require_metric
-from quantkit.stages.options import ApplyOptions, Run, Schemes
+from quantkit.stages.options import FLOAT16, FLOAT32, ApplyOptions, Run, Schemes, require_choices
 from quantkit.stages.profile import measure
 from quantkit.stages.quantize import Search, candidates_of, quantize_request
 from quantkit.stages.request import DEFAULT_TARGET, TargetName, make_ready
@@ -46,6 +46,7 @@ def quantize(
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
     first_last: str = "same",
+    float_storage: str = "float32",
     sensitivity: str = "auto",
     solver: str = "auto",
     effort: str = "fast",
@@ -83,8 +84,8 @@ def quantize(
     search = Search.of(budget, solver, effort, Application(how, evaluate, run, inplace))
     request = make_ready(
         model, calibration, example_inputs=example_inputs, samples=samples, target=target,
-        **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity,
-        rounding=rounding, ranges=ranges, seed=seed, memory=memory,
+        **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, float_storage=float_storage,
+        loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed, memory=memory,
     )  # fmt: skip
     return _with_notices(quantize_request(request, search))
 
@@ -102,6 +103,7 @@ def profile(
     target: TargetName = DEFAULT_TARGET,
     rules: Rules | None = None,
     first_last: str = "same",
+    float_storage: str = "float32",
     sensitivity: str = "auto",
     rounding: str = "auto",
     ranges: str = "mse",
@@ -117,7 +119,9 @@ def profile(
     then lets the model be traced, which folds BatchNorm and counts operations. ``schemes``: candidate schemes, default
     the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``first_last``: "8 bits" gives
     layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
-    "same" they are as all others; either way the plan says so. ``loss``: "kl", "mse" or "auto".
+    "same" they are as all others; either way the plan says so. ``float_storage``: what stays float, weights, biases
+    and norms, is stored as "float32" or as "float16", where that can hold it; its size counts so, and the quantized
+    model computes with the rounded values. ``loss``: "kl", "mse" or "auto".
     With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
     changed; until it is complete, every finished layer is, so that a run that was killed resumes. ``memory`` as for
     ``quantize``. Raises InvalidRequest before any measuring when the request cannot be carried out.
@@ -125,8 +129,8 @@ def profile(
     run = _run(progress, workdir)
     request = make_ready(
         model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
-        rules=rules, first_last=first_last, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges,
-        seed=seed, memory=memory,
+        rules=rules, first_last=first_last, float_storage=float_storage, loss=loss, sensitivity=sensitivity,
+        rounding=rounding, ranges=ranges, seed=seed, memory=memory,
     )  # fmt: skip
     return measure(request, run)
 
@@ -141,6 +145,7 @@ def apply(
     example_inputs: Any = None,
     samples: int | None = None,
     target: TargetName = DEFAULT_TARGET,
+    float_storage: str | None = None,
     rounding: str = "auto",
     ranges: str = "mse",
     reconstruction: str = "auto",
@@ -176,9 +181,12 @@ def apply(
     HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
     rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
     depend on: the same call again, after a kill or not, does none of that twice. ``memory`` as for ``quantize``.
+    ``float_storage`` as for ``profile``; None: as the plan was made for.
     Raises InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)
+    floats = float_storage or decided.provenance.get(FLOAT_STORAGE, FLOAT32)
+    require_choices(float_storage=floats)
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)
     require_metric(evaluate)
     asked = Application(how, evaluate, _run(progress, workdir), inplace)
@@ -186,7 +194,9 @@ def apply(
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     coded = [scheme for scheme in decided.schemes.values() if scheme.activation is not None]
     how.with_inputs(inputs, coded or decided.schemes.values())  # of layers with weights alone more is known later
-    return _with_notices(apply_plan(Session.open(model, inputs, goal), decided, asked))
+    session = Session.open(model, inputs, goal)
+    session = session.storing_halves() if floats == FLOAT16 else session
+    return _with_notices(apply_plan(session, decided, asked))
 
 
 def _with_notices(result: Result) -> Result:

@@ -7,6 +7,8 @@ A *scheme* says how one layer computes: its weight format and its input's format
     act    = "a" fmt [ "d" ] [ "g" int ]
     fmt    = "2".."8" | "16" | "fp8" | "fp8e5m2" | "nvfp4" | "mxfp4" | "log4"
 
+``16`` are float16 numbers: values, no codes, so that a weight of them has neither groups nor zero points nor scales.
+
 >>> str(Scheme.parse("w4g64za8d"))
 'w4g64za8d'
 >>> Scheme.parse("w3a8").weight.storage_bytes((16, 3, 3, 3))   # 432 codes of 3 bits in planes, 16 float32 scales
@@ -23,7 +25,8 @@ from dataclasses import dataclass, replace
 from quantkit.errors import InvalidRequest
 
 EIGHT_BITS = 8
-_FLOAT_BITS = {"fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
+HALF = "16"
+_FLOAT_BITS = {HALF: 16, "fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
 SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
 _FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"
 _WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f16|f8))?"
@@ -56,7 +59,7 @@ class _Format:
 
     @property
     def is_integer(self) -> bool:
-        return self.fmt.isdigit()
+        return self.fmt not in _FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,19 @@ class WeightFormat(_Format):
     scale: str = "f32"
 
     @property
+    def is_half(self) -> bool:
+        """Whether the weight is stored as float16, in which nothing is a code."""
+        return self.fmt == HALF
+
+    @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest integer code, e.g. (-8, 7) for 4 bits; with zero points too (they are signed codes)."""
         return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
 
     def scale_count(self, shape: Sequence[int]) -> int:
         """Number of scales of a weight of this shape (output channels first)."""
+        if self.is_half:
+            return 0
         inputs = math.prod(shape[1:])
         return shape[0] * (inputs // self.group if self.group else 1)
 
@@ -129,6 +139,11 @@ class Scheme:
                 "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf16 or sf8, d."
             )
         part = match.groupdict()
+        if part["wfmt"] == HALF and (part["wgroup"] or part["zero"] or part["scale"]):
+            raise InvalidRequest(
+                f"The scheme {text!r} asks for groups, zero points or scales of float16 numbers, which have none. "
+                "Ask for 'w16'."
+            )
         weight = activation = None
         if part["wfmt"]:
             weight = WeightFormat(part["wfmt"], int(part["wgroup"] or 0), bool(part["zero"]), part["scale"] or "f32")
@@ -139,6 +154,11 @@ class Scheme:
     @property
     def is_float(self) -> bool:
         return self.weight is None and self.activation is None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether some of it is codes: nothing is in a float layer, nor in one whose weight is stored as float16."""
+        return self.activation is not None or (self.weight is not None and not self.weight.is_half)
 
     def with_activation(self, activation: ActivationFormat | None) -> Scheme:
         return replace(self, activation=activation)

@@ -19,7 +19,7 @@ from quantkit.stages.inputs import Inputs, require_accepted
 from quantkit.stages.recording import Recording, Replay, program_of_sizes, recording_of, replay_of
 from quantkit.targets import Target
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
-from quantkit.transforms.prepare import Prepared
+from quantkit.transforms.prepare import Prepared, with_half_floats
 from quantkit.version import VERSION
 
 
@@ -58,6 +58,10 @@ class Session:
             if name in vars(self):
                 vars(forked)[name] = vars(self)[name]
         return forked
+
+    def storing_halves(self) -> Session:
+        """The session with all that stays float stored as float16."""
+        return replace(self, prepared=with_half_floats(self.prepared))
 
     @cached_property
     def identity(self) -> dict[str, str]:

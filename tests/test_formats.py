@@ -18,11 +18,12 @@ from quantkit.formats import (
 from tests.scheme_grammar import BITS, PLANES, SCHEMES
 
 formats = st.sampled_from(list(BITS))
+coded = st.sampled_from([fmt for fmt in BITS if fmt != "16"])
 counts = st.integers(1, 40)
 
 
 def test_every_scheme_of_the_grammar_prints_as_it_was_written() -> None:
-    assert len(SCHEMES) == 1 + 234 * 78 + 234 + 78
+    assert len(SCHEMES) == 1 + 217 * 78 + 217 + 78
     assert [text for text in SCHEMES if str(Scheme.parse(text)) != text] == []
 
 
@@ -30,13 +31,27 @@ def test_no_two_schemes_of_the_grammar_read_as_the_same() -> None:
     assert len({Scheme.parse(text) for text in SCHEMES}) == len(SCHEMES)
 
 
-@given(fmt=formats, group=st.none() | counts, zero=st.booleans(), scale=st.sampled_from(["f32", "f16", "f8"]))
+@given(fmt=coded, group=st.none() | counts, zero=st.booleans(), scale=st.sampled_from(["f32", "f16", "f8"]))
 def test_each_part_of_a_weight_format_is_read(fmt: str, group: int | None, zero: bool, scale: str) -> None:
     text = f"w{fmt}" + (f"g{group}" if group else "") + "z" * zero + (f"s{scale}" if scale != "f32" else "")
     scheme = Scheme.parse(text)
     assert scheme == Scheme(WeightFormat(fmt, group or 0, zero, scale))
     assert scheme.weight is not None and scheme.weight.bits == BITS[fmt]
-    assert scheme.weight.is_integer == (fmt in "2 3 4 5 6 7 8 16".split())
+    assert scheme.weight.is_integer == (fmt in "2 3 4 5 6 7 8".split())
+    assert scheme.has_codes and not scheme.weight.is_half
+
+
+@pytest.mark.parametrize("text", ["w16g32", "w16z", "w16sf16", "w16g8zsf8a8"])
+def test_float16_values_have_no_scales_to_ask_for(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"The scheme '{text}' asks for groups, zero points or scales .* 'w16'"):
+        Scheme.parse(text)
+
+
+def test_a_float16_weight_is_a_scheme_without_codes() -> None:
+    scheme = Scheme.parse("w16")
+    assert scheme.weight is not None and scheme.weight.is_half and not scheme.weight.is_integer
+    assert not scheme.has_codes and not scheme.is_float and not Scheme().has_codes
+    assert Scheme.parse("a8").has_codes
 
 
 @given(fmt=formats, dynamic=st.booleans(), group=st.none() | counts)
@@ -114,7 +129,7 @@ def counted_weight_bytes(weight: WeightFormat, outputs: int, inputs: int) -> int
 
 
 @given(
-    fmt=formats,
+    fmt=coded,
     outputs=st.integers(1, 9),
     groups=st.integers(1, 5),
     group=st.integers(1, 12),
@@ -144,7 +159,7 @@ def test_storage_bytes_are_those_of_counting(
         ("w4g32z", (10, 64), 320 + 20 * 4 + 10),
         ("w2g32zsf16", (3, 64), 48 + 6 * 2 + 2),  # 6 zero points of 2 bits take 12 bits
         ("w4g16sf8", (2, 64), 64 + 8),
-        ("w16", (2, 3), 12 + 8),
+        ("w16", (2, 3), 12),
     ],
 )
 def test_storage_bytes_of_weights_worked_out_by_hand(text: str, shape: tuple[int, ...], size_bytes: int) -> None:

@@ -24,11 +24,12 @@ from quantkit.allocation.solve import solve
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
-from quantkit.plan import COMPOSITION, Composition, Plan, Profile, average_bits
+from quantkit.plan import COMPOSITION, FLOAT_STORAGE, Composition, Plan, Profile, average_bits
 from quantkit.plan.latency import FULL_BITS
 
 GAP, GAP_OF_LARGE = 1e-6, 1e-4  # relative distance to the bound that counts as optimal
 LARGE = 2000  # options: beyond, the last digits of the proof take most of the time
+CARRIED = ("first_last", FLOAT_STORAGE)  # of what a profile's provenance says, into that of its plans
 
 
 def gap_for(problem: Problem) -> float:
@@ -118,11 +119,11 @@ def timed(allowed: Mapping[str, Sequence[Scheme]]) -> dict[str, tuple[Scheme, ..
     weights alone are expanded, which saves no time. Raises InvalidRequest where a layer has none, or none but float.
     """
     narrowed = {
-        name: tuple(s for s in options if s.is_float or (s.activation and s.activation.bits == FULL_BITS))
+        name: tuple(s for s in options if not s.has_codes or (s.activation and s.activation.bits == FULL_BITS))
         for name, options in allowed.items()
     }
     for name, options in narrowed.items():
-        if not options or (all(s.is_float for s in options) and not all(s.is_float for s in allowed[name])):
+        if not options or any(s.has_codes for s in allowed[name]) > any(s.has_codes for s in options):
             raise InvalidRequest(
                 f"A limit on latency is met with {FULL_BITS}-bit activations so far, and layer {name!r} may be "
                 f"{', '.join(map(str, allowed[name]))}. Add a scheme such as 'w4a{FULL_BITS}'."
@@ -150,7 +151,7 @@ def plan_of(profile: Profile, allocation: AllocationProblem, assignment: Assignm
         predicted_damage=profile.predict(chosen, sites),
         why=reasons(profile, allocation, assignment),
         provenance={
-            **{key: value for key, value in profile.provenance.items() if key == "first_last"},
+            **{key: value for key, value in profile.provenance.items() if key in CARRIED},
             COMPOSITION: str(Composition.of(profile.layers, schemes, profile.other_bytes, profile.float_bytes)),
         },
     )

@@ -23,7 +23,7 @@ from quantkit.allocation.problem import Assignment, Choice, Option, Problem
 from quantkit.allocation.pulp_cbc import pulp_cbc
 from quantkit.allocation.registry import NoAssignment, Settings, SolverGaveUp
 from quantkit.errors import InvalidRequest
-from quantkit.formats import Scheme
+from quantkit.formats import HALF, Scheme
 from quantkit.plan import Profile
 from quantkit.plan.latency import LatencyTable, SiteTime
 from quantkit.plan.operations import Operation, live_sites
@@ -31,6 +31,7 @@ from quantkit.plan.operations import Operation, live_sites
 Literal = tuple[str, str]  # a choice and one of its options
 CODES = "codes"
 CONVERT = "convert"
+_NO_CODES = (FLOAT, f"w{HALF}")
 _NO_TIME = SiteTime(0, 0, 0, 0)
 
 
@@ -46,7 +47,7 @@ class _Builder:
 
     def literals(self, choice: str, taken: bool = True) -> list[Literal]:
         """The options of a choice by which it is on codes (or not)."""
-        return [(choice, name) for name in self.options[choice] if (name != FLOAT) == taken]
+        return [(choice, name) for name in self.options[choice] if (name not in _NO_CODES) == taken]
 
     def at_most(self, most: int, *groups: Iterable[Literal]) -> None:
         """At most so many of these options are taken."""
@@ -91,7 +92,7 @@ def choose_execution(
         choice.name: option.name for choice, option in zip(problem.choices, problem.chosen(assignment), strict=True)
     }
     return FixedChoices(
-        frozenset(name for name in allowed if taken[f"layer {name}"] != FLOAT),
+        frozenset(name for name in allowed if taken[f"layer {name}"] not in _NO_CODES),
         {name: fmt for name in profile.sites if (fmt := taken.get(f"site {name}", FLOAT)) != FLOAT},
     )
 
@@ -139,8 +140,8 @@ def _fixed(profile: Profile, allowed: Mapping[str, tuple[Scheme, ...]], name: st
 
 
 def _own(op: Operation, allowed: Mapping[str, tuple[Scheme, ...]]) -> Operation:
-    """An operation as this request sees it: a layer that nothing can quantize is a float operation."""
-    fixed = op.kind == "layer" and all(s.is_float for s in allowed.get(op.name, ()))
+    """An operation as this request sees it: a layer that nothing can give codes is a float operation."""
+    fixed = op.kind == "layer" and not any(s.has_codes for s in allowed.get(op.name, ()))
     return replace(op, kind="float") if fixed else op
 
 
@@ -228,8 +229,8 @@ def _add_conditions(
 
 def _agree(builder: _Builder, layer: str, schemes: Sequence[Scheme], site: str, formats: Sequence[str]) -> None:
     """A quantized layer reads its input in its own activation format."""
-    for fmt in dict.fromkeys(str(s.activation) for s in schemes if not s.is_float):
-        own = [(f"layer {layer}", str(s)) for s in schemes if not s.is_float and str(s.activation) == fmt]
+    for fmt in dict.fromkeys(str(s.activation) for s in schemes if s.has_codes):
+        own = [(f"layer {layer}", str(s)) for s in schemes if s.has_codes and str(s.activation) == fmt]
         others = [(f"site {site}", other) for other in (FLOAT, *formats) if other != fmt]
         builder.at_most(1, own, others)
 

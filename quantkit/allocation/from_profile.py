@@ -20,7 +20,7 @@ FLOAT = "float"
 
 
 def layer_bops(layer: Layer, scheme: Scheme) -> int:
-    """Weight bits x activation bits x multiply-accumulates; what is float counts 32 bits."""
+    """Weight bits x activation bits x multiply-accumulates; what is float counts 32 bits, float16 weights 16."""
     weight = scheme.weight.bits if scheme.weight else FLOAT_BITS
     return weight * (scheme.activation.bits if scheme.activation else FLOAT_BITS) * layer.macs
 
@@ -126,7 +126,7 @@ def allocation_problem(
 
 @dataclass(frozen=True)
 class FixedChoices:
-    """What runs how: the layers that are quantized, and the format of every site that holds codes."""
+    """What runs how: the layers that have codes, and the format of every site that holds codes."""
 
     quantized: frozenset[str]
     sites: Mapping[str, str]
@@ -134,16 +134,17 @@ class FixedChoices:
     @classmethod
     def of(cls, plan: Plan) -> FixedChoices:
         """As a plan has it."""
-        quantized = frozenset(name for name, scheme in plan.schemes.items() if not scheme.is_float)
+        quantized = frozenset(name for name, scheme in plan.schemes.items() if scheme.has_codes)
         return cls(quantized, {name: fmt for name, fmt in plan.sites.items() if fmt != FLOAT})
 
     def candidates(self, profile: Profile, schemes: Iterable[str | Scheme] | None) -> dict[str, tuple[Scheme, ...]]:
-        """The schemes each layer may take: those in the formats of the sites it reads, or float."""
+        """The schemes each layer may take: those in the formats of the sites it reads, or those without codes."""
         allowed = {}
         for name, options in with_float(profile, candidates(profile, schemes), schemes).items():
             read = {self.sites.get(site) for site in profile.layers[name].inputs}
-            fitting = tuple(s for s in options if not s.is_float and read <= {str(s.activation)})
-            allowed[name] = fitting if name in self.quantized else (Scheme(),)
+            fitting = tuple(s for s in options if s.has_codes and read <= {str(s.activation)})
+            floats = tuple(s for s in options if not s.has_codes)
+            allowed[name] = fitting if name in self.quantized else floats or (Scheme(),)
         return allowed
 
     def site_formats(self, profile: Profile) -> dict[str, list[str]]:
@@ -165,7 +166,7 @@ def with_float(
 
 def layer_ns(table: LatencyTable, layer: str, scheme: Scheme) -> int:
     """Nanoseconds of a layer's own kernel under a scheme."""
-    return table.operations[layer].of(None if scheme.weight is None else scheme.weight.bits)
+    return table.operations[layer].of(scheme.weight.bits if scheme.weight and scheme.has_codes else None)
 
 
 def _layer_cost(profile: Profile, limit: str, layer: Layer, scheme: Scheme) -> int:
@@ -198,9 +199,7 @@ def _site_formats(
         if owner in formats and Scheme.parse(fmt).weight is None:  # a site may be named as a layer is
             formats[owner].append(fmt)
     for name, known in formats.items():
-        weight_only = any(
-            s.weight is not None and s.activation is None for layer in readers[name] for s in allowed[layer]
-        )
+        weight_only = any(s.has_codes and s.activation is None for layer in readers[name] for s in allowed[layer])
         if known and weight_only:
             known.append(FLOAT)
     return formats
@@ -209,14 +208,14 @@ def _site_formats(
 def _tags(
     layer: str, options: tuple[Scheme, ...], readers: Mapping[str, list[str]], formats: Mapping[str, list[str]]
 ) -> list[tuple[Scheme, str]]:
-    """(scheme, format of what the layer reads). A layer left float reads its input in any format."""
+    """(scheme, format of what the layer reads). A layer without codes reads its input in any format."""
     read = [site for site, names in readers.items() if layer in names]
-    own = [str(s.activation or FLOAT) for s in options if not s.is_float]
+    own = [str(s.activation or FLOAT) for s in options if s.has_codes]
     shared = [str(f) for site in read for f in formats[site]]
     everything = list(dict.fromkeys([*own, *shared])) or [FLOAT]
     tagged = []
     for scheme in options:
-        reads = everything if scheme.is_float else [str(scheme.activation or FLOAT)]
+        reads = [str(scheme.activation or FLOAT)] if scheme.has_codes else everything
         tagged += [(scheme, tag) for tag in reads]
     return tagged
 

@@ -19,7 +19,7 @@ FLOAT_BYTES = 4
 
 def execution_of(profile: Profile, schemes: Mapping[str, Scheme]) -> Execution:
     """What runs on codes under a plan."""
-    quantized = {name: scheme.weight for name, scheme in schemes.items() if not scheme.is_float}
+    quantized = {name: scheme.weight for name, scheme in schemes.items() if scheme.has_codes}
     wide = [name for name, weight in quantized.items() if weight is not None and weight.bits >= FULL_BITS]
     return execute(profile.operations, quantized, wide)
 

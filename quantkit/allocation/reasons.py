@@ -93,10 +93,10 @@ def explain_latency(plan: Plan, profile: Profile, schemes: Iterable[Scheme] | No
         return plan
     now, why = latency_of(profile, plan.schemes), dict(plan.why)
     for name, options in with_float(profile, candidates(profile, schemes), schemes).items():
-        is_float = plan.schemes[name].is_float
-        other = next((s for s in options if s.is_float != is_float), None)
+        has_codes = plan.schemes[name].has_codes
+        other = next((s for s in options if s.has_codes != has_codes), None)
         if other is not None:
             change = (latency_of(profile, {**plan.schemes, name: other}) - now) / 1e3
-            instead = "integer kernels" if is_float else "float"
+            instead = "float" if has_codes else "integer kernels"
             why[name] = f"{why[name]}; in {instead} it would change the latency by {change:+,.1f} microseconds"
     return replace(plan, why=why)

@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.errors import CorruptFile
+from quantkit.formats import Scheme
+from quantkit.numbers.half import HalfWeight
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 
 AnyRange = SiteRange | LogRange | TokenRange
-AnyQuantizer = QuantizedWeight | AnyRange
-KINDS: dict[str, type[AnyQuantizer]] = {k.kind: k for k in (QuantizedWeight, SiteRange, LogRange, TokenRange)}
+AnyWeight = QuantizedWeight | HalfWeight
+AnyQuantizer = AnyWeight | AnyRange
+KINDS: dict[str, type[AnyQuantizer]] = {
+    k.kind: k for k in (QuantizedWeight, HalfWeight, SiteRange, LogRange, TokenRange)
+}
 
 
 def from_dict(record: Mapping[str, Any]) -> AnyQuantizer:
@@ -23,6 +28,12 @@ def from_dict(record: Mapping[str, Any]) -> AnyQuantizer:
     if kind not in KINDS:
         raise CorruptFile(f"A quantizer of kind {kind!r} was found in a file; known: {', '.join(KINDS)}.")
     return KINDS[kind].from_dict(record)
+
+
+def weight_of(record: Mapping[str, Any]) -> AnyWeight:
+    """The weight that the tensors of its ``to_dict``, and its ``format``, belong to."""
+    format = Scheme.parse(record["format"]).weight
+    return (HalfWeight if format is not None and format.is_half else QuantizedWeight).from_dict(record)
 
 
 def range_of(record: Mapping[str, Any]) -> AnyRange:

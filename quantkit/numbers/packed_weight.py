@@ -5,6 +5,8 @@ The tensors of a weight in a safetensors file, under a name of the caller's (``<
 - ``.codes`` uint8, bit planes of the codes as in ``numbers.packing``;
 - ``.scale`` float32, float16 or float8_e4m3fn (``sf16``, ``sf8``), output channels x groups;
 - ``.zero_point`` uint8, bit planes of the channels x groups zero points, where the format has them.
+
+A weight stored as float16 (``w16``) is one tensor, ``.values``, in the weight's shape.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from torch import Tensor
 
 from quantkit.errors import CorruptFile, InvalidRequest
 from quantkit.formats import WeightFormat
+from quantkit.numbers.half import HalfWeight
+from quantkit.numbers.kinds import AnyWeight
 from quantkit.numbers.packing import pack, unpack
 from quantkit.numbers.uniform import QuantizedWeight
 
+PARTS = ("codes", "scale", "zero_point", "values")
 SCALE_TYPES = {"f32": torch.float32, "f16": torch.float16, "f8": torch.float8_e4m3fn}
 
 
@@ -76,3 +81,26 @@ def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
     bits, scale = packed.format.bits, packed.scale.float()
     zero = None if packed.zero_point is None else unpack(packed.zero_point, bits, tuple(scale.shape))
     return QuantizedWeight(unpack(packed.codes, bits, packed.shape), scale, zero, packed.format)
+
+
+def stored_tensors(weight: AnyWeight, name: str) -> dict[str, Tensor]:
+    """What a safetensors file holds of a weight of either kind."""
+    return pack_weight(weight).tensors(name) if weight.integer else {f"{name}.values": weight.values}
+
+
+def stored_bytes(weight: AnyWeight) -> int:
+    """The bytes of ``stored_tensors``."""
+    return sum(tensor.nbytes for tensor in stored_tensors(weight, "").values())
+
+
+def stored_weight(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], format: WeightFormat) -> AnyWeight:
+    """The weight that ``stored_tensors`` took apart. Raises CorruptFile where a tensor is missing or of another
+    type.
+    """
+    if not format.is_half:
+        return unpack_weight(PackedWeight.of_tensors(tensors, name, shape, format))
+    values = tensors.get(f"{name}.values")
+    if values is None or values.dtype != torch.float16 or tuple(values.shape) != tuple(shape):
+        found = "none" if values is None else f"{values.dtype} of shape {tuple(values.shape)}"
+        raise CorruptFile(f"{name!r} ({format}) has values in torch.float16 of shape {tuple(shape)}; found: {found}.")
+    return HalfWeight(values)

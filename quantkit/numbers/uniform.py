@@ -70,6 +70,10 @@ class QuantizedWeight(Quantizer):
     def bits(self) -> int:
         return self.format.bits
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
     def on(self, device: torch.device | str) -> QuantizedWeight:
         """The same in the memory of a device."""
         zero = None if self.zero_point is None else self.zero_point.to(device)
@@ -79,6 +83,11 @@ class QuantizedWeight(Quantizer):
         """Scale and zero point, to be broadcast over (O, groups, inputs of a group)."""
         zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
         return self.scale.unsqueeze(-1), zero.unsqueeze(-1)
+
+    def steps(self) -> Tensor:
+        """The distance between neighbouring values, in the weight's shape."""
+        rows = self.codes.reshape(*self.scale.shape, -1)
+        return self.scale.unsqueeze(-1).expand(rows.shape).reshape(self.codes.shape)
 
     def quantize(self, x: Tensor) -> Codes:
         """The nearest codes of another weight of this shape, on the grid of this one."""

@@ -27,29 +27,30 @@ class FloatLayers:
 
 @dataclass(frozen=True)
 class Composition:
-    """Bytes of the user's model, and under a plan those of the quantized layers, of the float ones, by reason, the
-    largest first, and of everything else: biases, norms, what codes bring with them.
+    """Bytes of the user's model, and under a plan those of the layers with codes, of the float ones, by reason, the
+    largest first, of everything else (biases, norms, what codes bring with them) and of the layers in float16.
     """
 
     model: int
     quantized: int
     floats: tuple[FloatLayers, ...]
     other: int
+    halves: int = 0
 
     @classmethod
     def of(cls, layers: Mapping[str, Layer], schemes: Mapping[str, Scheme], other: int, model: int) -> Composition:
         """That of layers under ``schemes`` (float where there is none), with ``other`` bytes besides weights, of a
         ``model`` of so many bytes."""
         chosen = {name: schemes.get(name, Scheme()) for name in layers}
-        quantized = sum(
-            layer.weight_bytes(chosen[name]) for name, layer in layers.items() if not chosen[name].is_float
-        )
+        weights = [(scheme, layers[name].weight_bytes(scheme)) for name, scheme in chosen.items()]
+        quantized = sum(size for scheme, size in weights if scheme.has_codes)
+        halves = sum(size for scheme, size in weights if not (scheme.has_codes or scheme.is_float))
         groups: dict[str, list[Layer]] = {}
         for name, layer in layers.items():
             if chosen[name].is_float and not layer.unread:
                 groups.setdefault(layer.reason or LEFT, []).append(layer)
         floats = [_float_layers(reason, found) for reason, found in groups.items()]
-        return cls(model, quantized, tuple(sorted(floats, key=lambda one: -one.bytes)), other)
+        return cls(model, quantized, tuple(sorted(floats, key=lambda one: -one.bytes)), other, halves)
 
     @property
     def float_bytes(self) -> int:
@@ -57,7 +58,7 @@ class Composition:
 
     @property
     def total(self) -> int:
-        return self.quantized + self.float_bytes + self.other
+        return self.quantized + self.halves + self.float_bytes + self.other
 
     def why_float(self) -> str:
         """The layers that stay float with their reasons, the largest first; empty where there are none."""
@@ -67,9 +68,10 @@ class Composition:
 
     def __str__(self) -> str:
         floats = f"; {self.float_bytes:,} float: {self.why_float()}" if self.floats else ""
+        halves = f"{self.halves:,} weights in float16, " if self.halves else ""
         return (
             f"model {self.model:,} bytes -> {self.total:,} bytes: {self.quantized:,} quantized weights, "
-            f"{self.other:,} biases, norms, scales and other tensors{floats}"
+            f"{halves}{self.other:,} biases, norms, scales and other tensors{floats}"
         )
 
 

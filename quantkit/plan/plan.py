@@ -15,6 +15,7 @@ from quantkit.plan.validation import check_types, refuse_constant
 from quantkit.store import write_atomically
 
 PLAN_VERSION = 1
+FLOAT_STORAGE = "float_storage"  # what of it says as what is stored that stays float, where that is not float32
 COMPOSITION = "bytes"  # what of a plan's provenance says what its bytes consist of
 
 

@@ -16,9 +16,10 @@ FLOAT = "float"  # the format of a site that holds no codes
 class Layer:
     """One layer of a profiled model. ``reason`` is empty when it can be quantized, else says why it stays float.
 
-    ``float_bytes`` is its weight as the model stores it, ``macs`` its multiply-accumulates per sample over all calls,
-    ``inputs`` the sites it reads. ``weight_only``: what it reads has no codes, whatever its scheme. ``unread``:
-    no call reads its weight, as that of a head which only training uses; a file does not hold it, no size counts it.
+    ``float_bytes`` is its weight as the model stores it, or in float16 where what stays float is that, ``macs`` its
+    multiply-accumulates per sample over all calls, ``inputs`` the sites it reads. ``weight_only``: what it reads has
+    no codes, whatever its scheme. ``unread``: no call reads its weight, as that of a head which only training uses; a
+    file does not hold it, no size counts it.
     """
 
     name: str

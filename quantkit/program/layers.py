@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyWeight
 from quantkit.program.halves import is_half, widened
 from quantkit.program.intercept import OpKey, device_of
 
@@ -283,7 +283,7 @@ class Weights:
                 found |= {key: (position, operand) for key, position in weight.at}
         return found
 
-    def substitutes(self, coded: Mapping[str, QuantizedWeight]) -> Substitutes:
+    def substitutes(self, coded: Mapping[str, AnyWeight]) -> Substitutes:
         """Of the parameters in half precision that hold weights of ``coded``, by identity, what computes their float32
         values with these codes: one at a time, when a call reads it.
         """
@@ -293,7 +293,7 @@ class Weights:
                 held[str(self.layers[name].parameter)].append(name)
         return {id(self.tensor(p)): partial(self._with_codes, p, names, coded) for p, names in held.items()}
 
-    def _with_codes(self, parameter: str, layers: Collection[str], coded: Mapping[str, QuantizedWeight]) -> Tensor:
+    def _with_codes(self, parameter: str, layers: Collection[str], coded: Mapping[str, AnyWeight]) -> Tensor:
         found = self.tensor(parameter).detach()
         for name in layers:
             found = self.layers[name].placed(found, coded[name].dequantize().to(found.device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quantkit.allocation.registry import SOLVERS
+from quantkit.formats import HALF
 from quantkit.ranges.activations import RANGES
 from quantkit.recipe.sources import METRICS
 from quantkit.reconstruction.blocks import RECONSTRUCTIONS
@@ -13,7 +14,7 @@ from quantkit.rounding import AUTO, ROUNDINGS
 from quantkit.sensitivity import ESTIMATORS, RANKINGS
 from quantkit.stages.first_last import FIRST_LAST
 from quantkit.stages.operating_point import EFFORTS
-from quantkit.stages.options import REPARAMETERIZATIONS
+from quantkit.stages.options import FLOAT16, FLOAT32, REPARAMETERIZATIONS
 from quantkit.targets import Target, target_names
 
 
@@ -22,9 +23,10 @@ def inventory(folder: Path = Path("recipes")) -> str:
     lines = []
     for name in target_names():
         target = Target.load(name)
+        floats = (f"w{HALF}", "float") if target.float16_weights else ("float",)
         lines += [
             f"target         {name}: {target.description}",
-            f"  schemes      {', '.join(target.default_schemes)}, float",
+            f"  schemes      {', '.join((*target.default_schemes, *floats))}",
             f"  layers       {', '.join(target.layers)}",
             f"  weights only {', '.join(target.weight_only_layers)}",
         ]
@@ -34,6 +36,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("solver", SOLVERS),
         ("effort", EFFORTS),
         ("first_last", FIRST_LAST),
+        ("float_storage", (FLOAT32, FLOAT16)),
         ("rounding", (AUTO, *ROUNDINGS)),
         ("ranges", RANGES),
         ("reconstruction", RECONSTRUCTIONS),

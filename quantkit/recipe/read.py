@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "schemes": _LIST,
     "rules": (dict, list),
     "first_last": _TEXT,
+    "float_storage": _TEXT,
     "samples": _NUMBER,
     "loss": _TEXT,
     "target": _TEXT,

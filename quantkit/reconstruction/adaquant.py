@@ -190,7 +190,8 @@ def learn_layers(
     """
     program, floats = runner.program, float_program(runner.model.model, runner.program, reference.state)
     streams = Streams(data.inputs, data.inputs, data.held_inputs, data.held_inputs)
-    names = [(block, name) for block in blocks for name in block.layers if name in runner.model.weights]
+    coded = {name for name, weight in runner.model.weights.items() if weight.integer}
+    names = [(block, name) for block in blocks for name in block.layers if name in coded]
     found: dict[str, Learned] = {}
     taken: set[str] = set()
     at = blocks[0]
@@ -225,7 +226,9 @@ class LayerInTraining:
     def of(cls, runner: SimulatedProgram, reference: FloatReference, name: str, sites: set[str]) -> LayerInTraining:
         model = runner.model
         bias = model.floats.bias(name)
-        weight = JointWeight(reference.weights[name], model.weights[name], bias, reference.spread[name])
+        start = model.weights[name]
+        assert start.integer, "what has no codes is not learned"
+        weight = JointWeight(reference.weights[name], start, bias, reference.spread[name])
         starts = [(site, model.ranges[site]) for site in sorted(sites & model.ranges.keys())]
         ranges = {site: LearnedRange(start, joint=True) for site, start in starts if start.static and start.integer}
         return cls(runner, name, weight, ranges, runner.program.state_of(model.model))

@@ -81,8 +81,9 @@ def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collectio
     """Let the weights of ``layers`` be learned, and the steps of the sites below 8 bits that a segment quantizes."""
     model, program = runner.model, runner.program
     for name in [name for name in layers if model.floats.layers[name].reads_rows]:
-        weight, bias = reference.weights[name], model.floats.bias(name)
-        runner.weights[name] = LearnedWeight(weight, model.weights[name], bias, reference.spread[name])
+        start, bias = model.weights[name], model.floats.bias(name)
+        if start.integer:
+            runner.weights[name] = LearnedWeight(reference.weights[name], start, bias, reference.spread[name])
     made = {step.key for step in program.steps[segment.start : segment.stop]}
     entering = {program.producer[number] for number in segment.raw if number in program.producer}
     inside = (made | {read_place(key) for key in made} | entering) - {program.producer.get(segment.output)}

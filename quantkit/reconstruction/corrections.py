@@ -56,12 +56,14 @@ def match_outputs(
     runner: SimulatedProgram, floats: SimulatedProgram, blocks: Sequence[Segment], inputs: Values, deviations: bool
 ) -> None:
     """Correct the layers of the simulated model in order, each on what those before it make of ``inputs``: the mean of
-    every output channel, with ``deviations`` its standard deviation too. Layers without a bias stay.
+    every output channel, with ``deviations`` its standard deviation too. Layers without a bias stay, as do those
+    without codes.
     """
     ours = theirs = inputs
+    coded = {name for name, weight in runner.model.weights.items() if weight.integer}
     for block in blocks:
         for name in block.layers:
-            if name in runner.model.weights and runner.model.floats.bias(name) is not None:
+            if name in coded and runner.model.floats.bias(name) is not None:
                 wanted = output_spread(floats, block, name, theirs)
                 found = output_spread(runner, block, name, ours)
                 _correct(runner.model, name, found, wanted, deviations)
@@ -77,6 +79,7 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
         usable = (found.deviation > tiny) & (wanted.deviation > tiny)
         ratio = torch.where(usable, wanted.deviation / found.deviation, ratio).clamp(LEAST_RATIO, MOST_RATIO)
         weight = model.weights[name]
+        assert weight.integer
         model.set_weight(name, replace(weight, scale=weight.scale * ratio.to(weight.scale).unsqueeze(1)))
     bias = model.floats.bias(name)
     assert bias is not None
@@ -84,10 +87,11 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
 
 
 def head_of(runner: SimulatedProgram) -> str | None:
-    """The layer with quantized weights whose output is the network's, if that is so."""
+    """The layer with codes for its weights whose output is the network's, if that is so."""
     program = runner.program
     last = program.producer.get(program.output)
-    heads = (name for name in runner.model.weights if [call.key for call in program.calls.get(name, ())] == [last])
+    coded = (name for name, weight in runner.model.weights.items() if weight.integer)
+    heads = (name for name in coded if [call.key for call in program.calls.get(name, ())] == [last])
     return next(heads, None)
 
 
@@ -101,6 +105,7 @@ def best_factor(outputs: Tensor, damage: Callable[[Tensor], Tensor]) -> float:
 def scale_layer(model: SimulatedModel, name: str, factor: float) -> None:
     """Multiply what a layer computes by a factor, through its scales and its bias."""
     weight, bias = model.weights[name], model.floats.bias(name)
+    assert weight.integer
     model.set_weight(name, replace(weight, scale=weight.scale * factor))
     if bias is not None:
         bias.mul_(factor)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.kinds import AnyRange, range_of
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyRange, AnyWeight, range_of, weight_of
+from quantkit.numbers.packed_weight import PARTS
 from quantkit.simulation.model import SimulatedModel
 from quantkit.store import Arrays, Artefacts, Codec
 
-Rounded = tuple[QuantizedWeight, str]  # codes, and how they were rounded
+Rounded = tuple[AnyWeight, str]  # codes, and how they were rounded
 _GENERATOR = "generator"
-_PARTS = ("codes", "scale", "zero_point")
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,23 @@ class Learned:
         return self.after < self.before
 
 
-def arrays_of(weight: QuantizedWeight, name: str) -> dict[str, np.ndarray]:
-    """The codes, scales and zero points of a weight as arrays named after ``name``."""
+def arrays_of(weight: AnyWeight, name: str) -> dict[str, np.ndarray]:
+    """The codes, scales and zero points of a weight, or its float16 values, as arrays named after ``name``."""
     held = weight.to_dict()
-    return {f"{name} {part}": held[part].numpy() for part in _PARTS if held[part] is not None}
+    return {f"{name} {part}": held[part].numpy() for part in PARTS if held.get(part) is not None}
 
 
-def weight_of_arrays(arrays: Arrays, name: str, format: WeightFormat) -> QuantizedWeight:
+def weight_of_arrays(arrays: Arrays, name: str, format: WeightFormat) -> AnyWeight:
     """The weight that ``arrays_of`` took apart."""
-    held = {part: torch.from_numpy(arrays[key]) for part in _PARTS if (key := f"{name} {part}") in arrays}
-    return QuantizedWeight.from_dict(held | {"format": str(format)})
+    held = {part: torch.from_numpy(arrays[key]) for part in PARTS if (key := f"{name} {part}") in arrays}
+    return weight_of(held | {"format": str(format)})
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Codes, scales, biases and ranges of a model."""
 
-    weights: Mapping[str, QuantizedWeight]
+    weights: Mapping[str, AnyWeight]
     biases: Mapping[str, Tensor]
     ranges: Mapping[str, AnyRange]
 
@@ -118,7 +117,7 @@ class Cache:
         return done.learned
 
 
-def weights_codec(formats: Mapping[str, WeightFormat]) -> Codec[tuple[dict[str, QuantizedWeight], str]]:
+def weights_codec(formats: Mapping[str, WeightFormat]) -> Codec[tuple[dict[str, AnyWeight], str]]:
     """Named weights of these formats, with a note."""
     return Codec(
         lambda value: (_arrays_of_all(value[0]), value[1]),
@@ -133,7 +132,7 @@ def _rounded_codec(layer: str, format: WeightFormat) -> Codec[Rounded]:
     )
 
 
-def _arrays_of_all(weights: Mapping[str, QuantizedWeight]) -> dict[str, np.ndarray]:
+def _arrays_of_all(weights: Mapping[str, AnyWeight]) -> dict[str, np.ndarray]:
     return {key: array for name, weight in weights.items() for key, array in arrays_of(weight, name).items()}
 
 

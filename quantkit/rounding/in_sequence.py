@@ -49,7 +49,9 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
     for name, weight in list(simulated.weights.items()):
         bias = simulated.floats.bias(name)
         site = simulated.ranges.get(inputs[name][0]) if len(inputs[name]) == 1 else None
-        if bias is None or site is None or weight.scale.shape[1] != 1 or not (site.static and site.integer):
+        if bias is None or not weight.integer or weight.scale.shape[1] != 1:
+            continue
+        if site is None or not (site.static and site.integer):
             continue
         input_scale = site.scale
         with torch.no_grad():

@@ -51,6 +51,7 @@ class RoundingRequest:
         and the layer has any.
         """
         format, rounding, looks = self.formats[layer], self.rounding, self.method.hessian
+        looks = looks and not format.is_half
         if looks and not floats.layers[layer].inputs_seen:
             rounding, looks = "nearest", False
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.half import HalfWeight
+from quantkit.numbers.kinds import AnyWeight
 from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.progress import warn
 from quantkit.rounding import ROUNDINGS, Moments, rounding_of
@@ -17,11 +19,11 @@ from quantkit.rounding.registry import Codes
 
 @dataclass(frozen=True)
 class Rounded:
-    """A layer's codes per format and how they were found: the rounding used, the damping its Hessian needed, and the
-    blocks of inputs that it was kept for.
+    """A layer's weight per format and how its codes were found: the rounding used, the damping its Hessian needed, and
+    the blocks of inputs that it was kept for; where there are none, that it is float16.
     """
 
-    weights: dict[WeightFormat, QuantizedWeight]
+    weights: dict[WeightFormat, AnyWeight]
     rounding: str
     damping: float = 0.0
     blocks: int = 1
@@ -38,14 +40,19 @@ def quantize_weight(
 
     A rounding that needs the Hessian of the layer's inputs gets it with ``moments``; without them, or where it cannot
     be factored, the weight is rounded to nearest. ``groups`` is the convolution's. Computed in float32 unless the
-    weight is float64, on the CPU, where codes stay.
+    weight is float64, on the CPU, where codes stay. Float16 values are the nearest ones whatever the rounding.
     """
+    found: dict[WeightFormat, AnyWeight] = {format: HalfWeight.of(weight) for format in formats if format.is_half}
+    if len(found) == len(formats):
+        return Rounded(found, HalfWeight.kind)
     method = rounding_of(rounding)
     if method.hessian and (moments is None or moments.factor is None):
         method = ROUNDINGS["nearest"]
     rows = weight.detach().cpu().reshape(groups, weight.shape[0] // groups, -1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    found = {format: _stored(method.codes(rows, format, moments), weight, format) for format in formats}
+    for format in formats:
+        if format not in found:
+            found[format] = _stored(method.codes(rows, format, moments), weight, format)
     factor = moments.factor if method.factored and moments is not None else None
     damping = 0.0 if factor is None else factor.factor.damping
     return Rounded(found, method.name, damping, moments.count if method.hessian and moments is not None else 1)
@@ -64,6 +71,8 @@ def _stored(found: Codes, weight: Tensor, format: WeightFormat) -> QuantizedWeig
 
 def rounding_note(layer: str, rounded: Rounded, asked: str) -> str:
     """One phrase on how a layer was rounded; warns where its inputs were to be used and could not be."""
+    if rounded.rounding == HalfWeight.kind:
+        return "nearest float16"
     if rounded.rounding != rounding_of(asked).name:
         warn(f"{layer}: the Hessian of its inputs cannot be factored; rounded to nearest")
     factored = rounding_of(rounded.rounding).factored

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import InvalidRequest
-from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
+from quantkit.numbers.kinds import AnyWeight
+from quantkit.numbers.packed_weight import stored_tensors, stored_weight
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.arguments import leaves_of, replaced
@@ -38,26 +39,19 @@ KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
 class PackedLayer(nn.Module):
     """A layer without an integer kernel: its packed weight is dequantized in every call."""
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: AnyWeight) -> None:
         super().__init__()
-        packed = pack_weight(weight)
-        self.shape, self.format = packed.shape, packed.format
-        for name in ("codes", "scale", "zero_point"):
-            self.register_buffer(name, getattr(packed, name))
+        self.shape, self.format = weight.shape, weight.format
+        for name, tensor in stored_tensors(weight, "weight").items():
+            self.register_buffer(name.rpartition(".")[2], tensor)
 
-    def packed(self) -> PackedWeight:
-        return PackedWeight(self.codes, self.scale, self.zero_point, self.shape, self.format)
-
-    def quantized(self) -> QuantizedWeight:
-        return unpack_weight(self.packed())
+    def quantized(self) -> AnyWeight:
+        held = {f"weight.{part}": tensor for part, tensor in self.named_buffers()}
+        return stored_weight(held, "weight", self.shape, self.format)
 
     @property
     def weight_bytes(self) -> int:
-        return self.packed().nbytes
+        return sum(tensor.nbytes for tensor in self.buffers())
 
     @property
     def expanded_bytes(self) -> int:
@@ -70,7 +64,7 @@ RealLayer = IntLinear | IntConv | PackedLayer
 def real_layer(
     name: str,
     kind: str,
-    weight: QuantizedWeight,
+    weight: AnyWeight,
     bias: Tensor | None,
     site: SiteRange | TokenRange | None,
     expand: bool,
@@ -78,6 +72,8 @@ def real_layer(
     """The layer that computes with these codes on the input that ``site`` quantizes; where there is no integer kernel
     for it, one that dequantizes, with a notice.
     """
+    if not weight.integer:
+        return PackedLayer(weight)
     try:
         if site is None:
             raise InvalidRequest("its input has no single quantizer")
@@ -134,7 +130,7 @@ class RealModel(nn.Module):
             name: real_layer(name, self._kernel_kind(name), weight, floats.bias(name), self._input_of(name), expand)
             for name, weight in simulated.weights.items()
         }
-        self.covered = covered
+        self.covered, self.half_floats = covered, simulated.half_floats
         self.eval()
 
     def _kernel_kind(self, name: str) -> str:
@@ -158,12 +154,14 @@ class RealModel(nn.Module):
         return found is not None and not inside
 
     @property
-    def weights(self) -> Mapping[str, QuantizedWeight]:
+    def weights(self) -> Mapping[str, AnyWeight]:
         """Layer name -> codes, unpacked: what packing and the ONNX writer read."""
         return {name: self._codes(name) for name in self.layers}
 
-    def _codes(self, name: str) -> QuantizedWeight:
+    def _codes(self, name: str) -> AnyWeight:
         found = self.layers[name].quantized()
+        if not found.integer:
+            return found
         shape = self.floats.layers[name].shape
         return QuantizedWeight(found.codes.reshape(shape), found.scale, found.zero_point, found.format)
 
@@ -184,7 +182,9 @@ class RealModel(nn.Module):
         room = {id(state[name]): nn.Parameter(torch.empty(state[name].shape, device="cpu")) for name in self.covered}
         own = copy.deepcopy(self.model, dict(room))  # under all names of a parameter that is tied
         floats = self.floats.on(own)
-        return SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        found = SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        found.half_floats = self.half_floats
+        return found
 
     @contextmanager
     def quantizing(self, outside: Sequence[Tensor] = ()) -> Iterator[None]:
@@ -199,7 +199,7 @@ class RealModel(nn.Module):
         with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
             yield
 
-    def _beside_float(self) -> dict[str, QuantizedWeight]:
+    def _beside_float(self) -> dict[str, AnyWeight]:
         """The codes of layers that share a parameter in half precision, which they cannot be written to, with float
         ones.
         """

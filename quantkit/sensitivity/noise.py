@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.numbers.kinds import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyRange, AnyWeight
 from quantkit.sensitivity.by_place import Found, by_place
 from quantkit.sensitivity.damage import Reference, average, mean_and_error, notes_on
 from quantkit.sensitivity.measure import Perturbation, Scores, Subject, applied
@@ -66,10 +65,9 @@ def _noisy_site(x: Tensor, found: AnyRange, generator: torch.Generator) -> Tenso
     return _with_noise(x, found.scale if found.static else found.scales(x), generator)
 
 
-def noisy_weight(weight: Tensor, codes: QuantizedWeight, generator: torch.Generator) -> Tensor:
-    """``weight`` plus uniform noise as wide as the step of each group of ``codes``; nothing where a step is 0."""
-    step = codes.scale.to(weight).unsqueeze(-1)
-    return _with_noise(weight.detach().reshape(*codes.scale.shape, -1), step, generator).reshape(weight.shape)
+def noisy_weight(weight: Tensor, codes: AnyWeight, generator: torch.Generator) -> Tensor:
+    """``weight`` plus uniform noise as wide as the steps of ``codes``; nothing where a step is 0."""
+    return _with_noise(weight.detach(), codes.steps().to(weight), generator)
 
 
 def _with_noise(x: Tensor, step: Tensor | float, generator: torch.Generator) -> Tensor:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
+from quantkit.numbers.kinds import AnyWeight
 from quantkit.numbers.per_token import TokenRange
-from quantkit.numbers.uniform import QuantizedWeight
 from quantkit.program.inputs import Batch
 from quantkit.progress import track
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
@@ -50,9 +50,10 @@ def weight_perturbations(
     most = rounding.hessian_bytes
     for run in in_memory_bound(ready.weights, [name for name in formats if name not in done], most):
         seen: dict[str, Moments] = {}
-        if rounding_of(rounding.name).hessian:
+        coded = [name for name in run if not all(format.is_half for format in formats[name])]
+        if rounding_of(rounding.name).hessian and coded:
             shown = track(batches, "layer inputs", enabled=progress)
-            seen = layer_hessians(observed, ready.program, run, shown, most, ready.padding)
+            seen = layer_hessians(observed, ready.program, coded, shown, most, ready.padding)
         for name in track(run, "rounding", enabled=progress):
             compute = partial(_rounded, ready, name, formats[name], seen.pop(name, None), rounding.name)
             done[name] = kept.cached(*pieces[name], compute, codecs[name])
@@ -62,7 +63,7 @@ def weight_perturbations(
 
 def _rounded(
     ready: Prepared, layer: str, formats: Sequence[WeightFormat], moments: Moments | None, rounding: str
-) -> tuple[dict[str, QuantizedWeight], str]:
+) -> tuple[dict[str, AnyWeight], str]:
     """A layer's codes in every format, and how they were rounded."""
     weight = ready.weights.layers[layer]
     how = rounding if weight.inputs_seen or not rounding_of(rounding).hessian else "nearest"

@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from quantkit.numbers.kinds import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyRange, AnyWeight
 from quantkit.program.arguments import replaced
 from quantkit.program.halves import stores_halves, widened
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, device_of, intercept, map_tensors
@@ -130,14 +129,16 @@ class SimulatedModel(nn.Module):
     ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. ``floats``
     says where the layers' weights are (default: in modules of the common kinds), ``updated`` which tensors a forward
     changes that are to stay. Computes in float32: half-precision inputs, which a half-precision model takes, are
-    widened.
+    widened. ``half_floats``: what stays float is stored as float16, and has its values.
     """
+
+    half_floats: bool = False
 
     def __init__(
         self,
         model: nn.Module,
         sites: Iterable[Site],
-        weights: Mapping[str, QuantizedWeight],
+        weights: Mapping[str, AnyWeight],
         ranges: Mapping[str, AnyRange],
         floats: Weights | None = None,
         updated: Iterable[str] = (),
@@ -146,12 +147,12 @@ class SimulatedModel(nn.Module):
         self.model = model
         self.sites, self.updated = tuple(sites), tuple(updated)
         self.floats = Weights.of_modules(model) if floats is None else floats
-        self.weights: dict[str, QuantizedWeight] = {}
+        self.weights: dict[str, AnyWeight] = {}
         self.ranges: dict[str, AnyRange] = dict(ranges)
         for name, weight in weights.items():
             self.set_weight(name, weight)
 
-    def set_weight(self, name: str, weight: QuantizedWeight) -> None:
+    def set_weight(self, name: str, weight: AnyWeight) -> None:
         """Give a layer its codes; what it computes with becomes their dequantized value, which takes the place of a
         parameter in half precision call by call.
         """
@@ -171,7 +172,9 @@ class SimulatedModel(nn.Module):
 
     def _on(self, model: nn.Module) -> SimulatedModel:
         floats = self.floats.on(model)
-        return SimulatedModel(model, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        other = SimulatedModel(model, self.sites, self.weights, self.ranges, floats, self.updated).eval()
+        other.half_floats = self.half_floats
+        return other
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*tree_map(widened, (args, kwargs)))

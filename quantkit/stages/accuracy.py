@@ -236,10 +236,13 @@ def _agreeing(problem: Problem) -> set[tuple[str, str]]:
 
 
 def _widest_first(schemes: Sequence[Scheme]) -> list[Scheme]:
-    """A layer's quantized schemes with the widest activations among them, most weight bits first."""
+    """A layer's quantized schemes with the widest activations among them, most weight bits first. Float16 weights read
+    any.
+    """
     quantized = [s for s in schemes if s.weight is not None]
-    widest = max((s.activation.bits if s.activation else FLOAT_BITS for s in quantized), default=FLOAT_BITS)
-    kept = [s for s in quantized if (s.activation.bits if s.activation else FLOAT_BITS) == widest]
+    read = {s: s.activation.bits if s.activation else FLOAT_BITS for s in quantized if s.has_codes}
+    widest = max(read.values(), default=FLOAT_BITS)
+    kept = [s for s in quantized if read.get(s, widest) == widest]
     return sorted(kept, key=lambda s: s.weight.bits if s.weight else FLOAT_BITS, reverse=True) or list(schemes)
 
 

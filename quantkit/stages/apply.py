@@ -11,8 +11,8 @@ from torch import nn
 
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
-from quantkit.numbers.packed_weight import pack_weight
-from quantkit.plan import COMPOSITION, FLOAT, LEFT, Composition, Plan, average_bits, digest_of
+from quantkit.numbers.packed_weight import stored_bytes
+from quantkit.plan import COMPOSITION, FLOAT, FLOAT_STORAGE, LEFT, Composition, Plan, average_bits, digest_of
 from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
@@ -23,6 +23,7 @@ from quantkit.session import Session
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
+from quantkit.stages.beyond_half import require_half
 from quantkit.stages.first_last import ends_of
 from quantkit.stages.float_activations import (
     Trials,
@@ -34,13 +35,21 @@ from quantkit.stages.float_activations import (
 )
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.metric import Evaluate, metric_of
-from quantkit.stages.options import ApplyOptions, Run
+from quantkit.stages.options import FLOAT16, ApplyOptions, Run
 from quantkit.stages.result import Result
 from quantkit.store import Artefacts
 from quantkit.targets import OPERATOR_DOMAINS, Target
 from quantkit.targets.instruction_sets import INSTRUCTION_SET
 from quantkit.targets.rules import require_kinds
-from quantkit.transforms.prepare import Prepared, leave_float, prepare_own, with_sites_of, without_sites
+from quantkit.transforms.half_floats import store_floats_as_halves
+from quantkit.transforms.prepare import (
+    Prepared,
+    leave_float,
+    prepare_own,
+    read_in_float,
+    with_sites_of,
+    without_sites,
+)
 
 AS_GIVEN = "as given"  # the policy on first and last layers in a plan that comes as a mapping
 _ANY_WEIGHT = WeightFormat("8")
@@ -84,6 +93,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     if some is not None:
         left = Trials(simulated, ready, target, some, floats, run.progress).left_float(choices)
         plan, ready = with_left_float(plan, left, ready, target)
+    if ready.half_floats:
+        store_floats_as_halves(simulated, ready.halves)
     plan = _recounted(plan, simulated, ready, formatted.sites, target)
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
@@ -111,7 +122,9 @@ def formatted_by(session: Session, plan: Plan) -> Formatted:
     """The session's float model with the formats of a plan. Raises InvalidRequest for a plan that does not fit."""
     target = target_of(session, plan)
     left = dict.fromkeys(_kept_float(session, plan), LEFT)
-    ready = _coded(leave_float(session.prepared, target, (), left), plan, target)
+    ready = leave_float(session.prepared, target, (), left)
+    ready = read_in_float(ready, target, [name for name in ready.quantizable if not plan.schemes[name].has_codes])
+    ready = _coded(ready, plan, target)
     weights = {n: weight for n in ready.quantizable if (weight := plan.schemes[n].weight) is not None}
     sites = _site_formats(plan, ready, target)
     return Formatted(ready, weights, sites, session.inputs.batches, session.standing)
@@ -176,6 +189,7 @@ def _kept_float(session: Session, plan: Plan) -> list[str]:
             raise InvalidRequest(f"The plan gives layer {name!r} {scheme}, but {every.layers[name].reason}.")
         if scheme.weight is not None:
             check_group(name, scheme.weight, every.layers[name].shape)
+        require_half(every.weights, name, scheme)
     require_kinds(every.layers, {name: [scheme] for name, scheme in plan.schemes.items()}, target)
     _check_size(plan, every)
     known = [site.name for site in (*every.sites, *with_sites_of(every, plan.schemes.values()).sites)]
@@ -236,7 +250,7 @@ def _recounted(
     plan: Plan, simulated: SimulatedModel, ready: Prepared, formats: Mapping[str, ActivationFormat], target: Target
 ) -> Plan:
     """The plan with sizes counted from what was packed; raises QuantkitError if they are not what it promised."""
-    packed = {name: pack_weight(weight).nbytes for name, weight in simulated.weights.items()}
+    packed = {name: stored_bytes(weight) for name, weight in simulated.weights.items()}
     size = sum(packed.get(name, layer.float_bytes) for name, layer in ready.layers.items())
     if plan.size_bytes and size != plan.size_bytes:
         raise QuantkitError(
@@ -255,8 +269,9 @@ def _recounted(
         average_bits=average_bits(ready.layers, size),
         provenance={
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
-            **plan.provenance,
+            **{key: value for key, value in plan.provenance.items() if key != FLOAT_STORAGE},
             **_composition(plan, ready, size + ready.other_bytes),
+            **({FLOAT_STORAGE: FLOAT16} if ready.half_floats else {}),
             INSTRUCTION_SET: target.instruction_set,
             OPERATOR_DOMAINS: list(target.operator_domains),
         },

@@ -114,7 +114,7 @@ def _timing_rig(ready: Prepared, target: Target, example: Batch, progress: bool)
 
 def _rounded(ready: Prepared, name: str, formats: Sequence[WeightFormat]) -> list[tuple[QuantizedWeight, int]]:
     found = quantize_weight(ready.weights[name], formats, None, ready.weights.layers[name].groups).weights
-    return [(weight, fmt.bits) for fmt, weight in found.items()]
+    return [(weight, fmt.bits) for fmt, weight in found.items() if weight.integer]
 
 
 def mixtures_of(layers: Sequence[str], widths: Sequence[int], seed: int) -> list[Mixture]:

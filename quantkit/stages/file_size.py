@@ -25,6 +25,7 @@ from quantkit.session import Session
 from quantkit.simulation.model import SimulatedModel
 from quantkit.stages.apply import formatted_by, target_of
 from quantkit.stages.result import Result
+from quantkit.transforms.half_floats import store_floats_as_halves
 
 if TYPE_CHECKING:
     from quantkit.backends.onnxruntime.marks import MarkedGraph
@@ -36,7 +37,7 @@ TRIES = 6  # plans whose file is written; each is smaller by what the one before
 @dataclass
 class FileLengths:
     """The bytes of the files that plans of a ``session`` will have. The float graph, which takes longest to make, is
-    made once for plans that quantize the same tensors.
+    made once for plans that quantize the same activations, and leave the same weights float where these are rounded.
     """
 
     session: Session
@@ -44,7 +45,7 @@ class FileLengths:
 
     def __call__(self, plan: Plan) -> int:
         """Those of a plan that is not applied yet. Raises InvalidRequest where the model cannot be exported."""
-        formatted = formatted_by(self.session, plan)
+        formatted = formatted_by(self.session.fork(), plan)  # the session's own weights stay float
         ready = formatted.ready
         weights = {}
         for name, fmt in formatted.weights.items():
@@ -52,10 +53,13 @@ class FileLengths:
             weights[name] = quantize_weight(ready.weights[name], [fmt], None, groups, "nearest").weights[fmt]
         ranges = {site.name: _some_range(formatted.sites[site.name]) for site in ready.sites}
         simulated = SimulatedModel(ready.model, ready.sites, weights, ranges, ready.weights, ready.program.updated)
-        sites = tuple(site.name for site in ready.sites)
-        if sites not in self.graphs:
-            self.graphs[sites] = self._graph(simulated.on_cpu())
-        return self._length(simulated.on_cpu(), self.graphs[sites], plan)
+        made = tuple(site.name for site in ready.sites)
+        if ready.half_floats:  # the graph has the values of what is float: those of other layers are codes
+            store_floats_as_halves(simulated, ready.halves)
+            made += tuple(name for name in ready.layers if name not in weights)
+        if made not in self.graphs:
+            self.graphs[made] = self._graph(simulated.on_cpu())
+        return self._length(simulated.on_cpu(), self.graphs[made], plan)
 
     def of_result(self, result: Result) -> int:
         """Those of a plan that is applied: what was learned and rewritten is in it."""

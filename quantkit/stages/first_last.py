@@ -46,7 +46,10 @@ def with_policy(
     shared = [] if eight is None or eight.dynamic else [site for site in ready.sites if ends & set(site.consumers)]
     beside = {reader for site in shared for reader in site.consumers} - ends
     own: list[tuple[str, Wanted]] = [(glob.escape(name), [Scheme(WeightFormat("8"), eight)]) for name in sorted(ends)]
-    own += [(glob.escape(name), [s.with_activation(eight) for s in quantized]) for name in sorted(beside)]
+    own += [
+        (glob.escape(name), [s.with_activation(eight) if s.has_codes else s for s in quantized])
+        for name in sorted(beside)
+    ]
     return own + asked
 
 

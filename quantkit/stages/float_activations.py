@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import Scheme
-from quantkit.numbers.kinds import AnyRange
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyRange, AnyWeight
 from quantkit.plan import FLOAT, LEFT, Plan
 from quantkit.program.inputs import batch_size
 from quantkit.program.sites import makers_of_codes, place_sites
@@ -134,9 +133,7 @@ class Trials:
             for name, weight in codes.items():
                 self.simulated.set_weight(name, weight)
 
-    def _set_float(
-        self, layers: Layers, sites: Sequence[str]
-    ) -> tuple[dict[str, AnyRange], dict[str, QuantizedWeight]]:
+    def _set_float(self, layers: Layers, sites: Sequence[str]) -> tuple[dict[str, AnyRange], dict[str, AnyWeight]]:
         """Leave layers float; returns all ranges, and the codes that are gone: those that only float kernels read.
         Others stay, so that the file is as small.
         """

@@ -62,7 +62,7 @@ class Inputs:
         """Raise InvalidRequest for schemes whose activations need data that is not there, and where only some layers
         would quantize theirs.
         """
-        quantized = [scheme for scheme in schemes if not scheme.is_float]
+        quantized = [scheme for scheme in schemes if scheme.has_codes]
         coded = [scheme for scheme in quantized if scheme.activation is not None]
         dynamic = [scheme for scheme in coded if scheme.activation is not None and scheme.activation.dynamic]
         if 0 < len(dynamic) < len(coded):

@@ -22,6 +22,7 @@ from quantkit.stages.inputs import Inputs
 from quantkit.targets.rules import Rules
 
 Schemes = Sequence[str | Scheme]
+FLOAT32, FLOAT16 = "float32", "float16"  # as what is stored that stays float
 REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
 
 
@@ -36,20 +37,22 @@ def choices() -> dict[str, tuple[str, ...]]:
         "reparameterization": REPARAMETERIZATIONS,
         "loss": ("auto", *LOSSES),
         "first_last": FIRST_LAST,
+        "float_storage": (FLOAT32, FLOAT16),
     }
 
 
 @dataclass(frozen=True)
 class ProfileOptions:
     """What is measured, and how: the candidates and the names in ``choices``. ``everywhere``: the one candidate is
-    for every layer that can take it, and the others stay float. ``memory``: as much, "4 GB", may be taken beyond the
-    model and its inputs.
+    for every layer that can take it, and the others stay float. ``float_storage``: as what is stored that stays
+    float. ``memory``: as much, "4 GB", may be taken beyond the model and its inputs.
     """
 
     schemes: Schemes | None = None
     everywhere: bool = False
     rules: Rules | None = None
     first_last: str = SAME
+    float_storage: str = FLOAT32
     loss: str = "auto"
     sensitivity: str = "auto"
     rounding: str = "auto"

@@ -12,15 +12,16 @@ from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.plan import Profile, SiteRecord, digest_shapes
+from quantkit.plan import FLOAT_STORAGE, Profile, SiteRecord, digest_shapes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
 from quantkit.sensitivity import require_additive
 from quantkit.sensitivity.measure import Scores
 from quantkit.session import Session
+from quantkit.stages.beyond_half import why_not_half, without_beyond_half
 from quantkit.stages.first_last import policy_record, with_policy
 from quantkit.stages.inputs import Inputs, tell_what_is_missing
-from quantkit.stages.options import ProfileOptions, chosen
+from quantkit.stages.options import FLOAT16, FLOAT32, ProfileOptions, chosen
 from quantkit.targets import Target
 from quantkit.targets.rules import (
     Rules,
@@ -28,10 +29,11 @@ from quantkit.targets.rules import (
     decided_by_rule,
     parse_schemes,
     require_kinds,
+    require_runnable,
     weights_only,
     why_float,
 )
-from quantkit.transforms.prepare import Prepared, leave_float, with_sites_of
+from quantkit.transforms.prepare import Prepared, leave_float, read_in_float, with_sites_of
 
 DEFAULT_TARGET = "onnxruntime-cpu"
 TargetName = str | os.PathLike[str] | Target
@@ -128,6 +130,7 @@ def make_ready(
     goal, asked = Target.load(target), ProfileOptions(**options)
     require_additive(asked.sensitivity)
     wanted = parse_schemes(asked.schemes, goal)
+    require_runnable(asked.rules, goal)
     inputs = Inputs.of(model, calibration, example_inputs, samples)
     if asked.schemes is None and not inputs.batches:
         wanted = weights_only(wanted)
@@ -137,6 +140,8 @@ def make_ready(
 
 def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptions) -> Request:
     """The request for ``wanted`` candidates. Raises InvalidRequest for what the model or the target cannot do."""
+    if options.float_storage == FLOAT16:
+        session = session.storing_halves()
     rules = with_policy(options.first_last, session.prepared, wanted, options.rules)
     if options.everywhere:
         session = _without_unfit(session, wanted[0], rules)
@@ -150,7 +155,8 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         "target": session.target.digest(),
         "seed": options.seed,
         **session.identity,
-        **{name: value for name, value in chosen(options).items() if name != "first_last"},
+        **{name: value for name, value in chosen(options).items() if name not in ("first_last", FLOAT_STORAGE)},
+        **({} if options.float_storage == FLOAT32 else {FLOAT_STORAGE: options.float_storage}),
         **({} if options.memory is None else {"memory": options.memory}),
     }
     by_rule = frozenset(name for name in ready.quantizable if decided_by_rule(name, options.rules))
@@ -160,7 +166,8 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
 def _without_unfit(session: Session, scheme: Scheme, rules: Rules | None) -> Session:
     """The session with the layers float that cannot take the scheme and that no rule decides."""
     layers, target = session.prepared.layers, session.target
-    reasons = {name: why_float(layer, scheme, target) for name, layer in layers.items()}
+    weights = session.prepared.weights
+    reasons = {n: why_float(layer, scheme, target) or why_not_half(weights, n, scheme) for n, layer in layers.items()}
     unfit = {n: why for n, why in reasons.items() if why and not layers[n].reason and not decided_by_rule(n, rules)}
     return replace(session, prepared=leave_float(session.prepared, target, (), unfit)) if unfit else session
 
@@ -170,7 +177,7 @@ def _with_candidates(
 ) -> tuple[Prepared, dict[str, tuple[Scheme, ...]]]:
     """The model with what its candidates leave float left float, and the candidates of every layer."""
     ready, inputs, target = session.prepared, session.inputs, session.target
-    allowed = candidate_schemes(ready.layers, wanted, rules, target)
+    allowed = without_beyond_half(ready.weights, candidate_schemes(ready.layers, wanted, rules, target))
     require_kinds(ready.layers, allowed, target)
     offered = [s for name, options in allowed.items() if not ready.layers[name].weight_only for s in options]
     inputs.require_schemes(offered)
@@ -178,4 +185,5 @@ def _with_candidates(
     always_float = [name for name, options in allowed.items() if all(s.is_float for s in options)]
     if always_float:
         ready = leave_float(ready, target, always_float)
+    ready = read_in_float(ready, target, [n for n in ready.quantizable if not any(s.has_codes for s in allowed[n])])
     return with_sites_of(ready, offered), allowed

@@ -1,14 +1,16 @@
 """A quantized model on disk: ``plan.json`` beside ``weights.safetensors``.
 
 ``weights.safetensors`` holds, for every quantized layer, the tensors of ``numbers.packed_weight`` under
-``<layer>.weight``: codes packed at true width, scales and, where the format has them, zero points; and every other
-tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON with:
+``<layer>.weight``: codes packed at true width, scales and, where the format has them, zero points, or float16 values;
+and every other tensor of the model's state under its own name. Its header has one entry, ``quantkit_model``, JSON
+with:
 
 - ``version``; ``plan``, the digest of the plan these codes obey; ``digest`` of this header and all tensors;
 - ``layers``: layer name -> weight format, shape and where the model holds it;
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
 - ``sites``: name, place, echoes and copies of each as (scope, operation, index, output), consumers, shape, roles;
 - ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``);
+- ``halves``, where what stays float is stored as float16: the names of what is, and computes as float32;
 - ``shapes``, where sizes vary in the calibration data: the shapes of the model's inputs in a few batches of it.
 
 Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
@@ -30,9 +32,9 @@ from torch import Tensor, nn
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
 from quantkit.formats import Scheme
-from quantkit.numbers.kinds import range_of
-from quantkit.numbers.packed_weight import PackedWeight, pack_weight, unpack_weight
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.half import is_half_exactly
+from quantkit.numbers.kinds import AnyWeight, range_of
+from quantkit.numbers.packed_weight import PARTS, stored_tensors, stored_weight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.halves import keep_only_matrices_half
 from quantkit.program.input_shapes import InputShapes
@@ -65,7 +67,7 @@ def save_result(
     folder = Path(folder)
     tensors = _other_state(simulated)
     for name, weight in simulated.weights.items():
-        tensors |= pack_weight(weight).tensors(f"{name}.weight")
+        tensors |= stored_tensors(weight, f"{name}.weight")
     floats = simulated.floats.layers
     header = {
         "version": MODEL_VERSION,
@@ -76,6 +78,9 @@ def save_result(
         "sites": [asdict(site) for site in simulated.sites],
         "ranges": {name: found.to_dict() for name, found in simulated.ranges.items()},
     }
+    if simulated.half_floats:
+        header["halves"] = halves = [name for name, tensor in tensors.items() if is_half_exactly(tensor)]
+        tensors |= {name: tensors[name].to(torch.float16) for name in halves}
     if shapes:
         header["shapes"] = [{name: list(shape) for name, shape in form.items()} for form in shapes]
     header["digest"] = _digest(header, tensors)
@@ -120,11 +125,14 @@ def load_result(folder: str | Path, model: nn.Module) -> Loaded:
         weights = {name: _weight(name, record, floats, tensors) for name, record in header["layers"].items()}
     except AttributeError as error:
         raise InvalidRequest(f"The model is not of the saved architecture: {error}.") from error
+    tensors |= {name: tensors[name].float() for name in header.get("halves", ())}
     _load_state(own, covered, tensors)
     sites = [_site(record) for record in header["sites"]]
     ranges = {name: range_of(record) for name, record in header["ranges"].items()}
     shapes = tuple({name: tuple(shape) for name, shape in form.items()} for form in header.get("shapes", ()))
-    return SimulatedModel(own, sites, weights, ranges, floats, header["updated"]), plan, folds, shapes
+    simulated = SimulatedModel(own, sites, weights, ranges, floats, header["updated"])
+    simulated.half_floats = "halves" in header
+    return simulated, plan, folds, shapes
 
 
 def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:
@@ -161,20 +169,20 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
 
 
-def _weight(name: str, record: Mapping[str, Any], floats: Weights, tensors: dict[str, Tensor]) -> QuantizedWeight:
-    """A layer's codes, taken out of ``tensors``."""
+def _weight(name: str, record: Mapping[str, Any], floats: Weights, tensors: dict[str, Tensor]) -> AnyWeight:
+    """A layer's weight as it is stored, taken out of ``tensors``."""
     shape = tuple(record["shape"])
-    if (found := tuple(floats[name].shape)) != shape:
+    if (own := tuple(floats[name].shape)) != shape:
         raise InvalidRequest(
-            f"Layer {name!r} has a weight of shape {found} in the model and of {shape} in the saved file: this is not "
+            f"Layer {name!r} has a weight of shape {own} in the model and of {shape} in the saved file: this is not "
             "the model that was saved."
         )
     format = Scheme.parse(record["format"]).weight
     assert format is not None
-    packed = PackedWeight.of_tensors(tensors, f"{name}.weight", shape, format)
-    for stored in packed.tensors(f"{name}.weight"):
-        del tensors[stored]
-    return unpack_weight(packed)
+    found = stored_weight(tensors, f"{name}.weight", shape, format)
+    for part in PARTS:
+        tensors.pop(f"{name}.weight.{part}", None)
+    return found
 
 
 def _load_state(model: nn.Module, covered: Collection[str], tensors: Mapping[str, Tensor]) -> None:

@@ -35,10 +35,10 @@ class Target:
     can quantize token by token. ``integer_ops`` are the element-wise operations it runs on codes, ``integer_products``
     the products of two activations, ``fused_activations`` what it fuses into layers and element-wise operations.
     ``weight_only``: every layer can have codes for its weight alone; ``weight_only_groups``: also in groups and with
-    zero points. ``instruction_set`` is that of the CPUs that files are written for, ``operator_domains`` the operator
-    sets that they may use beside the format's own, ``roles`` whether tensors must,
-    may or cannot hold codes in each role (``targets.roles``); they may in one that is not named. ``latency``: what a
-    model's parts take on a machine, where that was measured.
+    zero points; ``float16_weights``: or float16 values, ``w16``. ``instruction_set`` is that of the CPUs that files
+    are written for, ``operator_domains`` the operator sets that they may use beside the format's own, ``roles``
+    whether tensors must, may or cannot hold codes in each role (``targets.roles``); they may in one that is not named.
+    ``latency``: what a model's parts take on a machine, where that was measured.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Target:
     weight_only_layers: tuple[str, ...] = ()
     weight_only: bool = False
     weight_only_groups: bool = False
+    float16_weights: bool = False
     dynamic_layers: tuple[str, ...] = ()
     instruction_set: str = AUTO
     operator_domains: tuple[str, ...] = ()
@@ -156,6 +157,8 @@ class Target:
             return f"{scheme} is ?: a layer needs a weight format"
         if act is None and not self.weight_only:
             return f"{scheme} is ?: a layer needs an activation format"
+        if weight.is_half and self.float16_weights:
+            return None if act is None else f"{scheme} is ?: float16 weights compute in float, as {weight} alone"
         if not weight.is_integer or weight.bits not in self.weight_bits:
             return f"weight format {weight} is ? (bits: {_list(self.weight_bits)})"
         expanded = act is None and self.weight_only_groups

@@ -55,7 +55,7 @@ def candidate_schemes(
                 f"The rule {pattern!r} matches no layer.{did_you_mean(pattern.strip('*'), list(layers))} "
                 f"Layers: {', '.join(list(layers)[:8])}{', ...' if len(layers) > 8 else ''}."
             )
-        wanted = parse_schemes([value] if isinstance(value, str | Scheme) else value, target)
+        wanted = _schemes_of(value, target)
         obeying = [name for name in matched if name in allowed]
         if not obeying and not any(scheme.is_float for scheme in wanted):
             first = matched[0]
@@ -70,6 +70,16 @@ def candidate_schemes(
             if scheme.weight is not None:
                 check_group(name, scheme.weight, layers[name].shape)
     return allowed
+
+
+def require_runnable(rules: Rules | None, target: Target) -> None:
+    """Raise InvalidRequest for what is no rule and for one that asks for a scheme that the target cannot run."""
+    for _, value in rule_pairs(rules):
+        _schemes_of(value, target)
+
+
+def _schemes_of(value: Wanted, target: Target) -> tuple[Scheme, ...]:
+    return parse_schemes([value] if isinstance(value, str | Scheme) else value, target)
 
 
 def require_kinds(layers: Mapping[str, Layer], allowed: Mapping[str, Sequence[Scheme]], target: Target) -> None:

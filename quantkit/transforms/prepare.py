@@ -34,6 +34,7 @@ from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
 from quantkit.transforms import stored
 from quantkit.transforms.fold_bn import fold, foldable_pairs, without_norms
+from quantkit.transforms.half_floats import stored_as_halves
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
 RECORDED_SAMPLES = 2
@@ -50,7 +51,8 @@ class Prepared:
     the reason why not. ``other_bytes`` is what a file stores besides the layers' weights: biases, unfolded norms,
     buffers, and what codes bring with them (``transforms.stored``). ``float_bytes`` is all that the user's model
     stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
-    ``padding`` is that of the calibration inputs; None where there is none.
+    ``padding`` is that of the calibration inputs; None where there is none. ``half_floats``: what stays float is
+    stored as float16, which are the parameters and buffers ``halves`` as far as they have no codes.
     """
 
     model: nn.Module
@@ -65,6 +67,8 @@ class Prepared:
     float32_bytes: int
     float_sums: frozenset[OpKey] = frozenset()
     padding: Padding | None = None
+    half_floats: bool = False
+    halves: frozenset[str] = frozenset()
 
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
@@ -147,13 +151,21 @@ def with_sites_of(ready: Prepared, schemes: Iterable[Scheme]) -> Prepared:
     activations = [scheme.activation for scheme in schemes if scheme.activation is not None]
     if any(not activation.dynamic for activation in activations):
         return ready
-    sites = token_sites(ready.program, ready.quantizable) if activations else ()
+    readers = [name for name in ready.quantizable if not ready.layers[name].weight_only]
+    sites = token_sites(ready.program, readers) if activations else ()
     return _with_sites(ready, sites, tokens=True)
 
 
 def without_sites(ready: Prepared, names: Collection[str]) -> Prepared:
     """The same with the tensors of these sites in float."""
+    if not names:
+        return ready
     return _with_sites(ready, tuple(site for site in ready.sites if site.name not in names))
+
+
+def with_half_floats(ready: Prepared) -> Prepared:
+    """The same with all that stays float stored as float16."""
+    return _with_sites(replace(ready, half_floats=True), ready.sites)
 
 
 def _checked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, int], tuple[int, int]]:
@@ -180,6 +192,16 @@ def leave_float(
     return _placed(replace(ready, layers=layers), target)
 
 
+def read_in_float(ready: Prepared, target: Target, names: Collection[str]) -> Prepared:
+    """The same model with these layers reading floats, whatever becomes of their weights, and the sites that are
+    left.
+    """
+    if not names:
+        return ready
+    layers = {n: replace(layer, weight_only=layer.weight_only or n in names) for n, layer in ready.layers.items()}
+    return _placed(replace(ready, layers=layers), target)
+
+
 def _placed(ready: Prepared, target: Target) -> Prepared:
     """With the sites that its quantizable layers need, and what is stored besides weights."""
     own, layers = ready.model, ready.layers
@@ -198,12 +220,20 @@ def _placed(ready: Prepared, target: Target) -> Prepared:
 def _with_sites(ready: Prepared, sites: tuple[Site, ...], tokens: bool = False) -> Prepared:
     """With these sites, and what is stored besides weights; ``tokens``: they are quantized row by row."""
     program, layers = ready.program, _with_inputs(ready.layers, sites)
+    owned, halves = ownership(ready.model, program), frozenset[str]()
+    if ready.half_floats:
+        halves = stored_as_halves(ready.weights, program, layers, owned, tokens)
+    narrow = {name for name in layers if ready.weights.layers[name].parameter in halves}
+    for name in narrow:
+        layers[name] = replace(layers[name], float_bytes=stored.HALF_BYTES * layers[name].weights)
     state = named_state(ready.model)
-    element_bytes = {name: tensor.element_size() for name, tensor in state.items() if tensor.is_floating_point()}
-    other = stored.floats_of(ownership(ready.model, program), element_bytes) + stored.widened(layers)
+    floats = {name: tensor.element_size() for name, tensor in state.items() if tensor.is_floating_point()}
+    widths = {name: max(size, stored.FLOAT_BYTES) for name, size in floats.items()}
+    other = stored.floats_of(owned, widths | dict.fromkeys(halves, stored.HALF_BYTES))
+    other += stored.widened({name: layer for name, layer in layers.items() if name not in narrow})
     other += stored.of_sites(program, layers, sites, tokens) + stored.of_constants(program)
     other += stored.of_layouts(program, layers)
-    return replace(ready, layers=layers, sites=sites, other_bytes=other)
+    return replace(ready, layers=layers, sites=sites, other_bytes=other, halves=halves)
 
 
 def _require_plain_model(model: nn.Module) -> None:

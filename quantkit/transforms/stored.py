@@ -17,6 +17,7 @@ from quantkit.program.program import Program
 from quantkit.program.sites import Site
 
 FLOAT_BYTES = 4  # of a number in the file, also where the user's model stores halves
+HALF_BYTES = 2  # where what stays float is stored as float16
 SITE_BYTES = 6  # a float32 scale, a zero point and the highest code of a byte each
 SCALE_AND_ZERO = 5  # for every channel of codes that a float layer reads
 TOKEN_BYTES = 12  # of a product of tokens: the highest code, the scalars around it
@@ -34,13 +35,12 @@ WITH_BIAS = ("conv1d", "conv2d", "conv3d")  # kinds whose integer kernels take a
 CONVOLVING = (*WITH_BIAS, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
-def floats_of(owned: Iterable[Owned], dtypes: Mapping[str, int]) -> int:
-    """Bytes of what belongs to no layer: biases, norms, buffers, weights that no product reads. ``dtypes`` has the
-    bytes of an element of what is floating-point.
+def floats_of(owned: Iterable[Owned], widths: Mapping[str, int]) -> int:
+    """Bytes of what belongs to no layer: biases, norms, buffers, weights that no product reads. ``widths`` has the
+    bytes of an element in the file of what is floating-point.
     """
     parts = [part for part in owned if not part.layer and not part.name.endswith(TRAINING)]
-    sizes = [max(FLOAT_BYTES, dtypes[p.name]) * p.elements if p.name in dtypes else p.bytes for p in parts]
-    return sum(sizes)
+    return sum(widths[part.name] * part.elements if part.name in widths else part.bytes for part in parts)
 
 
 def widened(layers: Mapping[str, Layer]) -> int:

@@ -110,6 +110,7 @@ def made(name: str, scheme: str) -> quantkit.Result:
     [
         *((name, "w8a8") for name in ("residual", "transformer", "recurrent", "perceptron")),
         *((name, "w4") for name in ("depthwise", "recurrent")),
+        *((name, "w8a8d") for name in ("recurrent", "perceptron")),
         *((name, "w3a6") for name in ("residual", "decoder")),
     ],
 )

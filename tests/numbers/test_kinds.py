@@ -13,7 +13,8 @@ from torch import Tensor
 
 from quantkit.errors import CorruptFile
 from quantkit.formats import Scheme
-from quantkit.numbers.kinds import KINDS, AnyQuantizer, AnyRange, from_dict, range_of
+from quantkit.numbers.half import HalfWeight
+from quantkit.numbers.kinds import KINDS, AnyQuantizer, AnyRange, from_dict, range_of, weight_of
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
@@ -35,6 +36,12 @@ def weights(draw: st.DrawFn) -> QuantizedWeight:
 
 
 @st.composite
+def halves(draw: st.DrawFn) -> HalfWeight:
+    seed, shape = draw(st.integers(0, 1000)), draw(st.sampled_from([(4, 12), (2, 3, 2, 2), (1, 12)]))
+    return HalfWeight.of(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+@st.composite
 def uniform(draw: st.DrawFn) -> SiteRange:
     bits = draw(WIDTHS)
     return SiteRange(draw(SCALES), draw(st.integers(0, 2**bits - 1)), bits)
@@ -45,16 +52,18 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "logarithmic": st.builds(LogRange, SCALES, st.integers(2, 6)),
     "per-token": st.builds(TokenRange, WIDTHS),
 }
-DRAWN: dict[str, st.SearchStrategy[Any]] = {"weight": weights(), **RANGES}
+DRAWN: dict[str, st.SearchStrategy[Any]] = {"weight": weights(), "float16": halves(), **RANGES}
 
 
 def example_of(found: AnyQuantizer, seed: int) -> Tensor:
     """A tensor for a quantizer, several times wider than its codes reach where it has a scale."""
-    x = torch.randn(found.codes.shape if found.stored else (3, 5), generator=torch.Generator().manual_seed(seed))
-    return x * 3 if found.kind == "weight" else x * (getattr(found, "scale", 1.0) * 2**found.bits)
+    x = torch.randn(found.shape if found.stored else (3, 5), generator=torch.Generator().manual_seed(seed))
+    return x * 3 if found.stored else x * (getattr(found, "scale", 1.0) * 2**found.bits)
 
 
 def same(a: AnyQuantizer, b: AnyQuantizer) -> bool:
+    if isinstance(a, HalfWeight) and isinstance(b, HalfWeight):
+        return torch.equal(a.values, b.values)
     if not (a.stored and b.stored):
         return a == b
     tensors = ((a.codes, b.codes), (a.scale, b.scale), (a.zero_point, b.zero_point))
@@ -65,7 +74,7 @@ def test_every_kind_is_drawn_here() -> None:
     assert KINDS.keys() == DRAWN.keys()
 
 
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", [kind for kind in DRAWN if kind != HalfWeight.kind])
 @given(data=st.data(), seed=st.integers(0, 1000))
 def test_fake_quantized_values_are_those_of_the_codes(kind: str, data: st.DataObject, seed: int) -> None:
     found = data.draw(DRAWN[kind])
@@ -85,6 +94,12 @@ def test_a_record_is_the_same_quantizer(kind: str, data: st.DataObject) -> None:
     read = from_dict(record)
     assert type(read) is type(found) and same(read, found)
     assert read.fingerprint() == found.fingerprint()
+
+
+@given(st.one_of(weights(), halves()))
+def test_a_weight_is_found_by_its_format(found: QuantizedWeight | HalfWeight) -> None:
+    record = {name: value for name, value in found.to_dict().items() if name != "kind"}
+    assert same(weight_of(record), found)
 
 
 @pytest.mark.parametrize("kind", RANGES)
@@ -124,7 +139,9 @@ def test_formats_are_those_of_schemes(found: AnyRange, text: str) -> None:
 
 
 def test_a_record_of_an_unknown_kind_or_place_is_refused() -> None:
-    with pytest.raises(CorruptFile, match=r"kind 'ternary' .* known: weight, uniform, logarithmic, per-token"):
+    with pytest.raises(
+        CorruptFile, match=r"kind 'ternary' .* known: weight, float16, uniform, logarithmic, per-token"
+    ):
         from_dict({"kind": "ternary", "scale": 1.0})
     weight = QuantizedWeight(random_codes((2, 4), 4), torch.ones(2, 1), None, Scheme.parse("w4").weight)
     with pytest.raises(CorruptFile, match="A site has a quantizer of kind 'weight'"):

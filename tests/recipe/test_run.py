@@ -258,3 +258,16 @@ def test_evaluating_on_calibration_samples_is_said(select: Any, shared: str | No
     with caplog.at_level(logging.WARNING, "quantkit"):
         inputs_of(read_recipe(path))
     assert caplog.text == "" if shared is None else f"{shared} samples to evaluate on are calibration" in caplog.text
+
+
+def test_what_stays_float_is_float16_where_the_recipe_says_so(tmp_path: Path) -> None:
+    """The head by its scheme, and the rest that has no codes."""
+    path = rewritten(write_tiny(tmp_path), output=str(tmp_path / "out"), budget="w8a8", rules={"head": "w16"})
+    changes = ["float_storage=float16", "rules.conv=float", "reconstruction=none", "correction=none"]
+    result, measured = run_recipe(read_recipe(path, changes), progress=False)
+    assert str(result.plan.schemes["head"]) == "w16" and result.plan.provenance["float_storage"] == "float16"
+    kinds = {t.name: t.data_type for t in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer}
+    assert kinds["head.weight"] == kinds["conv.weight"] == onnx.TensorProto.FLOAT16
+    assert measured.weight_bytes == result.plan.size_bytes
+    with pytest.raises(InvalidRequest, match="Unknown float_storage 'half'; known: float32, float16"):
+        run_recipe(read_recipe(path, ["float_storage=half"]), progress=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import quantkit
@@ -28,6 +29,15 @@ def test_the_length_of_a_file_is_known_before_a_plan_is_applied(network: str, sc
     report = made.export_onnx(tmp_path / "model.onnx")
     request = make_ready(build(), x, schemes=[scheme])
     assert FileLengths(request.session)(made.plan) == report.file_bytes
+
+
+def test_writing_files_ahead_leaves_the_float_model_as_it_is() -> None:
+    build, x = NETWORKS["residual"]
+    made = quantkit.quantize(build(), "w4", x, **QUICK)
+    request = make_ready(build(), x, schemes=["w4"])
+    before = {n: request.session.prepared.weights[n].clone() for n in made.plan.schemes}
+    FileLengths(request.session)(made.plan)
+    assert all(torch.equal(request.session.prepared.weights[n], weight) for n, weight in before.items())
 
 
 def smallest_of(build: Any, x: Any, **options: Any) -> float:

@@ -14,7 +14,9 @@ from tests.scheme_grammar import SCHEMES
 
 ACTS = ("", "a4", "a5", "a6", "a7", "a8", "a4d", "a5d", "a6d", "a7d", "a8d")
 RUNS = {"float", *(f"w{weight}{act}" for weight in range(2, 9) for act in ACTS)}
-RUNS |= {text for text in SCHEMES if re.fullmatch(r"w[2-8](g\d+)?z?", text)}  # weights alone, expanded at load
+RUNS |= {"w16"} | {
+    text for text in SCHEMES if re.fullmatch(r"w[2-8](g\d+)?z?", text)
+}  # weights alone, expanded at load
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def test_every_refusal_names_the_target_once(target: Target) -> None:
 NO = "not supported by target onnxruntime-cpu yet"
 REASONS = [
     ("a8", f"a8 is {NO}: a layer needs a weight format"),
-    ("w16a8", f"weight format w16 is {NO} (bits: 2, 3, 4, 5, 6, 7, 8)"),
+    ("w16a8", f"w16a8 is {NO}: float16 weights compute in float, as w16 alone"),
     ("wfp8a8", f"weight format wfp8 is {NO} (bits: 2, 3, 4, 5, 6, 7, 8)"),
     ("w4g32a8", f"weight groups (w4g32) are {NO}"),
     ("w4za8", f"weight zero points (w4z) are {NO}"),
@@ -50,6 +52,11 @@ REASONS = [
 @pytest.mark.parametrize(("scheme", "reason"), REASONS, ids=[scheme for scheme, _ in REASONS])
 def test_a_refusal_says_which_part_of_the_scheme_is_the_reason(target: Target, scheme: str, reason: str) -> None:
     assert target.refusal(Scheme.parse(scheme)) == reason
+
+
+def test_a_target_without_float16_refuses_it(target: Target) -> None:
+    reason = f"weight format w16 is {NO} (bits: 2, 3, 4, 5, 6, 7, 8)"
+    assert replace(target, float16_weights=False).refusal(Scheme.parse("w16")) == reason
 
 
 def test_a_target_that_quantizes_no_tokens_refuses_them(target: Target) -> None:

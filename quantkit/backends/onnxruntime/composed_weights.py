@@ -17,12 +17,11 @@ import onnx_ir as ir
 from torch import Tensor
 
 from quantkit.backends.onnxruntime.editing import Editor
-from quantkit.backends.onnxruntime.weight_forms import StoredCodes, dequantized
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.simulation.model import SimulatedModel
 
-# A layer's name -> its codes, output channels first
-CodesOf = Callable[[str], StoredCodes]
+# A layer's name -> its float32 weight, made of what is stored, output channels first
+ValueOf = Callable[[str], ir.Value]
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ def _is_rows(layer: LayerWeight, held: Tensor) -> bool:
     return size is not None and order is None and size[1:] == tuple(held.shape[1:])
 
 
-def composed(editor: Editor, before: ir.Node, simulated: SimulatedModel, held: Held, codes: CodesOf) -> ir.Value:
-    """The float32 value that holds layers, from the ``codes`` of those that have some."""
-    parts = [_laid_out(editor, before, simulated, name, codes) for name in held.layers]
+def composed(editor: Editor, before: ir.Node, simulated: SimulatedModel, held: Held, values: ValueOf) -> ir.Value:
+    """The float32 value that holds layers, from the ``values`` of those that are quantized."""
+    parts = [_laid_out(editor, before, simulated, name, values) for name in held.layers]
     if len(parts) == 1:
         return parts[0]
     name, size = f"{held.name}.weight", held.shape(simulated.floats)
@@ -129,12 +128,12 @@ def composed(editor: Editor, before: ir.Node, simulated: SimulatedModel, held: H
     return value if held.plain else _reshaped(editor, before, value, name, (), size)
 
 
-def _laid_out(editor: Editor, before: ir.Node, simulated: SimulatedModel, name: str, codes: CodesOf) -> ir.Value:
-    """A layer's weight, dequantized where it has codes, with the axes that what holds it has."""
+def _laid_out(editor: Editor, before: ir.Node, simulated: SimulatedModel, name: str, values: ValueOf) -> ir.Value:
+    """A layer's weight, dequantized where it is quantized, with the axes that what holds it has."""
     layer, stored = simulated.floats.layers[name], f"{name}.weight"
     if name not in simulated.weights:
         return editor.initializer(stored, simulated.floats[name].detach().numpy())
-    value = dequantized(editor, before, stored, simulated.weights[name], codes(name))
+    value = values(name)
     held = None if layer.parameter is None else simulated.floats.tensor(layer.parameter)
     size, order = _in_memory(layer)
     size, made = size or (layer.shape if held is None else tuple(held.shape)), layer.shape

@@ -16,9 +16,10 @@ from quantkit.backends.onnxruntime.token_forms import Tokens, token_values
 from quantkit.backends.onnxruntime.weight_forms import LARGEST_UNPACKED, add_functions
 from quantkit.backends.onnxruntime.weights import WeightWriter
 from quantkit.errors import InvalidRequest
+from quantkit.numbers.kinds import AnyWeight
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.numbers.uniform import SiteRange
 from quantkit.program.sites import coded_sites
 from quantkit.simulation.model import SimulatedModel
 
@@ -67,17 +68,19 @@ def quantize_marks(
     add_functions(model)
 
 
-def _require_form(name: str, weight: QuantizedWeight) -> None:
+def _require_form(name: str, weight: AnyWeight) -> None:
     fmt = weight.format
+    if fmt.is_half:
+        return
     if not fmt.is_integer or fmt.bits > 8 or fmt.scale != "f32":
         raise InvalidRequest(
             f"Layer {name!r} has weight format {fmt}, which ONNX files do not carry yet. "
-            "Use 2 to 8 bits with float32 scales, such as w4 or w4g32z."
+            "Use 2 to 8 bits with float32 scales, such as w4 or w4g32z, or w16."
         )
     in_planes = fmt.bits not in (4, 8)
-    if in_planes and weight.codes.numel() > LARGEST_UNPACKED:
+    if in_planes and math.prod(weight.shape) > LARGEST_UNPACKED:
         raise InvalidRequest(
-            f"Layer {name!r} has {weight.codes.numel():,} weights of {fmt.bits} bits; onnxruntime expands at most "
+            f"Layer {name!r} has {math.prod(weight.shape):,} weights of {fmt.bits} bits; onnxruntime expands at most "
             f"{LARGEST_UNPACKED:,} when it loads a file and would expand more on every run. Give it 4 or 8 bits."
         )
 

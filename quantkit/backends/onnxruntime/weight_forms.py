@@ -1,4 +1,5 @@
 """How a layer's codes lie in the file: true size for every width, expanded to INT8 once, when onnxruntime loads it.
+Weights of float16 are stored as such and expanded to float32.
 
 =======  ==================================================  ==========================================
 bits     initializers                                        expanded by
@@ -92,6 +93,23 @@ def stored_codes(
         value = editor.node(before, "Add", [value, middle], name)
         value = editor.node(before, "Cast", [value], name, to=ir.DataType.UINT8)
     return StoredCodes(value, unsigned)
+
+
+def widened(editor: Editor, before: ir.Node, name: str, halves: ir.Value) -> ir.Value:
+    """The float32 value of what is stored as float16, by an operator that onnxruntime carries out when it loads the
+    file.
+    """
+    return editor.node(before, "Cast", [halves], name, to=ir.DataType.FLOAT)
+
+
+def picks_rows(call: ir.Node) -> bool:
+    """Whether a call looks up rows of its first input."""
+    return call.op_type == "Gather" and ("axis" not in call.attributes or call.attributes["axis"].as_int() == 0)
+
+
+def widened_rows(editor: Editor, call: ir.Node, name: str, table: ir.Value) -> ir.Value:
+    """The float32 values of the rows of a float16 table that a Gather picks: they are widened, never the table."""
+    return widened(editor, call, name, editor.node(call, "Gather", [table, call.inputs[1]], name, axis=0))
 
 
 def dequantized(editor: Editor, before: ir.Node, name: str, weight: QuantizedWeight, codes: StoredCodes) -> ir.Value:

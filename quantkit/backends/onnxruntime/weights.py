@@ -16,7 +16,15 @@ from quantkit.backends.onnxruntime.composed_weights import Held, composed, held_
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import marks
 from quantkit.backends.onnxruntime.token_forms import Factors, Tokens, reads_rows, token_product
-from quantkit.backends.onnxruntime.weight_forms import StoredCodes, looked_up, stored_codes
+from quantkit.backends.onnxruntime.weight_forms import (
+    StoredCodes,
+    dequantized,
+    looked_up,
+    picks_rows,
+    stored_codes,
+    widened,
+    widened_rows,
+)
 from quantkit.simulation.model import SimulatedModel
 from quantkit.targets.instruction_sets import VNNI
 
@@ -65,7 +73,10 @@ class WeightWriter:
         self.in_blocks = block_lookup.DOMAIN in domains
         self.start = ir.node("Constant", [], {"value_int": 0})  # what calls share is made ahead of it; taken out again
         self.expanded: dict[ir.Value, tuple[int, ...]] = {}
+        self.coded = {name: weight for name, weight in simulated.weights.items() if weight.integer}
+        self.half = {name: weight for name, weight in simulated.weights.items() if not weight.integer}
         self.codes: dict[str, StoredCodes] = {}
+        self.widened: dict[str, ir.Value] = {}
         self.joined: dict[tuple[Held, bool], StoredCodes] = {}
         self.factors: dict[tuple[Held, bool], ir.Value] = {}
         self.biases: dict[tuple[Held, str], ir.Value] = {}
@@ -77,7 +88,7 @@ class WeightWriter:
         self.in_bytes: set[Held] = set()  # read by something else than look-ups, or inside a loop
         for held, mark in self.marked:
             for read in _reads(mark, held):
-                if not _is_look_up(read) or read.call.graph is not editor.graph:
+                if not _is_row_look_up(held, read) or read.call.graph is not editor.graph:
                     self.in_bytes.add(held)
                 self.sites[held].add(self._input_site(read.call))
                 if self._on_integers(read) and self._full_bytes(held) and instruction_set != VNNI:
@@ -92,7 +103,7 @@ class WeightWriter:
                 if read.call.graph is self.editor.graph:  # not inside a loop, which reads what is made around it
                     self._quantize_read(held, read)
             if mark.outputs[0].uses():
-                value = composed(self.editor, self.start, self.simulated, held, self._codes_of)
+                value = composed(self.editor, self.start, self.simulated, held, self._value_of)
                 self.expanded[value] = held.shape(self.simulated.floats)
                 self.editor.replace(mark, value)
             else:
@@ -102,6 +113,11 @@ class WeightWriter:
     def _quantize_read(self, held: Held, read: _Read) -> None:
         """Let a call compute on codes where there is a kernel for them; others read the weight in float."""
         call = read.call
+        if not self.half.keys().isdisjoint(held.layers):
+            if _is_row_look_up(held, read):
+                table = self._halves_of(held.name)
+                self.editor.replace(call, widened_rows(self.editor, call, f"{held.name}.weight", table))
+            return
         tokens, site = self._tokens_of(read), self._input_site(call)
         if tokens is not None:
             factors = Factors(held.name, self._joined(held, turned=True), self._scales(held))
@@ -110,28 +126,39 @@ class WeightWriter:
             call.replace_input_with(read.position, self._factors(held, read))
             if self._has_integer_bias(held, call):
                 call.replace_input_with(_BIAS, self._bias(held, call, site))
-        elif held.plain and _is_look_up(read) and len(held.layers) == 1:
+        elif _is_row_look_up(held, read):
             self.editor.replace(call, self._looked_up(held, call))
 
     def _looked_up(self, held: Held, call: ir.Node) -> ir.Value:
         """The rows that a call picks. A table that is expanded to bytes anyway is looked up in these."""
-        name = held.layers[0]
-        stored, weight = f"{name}.weight", self.simulated.weights[name]
+        stored, weight = f"{held.name}.weight", self.coded[held.name]
         block = block_lookup.block_size(weight)
         if self.in_blocks and block is not None and held not in self.in_bytes:
             return block_lookup.looked_up_in_blocks(self.editor, call, stored, weight, block)
-        return looked_up(self.editor, call, stored, weight, self._codes_of(name))
+        return looked_up(self.editor, call, stored, weight, self._codes_of(held.name))
 
     def _on_integers(self, read: _Read) -> bool:
         return self._tokens_of(read) is not None or self._input_site(read.call) is not None
 
     def _full_bytes(self, held: Held) -> bool:
-        return held.plain and any(self.simulated.weights[name].format.bits == 8 for name in held.layers)
+        return held.plain and any(self.simulated.weights[name].bits == 8 for name in held.layers)
+
+    def _value_of(self, name: str) -> ir.Value:
+        """The float32 weight of a layer, output channels first."""
+        stored = f"{name}.weight"
+        if name in self.coded:
+            return dequantized(self.editor, self.start, stored, self.coded[name], self._codes_of(name))
+        if name not in self.widened:
+            self.widened[name] = widened(self.editor, self.start, stored, self._halves_of(name))
+        return self.widened[name]
+
+    def _halves_of(self, name: str) -> ir.Value:
+        return self.editor.initializer(f"{name}.weight", self.half[name].values.numpy())
 
     def _codes_of(self, name: str) -> StoredCodes:
         """The codes of a layer, output channels first."""
         if name not in self.codes:
-            weight, unsigned = self.simulated.weights[name], name in self.unsigned
+            weight, unsigned = self.coded[name], name in self.unsigned
             stored = f"{name}.weight"
             self.codes[name] = stored_codes(
                 self.editor, self.start, stored, weight.codes, weight.format.bits, unsigned
@@ -151,7 +178,7 @@ class WeightWriter:
         return self.joined[held, turned]
 
     def _scales(self, held: Held) -> Tensor:
-        return torch.cat([self.simulated.weights[name].scale.reshape(-1) for name in held.layers])
+        return torch.cat([self.coded[name].scale.reshape(-1) for name in held.layers])
 
     def _factors(self, held: Held, read: _Read) -> ir.Value:
         """The weight as integer kernels read it: dequantized codes, zero points spelled since QGemm wants them."""
@@ -215,7 +242,7 @@ class WeightWriter:
         return self.biases[held, site]
 
 
-def _is_look_up(read: _Read) -> bool:
-    """Whether a call picks rows of the weight."""
-    axis = read.call.attributes["axis"].as_int() if "axis" in read.call.attributes else 0
-    return read.call.op_type == "Gather" and read.position == 0 and axis == 0 and not read.turned
+def _is_row_look_up(held: Held, read: _Read) -> bool:
+    """Whether a call picks rows of one layer's weight."""
+    alone = held.plain and len(held.layers) == 1 and not read.turned
+    return alone and read.position == 0 and picks_rows(read.call)

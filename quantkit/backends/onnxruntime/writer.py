@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from quantkit.backends.onnxruntime.dynamic import DynamicSizes
 from quantkit.backends.onnxruntime.editing import copy_tidy, remove_leftovers
+from quantkit.backends.onnxruntime.half_initializers import store_as_halves
 from quantkit.backends.onnxruntime.marks import OPSET, MarkedGraph, mark_graph
 from quantkit.backends.onnxruntime.model_files import model_files, size_on_disk
 from quantkit.backends.onnxruntime.parity import (
@@ -189,8 +190,13 @@ def _taken_shapes(simulated: SimulatedModel, marked: MarkedGraph, batch: Batch, 
 def quantized_graph(simulated: SimulatedModel, marked: MarkedGraph, options: ExportOptions) -> ir.Model:
     """The graph of ``simulated`` in integers, from the marked graph of its model."""
     model = copy_tidy(marked)
+    given = list(model.graph.initializers.values())
     quantize_marks(model, simulated, options.instruction_set, options.domains)
     remove_leftovers(model)
+    if simulated.half_floats:
+        parts = [f"{name}.weight" for name in simulated.floats.layers if name not in simulated.weights]
+        made = [model.graph.initializers[name] for name in parts if name in model.graph.initializers]
+        store_as_halves(model.graph, dict.fromkeys([*given, *made]))
     return model
 
 

@@ -8,7 +8,7 @@ from quantkit.plan.operations import Operation
 from quantkit.program.codes import fused_output, moves_values, on_codes, root_of
 from quantkit.program.intercept import read_place
 from quantkit.program.program import Program, Step
-from quantkit.program.sites import Site
+from quantkit.program.sites import Site, makers_of
 from quantkit.targets import Target
 
 OUTPUT = "output"
@@ -33,11 +33,7 @@ class _Reader:
         self.program, self.target = program, target
         self.site = {site.place: site.name for site in sites}
         self.read = {place: site.name for site in sites for place in site.places}
-        self.made_in_float = {
-            program.producer.get(root_of(program, op.inputs[0])): self.read[place]
-            for op in program.steps
-            if (place := read_place(op.key)) in self.read
-        }
+        self.made = {place: site for site, place in makers_of(program, sites).items()}
         self.layer_of = {call.key: name for name, calls in program.calls.items() for call in calls}
         self.fused: set[int] = set()
 
@@ -69,6 +65,6 @@ class _Reader:
         return Operation(layer, "layer", reads, self.names([made]), coded)
 
     def _float(self, op: Step) -> Operation:
-        made = [self.made_in_float.get(self.program.producer.get(value)) for value in op.outputs]
-        writes = dict.fromkeys((*self.names(op.outputs), *(name for name in made if name is not None)))
+        places = [self.program.producer.get(value) for value in op.outputs]
+        writes = dict.fromkeys(self.made[place] for place in places if place in self.made)
         return Operation(str(op.key), "float", self.names(op.inputs), tuple(writes))

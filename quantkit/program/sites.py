@@ -158,6 +158,14 @@ def token_sites(program: Program, layers: Iterable[str]) -> tuple[Site, ...]:
     return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
+def makers_of(program: Program, sites: Iterable[Site]) -> dict[str, OpKey]:
+    """Site -> the place that makes its tensor, also where that is quantized as it is read."""
+    read = {read_place(step.key): step.inputs[0] for step in program.steps if step.inputs}
+    values = {site.name: read[site.place] for site in sites if site.place in read}
+    made = {name: program.producer[root_of(program, value)] for name, value in values.items()}
+    return {site.name: made.get(site.name, site.place) for site in sites}
+
+
 def makers_of_codes(program: Program, target: Target, layers: Iterable[str]) -> dict[OpKey, tuple[str, ...]]:
     """The places of what kernels make that write codes, each with the layers that make it."""
     found: dict[OpKey, tuple[str, ...]] = {}

@@ -118,7 +118,7 @@ class ViT(nn.Module):
         return self.head(x[:, 0])
 
 
-@family(qkv="in no call", proj="in no call")
+@family(qkv="no recorded call", proj="no recorded call")
 def vit_with_attention_module():
     return ViT("module"), IMAGE
 

@@ -33,6 +33,12 @@ def _images(samples: int, seed: int) -> tuple[list[Tensor]]:
     return ([randn(3, 96, 96, seed=seed * samples + i).sigmoid() for i in range(samples)],)
 
 
+def _two_images(samples: int, seed: int) -> dict[str, Any]:
+    """Two images and how often the flow between them is corrected, 12 times by default, every one a whole network."""
+    one, other = (randn(samples, 3, 128, 128, seed=2 * seed + k).tanh() for k in (0, 1))
+    return {"image1": one, "image2": other, "num_flow_updates": 2}
+
+
 for _name, _size in CLASSIFICATION.items():
     _extra = {"aux_logits": True, "init_weights": True} if _name in ("googlenet", "inception_v3") else {}
     _add(_name, noise(3, _size, _size), {"num_classes": CLASSES, **_extra})
@@ -60,7 +66,7 @@ _BOXES = {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20, "box_dete
 _add("ssdlite320_mobilenet_v3_large", _images, {**_WITHOUT, **_FEW, "num_classes": CLASSES})
 _add("retinanet_resnet50_fpn", _images, {**_WITHOUT, **_FEW, **_SIDES, "num_classes": CLASSES})
 _add("fasterrcnn_mobilenet_v3_large_320_fpn", _images, {**_WITHOUT, **_SIDES, **_BOXES, "num_classes": CLASSES})
-_add("raft_small", lambda samples, seed: tuple(randn(samples, 3, 128, 128, seed=seed + k).tanh() for k in (0, 1)))
+_add("raft_small", _two_images)
 for _name in ("r3d_18", "mc3_18", "r2plus1d_18"):
     _add(_name, noise(3, 4, 32, 32), {"num_classes": CLASSES})
 

@@ -145,33 +145,45 @@ def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
     """The same samples in batches of at most ``size``, where every tensor of a batch has its number of samples."""
     result: list[Batch] = []
     for batch in batches:
-        leaves, count = tree_flatten(batch)[0], batch_size(batch)
-        uniform = all(isinstance(v, Tensor) and v.dim() and len(v) == count for v in leaves)
-        if uniform and count > size:
-            result += [tree_map(lambda v, at=start: v[at : at + size], batch) for start in range(0, count, size)]
+        count = batch_size(batch)
+        if count > size and all(len(tensor) == count for tensor in tensors_of(batch) if tensor.dim()):
+            result += [picked_samples(batch, slice(start, start + size)) for start in range(0, count, size)]
         else:
             result.append(batch)
     return result
 
 
 def stacked(batches: Sequence[Batch]) -> Batch | None:
-    """All samples as one batch, where every argument is a tensor with a row per sample."""
+    """All samples as one batch, where every argument is a tensor with a row per sample, or the same in all batches, as
+    None and numbers are.
+    """
     flat = [tree_flatten(batch) for batch in batches]
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=False))
-    sizes = [batch_size(batch) for batch in batches]
-    same = all(spec == flat[0][1] for _, spec in flat)
-    if not same or not all(_is_column(column, sizes) for column in columns):
+    if any(spec != flat[0][1] for _, spec in flat):
         return None
-    return tree_unflatten([torch.cat(list(column)) for column in columns], flat[0][1])
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    sizes = [batch_size(batch) for batch in batches]
+    rows = [_is_column(column, sizes) for column in columns]
+    if not all(
+        row or all(_is_same(one, column[0]) for one in column) for row, column in zip(rows, columns, strict=True)
+    ):
+        return None
+    leaves = [torch.cat(list(column)) if row else column[0] for row, column in zip(rows, columns, strict=True)]
+    return tree_unflatten(leaves, flat[0][1])
 
 
 def _is_column(column: Sequence[Any], sizes: Sequence[int]) -> bool:
+    """Whether values of one argument, a batch each, are rows of one tensor."""
     tensors = [t for t in column if isinstance(t, Tensor) and t.dim()]
     return (
         len(tensors) == len(column)
         and [len(t) for t in tensors] == list(sizes)
         and len({(t.shape[1:], t.dtype) for t in tensors}) == 1
     )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values of an argument are equal and no tensors."""
+    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
 
 
 def digest_batches(batches: Sequence[Batch]) -> str:

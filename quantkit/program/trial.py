@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples
 from quantkit.program.intercept import OpKey, computing, device_of, intercept, own_inputs, tensors_of
-from quantkit.program.outputs import results_of
+from quantkit.program.outputs import named_tensors, results_of
 from quantkit.program.record import run_model
 from quantkit.program.updates import plain_mode, restored
 
@@ -34,9 +34,18 @@ def explained(model: nn.Module, batch: Batch, error: InvalidRequest) -> InvalidR
 
 
 def require_repeatable(model: nn.Module, batch: Batch) -> None:
-    """Raise InvalidRequest for a model whose outputs differ when it is called twice on the same inputs."""
-    once, again = (results_of(run_model(model, batch)) for _ in range(2))
+    """Raise InvalidRequest for a model whose outputs differ when it is called twice on the same inputs, or are not
+    numbers: nothing can be compared with them.
+    """
+    first, second = (run_model(model, batch) for _ in range(2))
+    once, again = results_of(first), results_of(second)
     if _same(once, again):
+        undefined = [name for name, x in named_tensors(first) if x.is_floating_point() and bool(x.isnan().any())]
+        if undefined:
+            raise InvalidRequest(
+                f"The model returns NaN on calibration inputs, in {', '.join(undefined[:3])}. Does it, in float, with "
+                "the weights that it should have? Take what makes NaN out of the model or its inputs."
+            )
         return
     found = _first_difference(model, batch)
     where = "" if found is None else f" The first call that differs is {found}."
@@ -113,7 +122,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
         return False
     if not wanted.is_floating_point() or not wanted.numel():
         return torch.equal(found, wanted)
-    largest = float(wanted.nan_to_num(0, 0, 0).abs().max())
+    largest = float(wanted.detach().nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(found, wanted, rtol=0, atol=SAME * largest, equal_nan=True)
 
 

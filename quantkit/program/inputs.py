@@ -60,8 +60,9 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
     lazy = not isinstance(items, list | tuple)
     positions = Positions.of(model)
     batches: list[Batch] = []
-    taken = most = 0
+    taken = most = read = 0
     for number, item in enumerate(items):
+        read = number + 1
         args, kwargs = as_batch(item)
         most = max(most, len(args))
         batch = tree_map(lambda v: _on_cpu(v, copy=lazy), (positions.filled(args), kwargs))
@@ -74,8 +75,10 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
         if samples is not None and taken >= samples:
             break
     if taken == 0:
+        items = "its item has" if read == 1 else f"its {read} items have"
+        found = f"has no samples: {items} no tensor with some along its first axis" if read else "is empty"
         raise InvalidRequest(
-            "The calibration data is empty. Pass a few hundred typical inputs; labels are not needed."
+            f"The calibration data {found}. Pass a few hundred typical inputs; labels are not needed."
         )
     positions.tell(most)
     return batches
@@ -95,8 +98,8 @@ def _require_arguments(model: Any, calibration: Any, samples: int | None) -> Non
             "calibration is a tuple of tensors that differ in type or number of dimensions, and each item of it would "
             "be a batch of its own. Pass [(x, y)] for one batch of several arguments, or x alone."
         )
-    if samples is not None and samples < 1:
-        raise InvalidRequest(f"samples={samples} leaves no calibration data: pass at least 1, or None for all.")
+    if samples is not None and (not isinstance(samples, int) or samples < 1):
+        raise InvalidRequest(f"samples={samples!r} is no number of samples: pass a whole one from 1, or None for all.")
 
 
 def _look(item: Any) -> Any:
@@ -146,7 +149,7 @@ def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
     result: list[Batch] = []
     for batch in batches:
         count = batch_size(batch)
-        if count > size and all(len(tensor) == count for tensor in tensors_of(batch) if tensor.dim()):
+        if count > size and all(tensor.dim() and len(tensor) == count for tensor in tensors_of(batch)):
             result += [picked_samples(batch, slice(start, start + size)) for start in range(0, count, size)]
         else:
             result.append(batch)

@@ -68,10 +68,16 @@ def require_samples_first(model: nn.Module, batch: Batch) -> None:
         few, wanted = batch, _outputs(model, batch)
     if wanted is None or not count:
         return
+    size = batch_size(few)
     rows = torch.tensor([1, 0] if count > 1 else [0, 0], device="cpu")
     picked = _outputs(model, picked_samples(few, rows))
-    if picked is not None and _same(picked, [_picked(x, batch_size(few), rows) for x in wanted]):
+    if picked is not None and _same(picked, [_picked(x, size, rows) for x in wanted]):
         return
+    if size > 1 and all(x.dim() and len(x) == size for x in wanted):  # samples may take notice of one another
+        order = torch.arange(size, device="cpu").flip(0)
+        turned = _outputs(model, picked_samples(few, order))
+        if turned is not None and _same(turned, [_picked(x, size, order) for x in wanted]):
+            return
     if (items := _items_of_list(few)) and all(x.dim() and len(x) == items for x in wanted):
         raise InvalidRequest(
             f"The model takes a list of {items} samples, {_shapes(few)}, as detectors do: quantkit counts samples "

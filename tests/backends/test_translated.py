@@ -57,9 +57,22 @@ class Loop(Bessel):
         return y
 
 
+class Largest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.layer(x) / x.amax()
+
+
 @pytest.mark.parametrize(
     ("kind", "advice"),
-    [(Bessel, "ONNX has no form for prims.bessel_j0"), (Loop, "by the values of tensors.*where")],
+    [
+        (Largest, r"ONNX's form of aten\.amax wants 'dim'"),
+        (Bessel, "ONNX has no form for prims.bessel_j0"),
+        (Loop, "by the values of tensors.*where"),
+    ],
 )
 def test_what_cannot_be_exported_is_advised_on(kind: type[nn.Module], advice: str, tmp_path: Path) -> None:
     batch = ((randn(4, 6),), {})

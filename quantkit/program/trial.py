@@ -28,7 +28,7 @@ _AXIS = (
 
 def explained(model: nn.Module, batch: Batch, error: InvalidRequest) -> InvalidRequest:
     """What to say of a model that rejects a batch: that its samples lack a batch axis where it takes them with one."""
-    if _outputs(model, _with_batch_axis(batch)) is None:
+    if _outputs(model, _with_batch_axis(batch, batch)) is None:
         return error
     return InvalidRequest(_AXIS.format(shapes=_shapes(batch)))
 
@@ -73,19 +73,18 @@ def require_samples_first(model: nn.Module, batch: Batch) -> None:
     picked = _outputs(model, picked_samples(few, rows))
     if picked is not None and _same(picked, [_picked(x, size, rows) for x in wanted]):
         return
-    if size > 1 and all(x.dim() and len(x) == size for x in wanted):  # samples may take notice of one another
-        order = torch.arange(size, device="cpu").flip(0)
-        turned = _outputs(model, picked_samples(few, order))
-        if turned is not None and _same(turned, [_picked(x, size, order) for x in wanted]):
-            return
     if (items := _items_of_list(few)) and all(x.dim() and len(x) == items for x in wanted):
         raise InvalidRequest(
             f"The model takes a list of {items} samples, {_shapes(few)}, as detectors do: quantkit counts samples "
             "along the first axis of tensors. Wrap the model in a module whose forward takes one tensor, samples "
             "first, and calls it with list(images.unbind(0))."
         )
-    twice = _outputs(model, _with_batch_axis(few))
-    if twice is not None and _same(twice, [torch.stack([x, x]) for x in wanted]):
+    other = _weaker(few)  # not the same: what looks at all values would not tell one from two
+    apart, both = _outputs(model, other), _outputs(model, _with_batch_axis(few, other))
+    if apart is None or both is None or len(apart) != len(wanted):
+        return
+    alike = all(x.shape == y.shape for x, y in zip(wanted, apart, strict=True))
+    if alike and _same(both, [torch.stack([x, y]) for x, y in zip(wanted, apart, strict=True)]):
         raise InvalidRequest(_AXIS.format(shapes=_shapes(few)))
 
 
@@ -97,9 +96,14 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor] | None:
         return None
 
 
-def _with_batch_axis(batch: Batch) -> Batch:
-    """Every tensor of a batch, but for single numbers, twice along a new first axis."""
-    return tree_map(lambda v: torch.stack([v, v]) if isinstance(v, Tensor) and v.dim() else v, batch)
+def _with_batch_axis(one: Batch, other: Batch) -> Batch:
+    """Every tensor of two batches, but for single numbers, one behind the other along a new first axis."""
+    return tree_map(lambda x, y: torch.stack([x, y]) if isinstance(x, Tensor) and x.dim() else x, one, other)
+
+
+def _weaker(batch: Batch) -> Batch:
+    """The same with half of what its floating-point tensors hold."""
+    return tree_map(lambda v: v / 2 if isinstance(v, Tensor) and v.is_floating_point() else v, batch)
 
 
 def _picked(output: Tensor, size: int, rows: Tensor) -> Tensor:

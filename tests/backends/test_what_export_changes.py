@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import quantkit
 from quantkit.backends.onnxruntime.parity import DEFAULT_TOLERANCE, measure_parity, relative_error, require_parity
 from quantkit.backends.onnxruntime.sessions import open_session, run_session
 from quantkit.backends.onnxruntime.writer import export_onnx

@@ -34,6 +34,7 @@ MODULES: dict[type[nn.Module], str] = {
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.ConvTranspose3d: "conv_transpose3d",
     nn.Embedding: "embedding",
+    nn.Bilinear: "bilinear",
 }
 
 

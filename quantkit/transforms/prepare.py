@@ -17,6 +17,7 @@ from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.program.additions import additions_of_no_use, drowned_additions
 from quantkit.program.codes import can_hold_codes
+from quantkit.program.float_weights import weights_outside, with_float_weights
 from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
 from quantkit.program.intercept import OpKey
@@ -29,7 +30,7 @@ from quantkit.program.replayable import computed_weights
 from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.program.trial import explained, require_repeatable, require_samples_first
 from quantkit.program.updates import named_state
-from quantkit.progress import notice
+from quantkit.progress import notice, warn
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
 from quantkit.transforms import stored
@@ -97,7 +98,13 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
-    program = record(own, example) if folded is None else folded
+    program = with_float_weights(record(own, example) if folded is None else folded, own)
+    if outside := weights_outside(program, own):
+        warn(
+            f"weights outside the model's parameters stay float, and no size counts them: {', '.join(outside[:5])}"
+            f"{' and others' * (len(outside) > 5)}. Hold layers in modules (nn.ModuleList), and tensors in nn.Parameter "
+            "or register_buffer"
+        )
     sums = drowned_additions(own, program, target, batches[0])
     return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds), sums)
 

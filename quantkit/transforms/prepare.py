@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -53,7 +53,8 @@ class Prepared:
     buffers, and what codes bring with them (``transforms.stored``). ``float_bytes`` is all that the user's model
     stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
     ``padding`` is that of the calibration inputs; None where there is none. ``half_floats``: what stays float is
-    stored as float16, which are the parameters and buffers ``halves`` as far as they have no codes.
+    stored as float16, which are the parameters and buffers ``halves`` as far as they have no codes. ``largest_others``
+    are the largest of what belongs to no layer, with their bytes.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Prepared:
     padding: Padding | None = None
     half_floats: bool = False
     halves: frozenset[str] = frozenset()
+    largest_others: Mapping[str, int] = field(default_factory=dict)
 
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
@@ -102,8 +104,8 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
     if outside := weights_outside(program, own):
         warn(
             f"weights outside the model's parameters stay float, and no size counts them: {', '.join(outside[:5])}"
-            f"{' and others' * (len(outside) > 5)}. Hold layers in modules (nn.ModuleList), and tensors in nn.Parameter "
-            "or register_buffer"
+            f"{' and others' * (len(outside) > 5)}. Hold layers in modules (nn.ModuleList), and tensors in "
+            "nn.Parameter or register_buffer"
         )
     sums = drowned_additions(own, program, target, batches[0])
     return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds), sums)
@@ -240,7 +242,9 @@ def _with_sites(ready: Prepared, sites: tuple[Site, ...], tokens: bool = False) 
     other += stored.widened({name: layer for name, layer in layers.items() if name not in narrow})
     other += stored.of_sites(program, layers, sites, tokens) + stored.of_constants(program)
     other += stored.of_layouts(program, layers)
-    return replace(ready, layers=layers, sites=sites, other_bytes=other, halves=halves)
+    return replace(
+        ready, layers=layers, sites=sites, other_bytes=other, halves=halves, largest_others=stored.largest(owned)
+    )
 
 
 def _require_plain_model(model: nn.Module) -> None:

@@ -44,6 +44,14 @@ def floats_of(owned: Iterable[Owned], widths: Mapping[str, int]) -> int:
     return sum(widths[part.name] * part.elements if part.name in widths else part.bytes for part in parts)
 
 
+def largest(owned: Iterable[Owned], share: float = 0.05, count: int = 3) -> dict[str, int]:
+    """Of what belongs to no layer the largest parts that take at least a ``share`` of all bytes, with their bytes."""
+    parts = list(owned)
+    others = sorted((part for part in parts if not part.layer), key=lambda part: -part.bytes)
+    least = share * sum(part.bytes for part in parts)
+    return {part.name: part.bytes for part in others[:count] if part.bytes >= least}
+
+
 def widened(layers: Mapping[str, Layer]) -> int:
     """What float layers take in the file beyond what the user's model stores: halves become float32."""
     return sum(max(0, FLOAT_BYTES * layer.weights - layer.float_bytes) for layer in layers.values() if layer.reason)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantkit.program.layers import LayerWeight
 from quantkit.program.ownership import ELEMENTWISE, readers
-from quantkit.program.products import PRODUCTS
+from quantkit.program.products import PRODUCTS, is_weight
 from quantkit.program.program import Program
 
 
@@ -25,7 +25,7 @@ def with_float_weights(program: Program, model: nn.Module) -> Program:
     found = {}
     for name, parameter in model.named_parameters():
         number = program.stored.get(name)
-        if parameter.dim() < 2 or not parameter.is_floating_point() or number is None or number in claimed:
+        if not is_weight(parameter) or number is None or number in claimed:
             continue
         others = (step for step in readers(program, number) if step.key.op not in ELEMENTWISE)
         if call := next((step for step in others if not program.varying.isdisjoint(step.inputs)), None):
@@ -48,7 +48,7 @@ def weights_outside(program: Program, model: nn.Module) -> list[str]:
             continue
         for number in step.inputs:
             tensor = program.constants.get(number)
-            if tensor is None or number in made or tensor.dim() < 2 or not tensor.is_floating_point():
+            if tensor is None or number in made or not is_weight(tensor):
                 continue
             found.setdefault(number, f"{names.get(id(tensor), f'what {step.key} reads')} {tuple(tensor.shape)}")
     return list(found.values())

@@ -53,9 +53,12 @@ def products_of(
         found = [*_matrices(op, args)]
     else:
         found = [*_recurrent(op, args)]
-    return [
-        p for p in found if p is not None and p.weight.dim() > 1 and p.weight.is_floating_point() and fixed(p.weight)
-    ]
+    return [p for p in found if p is not None and is_weight(p.weight) and fixed(p.weight)]
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor, multiplied, is a matrix or more of numbers that can be quantized."""
+    return tensor.dim() > 1 and tensor.numel() > 0 and tensor.is_floating_point()
 
 
 def _named(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:

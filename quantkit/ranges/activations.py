@@ -30,7 +30,7 @@ class Extremes:
     high: float = float("-inf")
 
     def seen(self, x: Tensor) -> Extremes:
-        return self if x.numel() == 0 else self.merged(Extremes(*(float(v) for v in torch.aminmax(x))))
+        return self if x.numel() == 0 else self.merged(Extremes(*(float(v) for v in torch.aminmax(x.detach()))))
 
     def merged(self, other: Extremes) -> Extremes:
         return Extremes(min(self.low, other.low), max(self.high, other.high))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
@@ -21,7 +20,7 @@ from quantkit.program.float_weights import weights_outside, with_float_weights
 from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import LayerWeight, Weights, layer_kind
+from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.ownership import CONSTANT, UNREAD, ownership, why_uncalled
 from quantkit.program.padding import Padding
 from quantkit.program.program import Program, Step
@@ -36,6 +35,7 @@ from quantkit.targets import Target
 from quantkit.transforms import stored
 from quantkit.transforms.fold_bn import fold, foldable_pairs, without_norms
 from quantkit.transforms.half_floats import stored_as_halves
+from quantkit.transforms.plain_model import require_plain_model
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
 RECORDED_SAMPLES = 2
@@ -181,7 +181,7 @@ def _checked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, int], tuple[in
     """The model to work on, bytes an element of each parameter in the user's model, and that model's bytes, as it is
     and in float32.
     """
-    _require_plain_model(model)
+    require_plain_model(model)
     element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
     as_given = sum(t.numel() * t.element_size() for t in _stored(model))
     in_float32 = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in _stored(model))
@@ -245,23 +245,6 @@ def _with_sites(ready: Prepared, sites: tuple[Site, ...], tokens: bool = False) 
     return replace(
         ready, layers=layers, sites=sites, other_bytes=other, halves=halves, largest_others=stored.largest(owned)
     )
-
-
-def _require_plain_model(model: nn.Module) -> None:
-    if layer_kind(model) is not None:
-        raise InvalidRequest("The model is a single layer, which has no name: pass torch.nn.Sequential(model).")
-    compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
-    if compiled or isinstance(model, torch.jit.ScriptModule):
-        raise InvalidRequest(
-            f"The model went through {'torch.compile' if compiled else 'torch.jit'}, which hides its layers. "
-            "Pass the model as it was before; the result can be compiled."
-        )
-    without = [name for name, p in model.named_parameters() if is_lazy(p) or p.is_meta]
-    if without:
-        raise InvalidRequest(
-            f"These parameters have no values yet: {', '.join(without[:5])}. Run the model on a batch once (lazy "
-            "layers) or load its weights (meta device) first."
-        )
 
 
 def _in_eval_mode(model: nn.Module, called: str) -> nn.Module:

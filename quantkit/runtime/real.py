@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.kinds import AnyWeight
@@ -24,7 +25,7 @@ from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.arguments import leaves_of, replaced
 from quantkit.program.convolutions import CONV_ARGUMENTS
-from quantkit.program.halves import widened
+from quantkit.program.halves import in_single, widened
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
 from quantkit.program.updates import restored
@@ -214,6 +215,7 @@ class RealModel(nn.Module):
         return {name: self._codes(name) for name in shared if own.stores_half(name)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(in_single, (args, kwargs))
         with self.quantizing():
             return self.model(*args, **kwargs)
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from quantkit.numbers.kinds import AnyRange, AnyWeight
 from quantkit.program.arguments import replaced
-from quantkit.program.halves import stores_halves, widened
+from quantkit.program.halves import in_single, stores_halves
 from quantkit.program.integer_biases import BiasCall
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, device_of, intercept, map_tensors
 from quantkit.program.layers import Operands, Substitutes, Weights
@@ -135,8 +135,8 @@ class SimulatedModel(nn.Module):
     ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. ``floats``
     says where the layers' weights are (default: in modules of the common kinds), ``updated`` which tensors a forward
     changes that are to stay, ``bias_calls`` the calls that round their bias for themselves. Computes in float32:
-    half-precision inputs, which a half-precision model takes, are widened. ``half_floats``: what stays float is stored
-    as float16, and has its values.
+    inputs of other floating-point types, which the user's model may take, become that. ``half_floats``: what stays
+    float is stored as float16, and has its values.
     """
 
     half_floats: bool = False
@@ -185,7 +185,7 @@ class SimulatedModel(nn.Module):
         return other
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*tree_map(widened, (args, kwargs)))
+        return self.run(*tree_map(in_single, (args, kwargs)))
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""

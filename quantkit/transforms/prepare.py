@@ -17,7 +17,7 @@ from quantkit.plan import Layer
 from quantkit.program.additions import additions_of_no_use, drowned_additions
 from quantkit.program.codes import can_hold_codes
 from quantkit.program.float_weights import weights_outside, with_float_weights
-from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
+from quantkit.program.halves import VIEWS, double_parameters, keep_only_matrices_half, stores_halves
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights
@@ -92,7 +92,7 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
         example, program = _first_recording(own, batches[0])
     except InvalidRequest as error:
         if not stores_halves(own):
-            raise explained(own, batches[0], error) from error
+            raise explained(own, batches[0], error, double_parameters(model)) from error
         example, program = _first_recording(own.float(), batches[0])
         notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
     require_repeatable(own, example)

@@ -21,6 +21,7 @@ from quantkit.program.halves import VIEWS, double_parameters, keep_only_matrices
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
 from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights
+from quantkit.program.optional_inputs import dispensable_inputs
 from quantkit.program.ownership import CONSTANT, UNREAD, ownership, why_uncalled
 from quantkit.program.padding import Padding
 from quantkit.program.program import Program, Step
@@ -95,6 +96,11 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
             raise explained(own, batches[0], error, double_parameters(model)) from error
         example, program = _first_recording(own.float(), batches[0])
         notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
+    for name, outputs in dispensable_inputs(program, own, example).items():
+        notice(
+            f"input {name!r} makes nothing but {', '.join(map(repr, outputs))}, as labels make a loss: exported files "
+            f"take and return them; leave {name!r} out of the data to have files without them"
+        )
     require_repeatable(own, example)
     require_samples_first(own, batches[0])
     folds = foldable_pairs(own, program)

@@ -95,7 +95,8 @@ def _with_scheme(profile: Profile, scheme: str, schemes: Iterable[str | Scheme] 
     if schemes is not None:
         raise InvalidRequest(f"The budget {scheme} names the scheme of every layer: leave schemes out.")
     offered = {name: tuple(map(str, options)) for name, options in candidates(profile).items()}
-    if not any(scheme in options for options in offered.values()):
+    asked = Scheme.parse(scheme)
+    if not any(str(profile.layers[name].carried_out(asked)) in options for name, options in offered.items()):
         candidates(profile, [scheme])  # says what was profiled
     return replace(profile, candidates={n: (scheme,) if scheme in found else found for n, found in offered.items()})
 

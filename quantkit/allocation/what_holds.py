@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from quantkit.allocation.from_profile import candidates
 from quantkit.formats import Scheme
-from quantkit.plan import LARGEST_OTHERS, Composition, FloatLayers, Profile
+from quantkit.plan import LARGEST_OTHERS, Composition, Profile, SizePart
 
 SHOWN = 4
 
@@ -31,7 +31,7 @@ def what_holds(limit: str, most: int, profile: Profile, schemes: Iterable[str | 
     made = Composition.of(profile.layers, least, profile.other_bytes, profile.float_bytes)
     held = _held_wide(profile, least)
     others = profile.provenance.get(LARGEST_OTHERS, {}) if limit == "size" else {}
-    parts = [*made.floats, *held, *(FloatLayers("no layer's weight", (name,), size) for name, size in others.items())]
+    parts = [*made.floats, *held, *(SizePart("no layer's weight", (name,), size) for name, size in others.items())]
     parts.sort(key=lambda one: -one.bytes)
     fixed = made.float_bytes + (profile.other_bytes if limit == "size" else 0)
     if fixed > most:
@@ -44,7 +44,7 @@ def what_holds(limit: str, most: int, profile: Profile, schemes: Iterable[str | 
     return way + total + (f" The largest: {'; '.join(map(str, parts[:SHOWN]))}." if parts else "")
 
 
-def _held_wide(profile: Profile, least: Mapping[str, Scheme]) -> list[FloatLayers]:
+def _held_wide(profile: Profile, least: Mapping[str, Scheme]) -> list[SizePart]:
     """The layers whose narrowest candidate is wider than what others may have, by that, and by who decided so."""
     known = profile.provenance.get("first_last", {})
     by_policy = {name for end in ("first", "last") for name in known.get(end, ())} - set(known.get("by_rule", ()))
@@ -59,7 +59,7 @@ def _held_wide(profile: Profile, least: Mapping[str, Scheme]) -> list[FloatLayer
     return [_together(profile, least, reason, names) for reason, names in found.items()]
 
 
-def _together(profile: Profile, least: Mapping[str, Scheme], reason: str, names: list[str]) -> FloatLayers:
+def _together(profile: Profile, least: Mapping[str, Scheme], reason: str, names: list[str]) -> SizePart:
     sizes = {name: profile.layers[name].weight_bytes(least[name]) for name in names}
     ordered = sorted(names, key=lambda name: -sizes[name])
-    return FloatLayers(reason, tuple(ordered), sum(sizes.values()))
+    return SizePart(reason, tuple(ordered), sum(sizes.values()))

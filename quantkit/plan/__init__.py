@@ -5,7 +5,7 @@ Plain data with exact save and load; nothing here needs torch.
 
 from quantkit.plan.composition import LEFT as LEFT
 from quantkit.plan.composition import Composition as Composition
-from quantkit.plan.composition import FloatLayers as FloatLayers
+from quantkit.plan.composition import SizePart as SizePart
 from quantkit.plan.digest import canonical_json as canonical_json
 from quantkit.plan.digest import digest_of as digest_of
 from quantkit.plan.plan import COMPOSITION as COMPOSITION

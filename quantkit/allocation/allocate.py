@@ -21,6 +21,7 @@ from quantkit.allocation.problem import Assignment, Problem
 from quantkit.allocation.reasons import explain_latency, reasons
 from quantkit.allocation.registry import Settings
 from quantkit.allocation.solve import solve
+from quantkit.allocation.what_holds import what_holds
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
@@ -94,7 +95,8 @@ def _with_scheme(profile: Profile, scheme: str, schemes: Iterable[str | Scheme] 
     if schemes is not None:
         raise InvalidRequest(f"The budget {scheme} names the scheme of every layer: leave schemes out.")
     offered = {name: tuple(map(str, options)) for name, options in candidates(profile).items()}
-    if not any(scheme in options for options in offered.values()):
+    asked = Scheme.parse(scheme)
+    if not any(str(profile.layers[name].carried_out(asked)) in options for name, options in offered.items()):
         candidates(profile, [scheme])  # says what was profiled
     return replace(profile, candidates={n: (scheme,) if scheme in found else found for n, found in offered.items()})
 
@@ -165,25 +167,6 @@ def recount(plan: Plan, profile: Profile, limits: Mapping[str, int]) -> None:
             raise QuantkitError(f"The plan uses {used:,} of {limit:,} under the limit {name}. Please report this.")
 
 
-def _what_holds(limit: str, profile: Profile, schemes: Iterable[str | Scheme] | None) -> str:
-    """A sentence on what the least size consists of; none on what counts other than bytes."""
-    if limit not in ("size", "average_bits"):
-        return ""
-    least = narrowest(profile, schemes)
-    made = Composition.of(profile.layers, least, profile.other_bytes, profile.float_bytes)
-    if limit == "size":
-        return f" At the least: {made}."
-    return f" Of its weights' bytes {made.float_bytes:,} stay float: {made.why_float()}." if made.floats else ""
-
-
-def narrowest(profile: Profile, schemes: Iterable[str | Scheme] | None = None) -> dict[str, Scheme]:
-    """The candidate of every layer that takes fewest bytes."""
-    return {
-        name: min(options, key=profile.layers[name].weight_bytes)
-        for name, options in candidates(profile, schemes).items()
-    }
-
-
 def _in_asked_unit(
     error: OutOfReach, budget: Budget, profile: Profile, schemes: Iterable[str | Scheme] | None
 ) -> InfeasibleBudget:
@@ -199,7 +182,7 @@ def _in_asked_unit(
     given = f" while {' and '.join(others)} hold{'s' if len(others) == 1 else ''}" if others else ""
     return InfeasibleBudget(
         f"No plan has {name.replace('_', ' ')} {budget.asked[name]}{given}: the smallest that can be reached is "
-        f"{text}. Ask for at least that, or profile narrower schemes.{_what_holds(name, profile, schemes)}",
+        f"{text}. Ask for at least that{what_holds(name, budget.limits(profile)[name], profile, schemes)}",
         f"{name}={budget.asked[name]}",
         smallest,
     )

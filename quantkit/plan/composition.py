@@ -13,8 +13,8 @@ SHOWN = 3  # reasons, and layers of each
 
 
 @dataclass(frozen=True)
-class FloatLayers:
-    """Layers that stay float for one ``reason``, those with most bytes first, and the bytes of all of them."""
+class SizePart:
+    """What is as large as it is for one ``reason``: names, those with most bytes first, and the bytes of all."""
 
     reason: str
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Composition:
 
     model: int
     quantized: int
-    floats: tuple[FloatLayers, ...]
+    floats: tuple[SizePart, ...]
     other: int
     halves: int = 0
 
@@ -75,6 +75,6 @@ class Composition:
         )
 
 
-def _float_layers(reason: str, layers: Sequence[Layer]) -> FloatLayers:
+def _float_layers(reason: str, layers: Sequence[Layer]) -> SizePart:
     ordered = sorted(layers, key=lambda layer: -layer.float_bytes)
-    return FloatLayers(reason, tuple(layer.name for layer in ordered), sum(layer.float_bytes for layer in layers))
+    return SizePart(reason, tuple(layer.name for layer in ordered), sum(layer.float_bytes for layer in layers))

@@ -46,6 +46,21 @@ def widened(value: Any) -> Any:
     return value.float() if is_half(value) else value
 
 
+def in_single(value: Any) -> Any:
+    """A floating-point tensor as float32, as calibration inputs are whatever their type; everything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def names_half(op: str, args: Any, kwargs: Any) -> bool:
+    """Whether a call asks for half precision by name, as ``x.bfloat16()`` and ``x.to(torch.float16)`` do."""
+    return op in _NARROWING or any(isinstance(x, torch.dtype) and x in HALVES for x in (*args, *kwargs.values()))
+
+
+def double_parameters(model: nn.Module) -> list[str]:
+    """The names of parameters in float64."""
+    return [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float64]
+
+
 def stores_halves(model: nn.Module) -> bool:
     """Whether some parameter or buffer is in half precision."""
     return any(map(is_half, chain(model.parameters(), model.buffers())))

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.program.arguments import replaced
 from quantkit.program.composites import parts_of
-from quantkit.program.halves import in_float32, stores_halves, widened
+from quantkit.program.halves import in_float32, names_half, stores_halves, widened
 from quantkit.program.tracing import calling
 
 
@@ -117,7 +117,7 @@ class _Calls(TorchFunctionMode):
         scope = self.scopes[-1]
         index = self.counts[scope, op]
         self.counts[scope, op] += 1
-        call = in_float32(func, op) if self.halves else func
+        call = in_float32(func, op) if self.halves or names_half(op, args, kwargs) else func
         result = self.handler(OpKey(scope, op, index), call, args, kwargs)
         if self.read_shape is not None and op in ("size", "numel", "nelement"):
             return self.read_shape(args[0], result, *args[1:], **kwargs)

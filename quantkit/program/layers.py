@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from quantkit.numbers.kinds import AnyWeight
 from quantkit.program.halves import is_half, widened
@@ -34,6 +35,7 @@ MODULES: dict[type[nn.Module], str] = {
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.ConvTranspose3d: "conv_transpose3d",
     nn.Embedding: "embedding",
+    nn.Bilinear: "bilinear",
 }
 
 
@@ -150,11 +152,11 @@ class LayerWeight:
 
 def layer_kind(module: nn.Module) -> str | None:
     """The kind of a module that owns a weight to quantize, e.g. "conv2d"; None for all others, also where the weight
-    is complex, computed from other tensors or handed in.
+    is complex, empty, computed from other tensors or handed in.
     """
     kind = next((name for known, name in MODULES.items() if isinstance(module, known)), None)
     weight = module._parameters.get("weight") if kind is not None else None
-    return kind if weight is not None and weight.is_floating_point() else None
+    return kind if weight is not None and weight.is_floating_point() and (is_lazy(weight) or weight.numel()) else None
 
 
 def module_layers(model: nn.Module) -> dict[str, LayerWeight]:

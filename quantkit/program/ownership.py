@@ -23,7 +23,10 @@ _COPIES = VIEWS | frozenset(
     "interpolate".split()  # a table of positions, resized to the image at hand
 )
 _UNARY = frozenset("clamp exp log sigmoid tanh softplus abs sqrt rsqrt pow neg reciprocal".split())
-_ELEMENTWISE = frozenset("add sub rsub mul div where maximum minimum masked_fill lerp addcmul cat stack".split())
+ELEMENTWISE = frozenset(
+    "add sub rsub mul div where maximum minimum masked_fill lerp addcmul cat stack "
+    "layer_norm rms_norm group_norm batch_norm instance_norm prelu".split()  # each scales by its weight
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def _parts(tensor: Tensor, layers: list[tuple[str, LayerWeight]]) -> Iterator[tu
 
 def why_uncalled(program: Program, weight: LayerWeight) -> str:
     """Why a layer's weight is read by none of its calls."""
-    found = [] if weight.parameter is None else _readers(program, program.stored[weight.parameter])
+    found = [] if weight.parameter is None else readers(program, program.stored[weight.parameter])
     if not found:
         return UNREAD
     if all(program.varying.isdisjoint(step.inputs) for step in found):
@@ -120,9 +123,9 @@ def why_uncalled(program: Program, weight: LayerWeight) -> str:
 
 def why_in_no_layer(program: Program, name: str) -> str:
     """Why a parameter of two or more dimensions, or a part of it, is the weight of no layer."""
-    if name not in program.stored or not (found := _readers(program, program.stored[name])):
+    if name not in program.stored or not (found := readers(program, program.stored[name])):
         return UNREAD
-    others = [step.key.op for step in found if step.key.op not in _ELEMENTWISE]
+    others = [step.key.op for step in found if step.key.op not in ELEMENTWISE]
     return (
         f"it is read by {others[0]}, which is no product"
         if others
@@ -130,7 +133,7 @@ def why_in_no_layer(program: Program, name: str) -> str:
     )
 
 
-def _readers(program: Program, number: int) -> list[Step]:
+def readers(program: Program, number: int) -> list[Step]:
     """The steps that read a value, or what moves, copies or scales it, and are no layer's."""
     numbers, readers = {number}, []
     for step in program.steps:

@@ -35,21 +35,30 @@ class Product:
     groups: int = 1
 
 
+PRODUCTS = frozenset({"linear", "bilinear", "embedding", "embedding_bag", *CONVOLUTIONS, *_PRODUCTS, *_RECURRENT})
+
+
 def products_of(
     op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], fixed: Callable[[Tensor], bool]
 ) -> list[Product]:
     """The products of a call with operands that are ``fixed``: that do not depend on the model's inputs."""
-    if op in ("linear", "embedding", "embedding_bag", *CONVOLUTIONS):
+    if op not in PRODUCTS:
+        return []
+    found: list[Product | None]
+    if op == "bilinear":
+        found = [_bilinear(args, kwargs)]
+    elif op in ("linear", "embedding", "embedding_bag", *CONVOLUTIONS):
         found = [_named(op, args, kwargs)]
     elif op in _PRODUCTS:
         found = [*_matrices(op, args)]
-    elif op in _RECURRENT:
-        found = [*_recurrent(op, args)]
     else:
-        return []
-    return [
-        p for p in found if p is not None and p.weight.dim() > 1 and p.weight.is_floating_point() and fixed(p.weight)
-    ]
+        found = [*_recurrent(op, args)]
+    return [p for p in found if p is not None and is_weight(p.weight) and fixed(p.weight)]
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether a tensor, multiplied, is a matrix or more of numbers that can be quantized."""
+    return tensor.dim() > 1 and tensor.numel() > 0 and tensor.is_floating_point()
 
 
 def _named(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
@@ -62,6 +71,11 @@ def _named(op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product
         return None
     bias = bias if isinstance(bias, Tensor) and "embedding" not in op else None
     return Product(op, weight, source, (0,), tuple(range(1, weight.dim())), bias, int(given.get("groups", 1)))
+
+
+def _bilinear(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product:
+    given = dict(zip(("input1", "input2", "weight", "bias"), args, strict=False)) | dict(kwargs)
+    return Product("bilinear", given["weight"], given["input1"], (0,), (1, 2), given.get("bias"))
 
 
 def _matrices(op: str, args: tuple[Any, ...]) -> list[Product]:

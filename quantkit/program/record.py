@@ -151,6 +151,12 @@ class Recorder:
 
     def __call__(self, key: OpKey, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         read = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(torch.is_autocast_enabled(kind) for kind in {x.device.type for x in read}):
+            raise InvalidRequest(
+                f"The model's own forward turns autocast on: {key} runs under it, in types that codes and a file do "
+                "not have. Take torch.autocast out of the forward, or give it enabled=False; around calls of the "
+                "model it may stay."
+            )
         call = self._call(key, args, kwargs, read)
         states = [_state(t) for t in read]
         if not call.constant and may_write(func, kwargs):

@@ -26,8 +26,18 @@ _AXIS = (
 )
 
 
-def explained(model: nn.Module, batch: Batch, error: InvalidRequest) -> InvalidRequest:
-    """What to say of a model that rejects a batch: that its samples lack a batch axis where it takes them with one."""
+def explained(model: nn.Module, batch: Batch, error: InvalidRequest, double: Sequence[str] = ()) -> InvalidRequest:
+    """What to say of a model that rejects a batch: that its samples lack a batch axis where it takes them with one, or
+    that its parameters were ``double``, and its code holds on to that. A refusal of our own says all.
+    """
+    if error.__cause__ is None:
+        return error
+    if double and isinstance(error.__cause__, RuntimeError):
+        return InvalidRequest(
+            f"The model has parameters in float64 ({', '.join(double[:3])}), all of it is float32 here, and its "
+            f"forward insists on float64. Cast to {double[0]}.dtype there, or take casts out and call .float() on the "
+            f"model. {error}"
+        )
     if _outputs(model, _with_batch_axis(batch, batch)) is None:
         return error
     return InvalidRequest(_AXIS.format(shapes=_shapes(batch)))

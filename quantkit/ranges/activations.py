@@ -16,6 +16,9 @@ from quantkit.numbers.uniform import SiteRange, quantize
 
 BINS = 2048
 TINY = float(np.finfo(np.float32).tiny)
+# A layer that reads nothing but zeros gives its bias, rounded to steps of this scale times its weights': fine enough
+# for weights of two bits, and so wide that a bias of 2^18 steps of the weights fits into 32 bits with room for sums.
+OF_ZEROS = 2.0**-12
 TAIL = 1e-4  # share of the values a percentile range leaves out on either side
 
 
@@ -27,7 +30,7 @@ class Extremes:
     high: float = float("-inf")
 
     def seen(self, x: Tensor) -> Extremes:
-        return self if x.numel() == 0 else self.merged(Extremes(*(float(v) for v in torch.aminmax(x))))
+        return self if x.numel() == 0 else self.merged(Extremes(*(float(v) for v in torch.aminmax(x.detach()))))
 
     def merged(self, other: Extremes) -> Extremes:
         return Extremes(min(self.low, other.low), max(self.high, other.high))
@@ -67,13 +70,14 @@ class Histogram:
 def range_between(low: float, high: float, bits: int) -> SiteRange:
     """Unsigned codes covering [low, high] with zero representable; the zero point is rounded and clamped.
 
-    A range below the smallest normal float gets scale 1: the tensor is constant zero.
+    A range below the smallest normal float is that of a tensor that is constant zero, as behind dead ReLUs; it gets
+    the scale ``OF_ZEROS``.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     steps = (1 << bits) - 1
     scale = float(np.float32((high - low) / steps))
     if scale < TINY:
-        return SiteRange(1.0, 0, bits)
+        return SiteRange(OF_ZEROS, 0, bits)
     return SiteRange(scale, max(0, min(steps, round(-low / scale))), bits)
 
 

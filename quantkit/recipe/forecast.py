@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantkit.allocation.allocate import allocate, narrowest
+from quantkit.allocation.allocate import allocate
 from quantkit.allocation.only_plan import only_plan
+from quantkit.allocation.what_holds import narrowest
 from quantkit.budget import Budget
 from quantkit.plan import Composition, Plan
 from quantkit.progress import track

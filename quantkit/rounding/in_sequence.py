@@ -42,26 +42,26 @@ def _moments(
 def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]]) -> None:
     """Put biases on the grid an integer kernel adds them on: multiples of input scale x weight scale, in 32 bits.
 
-    ``inputs`` are the sites each layer reads; a layer reading several, or one with a scale for each token, has no
-    single grid and keeps its bias, whose rounding is then left to the runtime. Channels whose weights are so small
-    that the bias does not fit, as a vanished BatchNorm gain leaves them, get a coarser weight scale.
+    ``inputs`` are the sites each layer reads. A bias without a single grid stays as it is: that of a layer reading
+    several sites or one with a scale for each token, and those that each of ``bias_calls`` rounds for itself. Channels
+    whose weights are so small that the bias does not fit, as a vanished BatchNorm gain leaves them, get a coarser
+    weight scale.
     """
+    by_call = {simulated.floats.layers[call.layer].bias for call in simulated.bias_calls}
     for name, weight in list(simulated.weights.items()):
-        bias = simulated.floats.bias(name)
-        site = simulated.ranges.get(inputs[name][0]) if len(inputs[name]) == 1 else None
-        if bias is None or not weight.integer or weight.scale.shape[1] != 1:
+        bias, sites = simulated.floats.bias(name), [simulated.ranges.get(site) for site in inputs[name]]
+        scales = [site.scale for site in sites if site is not None and site.static and site.integer]
+        if bias is None or not weight.integer or weight.scale.shape[1] != 1 or not scales:
             continue
-        if site is None or not (site.static and site.integer):
-            continue
-        input_scale = site.scale
         with torch.no_grad():
             exact = bias.cpu()
-            least = exact.abs().unsqueeze(1) / LARGEST_BIAS / input_scale
+            least = exact.abs().unsqueeze(1) / LARGEST_BIAS / min(scales)
             if (weight.scale.abs() < least).any():
                 weight = _coarser(weight, least)
                 simulated.set_weight(name, weight)
-            step = input_scale * weight.scale.squeeze(1)
-            bias.copy_(torch.round(exact / step) * step)
+            if len(sites) == 1 and simulated.floats.layers[name].bias not in by_call:
+                step = scales[0] * weight.scale.squeeze(1)
+                bias.copy_(torch.round(exact / step) * step)
 
 
 def _coarser(weight: QuantizedWeight, least: Tensor) -> QuantizedWeight:

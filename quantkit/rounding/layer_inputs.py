@@ -75,9 +75,9 @@ def layer_inputs(
     """
     if not kind.startswith("conv"):
         tensors = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor)]
-        return LayerInputs(rows_of(tensors[source]).unsqueeze(0))
+        return LayerInputs(rows_of(tensors[source].detach()).unsqueeze(0))
     given = named_arguments(kind, args, kwargs)
-    x, kernel = given["input"], given["weight"].shape[2:]
+    x, kernel = given["input"].detach(), given["weight"].shape[2:]  # a model may take gradients inside its forward
     dims = len(kernel)
     stride, dilation = per_axis(given.get("stride", 1), dims), per_axis(given.get("dilation", 1), dims)
     groups = given.get("groups", 1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from quantkit.errors import InvalidRequest
 from quantkit.numbers.kinds import AnyWeight
@@ -24,13 +25,14 @@ from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.program.arguments import leaves_of, replaced
 from quantkit.program.convolutions import CONV_ARGUMENTS
-from quantkit.program.halves import widened
+from quantkit.program.halves import in_single, widened
 from quantkit.program.intercept import OpKey
 from quantkit.program.sites import Site
 from quantkit.program.updates import restored
 from quantkit.progress import notice
 from quantkit.runtime.int_conv.layer import IntConv
 from quantkit.runtime.int_linear.layer import IntLinear
+from quantkit.simulation.call_biases import call_biases
 from quantkit.simulation.model import SimulatedModel, Watch, at_sites, read_by_layers, watching
 
 KERNEL_BITS = 8  # of the codes that integer kernels make of tokens
@@ -131,6 +133,7 @@ class RealModel(nn.Module):
             for name, weight in simulated.weights.items()
         }
         self.covered, self.half_floats = covered, simulated.half_floats
+        self.bias_calls = simulated.bias_calls
         self.eval()
 
     def _kernel_kind(self, name: str) -> str:
@@ -183,7 +186,7 @@ class RealModel(nn.Module):
         own = copy.deepcopy(self.model, dict(room))  # under all names of a parameter that is tied
         floats = self.floats.on(own)
         found = SimulatedModel(own, self.sites, self.weights, self.ranges, floats, self.updated).eval()
-        found.half_floats = self.half_floats
+        found.half_floats, found.bias_calls = self.half_floats, self.bias_calls
         return found
 
     @contextmanager
@@ -195,7 +198,11 @@ class RealModel(nn.Module):
         substitutes = self.floats.substitutes(self._beside_float())
         placeholders = {id(self.floats.tensor(name)): name for name in self.covered}
         call = partial(self._call, placeholders)
-        watch = Watch(change, call=call, operands=operands, outside=outside, reads=reads, substitutes=substitutes)
+        coded = {call.layer: self._codes(call.layer) for call in self.bias_calls}
+        watch = Watch(
+            change, call=call, operands=operands, outside=outside, reads=reads, substitutes=substitutes,
+            biases=call_biases(self.bias_calls, self.floats, coded, self.ranges),
+        )  # fmt: skip
         with torch.no_grad(), restored(self.model, self.updated), watching(self.model, watch):
             yield
 
@@ -208,6 +215,7 @@ class RealModel(nn.Module):
         return {name: self._codes(name) for name in shared if own.stores_half(name)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(in_single, (args, kwargs))
         with self.quantizing():
             return self.model(*args, **kwargs)
 

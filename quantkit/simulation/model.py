@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_map
 
 from quantkit.numbers.kinds import AnyRange, AnyWeight
 from quantkit.program.arguments import replaced
-from quantkit.program.halves import stores_halves, widened
+from quantkit.program.halves import in_single, stores_halves
+from quantkit.program.integer_biases import BiasCall
 from quantkit.program.intercept import Handler, OpKey, change_inputs, change_read, device_of, intercept, map_tensors
 from quantkit.program.layers import Operands, Substitutes, Weights
 from quantkit.program.sites import Site, coded_sites
 from quantkit.program.tracing import calling
 from quantkit.program.updates import restored, without_autocast
+from quantkit.simulation.call_biases import CallBiases, call_biases
 
 
 def at_sites(sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor]) -> Callable[[OpKey, Tensor], Tensor]:
@@ -51,7 +53,7 @@ class Watch:
     take the place of tensors that calls read: by key, the position among them and the tensor; what ``substitutes``
     compute takes that of the parameters with these identities. ``outside`` are tensors that were passed to a part of
     the model: a layer that reads one quantizes it by the place in ``reads``, as what makes it in the whole model does
-    not run.
+    not run. ``biases``: of calls that add a bias on a grid of their own, by key, that bias and what they read instead.
     """
 
     change: Callable[[OpKey, Tensor], Tensor]
@@ -61,11 +63,15 @@ class Watch:
     outside: Sequence[Tensor] = ()
     reads: Mapping[str, OpKey] = field(default_factory=dict)
     substitutes: Substitutes = field(default_factory=dict)
+    biases: CallBiases = field(default_factory=dict)
 
     def handle(self, key: OpKey, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Carry out one call."""
         if key in self.operands:
             args, kwargs = _with_operand(args, kwargs, *self.operands[key])
+        if key in self.biases:
+            own, rounded = self.biases[key]
+            args, kwargs = replaced((args, kwargs), lambda x: rounded if x is own else x)
         if self.substitutes:
             args, kwargs = replaced((args, kwargs), self._substituted)
         args, kwargs = change_read(key, args, kwargs, self._read)
@@ -128,11 +134,13 @@ class SimulatedModel(nn.Module):
 
     ``weights``: layer name -> codes; ``ranges``: site name -> quantizer. Sites without a range stay float. ``floats``
     says where the layers' weights are (default: in modules of the common kinds), ``updated`` which tensors a forward
-    changes that are to stay. Computes in float32: half-precision inputs, which a half-precision model takes, are
-    widened. ``half_floats``: what stays float is stored as float16, and has its values.
+    changes that are to stay, ``bias_calls`` the calls that round their bias for themselves. Computes in float32:
+    inputs of other floating-point types, which the user's model may take, become that. ``half_floats``: what stays
+    float is stored as float16, and has its values.
     """
 
     half_floats: bool = False
+    bias_calls: tuple[BiasCall, ...] = ()
 
     def __init__(
         self,
@@ -173,11 +181,11 @@ class SimulatedModel(nn.Module):
     def _on(self, model: nn.Module) -> SimulatedModel:
         floats = self.floats.on(model)
         other = SimulatedModel(model, self.sites, self.weights, self.ranges, floats, self.updated).eval()
-        other.half_floats = self.half_floats
+        other.half_floats, other.bias_calls = self.half_floats, self.bias_calls
         return other
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*tree_map(widened, (args, kwargs)))
+        return self.run(*tree_map(in_single, (args, kwargs)))
 
     def run(self, args: Any, kwargs: Any, before: Callable[[OpKey, Any, Any], None] | None = None) -> Any:
         """``forward``, with ``before(key, args, kwargs)`` called ahead of every torch call inside the model."""
@@ -186,16 +194,25 @@ class SimulatedModel(nn.Module):
 
     @contextmanager
     def quantizing(
-        self, outside: Sequence[Tensor] = (), before: Callable[[OpKey, Any, Any], None] | None = None
+        self,
+        outside: Sequence[Tensor] = (),
+        before: Callable[[OpKey, Any, Any], None] | None = None,
+        change: Callable[[OpKey, Tensor], Tensor] | None = None,
     ) -> Iterator[None]:
-        """The module, or a part of it that takes tensors from ``outside``, computes quantized inside the block."""
+        """The module, or a part of it that takes tensors from ``outside``, computes quantized inside the block; with
+        ``change(place, tensor)`` in the place of the sites' quantizers.
+        """
         coded = coded_sites(self.sites, self.ranges)
-        change = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
+        at_coded = at_sites(coded, lambda site, tensor: self.ranges[site.name].fake_quantize(tensor))
         floats, codes, reads = self.floats, self.weights, read_by_layers(coded)
         operands, substitutes = floats.operands(codes), floats.substitutes(codes)
-        watch = Watch(change, before, operands=operands, outside=outside, reads=reads, substitutes=substitutes)
+        watch = Watch(
+            change or at_coded, before, operands=operands, outside=outside, reads=reads, substitutes=substitutes,
+            biases=call_biases(self.bias_calls, floats, codes, self.ranges),
+        )  # fmt: skip
         # With weights alone in codes, held by the modules themselves, there is nothing to change on the way.
-        plain = before is None and not (coded or operands or substitutes or stores_halves(self.model))
+        watched = before is not None or change is not None
+        plain = not (watched or coded or operands or substitutes or stores_halves(self.model))
         seen = without_autocast(self.model) if plain else watching(self.model, watch)
         with calling(), restored(self.model, self.updated), seen:
             yield

@@ -9,6 +9,7 @@ from quantkit.numbers.kinds import AnyRange
 from quantkit.numbers.logarithmic import LogRange
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
+from quantkit.program.integer_biases import bias_calls
 from quantkit.program.sites import Site
 from quantkit.progress import notice
 from quantkit.ranges.activations import RANGES, Histogram
@@ -114,6 +115,7 @@ class PlanApplication:
         learned = "reconstruction" in notes and learning not in ADAQUANT and correcting == "auto"
         if self.reconstruction is not None and correcting != "none" and not learned:
             notes["correction"] = correct(self.reconstruction, simulated, correcting, progress, finished)
+        simulated.bias_calls = bias_calls(ready.program, ready.sites, weights)
         round_biases(simulated, {name: ready.layers[name].inputs for name in weights})
         return simulated, notes
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from quantkit.allocation.allocate import allocate
+from quantkit.allocation.what_holds import what_holds
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest
 from quantkit.formats import ActivationFormat
@@ -84,13 +85,13 @@ class FileLengths:
         return length_of(simulated, graph, options)
 
 
-def require_file(result: Result, lengths: FileLengths, limit: Budget) -> None:
+def require_file(result: Result, lengths: FileLengths, limit: Budget, blank: Profile) -> None:
     """Raise InfeasibleBudget where the file of a result is over the limit after all: some forms are found only when a
     plan is applied.
     """
     found = lengths.of_result(result)
     if found > limit.file_bytes:
-        raise _too_large(limit, found, result.plan)
+        raise _too_large(limit, found, result.plan, blank)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def fitting_plan(choose: Choose, file: FileLimit) -> tuple[Plan, Budget]:
         if found <= most:
             return plan, asked
         if plan.total_bytes in seen or len(seen) == TRIES:
-            raise _too_large(file.limit, max(found, file.least), plan)
+            raise _too_large(file.limit, max(found, file.least), plan, file.blank)
         seen.add(plan.total_bytes)
         room = plan.total_bytes - (found - most)
 
@@ -133,17 +134,17 @@ def smallest_file(blank: Profile, limit: Budget, length: Callable[[Plan], int]) 
         plan = allocate(blank, Budget(size=f"{error.smallest:.0f} B"))
     found = length(plan)
     if found > limit.file_bytes:
-        raise _too_large(limit, found, plan)
+        raise _too_large(limit, found, plan, blank)
     return found
 
 
-def _too_large(limit: Budget, found: int, plan: Plan) -> InfeasibleBudget:
+def _too_large(limit: Budget, found: int, plan: Plan, blank: Profile) -> InfeasibleBudget:
     unit = limit.unit("file_size")
     smallest = limit.in_file_unit(found)
     return InfeasibleBudget(
         f"No plan has file size {limit.file_size}: the smallest file that was found has {smallest:g} {unit}, of which "
-        f"{plan.total_bytes:,} bytes are tensors and the rest is the graph. Ask for at least that, or profile "
-        "narrower schemes.",
+        f"{plan.total_bytes:,} bytes are tensors and the rest is the graph. Ask for at least that"
+        f"{what_holds('size', limit.file_bytes, blank, None)}",
         f"file_size={limit.file_size}",
         smallest,
     )

@@ -111,7 +111,7 @@ def _within_file(request: Request, search: Search) -> Result:
         measured, plan = _decide(request, replace(search, limit=asked), fitting)
     plan = replace(plan, provenance=plan.provenance | {"budget": str(limit)})
     result = apply_plan(session, plan, search.application)
-    require_file(result, length, limit)
+    require_file(result, length, limit, blank)
     return replace(result, profile=measured)
 
 

@@ -12,7 +12,7 @@ from torch import Size, nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat, Scheme
-from quantkit.plan import FLOAT_STORAGE, Profile, SiteRecord, digest_shapes
+from quantkit.plan import FLOAT_STORAGE, LARGEST_OTHERS, Profile, SiteRecord, digest_shapes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
 from quantkit.sensitivity import require_additive
@@ -101,7 +101,7 @@ class Request:
             float32_bytes=ready.float32_bytes,
             target=self.target.name,
             candidates={name: tuple(str(s) for s in options) for name, options in self.candidates.items()},
-            provenance=self.settings | dict(provenance),
+            provenance=self.settings | {LARGEST_OTHERS: dict(ready.largest_others)} | dict(provenance),
             saturation=scores.saturation,
             growth=scores.growth,
             operations=operations_of(ready.program, ready.sites, self.target),

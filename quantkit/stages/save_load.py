@@ -10,6 +10,7 @@ with:
 - ``folds``: (layer, BatchNorm) pairs that were folded, so that the model's modules can be brought to the same form;
 - ``sites``: name, place, echoes and copies of each as (scope, operation, index, output), consumers, shape, roles;
 - ``ranges``: site name -> kind of quantizer, and what that kind holds (``numbers.kinds``);
+- ``bias_calls``, where a layer is called on inputs of several scales: the key, layer and site of each such call;
 - ``halves``, where what stays float is stored as float16: the names of what is, and computes as float32;
 - ``shapes``, where sizes vary in the calibration data: the shapes of the model's inputs in a few batches of it.
 
@@ -38,6 +39,7 @@ from quantkit.numbers.packed_weight import PARTS, stored_tensors, stored_weight
 from quantkit.plan import Plan, canonical_json
 from quantkit.program.halves import keep_only_matrices_half
 from quantkit.program.input_shapes import InputShapes
+from quantkit.program.integer_biases import BiasCall
 from quantkit.program.intercept import OpKey, device_of
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.sites import Site
@@ -78,6 +80,8 @@ def save_result(
         "sites": [asdict(site) for site in simulated.sites],
         "ranges": {name: found.to_dict() for name, found in simulated.ranges.items()},
     }
+    if simulated.bias_calls:
+        header["bias_calls"] = [asdict(call) for call in simulated.bias_calls]
     if simulated.half_floats:
         header["halves"] = halves = [name for name, tensor in tensors.items() if is_half_exactly(tensor)]
         tensors |= {name: tensors[name].to(torch.float16) for name in halves}
@@ -137,6 +141,9 @@ def load_result(folder: str | Path, model: nn.Module) -> Loaded:
     shapes = tuple({name: tuple(shape) for name, shape in form.items()} for form in header.get("shapes", ()))
     simulated = SimulatedModel(own, sites, weights, ranges, floats, header["updated"])
     simulated.half_floats = "halves" in header
+    simulated.bias_calls = tuple(
+        BiasCall(OpKey(**call["key"]), call["layer"], call["site"]) for call in header.get("bias_calls", ())
+    )
     return simulated, plan, folds, shapes
 
 

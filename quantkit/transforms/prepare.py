@@ -6,21 +6,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.program.additions import additions_of_no_use, drowned_additions
 from quantkit.program.codes import can_hold_codes
-from quantkit.program.halves import VIEWS, keep_only_matrices_half, stores_halves
+from quantkit.program.float_weights import weights_outside, with_float_weights
+from quantkit.program.halves import VIEWS, double_parameters, keep_only_matrices_half, stores_halves
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, pieces
 from quantkit.program.intercept import OpKey
-from quantkit.program.layers import LayerWeight, Weights, layer_kind
+from quantkit.program.layers import LayerWeight, Weights
+from quantkit.program.optional_inputs import dispensable_inputs
 from quantkit.program.ownership import CONSTANT, UNREAD, ownership, why_uncalled
 from quantkit.program.padding import Padding
 from quantkit.program.program import Program, Step
@@ -29,12 +30,13 @@ from quantkit.program.replayable import computed_weights
 from quantkit.program.sites import Site, place_sites, token_sites
 from quantkit.program.trial import explained, require_repeatable, require_samples_first
 from quantkit.program.updates import named_state
-from quantkit.progress import notice
+from quantkit.progress import notice, warn
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
 from quantkit.transforms import stored
 from quantkit.transforms.fold_bn import fold, foldable_pairs, without_norms
 from quantkit.transforms.half_floats import stored_as_halves
+from quantkit.transforms.plain_model import require_plain_model
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
 RECORDED_SAMPLES = 2
@@ -52,7 +54,8 @@ class Prepared:
     buffers, and what codes bring with them (``transforms.stored``). ``float_bytes`` is all that the user's model
     stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
     ``padding`` is that of the calibration inputs; None where there is none. ``half_floats``: what stays float is
-    stored as float16, which are the parameters and buffers ``halves`` as far as they have no codes.
+    stored as float16, which are the parameters and buffers ``halves`` as far as they have no codes. ``largest_others``
+    are the largest of what belongs to no layer, with their bytes.
     """
 
     model: nn.Module
@@ -69,6 +72,7 @@ class Prepared:
     padding: Padding | None = None
     half_floats: bool = False
     halves: frozenset[str] = frozenset()
+    largest_others: Mapping[str, int] = field(default_factory=dict)
 
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
@@ -89,15 +93,26 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
         example, program = _first_recording(own, batches[0])
     except InvalidRequest as error:
         if not stores_halves(own):
-            raise explained(own, batches[0], error) from error
+            raise explained(own, batches[0], error, double_parameters(model)) from error
         example, program = _first_recording(own.float(), batches[0])
         notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
+    for name, outputs in dispensable_inputs(program, own, example).items():
+        notice(
+            f"input {name!r} makes nothing but {', '.join(map(repr, outputs))}, as labels make a loss: exported files "
+            f"take and return them; leave {name!r} out of the data to have files without them"
+        )
     require_repeatable(own, example)
     require_samples_first(own, batches[0])
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
-    program = record(own, example) if folded is None else folded
+    program = with_float_weights(record(own, example) if folded is None else folded, own)
+    if outside := weights_outside(program, own):
+        warn(
+            f"weights outside the model's parameters stay float, and no size counts them: {', '.join(outside[:5])}"
+            f"{' and others' * (len(outside) > 5)}. Hold layers in modules (nn.ModuleList), and tensors in "
+            "nn.Parameter or register_buffer"
+        )
     sums = drowned_additions(own, program, target, batches[0])
     return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds), sums)
 
@@ -172,7 +187,7 @@ def _checked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, int], tuple[in
     """The model to work on, bytes an element of each parameter in the user's model, and that model's bytes, as it is
     and in float32.
     """
-    _require_plain_model(model)
+    require_plain_model(model)
     element_bytes = {name: p.element_size() for name, p in model.named_parameters(remove_duplicate=False)}
     as_given = sum(t.numel() * t.element_size() for t in _stored(model))
     in_float32 = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in _stored(model))
@@ -233,24 +248,9 @@ def _with_sites(ready: Prepared, sites: tuple[Site, ...], tokens: bool = False) 
     other += stored.widened({name: layer for name, layer in layers.items() if name not in narrow})
     other += stored.of_sites(program, layers, sites, tokens) + stored.of_constants(program)
     other += stored.of_layouts(program, layers)
-    return replace(ready, layers=layers, sites=sites, other_bytes=other, halves=halves)
-
-
-def _require_plain_model(model: nn.Module) -> None:
-    if layer_kind(model) is not None:
-        raise InvalidRequest("The model is a single layer, which has no name: pass torch.nn.Sequential(model).")
-    compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
-    if compiled or isinstance(model, torch.jit.ScriptModule):
-        raise InvalidRequest(
-            f"The model went through {'torch.compile' if compiled else 'torch.jit'}, which hides its layers. "
-            "Pass the model as it was before; the result can be compiled."
-        )
-    without = [name for name, p in model.named_parameters() if is_lazy(p) or p.is_meta]
-    if without:
-        raise InvalidRequest(
-            f"These parameters have no values yet: {', '.join(without[:5])}. Run the model on a batch once (lazy "
-            "layers) or load its weights (meta device) first."
-        )
+    return replace(
+        ready, layers=layers, sites=sites, other_bytes=other, halves=halves, largest_others=stored.largest(owned)
+    )
 
 
 def _in_eval_mode(model: nn.Module, called: str) -> nn.Module:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from quantkit.plan import Layer
+from quantkit.program.integer_biases import WITH_BIAS, adds_integers, bias_calls
 from quantkit.program.intercept import OpKey
 from quantkit.program.ownership import Owned
 from quantkit.program.program import Program
 from quantkit.program.sites import Site
 
 FLOAT_BYTES = 4  # of a number in the file, also where the user's model stores halves
+INT32_BYTES = 4
 HALF_BYTES = 2  # where what stays float is stored as float16
 SITE_BYTES = 6  # a float32 scale, a zero point and the highest code of a byte each
 SCALE_AND_ZERO = 5  # for every channel of codes that a float layer reads
@@ -31,7 +33,6 @@ ELEMENTWISE = frozenset(
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 CONSTANTS = {"element-wise": 4, "recurrent": 160, "other": 16}
 
-WITH_BIAS = ("conv1d", "conv2d", "conv3d")  # kinds whose integer kernels take an INT32 bias for any input
 CONVOLVING = (*WITH_BIAS, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
@@ -41,6 +42,14 @@ def floats_of(owned: Iterable[Owned], widths: Mapping[str, int]) -> int:
     """
     parts = [part for part in owned if not part.layer and not part.name.endswith(TRAINING)]
     return sum(widths[part.name] * part.elements if part.name in widths else part.bytes for part in parts)
+
+
+def largest(owned: Iterable[Owned], share: float = 0.05, count: int = 3) -> dict[str, int]:
+    """Of what belongs to no layer the largest parts that take at least a ``share`` of all bytes, with their bytes."""
+    parts = list(owned)
+    others = sorted((part for part in parts if not part.layer), key=lambda part: -part.bytes)
+    least = share * sum(part.bytes for part in parts)
+    return {part.name: part.bytes for part in others[:count] if part.bytes >= least}
 
 
 def widened(layers: Mapping[str, Layer]) -> int:
@@ -56,7 +65,7 @@ def of_sites(program: Program, layers: Mapping[str, Layer], sites: Sequence[Site
     if tokens:
         return TOKEN_BYTES * (len(readers) + len(sites))
     coded = {place for site in sites for place in (site.place, *site.echoes)}
-    integer = sum(_beside_codes(program, name) for name in readers)
+    integer = sum(_beside_codes(program, name) for name in readers) + _biases_again(program, sites, readers)
     float_kernels = [name for name, layer in layers.items() if layer.reason or layer.weight_only]
     around = sum(_dequantized(program, name, coded) for name in float_kernels)
     return SITE_BYTES * len(sites) + integer + around
@@ -82,11 +91,21 @@ def _kind(op: str) -> str:
 
 
 def _beside_codes(program: Program, name: str) -> int:
-    """Zero points of a layer's output channels, and the scales of its INT32 bias."""
+    """Zero points of a layer's output channels, and the scales of its INT32 bias, which may be beside a float one."""
     weight = program.weights[name]
-    rows = all(len(program.shape.get(call.input, ())) == 2 for call in program.calls[name])
-    integer_bias = weight.bias is not None and (weight.kind in WITH_BIAS or rows)
-    return weight.shape[0] * (1 + FLOAT_BYTES * integer_bias)
+    in_integers = [adds_integers(program, weight, call) for call in program.calls[name]]
+    beside_float = any(in_integers) and not all(in_integers)
+    return weight.shape[0] * (1 + FLOAT_BYTES * any(in_integers) + INT32_BYTES * beside_float)
+
+
+def _biases_again(program: Program, sites: Sequence[Site], readers: Collection[str]) -> int:
+    """The further INT32 biases, and their scales, of those that calls add on several grids."""
+    grids = {(call.layer, call.site) for call in bias_calls(program, sites, readers)}
+    stored = sum(program.weights[layer].shape[0] for layer, _ in grids)
+    layers = [program.weights[layer] for layer in {layer for layer, _ in grids}]
+    biases = {weight.bias: weight.shape[0] for weight in layers}  # counted once, each layer's scales too
+    more_scales = stored - sum(weight.shape[0] for weight in layers)
+    return INT32_BYTES * (stored - sum(biases.values())) + FLOAT_BYTES * more_scales
 
 
 def _dequantized(program: Program, name: str, coded: Collection[OpKey]) -> int:

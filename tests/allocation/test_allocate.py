@@ -184,7 +184,7 @@ def test_refusal_under_two_limits_says_which_one_holds() -> None:
     message = (
         r"No plan has average bits 1 bits: the smallest that can be reached is [\d.]+ bits\. "
         r"Ask for at least that, or profile narrower schemes\. "
-        r"Of its weights' bytes 320 stay float: head \(320 bytes\): its inputs were never seen\."
+        r"The largest: head \(320 bytes\): its inputs were never seen\."
     )
     assert re.fullmatch(message, str(caught.value)), "the other limit holds whatever is chosen"
     assert caught.value.limit == "average_bits=1 bits"

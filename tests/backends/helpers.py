@@ -13,6 +13,7 @@ from quantkit.backends.onnxruntime.sessions import open_session
 from quantkit.formats import WeightFormat
 from quantkit.numbers.packing import pack
 from quantkit.program.inputs import Batch
+from quantkit.program.integer_biases import bias_calls
 from quantkit.ranges.activations import minmax_range
 from quantkit.ranges.statistics import site_histograms
 from quantkit.rounding.in_sequence import round_biases
@@ -37,6 +38,7 @@ def simulate(ready: Prepared, batch: Batch, bits: int | Callable[[int], int], si
         format = WeightFormat(str(bits if isinstance(bits, int) else bits(position)))
         weight = ready.model.get_submodule(name).weight
         simulated.set_weight(name, quantize_weight(weight, [format]).weights[format])
+    simulated.bias_calls = bias_calls(ready.program, ready.sites, ready.quantizable)
     round_biases(simulated, {name: ready.layers[name].inputs for name in ready.quantizable})
     return simulated
 

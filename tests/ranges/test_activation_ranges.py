@@ -16,6 +16,7 @@ from quantkit.numbers.uniform import SiteRange
 from quantkit.ranges import activations as activation_ranges
 from quantkit.ranges.activations import (
     BINS,
+    OF_ZEROS,
     RANGES,
     Extremes,
     Histogram,
@@ -124,7 +125,7 @@ def test_empty_tensors_change_nothing() -> None:
 def test_site_that_saw_nothing_or_only_zeros_keeps_zero(rule, bits: int) -> None:
     for histogram in (Histogram.empty(Extremes()), histogram_of(torch.zeros(10))):
         site = rule(histogram, bits)
-        assert site == SiteRange(1.0, 0, bits)
+        assert site == SiteRange(OF_ZEROS, 0, bits)
         assert site.fake_quantize(torch.zeros(3)).tolist() == [0.0] * 3
 
 
@@ -180,7 +181,7 @@ def test_minmax_clips_nothing(x: Tensor) -> None:
 def test_range_below_the_normal_floats_is_constant_zero(rule, largest: float, sign: int) -> None:
     x = torch.linspace(0, largest, 50) * sign
     site = rule(histogram_of(x), 8)
-    assert site == SiteRange(1.0, 0, 8)
+    assert site == SiteRange(OF_ZEROS, 0, 8)
     assert site.fake_quantize(x).count_nonzero() == 0
 
 

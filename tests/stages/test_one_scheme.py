@@ -179,3 +179,32 @@ def test_what_was_said_is_kept_once(caplog: pytest.LogCaptureFixture) -> None:
     assert made.notes["notices"] == said
     assert said.count(labels) == 1
     assert "the model is in training mode: quantizing a copy in eval mode" in said
+
+
+class Recurrent(nn.Module):
+    """An LSTM alone, whose inputs have no codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.memory(x)[0][:, -1]
+
+
+class Mapped(nn.Module):
+    """A linear layer under vmap, where nothing is seen to make its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return torch.func.vmap(lambda row: self.head(self.inward(row).relu()))(x)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(Recurrent, (32, 5, 8)), (Mapped, (32, 8))])
+def test_where_no_layer_can_read_codes_the_scheme_is_that_of_the_weights(build, shape: tuple[int, ...]) -> None:
+    x = randn(*shape)
+    plan = quantkit.quantize(build().eval(), "w8a8", x, progress=False).plan
+    assert {str(scheme) for scheme in plan.schemes.values()} - {"float"} == {"w8"}

@@ -29,7 +29,7 @@ from quantkit.backends.onnxruntime.near_neutral import optimized
 from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes, refused_name
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
-from quantkit.backends.onnxruntime.translated import not_exported
+from quantkit.backends.onnxruntime.translated import not_exported, require_forms
 from quantkit.errors import InvalidRequest
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
@@ -208,6 +208,7 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
     stands for it. Each size that the model's code fixes keeps the example's, with a notice. Raises InvalidRequest when
     it is one that the user names, and when torch.export cannot follow the model at all. The graph is float32.
     """
+    require_forms(simulated.model)
     simulated = simulated.in_float32()
     if simulated.updated:
         notice(

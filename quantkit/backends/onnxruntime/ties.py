@@ -19,7 +19,7 @@ from quantkit.program.intercept import INPUT, READ, OpKey
 from quantkit.program.outputs import results_of
 from quantkit.program.sites import Site, coded_sites
 from quantkit.program.updates import plain_mode, restored
-from quantkit.simulation.model import SimulatedModel, at_sites, run_with
+from quantkit.simulation.model import SimulatedModel, at_sites
 
 RUNS = 16
 LAST_BITS = 2.0**-22  # of a value
@@ -37,7 +37,13 @@ def joined(batches: Sequence[Sequence[Tensor | np.ndarray]]) -> list[np.ndarray]
 def outputs_with(simulated: SimulatedModel, change: Change, batches: Sequence[Batch]) -> list[np.ndarray]:
     """Each output over all batches, with ``change(place, tensor)`` in the place of the sites' quantizers."""
     with plain_mode(simulated.model), restored(simulated.model):
-        return joined([results_of(run_with(simulated.model, change, *batch)) for batch in batches])
+        return joined([_results(simulated, change, batch) for batch in batches])
+
+
+def _results(simulated: SimulatedModel, change: Change, batch: Batch) -> list[Tensor]:
+    args, kwargs = batch
+    with simulated.quantizing(change=change):
+        return results_of(simulated.model(*args, **kwargs))
 
 
 class Undecided:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from torch import nn
+
 from quantkit.errors import InvalidRequest
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -14,6 +16,7 @@ _BY_VALUES = re.compile(r"[Dd]ata-dependent|Could not guard|GuardOnDataDependent
 _NO_FORM = re.compile(r"No ONNX function found for.*?op='([\w.]+)'|No decompositions? registered for.*?([\w.]+::\w+)")
 _OTHER_FORM = re.compile(r"parameter '(\w+)' is not provided\. Signature: pkg\.onnxscript\.torch_lib::([a-z]+)_(\w+)")
 _OTHER_INPUT = re.compile(r"[Uu]nsupported input type <class '([\w.]+)'>")
+_GRADIENTS = re.compile(r"Trying to backward through|does not require grad and does not have a grad_fn", re.A)
 _LONGEST = 200  # characters of a message
 
 
@@ -43,10 +46,22 @@ def export_advice(error: BaseException) -> str:
         return f"ONNX's form of {found[2]}.{found[3]} wants {found[1]!r}: pass it."
     if found := _OTHER_INPUT.search(text):
         return f"An argument is a {found[1]}. Let the model's forward take tensors, lists and dicts of them."
+    if _GRADIENTS.search(text):
+        return "Its forward takes gradients, which no file can: export the part that is differentiated."
     values = "must not choose its operations by the values of tensors"
     if _BY_VALUES.search(text):
         return f"Its forward {values}, as an `if`, a loop or a size that is computed from one does: use torch.where."
     return f"Its forward {values}."
+
+
+def require_forms(model: nn.Module) -> None:
+    """Raise InvalidRequest for modules that the exporter translates into a file which cannot run."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise InvalidRequest(
+                f"The model cannot be exported to ONNX: {name!r} is an LSTM with proj_size={module.proj_size}, and "
+                "ONNX's LSTM has no projections. Use an nn.LSTM without proj_size and an nn.Linear behind it."
+            )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

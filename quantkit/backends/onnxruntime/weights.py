@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -83,14 +82,12 @@ class WeightWriter:
 
         found = [(held_in(simulated, name), mark) for name, mark in marks(editor.graph, "Weight")]
         self.marked = [(held, mark) for held, mark in found if held is not None]
-        self.sites: dict[Held, set[str | None]] = defaultdict(set)
         self.unsigned: set[str] = set()  # layers whose codes are stored so
         self.in_bytes: set[Held] = set()  # read by something else than look-ups, or inside a loop
         for held, mark in self.marked:
             for read in _reads(mark, held):
                 if not _is_row_look_up(held, read) or read.call.graph is not editor.graph:
                     self.in_bytes.add(held)
-                self.sites[held].add(self._input_site(read.call))
                 if self._on_integers(read) and self._full_bytes(held) and instruction_set != VNNI:
                     self.unsigned.update(held.layers)
 
@@ -124,7 +121,7 @@ class WeightWriter:
             self.editor.replace(call, token_product(self.editor, call, tokens, factors))
         elif held.plain and site is not None:
             call.replace_input_with(read.position, self._factors(held, read))
-            if self._has_integer_bias(held, call):
+            if self._has_integer_bias(call):
                 call.replace_input_with(_BIAS, self._bias(held, call, site))
         elif _is_row_look_up(held, read):
             self.editor.replace(call, self._looked_up(held, call))
@@ -215,15 +212,12 @@ class WeightWriter:
         found = self.simulated.ranges[name]
         return name if found.static and found.integer else None
 
-    def _has_integer_bias(self, held: Held, call: ir.Node) -> bool:
-        """True where the bias can be written in INT32. A convolution called on inputs of several scales has no one
-        grid for it: its bias stays float, and onnxruntime rounds it for each call. Gemm only runs on integers with an
-        INT32 bias.
-        """
+    def _has_integer_bias(self, call: ir.Node) -> bool:
+        """True where the bias is written in INT32: as the simulated model has it, once for all calls or for each."""
         bias = call.inputs[_BIAS] if len(call.inputs) > _BIAS else None
         if bias is None or bias.const_value is None:
             return False
-        return call.op_type == "Gemm" or (call.op_type == "Conv" and len(self.sites[held]) == 1)
+        return call.op_type in ("Conv", "Gemm")
 
     def _bias(self, held: Held, call: ir.Node, site: str) -> ir.Value:
         """A layer's bias on the grid of its input's scale times its weight's scales."""

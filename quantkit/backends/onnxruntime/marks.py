@@ -25,14 +25,14 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSizes, names_of
 from quantkit.backends.onnxruntime.near_neutral import optimized
-from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes, refused_name
+from quantkit.backends.onnxruntime.other_sizes import OtherSizes, refused_name
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
 from quantkit.backends.onnxruntime.translated import not_exported
 from quantkit.errors import InvalidRequest
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
-from quantkit.program.intercept import OpKey, operation_name, tensors_of
+from quantkit.program.intercept import CALL_ERRORS, OpKey, operation_name, tensors_of
 from quantkit.program.layers import Operands, Weights
 from quantkit.program.outputs import named_tensors, results_of
 from quantkit.program.program import Program
@@ -226,7 +226,7 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
             )
             assert exported is not None
             graph = optimized(exported, DOMAIN)
-    except MODEL_ERRORS as error:
+    except CALL_ERRORS as error:
         raise not_exported(error) from error
     batched = tuple(name for name in asked.shapes if (name, 0) in asked.batch & taken.dynamic)
     return MarkedGraph(graph, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))

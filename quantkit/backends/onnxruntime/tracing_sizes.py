@@ -13,10 +13,11 @@ from torch.export import ExportedProgram
 
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, TakenSizes
-from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes
+from quantkit.backends.onnxruntime.other_sizes import OtherSizes
 from quantkit.backends.onnxruntime.translated import first_line, not_exported
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
+from quantkit.program.intercept import CALL_ERRORS
 
 Route = Callable[[frozenset[Place]], tuple[ExportedProgram, SizeTrace]]
 
@@ -81,7 +82,7 @@ def _settled(others: OtherSizes, route: Route, places: frozenset[Place]) -> Trac
     while True:
         try:
             program, trace = route(places)
-        except MODEL_ERRORS as error:
+        except CALL_ERRORS as error:
             raise _Stopped(error) from error
         sizes = TakenSizes(trace.sizes(names), trace.conditions())
         constant = places - sizes.dynamic

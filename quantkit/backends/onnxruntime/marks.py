@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from quantkit.backends.onnxruntime.adaptive_pools import AdaptivePools
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSizes, names_of
 from quantkit.backends.onnxruntime.near_neutral import optimized
@@ -215,21 +216,13 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
     asked = Asked.of(simulated.model, example, sizes or DynamicSizes())
     others = OtherSizes.of(simulated, asked)
     outputs, calls = _outputs_and_calls(simulated, example, tuple(asked.shapes))
-    traced = trace_sizes(others, _Exports(others, calls).routes)
+    exports = _Exports(others, calls)
+    traced = trace_sizes(others, exports.routes, exports.converted)
     names = names_of(asked, traced.sizes.sizes)
     _tell(asked, traced, names)
     taken = replace(traced.sizes, names=names)
-    try:
-        with tracing(), plain_mode(simulated.model), restored(simulated.model), _quiet():
-            exported = torch.onnx.export(
-                traced.program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
-            )
-            assert exported is not None
-            graph = optimized(exported, DOMAIN)
-    except CALL_ERRORS as error:
-        raise not_exported(error) from error
     batched = tuple(name for name in asked.shapes if (name, 0) in asked.batch & taken.dynamic)
-    return MarkedGraph(graph, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))
+    return MarkedGraph(traced.graph, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))
 
 
 def _tell(asked: Asked, traced: TracedSizes, names: Mapping[Place, str]) -> None:
@@ -336,8 +329,19 @@ class _Exports:
         vary = torch.export.Dim.AUTO
         shapes = self.others.asked.shapes
         dims = tuple({axis: vary for axis in range(len(shapes[name])) if (name, axis) in places} for name in shapes)
-        with tracing(), plain_mode(marked), restored(marked), _quiet():
+        with tracing(), plain_mode(marked), restored(marked), _quiet(), AdaptivePools():
             return torch.export.export(marked, tuple(tensors_of(example)), dynamic_shapes=(dims,), strict=False)
+
+    def converted(self, program: torch.export.ExportedProgram) -> ir.Model:
+        """The ONNX graph of an export. Raises InvalidRequest where ONNX has no form for it."""
+        model = self.others.simulated.model
+        try:
+            with tracing(), plain_mode(model), restored(model), _quiet():
+                exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+                assert exported is not None
+                return optimized(exported, DOMAIN)
+        except CALL_ERRORS as error:
+            raise not_exported(error) from error
 
 
 def _program_of(simulated: SimulatedModel, example: Batch, others: Sequence[Batch]) -> Program | None:

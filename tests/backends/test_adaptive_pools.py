@@ -1,4 +1,4 @@
-"""Files of models with adaptive pools take images of all sizes; a size that only the exporter fixes is fixed and said."""
+"""Files of models with adaptive pools take images of all sizes; a size that only the exporter fixes is said."""
 
 from __future__ import annotations
 

@@ -316,9 +316,10 @@ class _Exports:
 
     def replayed(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, SizeTrace]:
         """By the program that stands for the model at these sizes."""
-        simulated, example = self.others.simulated, self.others.asked.traced_example(places)
-        vary = not places <= self.others.asked.batch
-        program = _program_of(simulated, example, self.others.batches if vary else ())
+        simulated, asked = self.others.simulated, self.others.asked
+        example, vary = asked.traced_example(places), not places <= asked.batch
+        tried = [*asked.other_counts(places), *(self.others.batches if vary else ())]
+        program = _program_of(simulated, example, tried)
         if program is None:
             raise RuntimeError("the model's code chooses its calls by the values or sizes of its inputs")
         marks = _Marks(simulated)

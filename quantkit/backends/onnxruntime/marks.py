@@ -27,6 +27,7 @@ from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSizes, names_of
 from quantkit.backends.onnxruntime.near_neutral import optimized
 from quantkit.backends.onnxruntime.other_sizes import OtherSizes, refused_name
+from quantkit.backends.onnxruntime.recurrences import Recurrences
 from quantkit.backends.onnxruntime.replayed import ReplayedModel
 from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
 from quantkit.backends.onnxruntime.translated import not_exported
@@ -237,8 +238,9 @@ def _tell(asked: Asked, traced: TracedSizes, names: Mapping[Place, str]) -> None
         if what not in told:
             told.add(what)
             notice(
-                f"the ONNX file takes {what} only: the model's code fixes the size, as a written-out size or an if on "
-                f"it does and x.shape[{axis}] does not ({reason})"
+                f"the ONNX file takes {what} only: the model's code fixes the size, as a written-out size, an if on "
+                f"it or a loop over it does and x.shape[{axis}] does not, or ONNX has one of its calls at "
+                f"written-out sizes only ({reason})"
             )
     if conditions := replace(traced.sizes, names=names).texts():
         notice(f"the ONNX file takes sizes with {' and '.join(conditions)}: it does not stand for the model at others")
@@ -330,7 +332,7 @@ class _Exports:
         vary = torch.export.Dim.AUTO
         shapes = self.others.asked.shapes
         dims = tuple({axis: vary for axis in range(len(shapes[name])) if (name, axis) in places} for name in shapes)
-        with tracing(), plain_mode(marked), restored(marked), _quiet(), AdaptivePools():
+        with tracing(), plain_mode(marked), restored(marked), _quiet(), AdaptivePools(), Recurrences():
             return torch.export.export(marked, tuple(tensors_of(example)), dynamic_shapes=(dims,), strict=False)
 
     def converted(self, program: torch.export.ExportedProgram) -> ir.Model:

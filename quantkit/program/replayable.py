@@ -21,7 +21,7 @@ from quantkit.program.inputs import Batch, batch_size, picked_samples
 from quantkit.program.intercept import CALL_ERRORS, tensors_of
 from quantkit.program.outputs import results_of
 from quantkit.program.program import Part, Program, Step
-from quantkit.program.record import recorded, run_model
+from quantkit.program.record import record, run_model
 from quantkit.program.sizes import Extent
 from quantkit.program.updates import plain_mode
 
@@ -32,20 +32,16 @@ def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequenc
     """The program of ``model``, recorded on ``batch``, with what recording it at other sizes tells; None where a
     replay does not compute what the model computes: on the batch, on ``others``, at those sizes.
     """
-    try:
-        expected = [(one, results_of(run_model(model, one))) for one in (batch, *others)]
-    except InvalidRequest:  # a model that does not take some of the samples alone, as a graph without some nodes
-        return None
     for other in _other_batches(batch):
         try:
-            second, result = recorded(model, other)
+            second = record(model, other)
         except InvalidRequest:  # a model that takes these sizes only
             continue
         if [step.key for step in second.steps] != [step.key for step in program.steps]:
             continue
-        learned, known = _compared(program, second), [(other, results_of(result)), *expected]
+        learned = _compared(program, second)
         for candidate in (learned, replace(learned, channels_last=False)):
-            if all(_agrees(candidate, model, one, wanted) for one, wanted in known):
+            if all(_agrees(candidate, model, one) for one in (other, batch, *others)):
                 return candidate
     return None
 
@@ -134,18 +130,21 @@ class _Extents:
         )
 
 
-def _agrees(program: Program, model: nn.Module, batch: Batch, wanted: Sequence[Tensor]) -> bool:
+def _agrees(program: Program, model: nn.Module, batch: Batch) -> bool:
     """Whether a replay gives what the model gives, and whether the shapes that its calls follow are known without the
     values of the inputs, as a replay from somewhere inside needs them.
     """
     part = Part(0, len(program.steps))
     with plain_mode(model):
         try:
+            wanted = results_of(run_model(model, batch))
             entering, state = program.entering(model, batch), program.state_of(model)
             shapes = {number: tuple(x.shape) for number, x in entering.items()}
             found = program.replay(entering, state, program.outputs, part=part)
             foreseen = program.shapes_at(shapes, state) if program.sized else {}
-        except CALL_ERRORS:  # a tensor that no traced call made, a fixed shape or count, or a step that needs values
+        except CALL_ERRORS:
+            # a tensor that no traced call made, a fixed shape or count, a step that needs values; or some samples that
+            # the model does not take alone, as a graph without a part of its nodes
             return False
     return foreseen == part.shapes and all(_close(one, other) for one, other in zip(found, wanted, strict=True))
 

@@ -28,7 +28,7 @@ from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSize
 from quantkit.backends.onnxruntime.near_neutral import optimized
 from quantkit.backends.onnxruntime.other_sizes import OtherSizes, refused_name
 from quantkit.backends.onnxruntime.recurrences import Recurrences
-from quantkit.backends.onnxruntime.replayed import ReplayedModel
+from quantkit.backends.onnxruntime.replayed import ReplayedModel, with_inputs_as_given
 from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
 from quantkit.backends.onnxruntime.translated import not_exported
 from quantkit.errors import InvalidRequest
@@ -324,7 +324,7 @@ class _Exports:
         program = _program_of(simulated, example, tried)
         if program is None:
             raise RuntimeError("the model's code chooses its calls by the values or sizes of its inputs")
-        marks = _Marks(simulated)
+        program, marks = with_inputs_as_given(program, simulated.model, example), _Marks(simulated)
         replayed = ReplayedModel(simulated, program, marks.change, marks.weight, marks.trace.enter).eval()
         return self._exported(replayed, example, places), marks.trace
 

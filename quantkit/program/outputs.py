@@ -24,8 +24,10 @@ def main_output(result: Any) -> Tensor:
 
 
 def counted(result: Any) -> list[tuple[str, Tensor]]:
-    """The outputs that count, with their names; raises InvalidRequest where there are none."""
-    every = [(name, tensor) for name, tensor in named_tensors(result) if tensor.is_floating_point()]
+    """The outputs that count, with their names: of those with numbers in them. Raises InvalidRequest where there are
+    none.
+    """
+    every = [(name, x) for name, x in named_tensors(result) if x.is_floating_point() and x.numel()]
     if not every:
         raise InvalidRequest(_without_floats(result))
     own = [(name, tensor) for name, tensor in every if not _ALWAYS_CARRIED.search(name)]

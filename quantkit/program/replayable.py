@@ -154,7 +154,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
         return False
     if not wanted.is_floating_point() or not wanted.numel():
         return torch.equal(found, wanted)
-    largest = float(wanted.nan_to_num(0, 0, 0).abs().max())
+    largest = float(wanted.detach().nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(found, wanted, rtol=0, atol=CLOSE * largest, equal_nan=True)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples
 from quantkit.program.intercept import OpKey, computing, device_of, intercept, own_inputs, tensors_of
-from quantkit.program.outputs import results_of
+from quantkit.program.outputs import named_tensors, results_of
 from quantkit.program.record import run_model
 from quantkit.program.updates import plain_mode, restored
 
@@ -28,15 +28,24 @@ _AXIS = (
 
 def explained(model: nn.Module, batch: Batch, error: InvalidRequest) -> InvalidRequest:
     """What to say of a model that rejects a batch: that its samples lack a batch axis where it takes them with one."""
-    if _outputs(model, _with_batch_axis(batch)) is None:
+    if _outputs(model, _with_batch_axis(batch, batch)) is None:
         return error
     return InvalidRequest(_AXIS.format(shapes=_shapes(batch)))
 
 
 def require_repeatable(model: nn.Module, batch: Batch) -> None:
-    """Raise InvalidRequest for a model whose outputs differ when it is called twice on the same inputs."""
-    once, again = (results_of(run_model(model, batch)) for _ in range(2))
+    """Raise InvalidRequest for a model whose outputs differ when it is called twice on the same inputs, or are not
+    numbers: nothing can be compared with them.
+    """
+    first, second = (run_model(model, batch) for _ in range(2))
+    once, again = results_of(first), results_of(second)
     if _same(once, again):
+        undefined = [name for name, x in named_tensors(first) if x.is_floating_point() and bool(x.isnan().any())]
+        if undefined:
+            raise InvalidRequest(
+                f"The model returns NaN on calibration inputs, in {', '.join(undefined[:3])}. Does it, in float, with "
+                "the weights that it should have? Take what makes NaN out of the model or its inputs."
+            )
         return
     found = _first_difference(model, batch)
     where = "" if found is None else f" The first call that differs is {found}."
@@ -59,9 +68,10 @@ def require_samples_first(model: nn.Module, batch: Batch) -> None:
         few, wanted = batch, _outputs(model, batch)
     if wanted is None or not count:
         return
+    size = batch_size(few)
     rows = torch.tensor([1, 0] if count > 1 else [0, 0], device="cpu")
     picked = _outputs(model, picked_samples(few, rows))
-    if picked is not None and _same(picked, [_picked(x, batch_size(few), rows) for x in wanted]):
+    if picked is not None and _same(picked, [_picked(x, size, rows) for x in wanted]):
         return
     if (items := _items_of_list(few)) and all(x.dim() and len(x) == items for x in wanted):
         raise InvalidRequest(
@@ -69,8 +79,12 @@ def require_samples_first(model: nn.Module, batch: Batch) -> None:
             "along the first axis of tensors. Wrap the model in a module whose forward takes one tensor, samples "
             "first, and calls it with list(images.unbind(0))."
         )
-    twice = _outputs(model, _with_batch_axis(few))
-    if twice is not None and _same(twice, [torch.stack([x, x]) for x in wanted]):
+    other = _weaker(few)  # not the same: what looks at all values would not tell one from two
+    apart, both = _outputs(model, other), _outputs(model, _with_batch_axis(few, other))
+    if apart is None or both is None or len(apart) != len(wanted):
+        return
+    alike = all(x.shape == y.shape for x, y in zip(wanted, apart, strict=True))
+    if alike and _same(both, [torch.stack([x, y]) for x, y in zip(wanted, apart, strict=True)]):
         raise InvalidRequest(_AXIS.format(shapes=_shapes(few)))
 
 
@@ -82,9 +96,14 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor] | None:
         return None
 
 
-def _with_batch_axis(batch: Batch) -> Batch:
-    """Every tensor of a batch, but for single numbers, twice along a new first axis."""
-    return tree_map(lambda v: torch.stack([v, v]) if isinstance(v, Tensor) and v.dim() else v, batch)
+def _with_batch_axis(one: Batch, other: Batch) -> Batch:
+    """Every tensor of two batches, but for single numbers, one behind the other along a new first axis."""
+    return tree_map(lambda x, y: torch.stack([x, y]) if isinstance(x, Tensor) and x.dim() else x, one, other)
+
+
+def _weaker(batch: Batch) -> Batch:
+    """The same with half of what its floating-point tensors hold."""
+    return tree_map(lambda v: v / 2 if isinstance(v, Tensor) and v.is_floating_point() else v, batch)
 
 
 def _picked(output: Tensor, size: int, rows: Tensor) -> Tensor:
@@ -113,7 +132,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
         return False
     if not wanted.is_floating_point() or not wanted.numel():
         return torch.equal(found, wanted)
-    largest = float(wanted.nan_to_num(0, 0, 0).abs().max())
+    largest = float(wanted.detach().nan_to_num(0, 0, 0).abs().max())
     return torch.allclose(found, wanted, rtol=0, atol=SAME * largest, equal_nan=True)
 
 

@@ -10,7 +10,7 @@ teach little.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,11 +53,11 @@ def changed(batch: Batch, names: Sequence[str], generator: torch.Generator) -> B
         return batch
     seed = int(torch.randint(1 << 62, (1,), generator=generator, device="cpu"))
 
-    def one(tensor: Tensor) -> Tensor:
+    def one(value: Any) -> Any:
         draw = torch.Generator().manual_seed(seed)
-        for name in names if _is_image(tensor) else ():
-            tensor = CHANGES[name](tensor, draw)
-        return tensor
+        for name in names if _is_image(value) else ():
+            value = CHANGES[name](value, draw)
+        return value
 
     return tree_map(one, batch)
 
@@ -68,7 +68,7 @@ def harmless(
     """The changes that do at most ``HARMLESS`` of the ``damage`` to the ``outputs`` of a batch, a tensor (samples,
     ...) or several, that giving each sample the output of another one does.
     """
-    if not any(_is_image(tensor) for tensor in tree_flatten(batch)[0]):
+    if not any(map(_is_image, tree_flatten(batch)[0])):
         return ()
     reference = outputs(batch)
     most = HARMLESS * float(damage(reference, tree_map(lambda one: one.roll(1, 0), reference)).mean())
@@ -77,5 +77,7 @@ def harmless(
     )
 
 
-def _is_image(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and tensor.is_floating_point() and min(tensor.shape[-2:]) >= LEAST_SIDE
+def _is_image(value: Any) -> bool:
+    """Whether an argument is a tensor of images; it may be anything that a model takes."""
+    images = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+    return images and min(value.shape[-2:]) >= LEAST_SIDE

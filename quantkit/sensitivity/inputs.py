@@ -20,16 +20,21 @@ LEAST, MOST = 0.7, 1.0
 
 def mixed_pairs(batches: Sequence[Batch], generator: torch.Generator) -> list[Batch] | None:
     """Each sample mixed with another, weight uniform in [0.7, 1]; None where inputs are not floating-point tensors
-    of one shape per argument, or there are fewer than two samples.
+    of one shape per argument, or there are fewer than two samples. Arguments that are no rows of samples stay.
     """
     sizes = [batch_size(batch) for batch in batches]
     samples = stacked(batches) if sum(sizes) >= 2 else None
     leaves, spec = tree_flatten(samples)
-    if samples is None or not all(x.is_floating_point() and x.dim() > 1 for x in leaves):
+    rows = [isinstance(x, Tensor) and x.dim() > 0 for x in leaves]
+    if not any(rows) or not all(
+        x.is_floating_point() and x.dim() > 1 for x, row in zip(leaves, rows, strict=True) if row
+    ):
         return None
     partner = _partners(sum(sizes), generator)
     weight = LEAST + (MOST - LEAST) * torch.rand(sum(sizes), generator=generator, dtype=torch.float32, device="cpu")
-    mixed = [_mix(x, partner, weight).split(sizes) for x in leaves]
+    mixed = [
+        _mix(x, partner, weight).split(sizes) if row else [x] * len(sizes) for x, row in zip(leaves, rows, strict=True)
+    ]
     return [tree_unflatten(list(parts), spec) for parts in zip(*mixed, strict=True)]
 
 

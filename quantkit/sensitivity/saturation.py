@@ -32,6 +32,7 @@ from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.store import Codec
 
 MOST_PLANS = 40
+LEAST_PLANS = 4  # fewer are met by a bend that is far off everywhere else
 FORMATS_PER_PLAN = 4  # a plan is measured for so many formats, which bounds what it adds to a profile
 STRENGTHS = tuple((np.arange(20, -1, -1) / 20).tolist())  # of pair terms
 LIMITS = (0.0, *np.logspace(-3, 3, 97).tolist())  # over the largest sum of single damages, as are growths
@@ -118,14 +119,14 @@ class Fit:
 
 def fitted(damage: np.ndarray, gram: np.ndarray, plans: Sequence[Sequence[int]], measured: np.ndarray) -> Fit:
     """The average of all fits of ``gram`` (K, K) to the ``measured`` damages of plans, and the limit and growth that
-    come nearest to them then; all of the pair terms where there is nothing to fit to.
+    come nearest to them then; all of the pair terms, and no bend, where there is too little to fit to.
     """
     chosen = np.zeros((len(plans), len(damage)))
     for row, plan in zip(chosen, plans, strict=True):
         row[list(plan)] = 1
     alone = chosen @ damage
     usable = (alone > 0) & (measured > 0)
-    if not usable.any():
+    if usable.sum() < LEAST_PLANS:
         return Fit()
     chosen, alone, truth = chosen[usable], alone[usable], measured[usable]
     fadings = tuple(fading / float(damage.max()) for fading in FADINGS)

@@ -40,7 +40,7 @@ def with_policy(
             "or name the layers in rules."
         )
     ends = {name for names in ends_of(ready.program).values() for name in names} & set(ready.quantizable)
-    ends = {name for name in ends if not decided_by_rule(name, asked)}
+    ends = {name for name in ends if not decided_by_rule(name, asked, ready.layers)}
     widest = max(quantized, key=lambda scheme: scheme.activation.bits if scheme.activation else 0).activation
     eight = None if widest is None else replace(widest, fmt="8")
     shared = [] if eight is None or eight.dynamic else [site for site in ready.sites if ends & set(site.consumers)]
@@ -59,7 +59,7 @@ def policy_record(
     """What the plan says of its ends: the policy, the layers, and those of them that a rule decides instead."""
     ends, asked = ends_of(program), rule_pairs(rules)
     names = dict.fromkeys(name for found in ends.values() for name in found)
-    ruled = [name for name in names if policy != SAME and name in allowed and decided_by_rule(name, asked)]
+    ruled = [name for name in names if policy != SAME and name in allowed and decided_by_rule(name, asked, allowed)]
     for name in ruled:
         notice(f"first_last={policy!r} leaves {name} to your rule: {', '.join(map(str, allowed[name]))}")
     return {"policy": policy, **ends, "by_rule": ruled}

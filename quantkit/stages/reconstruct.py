@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size
+from quantkit.program.intercept import tensors_of
 from quantkit.program.program import Program
 from quantkit.program.segments import whole
 from quantkit.progress import notice
@@ -132,7 +132,7 @@ def _reference(ready: Prepared, program: Program, damage: Damage, few: Batch) ->
 
 def _draws(batch: Batch, most: int, room: int) -> int:
     """How many draws of a batch there are, ``most`` where they fit into so many bytes."""
-    bytes_each = sum(t.numel() * t.element_size() for t in tree_flatten(batch)[0])
+    bytes_each = sum(t.numel() * t.element_size() for t in tensors_of(batch))
     return max(1, min(most, room // max(1, bytes_each)))
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from quantkit.program.input_shapes import MOST_FORMS, form_of
-from quantkit.program.inputs import Batch, batch_size, first_samples, stacked
+from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, stacked
 from quantkit.program.program import Program
 from quantkit.program.replayable import replayable
 from quantkit.program.segments import Segment, blocks_of
@@ -73,4 +72,4 @@ def recording_of(ready: Prepared, replay: Replay) -> Recording:
 
 def some_samples(batch: Batch, indices: Tensor) -> Batch:
     """Samples of a batch, again from the first where indices pass the last."""
-    return tree_map(lambda tensor: tensor[indices % len(tensor)], batch)
+    return picked_samples(batch, indices % batch_size(batch))

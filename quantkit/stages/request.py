@@ -159,7 +159,7 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         **({} if options.float_storage == FLOAT32 else {FLOAT_STORAGE: options.float_storage}),
         **({} if options.memory is None else {"memory": options.memory}),
     }
-    by_rule = frozenset(name for name in ready.quantizable if decided_by_rule(name, options.rules))
+    by_rule = frozenset(name for name in ready.quantizable if decided_by_rule(name, options.rules, ready.layers))
     return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings, by_rule)
 
 
@@ -168,7 +168,9 @@ def _without_unfit(session: Session, scheme: Scheme, rules: Rules | None) -> Ses
     layers, target = session.prepared.layers, session.target
     weights = session.prepared.weights
     reasons = {n: why_float(layer, scheme, target) or why_not_half(weights, n, scheme) for n, layer in layers.items()}
-    unfit = {n: why for n, why in reasons.items() if why and not layers[n].reason and not decided_by_rule(n, rules)}
+    unfit = {
+        n: why for n, why in reasons.items() if why and not layers[n].reason and not decided_by_rule(n, rules, layers)
+    }
     return replace(session, prepared=leave_float(session.prepared, target, (), unfit)) if unfit else session
 
 

@@ -47,7 +47,7 @@ from quantkit.store import write_atomically
 from quantkit.transforms.fold_bn import shape_like_folded
 from quantkit.transforms.plain_weights import copy_with_computed_tensors, make_weights_plain
 
-MODEL_VERSION = 2
+MODEL_VERSION = 3
 Loaded = tuple[SimulatedModel, Plan, tuple[tuple[str, str], ...], tuple[InputShapes, ...]]
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -104,6 +104,11 @@ def load_result(folder: str | Path, model: nn.Module) -> Loaded:
         raise InvalidRequest(
             f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. "
             "Apply the plan to the model again."
+        )
+    if without := [name for name, tensor in named_state(model).items() if tensor.is_meta]:
+        raise InvalidRequest(
+            f"These tensors of the model have no memory to load into: {', '.join(without[:5])}. Build it outside "
+            "torch.device('meta'), or call model.to_empty(device='cpu') first."
         )
     own = copy_with_computed_tensors(model).eval()
     keep_only_matrices_half(own)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch.utils._pytree import tree_map
-
-from quantkit.program.inputs import batch_size
+from quantkit.program.inputs import batch_size, first_samples
 from quantkit.program.segments import between_layers
 from quantkit.ranges.statistics import hessian_bytes
 from quantkit.reconstruction.learning import Schedule
@@ -154,7 +152,7 @@ def working_seconds(formatted: Formatted, learning: Learning, options: RoundingO
     if not learning.schedules:
         return found
     weights = sum(math.prod(ready.weights.layers[name].shape) for name in ready.quantizable)
-    few = tree_map(lambda x: x[: learning.schedules[0].batch], batch)
+    few = first_samples(batch, learning.schedules[0].batch)
     step = _STEP * forward_seconds(ready, few)[1] + _LEARNED * weights * machine(options.name).weight
     for schedule in learning.schedules:
         found += schedule.steps * step + schedule.checks * learning.held * quantized

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from quantkit.errors import InvalidRequest, did_you_mean
@@ -49,7 +49,7 @@ def candidate_schemes(
     default = parse_schemes(schemes, target)
     allowed = {name: default for name, layer in layers.items() if not layer.reason}
     for pattern, value in rule_pairs(rules):
-        matched = [name for name in layers if fnmatchcase(name, pattern)]
+        matched = matching(pattern, layers)
         if not matched:
             raise InvalidRequest(
                 f"The rule {pattern!r} matches no layer.{did_you_mean(pattern.strip('*'), list(layers))} "
@@ -110,9 +110,14 @@ def why_float(layer: Layer, scheme: Scheme, target: Target) -> str:
     return ""
 
 
-def decided_by_rule(name: str, rules: Rules | None) -> bool:
-    """Whether some rule's pattern matches a layer."""
-    return any(fnmatchcase(name, pattern) for pattern, _ in rule_pairs(rules))
+def matching(pattern: str, names: Collection[str]) -> list[str]:
+    """The names that a rule's pattern matches. The name of a layer is itself alone, whatever characters are in it."""
+    return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+
+
+def decided_by_rule(name: str, rules: Rules | None, names: Collection[str]) -> bool:
+    """Whether some rule's pattern matches a layer, of all with these ``names``."""
+    return any(name in matching(pattern, names) for pattern, _ in rule_pairs(rules))
 
 
 def rule_pairs(rules: Rules | None) -> list[tuple[str, Wanted]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import quantkit
 from quantkit.errors import CorruptFile, InvalidRequest
 from quantkit.plan import Plan
 from quantkit.program.inputs import Batch
@@ -109,3 +110,14 @@ def test_another_parameter(folder: Path) -> None:
     model.extra = nn.Parameter(torch.zeros(3))
     with pytest.raises(InvalidRequest, match="Only the model has 'extra'"):
         load_result(folder, model)
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    quantkit.quantize(model, "w8a8", torch.randn(16, 8), progress=False).save(tmp_path)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(InvalidRequest, match=r"no memory to load into: 0\.weight, 0\.bias.*to_empty"):
+        quantkit.load(tmp_path, empty)
+    loaded = quantkit.load(tmp_path, empty.to_empty(device="cpu"))
+    assert torch.isfinite(loaded.model(torch.randn(2, 8))).all()

@@ -57,9 +57,22 @@ class Loop(Bessel):
         return y
 
 
+class Largest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.layer(x) / x.amax()
+
+
 @pytest.mark.parametrize(
     ("kind", "advice"),
-    [(Bessel, "ONNX has no form for prims.bessel_j0"), (Loop, "by the values of tensors.*where")],
+    [
+        (Largest, r"ONNX's form of aten\.amax wants 'dim'"),
+        (Bessel, "ONNX has no form for prims.bessel_j0"),
+        (Loop, "by the values of tensors.*where"),
+    ],
 )
 def test_what_cannot_be_exported_is_advised_on(kind: type[nn.Module], advice: str, tmp_path: Path) -> None:
     batch = ((randn(4, 6),), {})
@@ -68,6 +81,22 @@ def test_what_cannot_be_exported_is_advised_on(kind: type[nn.Module], advice: st
     assert caught.value.__cause__ is not None
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.layer(x) if x.mean() > 0.5 else self.layer(2 * x)
+
+
+def test_the_graph_as_far_as_it_got_is_for_debugging(tmp_path: Path, capfd, caplog) -> None:
+    with caplog.at_level(logging.DEBUG, "quantkit"), pytest.raises(InvalidRequest, match=r"use torch\.where"):
+        export_onnx(SimulatedModel(Branch().eval(), (), {}, {}), ((randn(4, 6),), {}), tmp_path / "no.onnx")
+    assert "aten" not in capfd.readouterr().err
+    assert any("torch.ops.aten" in record.getMessage() for record in caplog.records if record.levelname == "DEBUG")
 
 
 def test_onnxruntime_is_quoted_in_a_line(tmp_path: Path) -> None:

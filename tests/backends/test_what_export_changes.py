@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import quantkit
 from quantkit.backends.onnxruntime.parity import DEFAULT_TOLERANCE, measure_parity, relative_error, require_parity
 from quantkit.backends.onnxruntime.sessions import open_session, run_session
 from quantkit.backends.onnxruntime.writer import export_onnx
@@ -117,3 +119,16 @@ def test_a_mask_of_huge_numbers_leaves_nothing_undecided(tmp_path: Path) -> None
     with pytest.raises(ParityError, match="does not compute"):
         require_parity(found, DEFAULT_TOLERANCE)
     assert np.isfinite([one.relative_error for one in found]).all()
+
+
+def test_a_fault_of_the_optimizer_leaves_the_graph_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxscript's has where a tensor is split by sizes that vary."""
+
+    def broken(self: Any) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'ndim'")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", broken)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).eval()
+    result = quantkit.quantize(model, "w8a8", torch.randn(8, 3, 6, 6), progress=False)
+    report = result.export_onnx(tmp_path / "model.onnx")
+    assert max(one.relative_error for one in report.parity) < 1e-3

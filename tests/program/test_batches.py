@@ -195,7 +195,7 @@ def test_values_that_are_not_per_sample_stay_whole() -> None:
 
 @pytest.mark.parametrize("calibration", [[], iter(()), [torch.empty(0, 4)], torch.empty(0, 4)])
 def test_empty_data_is_refused(calibration) -> None:
-    with pytest.raises(InvalidRequest, match=r"calibration data is empty\. Pass a few hundred typical inputs"):
+    with pytest.raises(InvalidRequest, match=r"calibration data (is empty|has no samples: .*)\. Pass a few hundred"):
         read_batches(One(), calibration)
 
 
@@ -237,7 +237,7 @@ def test_other_data_is_refused_in_words(calibration, message: str) -> None:
 
 
 def test_samples_below_one_and_models_that_are_none_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="samples=0 leaves no calibration data: pass at least 1"):
+    with pytest.raises(InvalidRequest, match="samples=0 is no number of samples: pass a whole one from 1"):
         read_batches(One(), [X], samples=0)
     with pytest.raises(InvalidRequest, match=r"must be a torch\.nn\.Module, not function"):
         read_batches(lambda x: x, [X])  # type: ignore[arg-type]
@@ -254,9 +254,12 @@ def test_split_keeps_all_samples_in_order(size: int) -> None:
 
 
 def test_batch_with_values_that_are_not_per_sample_is_not_split() -> None:
-    for extra in (2.0, None, torch.arange(7), torch.tensor(1)):
+    for extra in (torch.arange(7), torch.tensor(1)):
         batch = ((X, extra), {})
         assert split_batches([batch], 1) == [batch]
+    for extra in (2.0, None, True):  # the same for all samples
+        found = split_batches([((X, extra), {})], 1)
+        assert [(len(args[0]), args[1]) for args, _ in found] == [(1, extra)] * len(X)
 
 
 def test_digest_depends_on_the_bytes_alone() -> None:
@@ -327,3 +330,15 @@ def test_digest_of_a_model_with_state_that_is_no_tensor() -> None:
     before = digest_model(model)
     model.version = 2
     assert digest_model(model) != before
+
+
+def test_data_without_samples_is_told_from_no_data() -> None:
+    model = nn.Linear(8, 4)
+    with pytest.raises(InvalidRequest, match=r"calibration data is empty\. Pass a few hundred"):
+        read_batches(model, [])
+    with pytest.raises(
+        InvalidRequest, match="has no samples: its 2 items have no tensor with some along its first axis"
+    ):
+        read_batches(model, [torch.tensor(1.0), torch.tensor(2.0)])
+    with pytest.raises(InvalidRequest, match=r"samples=5\.5 is no number of samples"):
+        read_batches(model, torch.randn(8, 8), samples=5.5)  # type: ignore[arg-type]

@@ -121,7 +121,19 @@ class TimeFirst(nn.Module):
         return self.b(self.a(x)[0])
 
 
-@pytest.mark.parametrize("model", [Rows(), TimeFirst()], ids=["rows", "time first"])
+class OverTheBatch(nn.Module):
+    """Normalizes by the largest value of all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.b(y / (1 + y.amax((0, 1))))
+
+
+@pytest.mark.parametrize("model", [Rows(), TimeFirst(), OverTheBatch()], ids=["rows", "time first", "over the batch"])
 def test_dependent_rows_are_no_missing_axis(model: nn.Module) -> None:
     prepare(model.eval(), [((randn(5, 4, 6) if isinstance(model, TimeFirst) else randn(5, 6),), {})], TARGET)
 

@@ -61,7 +61,7 @@ class Bad:
     error: type[QuantkitError] = InvalidRequest
 
 
-EMPTY = r"^The calibration data is empty\. Pass a few hundred typical inputs; labels are not needed\.$"
+EMPTY = r"^The calibration data (is empty|has no samples: .*)\. Pass a few hundred typical inputs; labels are not "
 NOT_FINITE = r"^Calibration batch {} contains NaN or infinite values\. Remove or repair these inputs"
 WEIGHTS = r"^These weights contain NaN or infinite values: {}\. Repair the checkpoint\.$"
 

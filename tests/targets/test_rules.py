@@ -14,7 +14,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.plan import Layer
 from quantkit.targets import Target
-from quantkit.targets.rules import candidate_schemes, parse_schemes
+from quantkit.targets.rules import candidate_schemes, decided_by_rule, matching, parse_schemes
 
 TARGET = Target.load("onnxruntime-cpu")
 WITH_GROUPS = replace(TARGET, weight_groups=True)
@@ -114,6 +114,16 @@ def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_names(pattern: 
         candidates([("*", "w8a8"), (pattern, "float")])
     assert message in str(caught.value)
     assert str(caught.value).endswith("blocks.0.conv1, blocks.0.conv2, blocks.1.conv1, head.")
+
+
+@pytest.mark.parametrize("name", ["b.[ab]", "b.x*", "b.3x3 [dw]", "b.?"])
+def test_the_name_of_a_layer_is_itself_alone(name: str) -> None:
+    names = ["b.[ab]", "b.a", "b.b", "b.x*", "b.xy", "b.3x3 [dw]", "b.?"]
+    layers = {other: layer(other, (4, 4)) for other in names}
+    found = candidate_schemes(layers, ("w8a8",), {name: "float"}, TARGET)
+    assert [other for other, options in found.items() if str(options[0]) == "float"] == [name]
+    assert matching("b.x?", names) == ["b.x*", "b.xy"]
+    assert [other for other in names if decided_by_rule(other, {name: "float"}, names)] == [name]
 
 
 def test_of_many_layers_the_error_lists_the_first_eight() -> None:

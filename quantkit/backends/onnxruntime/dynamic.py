@@ -173,8 +173,9 @@ class TakenSizes:
         return found
 
     def texts(self) -> tuple[str, ...]:
-        """The conditions in the names of sizes."""
-        return tuple(condition.text(self._labels()) for condition in self.conditions)
+        """The conditions in the names of sizes, but for what is true of sizes of one name."""
+        texts = dict.fromkeys(condition.text(self._labels()) for condition in self.conditions)
+        return tuple(text for text in texts if text != "True")
 
     def problem(self, shapes: InputShapes) -> str | None:
         """Why inputs of these shapes are not taken, None where they are."""

@@ -110,6 +110,7 @@ def copy_tidy(marked: MarkedGraph) -> ir.Model:
     model = marked.model.clone()
     graph = model.graph
     OutputFixPass()(model)
+    _copy_constant_outputs(graph)
     taken: set[Any] = {*marked.inputs, *marked.outputs}
     for value, name in zip(graph.inputs, marked.inputs, strict=True):
         value.name = name
@@ -131,6 +132,16 @@ def copy_tidy(marked: MarkedGraph) -> ir.Model:
     for value in graph.initializers.values():
         value.shape = value.type = None  # the tensor knows them
     return model
+
+
+def _copy_constant_outputs(graph: ir.Graph) -> None:
+    """Let the graph return copies of the constants that it returns, as a model returns anchors or scales."""
+    for i, value in enumerate(graph.outputs):
+        if value.is_initializer():
+            node = ir.node("Identity", [value])
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[i] = node.outputs[0]
 
 
 def _name_nodes(graph: ir.Graph, taken: set[Any]) -> None:

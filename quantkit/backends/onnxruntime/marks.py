@@ -12,8 +12,9 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from typing import Any
 
 import onnx_ir as ir
@@ -42,7 +43,7 @@ from quantkit.program.record import record
 from quantkit.program.replayable import replayable
 from quantkit.program.tracing import tracing
 from quantkit.program.updates import plain_mode, restored
-from quantkit.progress import notice
+from quantkit.progress import log, notice
 from quantkit.simulation.model import SimulatedModel, run_with
 
 DOMAIN = "quantkit"
@@ -51,6 +52,7 @@ Call = tuple[OpKey, bool]  # its key, and whether it reads floating-point tensor
 _QUIETER = {
     "torch.onnx": logging.ERROR,
     "onnxscript": logging.ERROR,
+    "onnx_ir": logging.ERROR,
     "torch._subclasses.fake_tensor": logging.CRITICAL,
     "torch.fx.experimental.symbolic_shapes": logging.ERROR,
 }
@@ -358,17 +360,21 @@ def _program_of(simulated: SimulatedModel, example: Batch, others: Sequence[Batc
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's remarks on itself and on packages that are not installed out of the user's log, and what it
-    logs of a failure that is raised too.
+    logs of a failure that is raised too. The graph as far as it got, which it prints, is in the log at level DEBUG.
     """
+    printed = StringIO()
     loggers = {logging.getLogger(name): level for name, level in _QUIETER.items()}
     levels = {logger: logger.level for logger in loggers}
     for logger, level in loggers.items():
         logger.setLevel(level)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(printed):
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
             yield
     finally:
+        if printed.getvalue():
+            log.debug("while exporting: %s", printed.getvalue())
         for logger, level in levels.items():
             logger.setLevel(level)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from quantkit.progress import log
+
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
@@ -26,7 +28,10 @@ def optimized(exported: ONNXProgram, domain: str) -> ir.Model:
     whose operations the exporter does not know.
     """
     kept = _hide(exported.model, domain)
-    exported.optimize()
+    try:
+        exported.optimize()
+    except Exception as error:  # a fault of the optimizer's, whose every change is whole: onnxruntime goes on
+        log.debug("the exported graph was optimized in part: %s: %s", type(error).__name__, error)
     for node in kept:
         constant = node.inputs[0]
         if node.graph is not None and constant is not None:  # otherwise it is gone with what read it

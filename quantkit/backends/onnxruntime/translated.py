@@ -12,6 +12,7 @@ from quantkit.errors import InvalidRequest
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _BY_VALUES = re.compile(r"[Dd]ata-dependent|Could not guard|GuardOnDataDependent|specialized integer|unbacked", re.A)
 _NO_FORM = re.compile(r"No ONNX function found for.*?op='([\w.]+)'|No decompositions? registered for.*?([\w.]+::\w+)")
+_OTHER_FORM = re.compile(r"parameter '(\w+)' is not provided\. Signature: pkg\.onnxscript\.torch_lib::([a-z]+)_(\w+)")
 _OTHER_INPUT = re.compile(r"[Uu]nsupported input type <class '([\w.]+)'>")
 _LONGEST = 200  # characters of a message
 
@@ -38,6 +39,8 @@ def export_advice(error: BaseException) -> str:
             f"ONNX has no form for {found[1] or found[2]}. Write it with other operations, or leave it out of the "
             "model and compute it on what the file returns."
         )
+    if found := _OTHER_FORM.search(text):
+        return f"ONNX's form of {found[2]}.{found[3]} wants {found[1]!r}: pass it."
     if found := _OTHER_INPUT.search(text):
         return f"An argument is a {found[1]}. Let the model's forward take tensors, lists and dicts of them."
     values = "must not choose its operations by the values of tensors"

@@ -45,6 +45,13 @@ def input_shapes(model: nn.Module, batch: Batch) -> InputShapes:
     return {n: tuple(t.shape) for n, t in zip(input_names(model, batch), tensors_of(batch), strict=True)}
 
 
+def form_of(batch: Batch) -> str:
+    """The structure of a batch, with the types of its tensors and their shapes but for the number of samples."""
+    leaves, structure = tree_flatten(batch)
+    forms = [(leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return f"{structure} {forms}"
+
+
 def distinct_forms(shapes: Sequence[InputShapes]) -> list[int]:
     """The positions of a few batches among which every size varies that varies among all of them, the first included.
 

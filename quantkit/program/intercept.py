@@ -47,6 +47,8 @@ class OpKey:
 
 Handler = Callable[[OpKey, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 EnterModel = Callable[[Any, Any], tuple[tuple[Any, ...], dict[str, Any]]]
+# What calls raise for sizes, devices and values that they do not take.
+CALL_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ArithmeticError)
 ReadShape = Callable[..., Any]  # (tensor, what its shape or size is read as, axis) -> what the model gets
 
 _ALIASES = {

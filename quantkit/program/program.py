@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantkit.program.arguments import Ref, SizeRef, leaves_of, replaced, thawed
 from quantkit.program.inputs import Batch
-from quantkit.program.intercept import OpKey, change_inputs, map_tensors, read_place, tensors_of
+from quantkit.program.intercept import CALL_ERRORS, OpKey, change_inputs, map_tensors, read_place, tensors_of
 from quantkit.program.layers import LayerCall, LayerWeight
 from quantkit.program.sizes import Shapes
 from quantkit.program.updates import named_state
@@ -206,14 +206,14 @@ class Program:
         axis = self.rows.get(number)
         return tuple(samples if i == axis else size for i, size in enumerate(self.shape[number]))
 
-    def shapes_at(self, samples: int, state: Mapping[str, Tensor]) -> Shapes:
-        """The shapes that calls follow, for so many samples: on tensors that hold nothing where all calls take such,
-        else by computing.
+    def shapes_at(self, inputs: Shapes, state: Mapping[str, Tensor]) -> Shapes:
+        """The shapes that calls follow, for inputs of these shapes: on tensors that hold nothing where all calls take
+        such, else by computing.
         """
-        shapes: dict[int, tuple[int, ...]] = {}
         for device in ("meta", next((x.device.type for x in state.values()), "cpu")):
+            shapes: dict[int, tuple[int, ...]] = {}
             entering = {
-                number: torch.zeros(self.shape_at(number, samples), dtype=dtype, device=device)
+                number: torch.zeros(inputs[number], dtype=dtype, device=device)
                 for number, dtype in zip(self.inputs, self.dtypes, strict=True)
             }
             moved = replace(
@@ -225,8 +225,8 @@ class Program:
             try:
                 with torch.no_grad():
                     _Run(moved, {n: x.to(device) for n, x in state.items()}, None, part).values_of(entering, [])
-                return shapes
-            except RuntimeError:  # what torch raises for a call that needs values or has no form without them
+                break
+            except CALL_ERRORS:  # a call that needs values, or has no form without them
                 if device != "meta":
                     raise
         return shapes

@@ -301,11 +301,6 @@ def unrecorded(model: nn.Module) -> Program:
 
 def record(model: nn.Module, batch: Batch) -> Program:
     """Run ``model`` (in eval mode) once on ``batch`` = (args, kwargs) and record what it computes."""
-    return recorded(model, batch)[0]
-
-
-def recorded(model: nn.Module, batch: Batch) -> tuple[Program, Any]:
-    """The program of a model, and what it returned on the batch."""
     with plain_mode(model), restored(model) as updated:
         recorder = Recorder(model, max(1, batch_size(batch)))
         args, kwargs = change_inputs(model, *batch, recorder.record_input)
@@ -316,7 +311,7 @@ def recorded(model: nn.Module, batch: Batch) -> tuple[Program, Any]:
         outputs = {name: recorder.number(tensor) for name, tensor in named.items()}
         floating = any(tensor.is_floating_point() for tensor in named.values())
         output = recorder.number(main_output(result)) if floating else -1
-    return replace(_program(recorder, inputs, outputs, updated), output=output), result
+    return replace(_program(recorder, inputs, outputs, updated), output=output)
 
 
 def _program(recorder: Recorder, inputs: list[int], outputs: dict[str, int], updated: list[str]) -> Program:

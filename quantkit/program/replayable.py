@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_map
 from quantkit.errors import InvalidRequest
 from quantkit.program.arguments import SizeRef, leaves_of, replaced
 from quantkit.program.inputs import Batch, batch_size, picked_samples
-from quantkit.program.intercept import computing, device_of, own_inputs, tensors_of
+from quantkit.program.intercept import CALL_ERRORS, tensors_of
 from quantkit.program.outputs import results_of
-from quantkit.program.program import Program, Step
-from quantkit.program.record import recorded
+from quantkit.program.program import Part, Program, Step
+from quantkit.program.record import record, run_model
 from quantkit.program.sizes import Extent
-from quantkit.program.updates import plain_mode, restored
+from quantkit.program.updates import plain_mode
 
 CLOSE = 1e-3  # of the largest output: replaying repeats the same sums, but kernels may order them differently
 
@@ -32,20 +32,16 @@ def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequenc
     """The program of ``model``, recorded on ``batch``, with what recording it at other sizes tells; None where a
     replay does not compute what the model computes: on the batch, on ``others``, at those sizes.
     """
-    try:
-        expected = [(one, _results(model, one)) for one in (batch, *others)]
-    except (RuntimeError, ValueError, AssertionError):  # a model that takes one number of samples only
-        return None
     for other in _other_batches(batch):
         try:
-            second, result = recorded(model, other)
+            second = record(model, other)
         except InvalidRequest:  # a model that takes these sizes only
             continue
         if [step.key for step in second.steps] != [step.key for step in program.steps]:
             continue
-        learned, known = _compared(program, second), [(other, results_of(result)), *expected]
+        learned = _compared(program, second)
         for candidate in (learned, replace(learned, channels_last=False)):
-            if all(_agrees(candidate, model, one, wanted) for one, wanted in known):
+            if all(_agrees(candidate, model, one) for one in (other, batch, *others)):
                 return candidate
     return None
 
@@ -134,19 +130,23 @@ class _Extents:
         )
 
 
-def _results(model: nn.Module, batch: Batch) -> list[Tensor]:
-    with plain_mode(model), restored(model), computing(model):
-        args, kwargs = own_inputs(*batch, device_of(model))
-        return results_of(model(*args, **kwargs))
-
-
-def _agrees(program: Program, model: nn.Module, batch: Batch, wanted: Sequence[Tensor]) -> bool:
+def _agrees(program: Program, model: nn.Module, batch: Batch) -> bool:
+    """Whether a replay gives what the model gives, and whether the shapes that its calls follow are known without the
+    values of the inputs, as a replay from somewhere inside needs them.
+    """
+    part = Part(0, len(program.steps))
     with plain_mode(model):
         try:
-            found = program.replay(program.entering(model, batch), program.state_of(model), program.outputs)
-        except (LookupError, RuntimeError, ValueError):  # a tensor that no traced call made, or a fixed shape or count
+            wanted = results_of(run_model(model, batch))
+            entering, state = program.entering(model, batch), program.state_of(model)
+            shapes = {number: tuple(x.shape) for number, x in entering.items()}
+            found = program.replay(entering, state, program.outputs, part=part)
+            foreseen = program.shapes_at(shapes, state) if program.sized else {}
+        except CALL_ERRORS:
+            # a tensor that no traced call made, a fixed shape or count, a step that needs values; or some samples that
+            # the model does not take alone, as a graph without a part of its nodes
             return False
-    return all(_close(one, other) for one, other in zip(found, wanted, strict=True))
+    return foreseen == part.shapes and all(_close(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

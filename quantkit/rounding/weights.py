@@ -74,7 +74,7 @@ def rounding_note(layer: str, rounded: Rounded, asked: str) -> str:
     if rounded.rounding == HalfWeight.kind:
         return "nearest float16"
     if rounded.rounding != rounding_of(asked).name:
-        warn(f"{layer}: the Hessian of its inputs cannot be factored; rounded to nearest")
+        warn(f"{layer}: the Hessian of its inputs is not known or cannot be factored; rounded to nearest")
     factored = rounding_of(rounded.rounding).factored
     damping = f", damping {rounded.damping:g}" if factored else ""
     blocks = f", in {rounded.blocks} blocks of inputs" if rounded.blocks > 1 else ""

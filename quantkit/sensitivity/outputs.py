@@ -160,8 +160,16 @@ class OutputRule:
 
 
 def joined(batches: Sequence[Outputs]) -> Outputs:
-    """The rows of all batches together, by output, on the CPU."""
-    return tuple(torch.cat(column).cpu() for column in zip(*batches, strict=True))
+    """The rows of all batches together, by output, on the CPU. Where rows of some batches are longer, as those of
+    attention weights are, the others are filled up with logits of probability zero, which nothing shifts.
+    """
+    return tuple(_as_wide(column) for column in zip(*batches, strict=True))
+
+
+def _as_wide(parts: Sequence[Tensor]) -> Tensor:
+    classes = max(rows.shape[-1] for rows in parts)
+    same = [nn.functional.pad(rows, (0, classes - rows.shape[-1]), value=MASKED) for rows in parts]
+    return torch.cat(same).cpu()
 
 
 def _loss(asked: str, name: str, classes: int, alone: bool) -> str:

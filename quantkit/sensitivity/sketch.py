@@ -49,7 +49,7 @@ class Sketch:
         others = kept.scatter(1, self.top[i].to(output.device), float("-inf"))
         highest = others.max(1, keepdim=True).values
         summed = torch.zeros(len(kept), BUCKETS, dtype=kept.dtype, device=kept.device)
-        summed.index_add_(1, self.bucket.to(output.device), (others - highest).exp())
+        summed.index_add_(1, self.bucket[: kept.shape[1]].to(output.device), (others - highest).exp())
         return torch.cat([own, summed.clamp(min=torch.finfo(kept.dtype).tiny).log() + highest], dim=1)
 
 
@@ -89,9 +89,14 @@ class Sketches:
 
 
 def _bytes(reference: Sequence[Tensor], copies: int, merge: bool) -> int:
-    classes = reference[0].shape[-1]
+    classes = _classes(reference)
     width = TOP + BUCKETS if merge and classes > MOST_CLASSES else classes
     return 4 * copies * width * sum(map(len, reference))
+
+
+def _classes(reference: Sequence[Tensor]) -> int:
+    """The most classes that a batch has: some outputs have as many as a sequence is long."""
+    return max(rows.shape[-1] for rows in reference)
 
 
 def sketch_for(
@@ -101,7 +106,7 @@ def sketch_for(
     None where they do as they are and there are at most ``MOST_CLASSES`` classes. ``merge``: outputs are logits, whose
     classes may be merged.
     """
-    classes = reference[0].shape[-1]
+    classes = _classes(reference)
     share = SHIFT_BYTES / max(1, _bytes(reference, copies, merge) + others)
     merge = merge and classes > MOST_CLASSES
     if share >= 1 and not merge:
@@ -110,7 +115,8 @@ def sketch_for(
     rows = [_sample(count, share, generator) for count in counts]
     if not merge:
         return Sketch(counts, rows, None, None, min(share, 1.0))
-    top = [r[kept.to(r.device)].topk(TOP, dim=1).indices for r, kept in zip(reference, rows, strict=True)]
+    picked = [r[kept.to(r.device)] for r, kept in zip(reference, rows, strict=True)]
+    top = [r.topk(min(TOP, r.shape[1] - 1), dim=1).indices for r in picked]
     bucket = torch.randint(0, BUCKETS, (classes,), generator=generator, device="cpu")
     return Sketch(counts, rows, top, bucket, min(share, 1.0))
 

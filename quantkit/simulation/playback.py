@@ -45,7 +45,7 @@ class SimulatedProgram:
         self.source: WeightSource = ModuleSource(self.model.model)
         self.names: dict[tuple[int, ...], set[str]] = {}  # that segments read
         self.sites = {place: site.name for site in self.model.sites for place in site.places}
-        self.shapes: dict[int, Shapes] = {}  # that calls follow, by the number of samples
+        self.shapes: dict[tuple[tuple[int, ...], ...], Shapes] = {}  # that calls follow, by the shapes of the inputs
 
     def state(self, segment: Segment, wanted: Sequence[int] = ()) -> dict[str, Tensor]:
         """The parameters and buffers that a segment computes with, or that are ``wanted`` of it, by name."""
@@ -77,10 +77,12 @@ class SimulatedProgram:
         """The steps of a segment, with the shapes that they follow from before it."""
         if not segment.start or not self.program.sized:
             return Part(segment.start, segment.stop)
-        rows = samples_of(self.program, values)
-        if rows not in self.shapes:
-            self.shapes[rows] = self.program.shapes_at(rows, self.program.state_of(self.model.model))
-        return Part(segment.start, segment.stop, dict(self.shapes[rows]))
+        program, rows = self.program, samples_of(self.program, values)
+        inputs = {n: tuple(values[n].shape) if n in values else program.shape_at(n, rows) for n in program.inputs}
+        key = tuple(inputs.values())
+        if key not in self.shapes:
+            self.shapes[key] = program.shapes_at(inputs, program.state_of(self.model.model))
+        return Part(segment.start, segment.stop, dict(self.shapes[key]))
 
     def quantize(self, place: OpKey, x: Tensor) -> Tensor:
         """A tensor as its site leaves it."""
@@ -123,7 +125,8 @@ class SimulatedProgram:
         self, values: Values, segment: Segment, wanted: Sequence[int], change: Change, at_entry: Change
     ) -> list[Tensor]:
         places, device = self.program.producer, device_of(self.model.model)
-        own = {n: x.to(device) for n, x in values.items()}  # what was spilled is on the CPU
+        # what was spilled is on the CPU; what is a shape alone is not read any more
+        own = {n: x.to(device) for n, x in values.items() if not x.is_meta}
         entering = {n: at_entry(places[n], x) if n in segment.raw and n in places else x for n, x in own.items()}
         return self.program.replay(entering, self.state(segment, wanted), wanted, change, self.part(segment, values))
 
@@ -192,7 +195,8 @@ def play(runner: SimulatedProgram, values: Values, segment: Segment) -> dict[int
 @torch.no_grad()
 def move(runner: SimulatedProgram, parts: list[Values], segment: Segment) -> None:
     """Put what leaves a segment, as its sites leave it, in the place of what enters it: samples go part by part, so
-    that either is held once. What is the same for all samples is held once, too. What tells padding stays.
+    that either is held once. What is the same for all samples is held once, too. What tells padding stays, and of
+    inputs their shapes, which calls further on may follow.
     """
     same: dict[int, Tensor] = {}
     masks = () if runner.padding is None else runner.padding.masks
@@ -201,7 +205,8 @@ def move(runner: SimulatedProgram, parts: list[Values], segment: Segment) -> Non
         for number, x in held.items():
             axis = runner.program.rows.get(number)
             held[number] = same.setdefault(number, x) if axis is None else _held(x, axis, len(parts))
-        parts[i] = held | {number: part[number] for number in masks}
+        shapes = {number: part[number].to("meta") for number in runner.program.inputs}
+        parts[i] = shapes | held | {number: part[number] for number in masks}
 
 
 def _held(x: Tensor, axis: int, parts: int) -> Tensor:

@@ -158,15 +158,23 @@ def fewest_layers(trials: Sequence[LeftFloat]) -> LeftFloat:
 
 
 def spread(reference: Reference) -> float:
-    """The damage of answering every input by the mean of all float outputs: what damage is to be compared with, as
-    its unit depends on the outputs.
+    """The damage of answering every input by the mean of all float outputs with as many classes: what damage is to be
+    compared with, as its unit depends on the outputs.
     """
-    columns = list(zip(*reference.outputs, strict=True))
-    means = [torch.stack([rows.sum(0) for rows in column]).sum(0) / sum(map(len, column)) for column in columns]
+    means = [_means(column) for column in zip(*reference.outputs, strict=True)]
     same = [
-        tuple(mean.expand_as(rows) for mean, rows in zip(means, outputs, strict=True)) for outputs in reference.outputs
+        tuple(mean[rows.shape[-1]].expand_as(rows) for mean, rows in zip(means, outputs, strict=True))
+        for outputs in reference.outputs
     ]
     return reference.damage_of(same).mean
+
+
+def _means(column: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Number of classes -> the mean of all rows that have so many, which follows a length in attention weights."""
+    alike: dict[int, list[Tensor]] = {}
+    for rows in column:
+        alike.setdefault(rows.shape[-1], []).append(rows)
+    return {n: torch.stack([x.sum(0) for x in parts]).sum(0) / sum(map(len, parts)) for n, parts in alike.items()}
 
 
 def choices_of(ready: Prepared, target: Target, layers: Collection[str]) -> list[Layers]:

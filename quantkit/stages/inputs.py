@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
+from quantkit.program.input_shapes import form_of
 from quantkit.program.inputs import Batch, read_batches, split_batches
 from quantkit.program.record import run_model
 from quantkit.progress import notice
@@ -133,18 +133,11 @@ def require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Run the model on one batch of every form beyond the first batch's, which it was traced on: raises InvalidRequest
     for what it rejects.
     """
-    seen = {_form_of(batch) for batch in batches[:1]}
+    seen = {form_of(batch) for batch in batches[:1]}
     for batch in batches[1:]:
-        if (form := _form_of(batch)) not in seen:
+        if (form := form_of(batch)) not in seen:
             seen.add(form)
             run_model(model, batch)
-
-
-def _form_of(batch: Batch) -> str:
-    """The structure of a batch, with the types of its tensors and their shapes but for the number of samples."""
-    leaves, structure = tree_flatten(batch)
-    forms = [(leaf.dtype, leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return f"{structure} {forms}"
 
 
 def tell_what_is_missing(inputs: Inputs, offered: Iterable[Scheme]) -> None:

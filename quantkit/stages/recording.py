@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.program.input_shapes import distinct_forms, input_shapes
-from quantkit.program.inputs import Batch, batch_size, picked_samples, stacked
+from quantkit.program.input_shapes import MOST_FORMS, form_of
+from quantkit.program.inputs import Batch, batch_size, first_samples, picked_samples, stacked
 from quantkit.program.program import Program
 from quantkit.program.replayable import replayable
 from quantkit.program.segments import Segment, blocks_of
 from quantkit.transforms.prepare import Prepared
 
 TRIED = 8  # samples from either end that a replay must agree with the model on, beside those it was recorded on
+FEW = 2  # samples of each combination of sizes beyond the first few, of which there may be hundreds
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,16 @@ def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
 
 
 def program_of_sizes(ready: Prepared, batches: Sequence[Batch]) -> Program | None:
-    """The program that stands for a model on batches of several sizes; None where there is none, or no data. Batches
-    that it was not tried on differ from those only in sizes that vary among these, too.
+    """The program that stands for a model on batches of several sizes; None where there is none, or no data. It was
+    tried on every combination of sizes among them, the number of samples apart.
     """
     if not batches or ready.example is None:
         return None
-    chosen = distinct_forms([input_shapes(ready.model, batch) for batch in batches])
-    few = torch.arange(TRIED, device="cpu")
-    others = [some_samples(batches[i], few[: batch_size(batches[i])]) for i in chosen]
+    forms: dict[str, Batch] = {}
+    for batch in batches:
+        forms.setdefault(form_of(batch), batch)
+    counts = (TRIED if i < MOST_FORMS else FEW for i in range(len(forms)))
+    others = [first_samples(batch, count) for batch, count in zip(forms.values(), counts, strict=True)]
     program = replayable(ready.program, ready.model, ready.example, others)
     return None if program is None or program.rows.get(program.output) != 0 else program
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantkit.backends.onnxruntime.writer import ExportOptions, ExportReport, export_onnx
 from quantkit.errors import InvalidRequest, ParityError
+from quantkit.program.inputs import Batch
 from quantkit.simulation.model import SimulatedModel
 from tests.backends.helpers import prepared, simulate
 from tests.program.models import randn
@@ -230,3 +231,24 @@ def test_a_file_of_eight_bits_loads_in_the_precise_mode(layers: int, tmp_path: P
     onnxruntime.InferenceSession(str(report.path), options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in onnx.load(report.path).graph.initializer]
     assert sum(name.endswith("weight_zero_point") for name in names) == layers
+
+
+class Keywords(nn.Module):
+    """Takes two inputs in another order than that of their names, and is exported by its program: ``len`` has lost
+    that it follows the batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+        return self.one(query).reshape(len(query), 2, 3) - self.two(memory).reshape(len(query), 2, 3).relu()
+
+
+def test_keywords_keep_their_names_in_a_model_exported_by_its_program(tmp_path: Path) -> None:
+    batch: Batch = ((), {"memory": randn(6, 4, seed=1), "query": randn(6, 4, seed=2)})
+    report = export_onnx(simulate(prepared(Keywords().eval(), batch), batch, 8), batch, tmp_path / "m.onnx")
+    assert report.dynamic == {"memory": {0: "batch"}, "query": {0: "batch"}}
+    assert max(one.relative_error for one in report.parity) < 1e-5

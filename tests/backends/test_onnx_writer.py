@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantkit.backends.onnxruntime.latency import measure_latency_ratio
 from quantkit.backends.onnxruntime.marks import mark_graph
@@ -35,6 +37,7 @@ from tests.backends.models import (
     TwoInputs,
     Undecided,
 )
+from tests.program.models import Net
 
 PLAN = Plan.of({"conv1": "w3a8"})
 
@@ -194,6 +197,32 @@ def test_one_batch_size_only_is_said(tmp_path: Path, caplog) -> None:
     assert not report.dynamic_batch
     assert "batches of 4 only" in caplog.text
     assert onnx.load(report.path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 4
+
+
+def branch(self, x):
+    y = self.a(x)
+    return self.b(y * 2 if len(x) > 8 else y)
+
+
+def scaled(self, x):
+    return self.b(self.a(x) * (2.0 if x.shape[0] > 8 else 1.0))
+
+
+def loop(self, x):
+    return torch.stack([self.b(F.relu(self.a(x[i]))) for i in range(x.shape[0])])
+
+
+@pytest.mark.parametrize(("forward", "count"), [(branch, 12), (scaled, 12), (loop, 12), (loop, 2)])
+def test_models_that_look_at_the_number_of_samples_take_one(
+    forward: Callable[..., Tensor], count: int, tmp_path: Path, caplog
+) -> None:
+    """Files are traced on two samples, where these take another path or stop early."""
+    torch.manual_seed(0)
+    model = Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 3)).eval()
+    with caplog.at_level(logging.INFO, logger="quantkit"):
+        report = export_onnx(SimulatedModel(model, [], {}, {}), ((randn(count, 6),), {}), tmp_path / "fixed.onnx")
+    assert not report.dynamic_batch
+    assert f"batches of {count} only" in caplog.text
 
 
 def test_a_model_that_cannot_be_followed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from quantkit.rounding.request import RoundingRequest
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import SimulatedProgram, Values, in_chunks, move
-from quantkit.stages.recording import program_of_sizes
+from quantkit.stages.recording import program_of_sizes, replay_of
 from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare
 from tests.program.models import Net, randn
@@ -88,9 +89,44 @@ def test_codes_are_those_of_rounding_in_sequence(rounding: str) -> None:
         torch.testing.assert_close(one[name].scale, other[name].scale)
 
 
-def test_images_of_several_sizes_are_replayed_together() -> None:
-    model = Net(lambda self, x: self.two(F.relu(self.one(x))), one=nn.Conv2d(3, 6, 3), two=nn.Conv2d(6, 4, 1)).eval()
-    batches: list[Batch] = [((randn(5, 3, side, 8, seed=side),), {}) for side in (6, 7, 9)]
+def heads_behind_a_layer(self, x):
+    """The length is that of an input that nobody reads any more."""
+    y = self.two(self.one(x)).reshape(x.shape[0], x.shape[1], 2, 3).mT
+    return self.three(y.reshape(x.shape[0], x.shape[1], 6))
+
+
+def queries_and_memory(self, x, memory):
+    """Two lengths, one of which is read far behind where it is known."""
+    steps, keys = x.shape[1], self.two(memory)
+    weights = (self.one(x) @ keys.mT).softmax(-1)
+    return self.three((weights @ keys).reshape(-1, 6)).reshape(len(x), steps, -1)
+
+
+def layers(width: int) -> dict[str, nn.Module]:
+    return {"one": nn.Linear(4, width), "two": nn.Linear(width if width == 4 else 4, 6), "three": nn.Linear(6, 3)}
+
+
+SEVERAL_SIZES: dict[str, tuple[Callable[[], nn.Module], list[Batch]]] = {
+    "images": (
+        lambda: Net(lambda self, x: self.two(F.relu(self.one(x))), one=nn.Conv2d(3, 6, 3), two=nn.Conv2d(6, 4, 1)),
+        [((randn(5, 3, side, 8, seed=side),), {}) for side in (6, 7, 9)],
+    ),
+    "a length behind a layer": (
+        lambda: Net(heads_behind_a_layer, **layers(4)),
+        [((randn(5, steps, 4, seed=steps),), {}) for steps in (6, 7, 9)],
+    ),
+    "two lengths": (
+        lambda: Net(queries_and_memory, **layers(6)),
+        [((randn(5, a, 4, seed=a), randn(5, b, 4, seed=b)), {}) for a, b in ((4, 7), (4, 10), (6, 7), (7, 7))],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL_SIZES)
+def test_batches_of_several_sizes_are_replayed_together(case: str) -> None:
+    build, batches = SEVERAL_SIZES[case]
+    torch.manual_seed(0)
+    model = build().eval()
     ready = prepare(model, batches, TARGET)
     program = program_of_sizes(ready, batches)
     assert program is not None
@@ -108,10 +144,54 @@ def test_images_of_several_sizes_are_replayed_together() -> None:
         assert (found[0][name].codes == found[1][name].codes).float().mean() > 0.97, name
 
 
-def test_no_program_stands_for_a_model_that_looks_at_its_size() -> None:
-    model = Net(lambda self, x: self.a(x) if x.shape[1] < 8 else self.a(x).tanh(), a=nn.Linear(4, 4)).eval()
-    batches: list[Batch] = [((randn(5, steps, 4),), {}) for steps in (6, 9)]
-    assert program_of_sizes(prepare(model, batches, TARGET), batches) is None
+def same_lengths(self, x, y):
+    z = self.a(x).mean(1) + self.a(y).mean(1)
+    return z.tanh() if x.shape[1] == y.shape[1] else z
+
+
+def packed(self, x, lengths):
+    rows = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return self.b(self.a(rows)[1][0][-1])
+
+
+def graph(self, nodes, edges):
+    return self.a(torch.zeros_like(nodes).index_add(0, edges[1], nodes[edges[0]]))
+
+
+def edges(nodes: int) -> Tensor:
+    return torch.stack([torch.arange(nodes), torch.arange(nodes).flip(0)])
+
+
+NOT_REPLAYED: dict[str, tuple[nn.Module, list[Batch]]] = {
+    "looks at its size": (
+        Net(lambda self, x: self.a(x) if x.shape[1] < 8 else self.a(x).tanh(), a=nn.Linear(4, 4)),
+        [((randn(5, steps, 4),), {}) for steps in (6, 9)],
+    ),
+    "does else where two sizes meet": (
+        Net(same_lengths, a=nn.Linear(4, 4)),
+        [((randn(5, a, 4), randn(5, b, 4)), {}) for a, b in ((4, 5), (5, 4), (6, 7), (7, 6), (8, 9), (6, 6))],
+    ),
+    "sizes follow values": (
+        Net(packed, a=nn.LSTM(4, 4, batch_first=True), b=nn.Linear(4, 2)),
+        [((randn(4, steps, 4), torch.tensor([steps, 2, 3, 1])), {}) for steps in (6, 9)],
+    ),
+    "no samples along the first axis": (
+        Net(graph, a=nn.Linear(4, 4)),
+        [((randn(nodes, 4), edges(nodes)), {}) for nodes in (12, 14)],
+    ),
+    "takes a number beside tensors": (
+        Net(lambda self, x, times: self.a(x[:, :times]), a=nn.Linear(4, 4)),
+        [((randn(5, steps, 4), steps - 3), {}) for steps in (6, 9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_REPLAYED)
+def test_no_program_stands_for_a_model_that_cannot_be_replayed(case: str) -> None:
+    model, batches = NOT_REPLAYED[case]
+    ready = prepare(model.eval(), batches, TARGET)
+    assert isinstance(replay_of(ready, batches), str)
+    assert program_of_sizes(ready, batches) is None
 
 
 class Counted(TorchDispatchMode):

@@ -184,7 +184,7 @@ def test_hessian_with_nan_falls_back_to_nearest_and_names_the_layer(caplog: pyte
     with caplog.at_level(logging.WARNING, logger="quantkit"):
         assert rounding_note("blocks.3.fc", rounded, "auto") == "nearest"
     assert [r.getMessage() for r in caplog.records] == [
-        "blocks.3.fc: the Hessian of its inputs cannot be factored; rounded to nearest"
+        "blocks.3.fc: the Hessian of its inputs is not known or cannot be factored; rounded to nearest"
     ]
 
 

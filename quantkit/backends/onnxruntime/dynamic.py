@@ -90,6 +90,14 @@ class Asked:
         longer = {place: _SMALLEST for place in places if self.size(place) < _SMALLEST}
         return self.resized(self.example, longer | few)
 
+    def other_counts(self, places: frozenset[Place]) -> list[Batch]:
+        """The example as it is given, and with twice the samples that it is traced on, where their number is to vary:
+        of another number a model may make something else.
+        """
+        if not self.batch or not self.batch <= places:
+            return []
+        return [self.example, self.resized(self.example, dict.fromkeys(self.batch, 2 * _SMALLEST))]
+
 
 def _alike(form: InputShapes, shapes: InputShapes) -> bool:
     return {name: len(shape) for name, shape in form.items()} == {name: len(shape) for name, shape in shapes.items()}

@@ -23,17 +23,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from quantkit.backends.onnxruntime.adaptive_pools import AdaptivePools
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, DynamicSizes, TakenSizes, names_of
 from quantkit.backends.onnxruntime.near_neutral import optimized
-from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes, refused_name
-from quantkit.backends.onnxruntime.replayed import ReplayedModel
+from quantkit.backends.onnxruntime.other_sizes import OtherSizes, refused_name
+from quantkit.backends.onnxruntime.recurrences import Recurrences
+from quantkit.backends.onnxruntime.replayed import ReplayedModel, with_inputs_as_given
 from quantkit.backends.onnxruntime.tracing_sizes import Route, TracedSizes, trace_sizes
 from quantkit.backends.onnxruntime.translated import not_exported, require_forms
 from quantkit.errors import InvalidRequest
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
-from quantkit.program.intercept import OpKey, operation_name, tensors_of
+from quantkit.program.intercept import CALL_ERRORS, OpKey, operation_name, tensors_of
 from quantkit.program.layers import Operands, Weights
 from quantkit.program.outputs import named_tensors, results_of
 from quantkit.program.program import Program
@@ -218,21 +220,13 @@ def mark_graph(simulated: SimulatedModel, example: Batch, sizes: DynamicSizes | 
     asked = Asked.of(simulated.model, example, sizes or DynamicSizes())
     others = OtherSizes.of(simulated, asked)
     outputs, calls = _outputs_and_calls(simulated, example, tuple(asked.shapes))
-    traced = trace_sizes(others, _Exports(others, calls).routes)
+    exports = _Exports(others, calls)
+    traced = trace_sizes(others, exports.routes, exports.converted)
     names = names_of(asked, traced.sizes.sizes)
     _tell(asked, traced, names)
     taken = replace(traced.sizes, names=names)
-    try:
-        with tracing(), plain_mode(simulated.model), restored(simulated.model), _quiet():
-            exported = torch.onnx.export(
-                traced.program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
-            )
-            assert exported is not None
-            graph = optimized(exported, DOMAIN)
-    except MODEL_ERRORS as error:
-        raise not_exported(error) from error
     batched = tuple(name for name in asked.shapes if (name, 0) in asked.batch & taken.dynamic)
-    return MarkedGraph(graph, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))
+    return MarkedGraph(traced.graph, tuple(asked.shapes), outputs, taken, batched, tuple(traced.others))
 
 
 def _tell(asked: Asked, traced: TracedSizes, names: Mapping[Place, str]) -> None:
@@ -247,8 +241,9 @@ def _tell(asked: Asked, traced: TracedSizes, names: Mapping[Place, str]) -> None
         if what not in told:
             told.add(what)
             notice(
-                f"the ONNX file takes {what} only: the model's code fixes the size, as a written-out size or an if on "
-                f"it does and x.shape[{axis}] does not ({reason})"
+                f"the ONNX file takes {what} only: the model's code fixes the size, as a written-out size, an if on "
+                f"it or a loop over it does and x.shape[{axis}] does not, or ONNX has one of its calls at "
+                f"written-out sizes only ({reason})"
             )
     if conditions := replace(traced.sizes, names=names).texts():
         notice(f"the ONNX file takes sizes with {' and '.join(conditions)}: it does not stand for the model at others")
@@ -326,12 +321,13 @@ class _Exports:
 
     def replayed(self, places: frozenset[Place]) -> tuple[torch.export.ExportedProgram, SizeTrace]:
         """By the program that stands for the model at these sizes."""
-        simulated, example = self.others.simulated, self.others.asked.traced_example(places)
-        vary = not places <= self.others.asked.batch
-        program = _program_of(simulated, example, self.others.batches if vary else ())
+        simulated, asked = self.others.simulated, self.others.asked
+        example, vary = asked.traced_example(places), not places <= asked.batch
+        tried = [*asked.other_counts(places), *(self.others.batches if vary else ())]
+        program = _program_of(simulated, example, tried)
         if program is None:
             raise RuntimeError("the model's code chooses its calls by the values or sizes of its inputs")
-        marks = _Marks(simulated)
+        program, marks = with_inputs_as_given(program, simulated.model, example), _Marks(simulated)
         replayed = ReplayedModel(simulated, program, marks.change, marks.weight, marks.trace.enter).eval()
         return self._exported(replayed, example, places), marks.trace
 
@@ -339,8 +335,19 @@ class _Exports:
         vary = torch.export.Dim.AUTO
         shapes = self.others.asked.shapes
         dims = tuple({axis: vary for axis in range(len(shapes[name])) if (name, axis) in places} for name in shapes)
-        with tracing(), plain_mode(marked), restored(marked), _quiet():
+        with tracing(), plain_mode(marked), restored(marked), _quiet(), AdaptivePools(), Recurrences():
             return torch.export.export(marked, tuple(tensors_of(example)), dynamic_shapes=(dims,), strict=False)
+
+    def converted(self, program: torch.export.ExportedProgram) -> ir.Model:
+        """The ONNX graph of an export. Raises InvalidRequest where ONNX has no form for it."""
+        model = self.others.simulated.model
+        try:
+            with tracing(), plain_mode(model), restored(model), _quiet():
+                exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+                assert exported is not None
+                return optimized(exported, DOMAIN)
+        except CALL_ERRORS as error:
+            raise not_exported(error) from error
 
 
 def _program_of(simulated: SimulatedModel, example: Batch, others: Sequence[Batch]) -> Program | None:

@@ -15,12 +15,11 @@ from quantkit.backends.onnxruntime.translated import first_line
 from quantkit.errors import InvalidRequest
 from quantkit.program.input_shapes import InputShapes, Place, input_shapes
 from quantkit.program.inputs import Batch, batch_size
-from quantkit.program.intercept import tensors_of
+from quantkit.program.intercept import CALL_ERRORS, tensors_of
 from quantkit.program.updates import plain_mode, restored
 from quantkit.simulation.model import SimulatedModel
 
 FACTORS = (2.0, 0.5, 1.5)  # of the example's size: networks that halve images several times take one of them
-MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
 
 
 @dataclass
@@ -66,7 +65,7 @@ class OtherSizes:
             rows, samples = self._rows(batch), batch_size(batch)
             if [n == samples for n in rows] != self._per_sample:
                 reason = f"for {samples} samples of another size it returns {' and '.join(map(str, rows))} rows"
-        except MODEL_ERRORS as error:
+        except CALL_ERRORS as error:
             reason = first_line(error)
         if reason is not None:
             for place in places:

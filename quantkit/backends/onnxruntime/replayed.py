@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quantkit.program.intercept import OpKey
+from quantkit.program.inputs import Batch
+from quantkit.program.intercept import OpKey, change_inputs, tensors_of
 from quantkit.program.program import Program, Step
 from quantkit.program.updates import named_state
 from quantkit.simulation.model import SimulatedModel
@@ -24,6 +27,20 @@ class _Scope(nn.Module):
 
     def forward(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
+
+
+def with_inputs_as_given(program: Program, model: nn.Module, example: Batch) -> Program:
+    """A program whose inputs come in the order of the example's tensors, as files have them: the model's forward may
+    have its keywords in another one.
+    """
+    leaves, spec = tree_flatten(example)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for position, i in enumerate(tensors):
+        leaves[i] = torch.tensor(position, device="cpu")
+    args, kwargs = tree_unflatten(leaves, spec)
+    ordered = change_inputs(model, args, kwargs, lambda _, tensor: tensor)
+    number = dict(zip(map(int, tensors_of(ordered)), program.inputs, strict=True))
+    return replace(program, inputs=tuple(number[position] for position in range(len(tensors))))
 
 
 class ReplayedModel(nn.Module):

@@ -1,7 +1,8 @@
 """Exporting a model with as many sizes varying as its code allows: one that it fixes does not freeze the others.
 
 torch.export makes a constant of a size that the code fixes, and notes what the path it followed asks of the others.
-Sizes for which no other batch goes that way are fixed as well, and the model is exported once more without them.
+Sizes for which no other batch goes that way are fixed as well, and the model is exported once more without them. So
+are those that the exporter makes constants of where ONNX has no other form.
 """
 
 from __future__ import annotations
@@ -9,25 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import onnx_ir as ir
 from torch.export import ExportedProgram
 
 from quantkit.backends.onnxruntime.conditions import SizeTrace
 from quantkit.backends.onnxruntime.dynamic import Asked, TakenSizes
-from quantkit.backends.onnxruntime.other_sizes import MODEL_ERRORS, OtherSizes
+from quantkit.backends.onnxruntime.other_sizes import OtherSizes
 from quantkit.backends.onnxruntime.translated import first_line, not_exported
 from quantkit.program.input_shapes import Place
 from quantkit.program.inputs import Batch
+from quantkit.program.intercept import CALL_ERRORS
 
 Route = Callable[[frozenset[Place]], tuple[ExportedProgram, SizeTrace]]
+Convert = Callable[[ExportedProgram], ir.Model]
 
 
 @dataclass(frozen=True)
 class TracedSizes:
-    """A traced model and the ``sizes`` it takes; ``others`` are batches of other sizes, ``fixed`` the sizes that were
-    to vary and do not, with the reason.
+    """The graph of a traced model and the ``sizes`` it takes; ``others`` are batches of other sizes, ``fixed`` the
+    sizes that were to vary and do not, with the reason.
     """
 
-    program: ExportedProgram
+    graph: ir.Model
     sizes: TakenSizes
     others: list[Batch]
     fixed: dict[Place, str]
@@ -41,7 +45,32 @@ class _Stopped(Exception):
         self.error = error
 
 
-def trace_sizes(others: OtherSizes, routes: Sequence[Route]) -> TracedSizes:
+@dataclass(frozen=True)
+class _Demands:
+    """What a trace asks of sizes: those that it takes, batches of ``others`` that it takes, those that are ``gone``
+    and do not vary, and whether that is ``settled``, with nothing to be traced again for.
+    """
+
+    sizes: TakenSizes
+    others: list[Batch]
+    gone: frozenset[Place]
+    settled: bool
+
+    @classmethod
+    def of(cls, others: OtherSizes, trace: SizeTrace, places: frozenset[Place]) -> _Demands:
+        asked = others.asked
+        sizes = TakenSizes(trace.sizes(tuple(asked.shapes)), trace.conditions())
+        constant = places - sizes.dynamic
+        as_given = all(sizes.sizes[place] == asked.size(place) for place in constant)
+        # traced on fewer samples: what it says of the others is not what it says of all
+        chosen, unmet = others.taken(sizes) if as_given else ([], frozenset[Place]())
+        gone = constant | unmet
+        if gone & asked.batch:
+            gone |= asked.batch & places
+        return cls(sizes, chosen, gone, as_given and gone == constant)
+
+
+def trace_sizes(others: OtherSizes, routes: Sequence[Route], convert: Convert) -> TracedSizes:
     """The first of ``routes`` that leaves no size fixed, or that which leaves fewest. Raises InvalidRequest where none
     can be followed.
     """
@@ -51,7 +80,7 @@ def trace_sizes(others: OtherSizes, routes: Sequence[Route]) -> TracedSizes:
         best: TracedSizes | None = None
         for route in routes:
             try:
-                found = _settled(others, route, places)
+                found = _settled(others, route, convert, places)
             except _Stopped as stopped:
                 error = error or stopped.error
                 continue
@@ -74,29 +103,22 @@ def _fewer_and_fewer(asked: Asked) -> Iterator[frozenset[Place]]:
     yield from dict.fromkeys((asked.places, rest, asked.batch, frozenset[Place]()))
 
 
-def _settled(others: OtherSizes, route: Route, places: frozenset[Place]) -> TracedSizes:
+def _settled(others: OtherSizes, route: Route, convert: Convert, places: frozenset[Place]) -> TracedSizes:
     """Export by a route, again without what turns out to be fixed, until nothing more does."""
-    asked, fixed = others.asked, dict[Place, str]()
-    names = tuple(asked.shapes)
+    fixed = dict[Place, str]()
     while True:
         try:
             program, trace = route(places)
-        except MODEL_ERRORS as error:
+        except CALL_ERRORS as error:
             raise _Stopped(error) from error
-        sizes = TakenSizes(trace.sizes(names), trace.conditions())
-        constant = places - sizes.dynamic
-        chosen: list[Batch] = []
-        if all(sizes.sizes[place] == asked.size(place) for place in constant):
-            chosen, unmet = others.taken(sizes)
-        else:  # traced on fewer samples: what it says of the others is not what it says of all
-            unmet = frozenset()
-        gone = constant | unmet
-        if gone & asked.batch:
-            gone |= asked.batch & places
-        fixed |= {place: _reason(others, trace, sizes, place) for place in sorted(gone)}
-        if gone == constant and all(sizes.sizes[place] == asked.size(place) for place in constant):
-            return TracedSizes(program, sizes, chosen, fixed)
-        places -= gone
+        demands, graph = _Demands.of(others, trace, places), None
+        if demands.settled:
+            graph = convert(program)
+            demands = _Demands.of(others, trace, places)  # with what the exporter asked
+        fixed |= {place: _reason(others, trace, demands.sizes, place) for place in sorted(demands.gone)}
+        if demands.settled and graph is not None:
+            return TracedSizes(graph, demands.sizes, demands.others, fixed)
+        places -= demands.gone
 
 
 def _reason(others: OtherSizes, trace: SizeTrace, sizes: TakenSizes, place: Place) -> str:

@@ -112,10 +112,8 @@ def restored(model: nn.Module, names: Collection[str] | None = None) -> Iterator
     """Give the model's buffers and plain attributes back what they held before the block: those named, or all.
 
     Yields a list that has, after the block, the names of those that had changed. Threads that would restore the same
-    model wait for each other. What autocast in a model's own forward has cast before, inside another autocast, is
-    forgotten: the weights may be others now.
+    model wait for each other.
     """
-    torch.clear_autocast_cache()
     changed: list[str] = []
     if names is not None and not names:
         yield changed

@@ -84,7 +84,7 @@ class SquaredError:
     @classmethod
     def relative_to(cls, squares: Tensor) -> SquaredError:
         """The error relative to the mean of these squared lengths of the float model's rows (rows,)."""
-        return cls(max(float(squares.mean()), 1e-24))
+        return cls(max(float(squares.detach().mean()), 1e-24))
 
     def rows(self, reference: Tensor, output: Tensor) -> Tensor:
         return 0.5 * (output - reference).square().sum(-1) / self.scale

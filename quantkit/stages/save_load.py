@@ -109,14 +109,7 @@ def load_result(folder: str | Path, model: nn.Module) -> Loaded:
             f"{str(folder / PLAN_FILE)!r} was changed after the weights beside it were made. "
             "Apply the plan to the model again."
         )
-    if without := [name for name, tensor in named_state(model).items() if tensor.is_meta]:
-        raise InvalidRequest(
-            f"These tensors of the model have no memory to load into: {', '.join(without[:5])}. Build it outside "
-            "torch.device('meta'), or call model.to_empty(device='cpu') first."
-        )
-    own = copy_with_computed_tensors(model).eval()
-    keep_only_matrices_half(own)
-    make_weights_plain(own)
+    own = _own_copy(model)
     folds = tuple((layer, norm) for layer, norm in header["folds"])
     try:
         shape_like_folded(own, folds)
@@ -145,6 +138,19 @@ def load_result(folder: str | Path, model: nn.Module) -> Loaded:
         BiasCall(OpKey(**call["key"]), call["layer"], call["site"]) for call in header.get("bias_calls", ())
     )
     return simulated, plan, folds, shapes
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """A copy to load into; raises InvalidRequest for tensors without memory."""
+    if without := [name for name, tensor in named_state(model).items() if tensor.is_meta]:
+        raise InvalidRequest(
+            f"These tensors of the model have no memory to load into: {', '.join(without[:5])}. Build it outside "
+            "torch.device('meta'), or call model.to_empty(device='cpu') first."
+        )
+    own = copy_with_computed_tensors(model).eval()
+    keep_only_matrices_half(own)
+    make_weights_plain(own)
+    return own
 
 
 def _other_state(simulated: SimulatedModel) -> dict[str, Tensor]:

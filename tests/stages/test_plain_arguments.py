@@ -1,4 +1,4 @@
-"""Arguments of a model that are no tensors, and autocast that its own forward enters."""
+"""Arguments of a model that are no tensors."""
 
 from __future__ import annotations
 
@@ -71,41 +71,3 @@ def test_batches_with_them_are_joined_and_split() -> None:
     assert [len(args[0]) for args, _ in split_batches([joined], 4)] == [4, 2]
     assert stacked([batches[0], ((X[4:6],), {"flag": False, "scale": None})]) is None
     assert stacked([((X[:4], torch.tensor(2.0)), {})]) is None
-
-
-class OwnAutocast(nn.Module):
-    """Computes in bfloat16 inside its own forward, as code written for training does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner, self.head = nn.Linear(6, 16), nn.Linear(16, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = self.head(self.inner(x).relu())
-        return y.float()
-
-
-class OwnDecorator(OwnAutocast):
-    @torch.autocast("cpu", dtype=torch.bfloat16)
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.inner(x).relu()).float()
-
-
-@pytest.mark.parametrize("kind", [OwnAutocast, OwnDecorator])
-def test_weights_are_seen_inside_autocast_of_the_models_own(kind: type[nn.Module]) -> None:
-    """What autocast has cast is kept for as long as it lasts: damage of weights was measured with the float ones."""
-    model = kind().eval()
-    profile = quantkit.profile(model, X, schemes=["w2", "w8"], progress=False)
-    with torch.no_grad():
-        wanted = model(X)
-    applied = quantkit.apply(
-        model, {"inner": "w2", "head": "w2"}, X, reconstruction="none", correction=None, progress=False
-    )
-    with torch.no_grad():
-        found = applied.model(X)
-    divergence = (wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
-    assert applied.metrics["calibration_damage"] == pytest.approx(float(divergence), rel=0.05)
-    predicted = profile.predict({"inner": "w2", "head": "w2"})
-    assert 0.1 < predicted / float(divergence) < 10

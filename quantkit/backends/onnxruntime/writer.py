@@ -117,12 +117,7 @@ def export_onnx(
             in_float.extend(layers_in_float(optimized, simulated))
             if noisy := beyond_by_own_noise(parity, how.tolerance):
                 _require_parity_in_float(simulated, marked, batches, how, Path(folder) / "float.onnx")
-                worst = max(noisy, key=lambda one: one.relative_error)
-                notice(
-                    f"output {worst.output!r} of the file differs by {worst.relative_error:.1%}; under another "
-                    f"rounding of its sums the model differs from itself by {worst.rounding_noise:.1%}. With "
-                    "activations in float, where nothing rounds, file and model are the same"
-                )
+                _tell_noise(max(noisy, key=lambda one: one.relative_error))
             else:
                 require_parity(parity, how.tolerance)
 
@@ -143,6 +138,14 @@ def export_onnx(
         layers_in_float=tuple(in_float),
         dynamic=marked.taken.by_input(),
         conditions=marked.taken.texts(),
+    )
+
+
+def _tell_noise(worst: OutputParity) -> None:
+    notice(
+        f"output {worst.output!r} of the file differs by {worst.relative_error:.1%}; under another rounding of its sums "
+        f"the model differs from itself by {worst.rounding_noise:.1%}. With activations in float, where nothing rounds, "
+        "file and model are the same"
     )
 
 

@@ -89,6 +89,7 @@ class Request:
                 f"The damage of {bad[0][1]} at {bad[0][0]} is not a finite number. Does the model return infinite or "
                 "NaN outputs on the calibration inputs?"
             )
+        stored = () if any(fmt.dynamic for fmt in self.site_formats) else ready.sites  # codes of tokens are not kept
         return Profile(
             layers=ready.layers,
             sites={s.name: SiteRecord(s.name, Size(s.shape).numel(), s.consumers) for s in ready.sites},
@@ -104,7 +105,7 @@ class Request:
             provenance=self.settings | {LARGEST_OTHERS: dict(ready.largest_others)} | dict(provenance),
             saturation=scores.saturation,
             growth=scores.growth,
-            operations=operations_of(ready.program, ready.sites, self.target),
+            operations=operations_of(ready.program, stored, self.target),
             latency=self.target.latency,
         )
 

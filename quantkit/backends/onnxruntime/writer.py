@@ -143,9 +143,9 @@ def export_onnx(
 
 def _tell_noise(worst: OutputParity) -> None:
     notice(
-        f"output {worst.output!r} of the file differs by {worst.relative_error:.1%}; under another rounding of its sums "
-        f"the model differs from itself by {worst.rounding_noise:.1%}. With activations in float, where nothing rounds, "
-        "file and model are the same"
+        f"output {worst.output!r} of the file differs by {worst.relative_error:.1%}; under another rounding of its "
+        f"sums the model differs from itself by {worst.rounding_noise:.1%}. With activations in float, where nothing "
+        "rounds, file and model are the same"
     )
 
 

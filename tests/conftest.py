@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -48,6 +49,16 @@ def translations_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ONNXRegistry, "from_torchlib", parsed)
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """What a command sets up for its log, on a stream that is closed afterwards, ends with the test."""
+    logger = logging.getLogger("quantkit")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

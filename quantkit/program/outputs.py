@@ -27,9 +27,10 @@ def counted(result: Any) -> list[tuple[str, Tensor]]:
     """The outputs that count, with their names: of those with numbers in them. Raises InvalidRequest where there are
     none.
     """
-    every = [(name, x) for name, x in named_tensors(result) if x.is_floating_point() and x.numel()]
+    every = [(name, tensor) for name, tensor in named_tensors(result) if tensor.is_floating_point()]
     if not every:
         raise InvalidRequest(_without_floats(result))
+    every = [(name, tensor) for name, tensor in every if tensor.numel()] or every
     own = [(name, tensor) for name, tensor in every if not _ALWAYS_CARRIED.search(name)]
     if any(is_logits(name) for name, _ in own):
         own = [(name, tensor) for name, tensor in own if not _CARRIED_BESIDE_LOGITS.search(name)]

@@ -64,7 +64,7 @@ TOLD = {
 @pytest.mark.parametrize("name", TOLD)
 def test_inputs_that_only_make_outputs_of_their_own_are_told(name: str, caplog: Any) -> None:
     make, batch, said = TOLD[name]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "quantkit"):
         prepare(make().eval(), [batch], Target.load("onnxruntime-cpu"))
     told = [record.message for record in caplog.records if "makes nothing but" in record.message]
     assert [said in message for message in told] == ([True] if said else [])

@@ -40,14 +40,21 @@ def test_mix_depends_on_the_seed_and_not_on_the_split() -> None:
     [
         [((torch.ones(4, 3, dtype=torch.long),), {})],
         [((torch.ones(4, 3), torch.ones(4, 3, dtype=torch.bool)), {})],
-        [((torch.ones(4, 3),), {"flag": True})],
         [((torch.ones(4, 3),), {}), ((torch.ones(4, 5),), {})],
         [((torch.ones(4, 3), torch.ones(2, 3)), {})],
         [((torch.ones(4),), {})],
         [((torch.ones(1, 3),), {})],
         [],
     ],
-    ids=["tokens", "mask", "flag", "shapes differ", "counts differ", "scalars", "one sample", "nothing"],
+    ids=["tokens", "mask", "shapes differ", "counts differ", "scalars", "one sample", "nothing"],
 )
 def test_inputs_that_cannot_be_mixed_are_left_alone(batches: list[Batch]) -> None:
     assert mixed_pairs(batches, generator()) is None
+
+
+def test_arguments_that_are_no_samples_stay_beside_mixed_ones() -> None:
+    x = torch.arange(12.0).reshape(4, 3)
+    found = mixed_pairs([((x[:2], None), {"flag": True}), ((x[2:], None), {"flag": True})], generator())
+    assert found is not None
+    assert [(args[1], kwargs) for args, kwargs in found] == [(None, {"flag": True})] * 2
+    assert not torch.equal(torch.cat([args[0] for args, _ in found]), x)

@@ -180,7 +180,7 @@ def test_impossible_classes_do_no_damage() -> None:
         torch.manual_seed(0)
         model = MaskedLogits(mask).eval()
         if mask != mask:
-            with pytest.raises(InvalidRequest, match=r"is not a finite number\. Does the model return"):
+            with pytest.raises(InvalidRequest, match="returns NaN on calibration inputs, in output"):
                 quantkit.profile(model, randn(80, 8), progress=False)
             continue
         found[mask] = quantkit.profile(model, randn(80, 8), progress=False)

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from quantkit.progress import log
+
+HANDLERS = tuple(log.handlers)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The order of a floating-point sum depends on the number of threads: let it not depend on the machine.
@@ -52,13 +55,10 @@ def translations_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """What a command sets up for its log, on a stream that is closed afterwards, ends with the test."""
-    logger = logging.getLogger("quantkit")
-    handlers, level = list(logger.handlers), logger.level
-    yield
-    logger.handlers = handlers
-    logger.setLevel(level)
+def log_as_imported() -> None:
+    """What commands of other tests set up for their log, on streams that are closed by now, is gone."""
+    log.handlers = list(HANDLERS)
+    log.setLevel(logging.INFO)
 
 
 @pytest.fixture(autouse=True)

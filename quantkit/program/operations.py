@@ -8,7 +8,7 @@ from quantkit.plan.operations import Operation
 from quantkit.program.codes import fused_output, moves_values, on_codes, root_of
 from quantkit.program.intercept import read_place
 from quantkit.program.program import Program, Step
-from quantkit.program.sites import Site, makers_of
+from quantkit.program.sites import Site, sites_by_maker
 from quantkit.targets import Target
 
 OUTPUT = "output"
@@ -33,7 +33,7 @@ class _Reader:
         self.program, self.target = program, target
         self.site = {site.place: site.name for site in sites}
         self.read = {place: site.name for site in sites for place in site.places}
-        self.made = {place: site for site, place in makers_of(program, sites).items()}
+        self.made = sites_by_maker(program, sites)
         self.layer_of = {call.key: name for name, calls in program.calls.items() for call in calls}
         self.fused: set[int] = set()
 

@@ -158,12 +158,14 @@ def token_sites(program: Program, layers: Iterable[str]) -> tuple[Site, ...]:
     return tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
 
 
-def makers_of(program: Program, sites: Iterable[Site]) -> dict[str, OpKey]:
-    """Site -> the place that makes its tensor, also where that is quantized as it is read."""
+def sites_by_maker(program: Program, sites: Iterable[Site]) -> dict[OpKey, str]:
+    """The place that makes a site's tensor -> the site, also where that is quantized as it is read."""
     read = {read_place(step.key): step.inputs[0] for step in program.steps if step.inputs}
-    values = {site.name: read[site.place] for site in sites if site.place in read}
-    made = {name: program.producer[root_of(program, value)] for name, value in values.items()}
-    return {site.name: made.get(site.name, site.place) for site in sites}
+
+    def maker(place: OpKey) -> OpKey:
+        return program.producer[root_of(program, read[place])] if place in read else place
+
+    return {maker(site.place): site.name for site in sites}
 
 
 def makers_of_codes(program: Program, target: Target, layers: Iterable[str]) -> dict[OpKey, tuple[str, ...]]:

@@ -21,7 +21,7 @@ from quantkit.program.arguments import SizeRef, SliceRef
 from quantkit.program.codes import moves_values
 from quantkit.program.layers import Weights
 from quantkit.program.program import Program, Step
-from quantkit.program.sites import makers_of
+from quantkit.program.sites import sites_by_maker
 from quantkit.ranges.channels import ChannelRanges
 from quantkit.transforms.prepare import Prepared
 
@@ -55,7 +55,7 @@ class Rewrite:
 
 def rewritable_norms(ready: Prepared) -> tuple[list[Norm], dict[str, str]]:
     """The LayerNorms that can be rewritten, in execution order, and for the others, by name, why not."""
-    sites = {place: site for site, place in makers_of(ready.program, ready.sites).items()}
+    sites = sites_by_maker(ready.program, ready.sites)
     found, reasons = [], {}
     for op in ready.program.steps:
         if op.key.op != "layer_norm" or op.key not in sites:

@@ -15,7 +15,7 @@ from quantkit.plan.operations import execute
 from quantkit.program.intercept import READ, OpKey, read_place
 from quantkit.program.operations import operations_of
 from quantkit.program.segments import whole
-from quantkit.program.sites import makers_of
+from quantkit.program.sites import sites_by_maker
 from quantkit.reconstruction.blocks import FloatReference, begin
 from quantkit.simulation.playback import SimulatedProgram
 from quantkit.targets import Target
@@ -80,7 +80,7 @@ def test_codes_are_made_where_layers_read(name: str) -> None:
     for site in found.values():
         calls = [call.key for consumer in site.consumers for call in ready.program.calls[consumer]]
         assert set(site.places) == set(map(read_place, calls)) and site.echoes == ()
-    assert all(place.output >= 0 for place in makers_of(ready.program, ready.sites).values())
+    assert all(place.output >= 0 for place in sites_by_maker(ready.program, ready.sites))
 
 
 def test_what_layers_alone_read_is_quantized_where_it_is_made() -> None:

@@ -13,7 +13,15 @@ from quantkit.plan import saturated
 from quantkit.sensitivity.damage import KLDamage
 from quantkit.sensitivity.gram import gram
 from quantkit.sensitivity.measure import Perturbation
-from quantkit.sensitivity.saturation import FADINGS, MOST_PLANS, Fit, fitted, plans_measured, random_plans
+from quantkit.sensitivity.saturation import (
+    FADINGS,
+    LEAST_PLANS,
+    MOST_PLANS,
+    Fit,
+    fitted,
+    plans_measured,
+    random_plans,
+)
 from tests.sensitivity.networks import by_hand, classifier, inputs, perturbed, request_of, subject_of
 
 
@@ -34,6 +42,13 @@ def test_saturated_damage_keeps_order_and_small_values_and_has_an_end() -> None:
     assert grown[0] == pytest.approx(1e-6, rel=1e-4)
     assert grown[-1] == pytest.approx(30, rel=1e-4)
     assert grown[30] > bent[30]
+
+
+@pytest.mark.parametrize("count", [0, 1, LEAST_PLANS - 1])
+def test_too_few_plans_say_nothing(count: int) -> None:
+    """One whole plan is met by any bend that goes through it, however far off that is for all others."""
+    plans, measured = [[0, 2], [0, 3], [1, 2]][:count], np.full(count, 1e-6)
+    assert fitted(np.array([7e-4, 1e-7, 4e-4, 1e-7]), np.diag([14e-4, 2e-7, 8e-4, 2e-7]), plans, measured) == Fit()
 
 
 def two_each(alone: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:

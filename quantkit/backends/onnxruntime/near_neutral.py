@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from quantkit.program.intercept import CALL_ERRORS
 from quantkit.progress import log
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def optimized(exported: ONNXProgram, domain: str) -> ir.Model:
     kept = _hide(exported.model, domain)
     try:
         exported.optimize()
-    except Exception as error:  # a fault of the optimizer's, whose every change is whole: onnxruntime goes on
+    except CALL_ERRORS as error:  # a fault of the optimizer's: the graph it leaves is compared as any other is
         log.debug("the exported graph was optimized in part: %s: %s", type(error).__name__, error)
     for node in kept:
         constant = node.inputs[0]

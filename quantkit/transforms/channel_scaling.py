@@ -36,24 +36,28 @@ from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transfor
 
 NORMS, LAYERS, KEYS = "norm-scaling", "layer-scaling", "key-scaling"
 STRENGTHS = tuple(i / 8 for i in range(9))
+LARGEST, MEAN = "largest", "mean"
 BALANCED = 0.5
 BETTER = 0.98  # of the error without it is where a scaling begins
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelScaling:
-    """The factors of a group, float64, and the strength that they were made with."""
+    """The factors of a group, float64; the strength that they were made with, and ``by`` what of the values: the
+    "largest" magnitude or the "mean" one.
+    """
 
     transform: str
     group: Group
     factors: Tensor
     strength: float
+    by: str
 
     def apply(self, weights: Weights) -> None:
         scale(weights, self.group, self.factors)
 
     def record(self) -> dict[str, Any]:
-        return {"transform": self.transform, "at": self.group.name, "strength": self.strength}
+        return {"transform": self.transform, "at": self.group.name, "strength": self.strength, "by": self.by}
 
 
 def kind_of(group: Group) -> str:
@@ -68,23 +72,23 @@ def _propose(transform: str, setting: Setting) -> Proposal:
     own = [group for group in groups if kind_of(group) == transform and _is_quantized(setting, group)]
     changes = []
     for group, seen in seen_of(setting, own):
-        strength = BALANCED if transform == KEYS else _best_strength(setting, group, seen)
+        by = _statistic(setting, group)
+        strength = BALANCED if transform == KEYS else _best_strength(setting, group, seen, by)
         if strength is not None:
-            changes.append(_change(transform, setting, group, seen, strength))
+            changes.append(_change(setting, group, seen, (strength, by)))
     return Proposal(tuple(changes), reasons)
 
 
 def _redo(transform: str, setting: Setting, records: Sequence[Mapping[str, Any]]) -> tuple[ChannelScaling, ...]:
-    strengths = {str(record["at"]): float(record["strength"]) for record in records}
+    made_with = {str(record["at"]): (float(record["strength"]), str(record["by"])) for record in records}
     known = {group.name: group for group in groups_of(setting.ready)[0] if kind_of(group) == transform}
-    if unknown := [name for name in strengths if name not in known]:
+    if unknown := [name for name in made_with if name not in known]:
         raise InvalidRequest(
             f"The plan scales channels at {unknown[0]!r} ({transform}), where the model has no such scaling. Is it "
             "the model that the plan was made for? transforms='none' applies the plan without any."
         )
-    own = [known[name] for name in strengths]
-    found = seen_of(setting, own)
-    return tuple(_change(transform, setting, group, seen, strengths[group.name]) for group, seen in found)
+    own = [known[name] for name in made_with]
+    return tuple(_change(setting, group, seen, made_with[group.name]) for group, seen in seen_of(setting, own))
 
 
 def _is_quantized(setting: Setting, group: Group) -> bool:
@@ -94,19 +98,24 @@ def _is_quantized(setting: Setting, group: Group) -> bool:
     return any(site.name in setting.sites and {QUERY, KEY} & set(site.roles) for site in setting.ready.sites)
 
 
-def _change(transform: str, setting: Setting, group: Group, seen: Seen, strength: float) -> ChannelScaling:
-    factors = _factors(setting, group, seen, strength)
+def _statistic(setting: Setting, group: Group) -> str:
+    """What factors go by: the mean magnitude where no layer that reads the values quantizes them."""
+    readers = group.of_kind(COLUMNS)
+    return LARGEST if not readers or any(_format(setting, member) for member in readers) else MEAN
+
+
+def _change(setting: Setting, group: Group, seen: Seen, made_with: tuple[float, str]) -> ChannelScaling:
+    factors = _factors(setting, group, seen, *made_with)
     if holds_half(setting.ready.weights, group):
         factors = torch.exp2(factors.log2().round())
-    return ChannelScaling(transform, group, factors, strength)
+    return ChannelScaling(kind_of(group), group, factors, *made_with)
 
 
-def _factors(setting: Setting, group: Group, seen: Seen, strength: float) -> Tensor:
+def _factors(setting: Setting, group: Group, seen: Seen, strength: float, by: str) -> Tensor:
     """The factors of a strength, with a geometric mean of one; that of a channel without values is one."""
-    readers = group.of_kind(COLUMNS)
-    if not readers:
+    if not group.of_kind(COLUMNS):
         return _normalized({seen.inverse: 1 - strength, seen.made: strength - 1})
-    if not any(_format(setting, member) for member in readers):
+    if by == MEAN:
         return _normalized({seen.mean: -strength})
     return _normalized({_largest_weights(setting.ready.weights, group): 1 - strength, seen.made: -strength})
 
@@ -139,11 +148,11 @@ def _format(setting: Setting, member: Member) -> ActivationFormat | None:
     return next((found for found in formats if found is not None), None)
 
 
-def _best_strength(setting: Setting, group: Group, seen: Seen) -> float | None:
+def _best_strength(setting: Setting, group: Group, seen: Seen, by: str) -> float | None:
     """The strength with the least error behind the layers that read a group; None where no scaling errs less."""
     readers = [m for m in group.of_kind(COLUMNS) if m.name in setting.weights and m.name in seen.inputs]
     plain = _error(setting, readers, seen, torch.ones(group.size, dtype=torch.float64, device="cpu"))
-    errors = {a: _error(setting, readers, seen, _factors(setting, group, seen, a)) for a in STRENGTHS}
+    errors = {a: _error(setting, readers, seen, _factors(setting, group, seen, a, by)) for a in STRENGTHS}
     best = min(errors, key=errors.__getitem__)
     return best if errors[best] < BETTER * plain else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -162,8 +162,11 @@ class SimulatedModel(nn.Module):
 
     def set_weight(self, name: str, weight: AnyWeight) -> None:
         """Give a layer its codes; what it computes with becomes their dequantized value, which takes the place of a
-        parameter in half precision call by call.
+        parameter in half precision call by call. Scales of 8 bits that FP8 activations meet make FP8 products.
         """
+        if weight.integer and weight.format.scale == "f8":
+            read = [self.ranges.get(site.name) for site in self.sites if name in site.consumers]
+            weight = replace(weight, in_fp8=any(found is not None and found.format.is_fp8 for found in read))
         self.weights[name] = weight
         if not self.floats.stores_half(name):
             self.floats.write(name, weight.dequantize())

@@ -80,8 +80,8 @@ class Landscape:
 
     Use it inside ``opened``. ``layers`` are studied besides those that are perturbed. Memory: the graph of one batch
     of at most ``GRAPH_SAMPLES`` samples and ``GRAPH_BYTES``. ``by_weights``: whether the damage is
-    differentiated by the weights of layers, too; ``share``: of the ``GRAPH_BYTES`` that may be taken; ``most``: samples
-    at a time.
+    differentiated by the weights of layers, too; ``share``: of the ``GRAPH_BYTES`` that may be taken; ``most``:
+    samples at a time.
     """
 
     def __init__(

@@ -62,9 +62,13 @@ class KLDamage:
         """Random rows c with E[c c^T] = diag(p) - p p^T, the Hessian of the divergence at ``output``: e_y - p, y a
         label drawn from p. Minus the gradient of the cross entropy to y, hence the Fisher information.
         """
-        p = output.softmax(-1)
-        label = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
-        return torch.zeros_like(p).scatter_(-1, label, 1.0) - p
+        drawn = torch.empty_like(output)
+        step = max(1, SLICE_ELEMENTS // max(1, output.shape[-1]))
+        for rows, own in zip(output.split(step), drawn.split(step), strict=True):
+            p = rows.softmax(-1)
+            label = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+            own.copy_(p).neg_().scatter_add_(-1, label, torch.ones_like(p[:, :1]))
+        return drawn
 
     def metric(self, reference: Tensor, shift: Tensor, temperature: float) -> Tensor:
         """Vectors whose inner products are the Gauss-Newton terms of KL: sqrt(p) (u - E_p u), u the shift of the

@@ -29,7 +29,7 @@ from quantkit.sensitivity.pair_terms import shrunk_cosines
 from quantkit.sensitivity.registry import Cost, Workload, estimator
 from quantkit.sensitivity.saturation import calibrated, plans_measured
 
-DRAWS = 8
+DRAWS = 4
 SHARE = 0.5  # of the bytes of a graph, beside which there are the gradients of all draws
 LEAST_APART = 128
 PLANS_SHARE = 3  # of the whole plans that the Gram matrix is fitted to, one in so many
@@ -76,8 +76,8 @@ def fisher(
 
 
 def _landscape(subject: Subject, perturbations: Sequence[Perturbation]) -> Landscape:
-    """The damage in batches small enough that there are ``LEAST_APART`` of them, where calls do not keep samples apart,
-    as those on (tokens, samples, channels) or on all tokens in a row.
+    """The damage, in ``LEAST_APART`` batches or more where calls do not keep samples apart, as those on (tokens,
+    samples, channels) or on all tokens in a row.
     """
     samples = sum(map(batch_size, subject.batches))
     by_weights = bool(subject.base)

@@ -8,7 +8,8 @@ with each change: the shift of the outputs has the same inner product with what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,38 +30,68 @@ def inner_products(land: Landscape, i: int, draws: int, generator: torch.Generat
     """<gradient of the log-likelihood of labels drawn anew, what a change adds> for batch ``i``: (K, draws, samples);
     one number for all samples together where some call does not keep them apart.
     """
-    calls = Calls(land)
-    point = land.point(i, calls.carry_out)
     count = max(1, batch_size(land.subject.batches[i]))
+    calls = Calls(land, single=count == 1)
+    point = land.point(i, calls.carry_out)
     variables: Slopes = dict(calls.added.items())
     variables |= {place: point.variables[place] for place in land.sites if place in point.variables}
-    drawn = [land.damage.cotangent(tuple(o.detach() for o in point.outputs), generator) for _ in range(draws)]
-    slopes = _slopes(point, variables, drawn)
-    found = torch.zeros(len(land.perturbations), draws, count, dtype=torch.float64, device="cpu")
+    run = [k for k, one in enumerate(land.perturbations) if not (one.at_site or calls.follows(one.owner))]
+    drawn: list[list[Tensor]] = []
+    slopes: dict[OpKey | Place, list[Tensor]] = {key: [] for key in variables}
+    for number in range(draws):
+        cotangents = land.damage.cotangent(tuple(output.detach() for output in point.outputs), generator)
+        found = _gradients(point, variables, cotangents, keep=number + 1 < draws)
+        for kept, slope in zip(slopes.values(), found, strict=True):
+            kept.append(slope)
+        drawn += [cotangents] * bool(run)  # outputs may be large
+    products = torch.zeros(len(land.perturbations), draws, count, dtype=torch.float64, device="cpu")
     apart = True
     with torch.no_grad():
-        for k, one in enumerate(land.perturbations):
-            if not (one.at_site or calls.follows(one.owner)):
-                found[k] = _forward_products(land, i, k, drawn, point.outputs)
+        for k in range(len(land.perturbations)):
+            if k in run:
+                products[k] = _forward_products(land, i, k, drawn, point.outputs)
                 continue
             for key, shift in _shifts(land, calls, point, k):
-                products = per_sample(slopes[key], shift, count)
-                apart &= products.shape[1] == count
-                found[k, :, : products.shape[1]] += products
-    return found if apart else found.sum(2, keepdim=True)
+                own = per_sample(slopes[key], shift, count)
+                apart &= own.shape[1] == count
+                products[k, :, : own.shape[1]] += own
+    return products if apart else products.sum(2, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What was called with which weight among the arguments, and what it makes of a weight of zeros, where that is
+    something; ``by_weight``: it is differentiated by the weight.
+    """
+
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    held: Tensor
+    rest: Tensor | None = None
+    by_weight: bool = False
+
+    def of(self, operand: Tensor) -> Tensor:
+        """What the call makes of another weight."""
+        args, kwargs = replaced((self.args, self.kwargs), lambda x: operand if x is self.held else x)
+        made: Tensor = self.func(*args, **kwargs)
+        return made
 
 
 class Calls:
-    """The calls that read studied weights: what they were called with, and zeros added to what they make."""
+    """The calls that read studied weights, and what each is differentiated by: zeros added to what it makes, or, where
+    that is larger and of a ``single`` sample, its weight.
+    """
 
-    def __init__(self, land: Landscape) -> None:
+    def __init__(self, land: Landscape, single: bool = False) -> None:
+        self.single = single
         floats = land.subject.floats
         self.land, self.names = land, [name for name, _ in land.layers]
         held = {name: floats.layers[name] for name in self.names}
         linear = {n for n, w in held.items() if w.kind in LINEAR or w.kind.startswith("conv")}
         self.holders = {n: floats.tensor(w.parameter) for n, w in held.items() if n in linear and w.parameter}
         self.parameters = {id(tensor) for tensor in self.holders.values()}
-        self.made: dict[OpKey, tuple[Callable[..., Any], Any, Any, Tensor, Tensor | None]] = {}
+        self.made: dict[OpKey, _Call] = {}
         self.added: dict[OpKey, Tensor] = {}
         self._copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -70,9 +101,15 @@ class Calls:
         made = func(*args, **kwargs)
         if len(read) != 1 or not isinstance(made, Tensor):
             return made
-        own, named = replaced((args, kwargs), lambda x: x if x is read[0] else self._without_bias(x))
-        rest = _with(func, own, named, read[0], torch.zeros_like(read[0]))
-        self.made[key] = func, own, named, read[0], rest if rest.any() else None
+        (held,) = read
+        if self.single and made.numel() > held.numel():
+            del made
+            call = self.made[key] = _Call(func, args, kwargs, held, by_weight=True)
+            return call.of(self.added.setdefault(key, held.detach().requires_grad_()))
+        own, named = replaced((args, kwargs), lambda x: x if x is held else self._without_bias(x))
+        call = _Call(func, own, named, held)
+        rest = call.of(torch.zeros_like(held))
+        self.made[key] = replace(call, rest=rest) if rest.any() else call
         return made + self.added.setdefault(key, torch.zeros_like(made).requires_grad_())
 
     def _without_bias(self, x: Any) -> Any:
@@ -89,41 +126,31 @@ class Calls:
     def follows(self, layer: str) -> bool:
         """Whether the layer was called with the tensor that holds its weight, or with none."""
         holder = self.holders.get(layer)
-        return holder is not None and any(held is holder for *_, held, _ in self.made.values())
+        return holder is not None and any(call.held is holder for call in self.made.values())
 
     def shifts(self, layer: str, displacement: Tensor) -> Iterable[tuple[OpKey, Tensor]]:
         """What every call that reads a layer's weight adds to its output where the weight is moved so."""
         holder, weight = self.holders[layer], self.land.subject.floats.layers[layer]
         nothing = torch.zeros_like(holder.detach(), dtype=displacement.dtype)
         moved = weight.placed(nothing, displacement)
-        for key, (func, args, kwargs, held, rest) in self.made.items():
-            if held is holder:
-                made = _with(func, args, kwargs, held, moved)
-                yield key, made if rest is None else made - rest
+        for key, call in self.made.items():
+            if call.held is holder and call.by_weight:
+                yield key, moved
+            elif call.held is holder:
+                yield key, call.of(moved) if call.rest is None else call.of(moved) - call.rest
 
 
-def _with(func: Callable[..., Any], args: Any, kwargs: Any, held: Tensor, operand: Tensor) -> Tensor:
-    args, kwargs = replaced((args, kwargs), lambda x: operand if x is held else x)
-    made: Tensor = func(*args, **kwargs)
-    return made
-
-
-def _slopes(point: Point, variables: Slopes, drawn: list[list[Tensor]]) -> Slopes:
-    """Gradients of the drawn log-likelihoods, summed over the rows, a first dimension for the draws."""
-    found = []
-    for number, cotangents in enumerate(drawn):
-        live = [(output, c) for output, c in zip(point.outputs, cotangents, strict=True) if output.requires_grad]
-        found.append(
-            torch.autograd.grad(
-                [output for output, _ in live],
-                list(variables.values()),
-                [c for _, c in live],
-                retain_graph=number + 1 < len(drawn),
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-    return {key: torch.stack(slopes) for key, slopes in zip(variables, zip(*found, strict=True), strict=True)}
+def _gradients(point: Point, variables: Slopes, cotangents: Sequence[Tensor], keep: bool) -> tuple[Tensor, ...]:
+    """The gradients of one drawn log-likelihood, summed over the rows."""
+    live = [(output, c) for output, c in zip(point.outputs, cotangents, strict=True) if output.requires_grad]
+    return torch.autograd.grad(
+        [output for output, _ in live],
+        list(variables.values()),
+        [c for _, c in live],
+        retain_graph=keep,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 def _shifts(land: Landscape, calls: Calls, point: Point, k: int) -> Iterable[tuple[OpKey | Place, Tensor]]:
@@ -148,11 +175,18 @@ def _forward_products(land: Landscape, i: int, k: int, drawn: list[list[Tensor]]
     return found
 
 
-def per_sample(slopes: Tensor, shift: Tensor, count: int) -> Tensor:
-    """Inner products (draws, count) of each sample's elements, for ``slopes`` (draws, ...) and ``shift`` (...) with
-    samples along the first dimension of the latter. Where that cannot be, one (draws, 1) of the whole batch.
+def per_sample(slopes: Sequence[Tensor], shift: Tensor, count: int) -> Tensor:
+    """Inner products (draws, count) of each sample's elements, for the ``slopes`` of every draw and a ``shift`` with
+    samples along its first dimension. Where that cannot be, one (draws, 1) of the whole batch.
     """
     if shift.dim() and len(shift) == count:
         rows = shift.reshape(count, -1)
-        return torch.einsum("rnd,nd->rn", slopes.reshape(len(slopes), count, -1), rows).double().cpu()
-    return (slopes.flatten(1).double().cpu() @ shift.flatten().double().cpu()).unsqueeze(1)
+        return torch.stack([torch.linalg.vecdot(one.reshape(count, -1), rows) for one in slopes]).double().cpu()
+    flat = shift.flatten()
+    return torch.stack([_dot(one.flatten(), flat) for one in slopes]).unsqueeze(1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """An inner product, summed in float64 some elements at a time."""
+    pairs = zip(a.split(1 << 20), b.split(1 << 20), strict=True)
+    return torch.stack([one.double() @ other.double() for one, other in pairs]).sum().cpu()

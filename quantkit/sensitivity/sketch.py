@@ -21,7 +21,7 @@ from quantkit.sensitivity.outputs import Outputs
 
 MOST_CLASSES = 2000
 TOP, BUCKETS = 192, 64
-SHIFT_BYTES = 1 << 31
+SHIFT_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)

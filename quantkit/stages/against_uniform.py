@@ -22,7 +22,7 @@ from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
-from quantkit.stages.apply import Application, formatted_by
+from quantkit.stages.apply import Application, formatted_by, schemes_to_check
 from quantkit.stages.applying import PlanApplication
 from quantkit.stages.recording import Replay
 
@@ -96,7 +96,7 @@ class _Trials:
     def damage(self, plan: Plan) -> float:
         """The damage of a plan, rounded on what is not held back."""
         own = self.session.fork()
-        options = self.asked.options.with_inputs(own.inputs, [s for s in plan.schemes.values() if s.activation])
+        options = self.asked.options.with_inputs(own.inputs, schemes_to_check(plan, own))
         formatted = formatted_by(own, plan)
         recording = own.recording(formatted.ready)
         applying = PlanApplication.of(formatted, recording, self.reference, options, Cache())

@@ -12,7 +12,17 @@ from torch import nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import stored_bytes
-from quantkit.plan import COMPOSITION, FLOAT, FLOAT_STORAGE, LEFT, Composition, Plan, average_bits, digest_of
+from quantkit.plan import (
+    COMPOSITION,
+    FLOAT,
+    FLOAT_STORAGE,
+    LEFT,
+    TRANSFORMS,
+    Composition,
+    Plan,
+    average_bits,
+    digest_of,
+)
 from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
@@ -135,6 +145,7 @@ def _finished(workdir: Path | None, session: Session, options: ApplyOptions, pla
     if workdir is None:
         return Cache()
     settings = session.identity | asdict(options)
+    settings |= {TRANSFORMS: [change.record() for change in session.prepared.changes]}
     settings |= {"plan": plan.digest(), "target": session.target.digest(), "torch": torch.__version__}
     folder = workdir / f"applied-{digest_of(settings)}"
     if folder.exists():

@@ -34,6 +34,7 @@ from quantkit.progress import notice, warn
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
 from quantkit.transforms import stored
+from quantkit.transforms.change import Change
 from quantkit.transforms.fold_bn import fold, foldable_pairs, without_norms
 from quantkit.transforms.half_floats import stored_as_halves
 from quantkit.transforms.plain_model import require_plain_model
@@ -55,7 +56,7 @@ class Prepared:
     stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
     ``padding`` is that of the calibration inputs; None where there is none. ``half_floats``: what stays float is
     stored as float16, which are the parameters and buffers ``halves`` as far as they have no codes. ``largest_others``
-    are the largest of what belongs to no layer, with their bytes.
+    are the largest of what belongs to no layer, with their bytes. ``changes`` are those that transforms made.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Prepared:
     half_floats: bool = False
     halves: frozenset[str] = frozenset()
     largest_others: Mapping[str, int] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
 
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
@@ -123,7 +125,10 @@ def prepare_own(ready: Prepared, model: nn.Module) -> Prepared:
     if not stores_halves(ready.model):
         own.float()
     fold(own, ready.folds)
-    return replace(ready, model=own, weights=Weights(own, ready.program.weights, computed_weights(own, ready.program)))
+    weights = Weights(own, ready.program.weights, computed_weights(own, ready.program))
+    for change in ready.changes:
+        change.apply(weights)
+    return replace(ready, model=own, weights=weights)
 
 
 @dataclass(frozen=True)

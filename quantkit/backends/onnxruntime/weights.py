@@ -75,8 +75,9 @@ class WeightWriter:
         self.expanded: dict[ir.Value, tuple[int, ...]] = {}
         self.coded = {name: weight for name, weight in simulated.weights.items() if weight.integer}
         self.half = {name: weight for name, weight in simulated.weights.items() if not weight.scaled}
-        others = (weight for weight in simulated.weights.items() if weight[1].scaled)
-        self.minifloats = {name: weight for name, weight in others if not weight.integer}
+        self.minifloats = {
+            n: weight for n, weight in simulated.weights.items() if weight.scaled and not weight.integer
+        }
         self.codes: dict[str, StoredCodes] = {}
         self.widened: dict[str, ir.Value] = {}
         self.joined: dict[tuple[Held, bool], StoredCodes] = {}
@@ -204,7 +205,7 @@ class WeightWriter:
             return None
         name, value = mark.attributes["name"].as_string(), mark.inputs[0]
         found = self.simulated.ranges[name]
-        if found.static or value is None or not reads_rows(read.call, read.turned):
+        if found.static or not found.integer or value is None or not reads_rows(read.call, read.turned):
             return None
         return Tokens(name, value, found)
 

@@ -140,11 +140,11 @@ def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None =
     ``importance`` is broadcastable to the rows. Of floating-point numbers ``minifloat_scale``.
     """
     groups = (-1, format.group or rows.shape[-1])
-    if not format.is_integer:
-        scale = minifloat_scale(rows.unflatten(-1, groups), format).squeeze(-1)
-        return scale, torch.zeros_like(scale)
     if importance is not None:
         importance = importance.expand_as(rows).unflatten(-1, groups)
+    if not format.is_integer:
+        scale = minifloat_scale(rows.unflatten(-1, groups), format, importance).squeeze(-1)
+        return scale, torch.zeros_like(scale)
     scale, zero = mse_range(rows.unflatten(-1, groups), format, importance)
     return scale.squeeze(-1), zero.squeeze(-1)
 

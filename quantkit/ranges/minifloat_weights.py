@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.minifloat import MINIFLOATS
-from quantkit.numbers.scales import E8M0, ScaleGrid
+from quantkit.numbers.scales import E8M0, ScaleGrid, with_scales_of_others
 
 # Tried of the scale at which the largest magnitude becomes the largest number; powers of two have no others between.
 FACTORS = (1.0, *torch.linspace(0.7, 1.9, 25, device="cpu").tolist())
@@ -23,7 +23,7 @@ def defined_scale(weight: Tensor, format: WeightFormat) -> Tensor:
     largest = weight.abs().amax(-1, keepdim=True)
     ones, top = torch.ones_like(largest), format.code_range[1]
     if format.scale != E8M0:
-        return torch.where(largest > 0, largest / top, ones)
+        return with_scales_of_others(torch.where(largest > 0, largest / top, ones), largest > 0)
     power = torch.frexp(largest).exponent - torch.frexp(torch.tensor(top, device="cpu")).exponent.to(largest.device)
     return torch.where(largest > 0, torch.ldexp(ones, power), ones)
 

@@ -148,7 +148,7 @@ def test_blocks_of_nvfp4_err_no_more_than_with_the_number_of_a_tensor_that_its_a
     ours, theirs = (float((E2M1.nearest(weight / s) * s - weight).norm()) for s in (scale, other))
     assert ours == pytest.approx(theirs, rel=0.02)
     packed = pack_weight(quantize_weight(weight.flatten(1), [format], rounding="nearest").weights[format])
-    assert packed.scale.dtype == torch.float8_e4m3fn and math.log2(float(packed.tensor_scale)).is_integer()
+    assert packed.scale.dtype == torch.float8_e4m3fn and math.log2(float(packed.shared_scale)).is_integer()
 
 
 @settings(deadline=None, max_examples=60)

@@ -20,7 +20,7 @@ from quantkit.transforms.orthogonal import random_hadamard
 from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
 from quantkit.transforms.value_heads import ValueHeads, value_heads
 
-NAME = "rotate-heads"
+NAME = "head-rotation"
 
 
 @dataclass(frozen=True)

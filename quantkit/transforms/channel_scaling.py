@@ -35,9 +35,10 @@ from quantkit.transforms.channel_statistics import Seen, channel_axis, seen_of
 from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
 
 NORMS, LAYERS, KEYS = "norm-scaling", "layer-scaling", "key-scaling"
-STRENGTHS = tuple(i / 8 for i in range(9))
+STRENGTHS = tuple(i / 4 for i in range(5))
 LARGEST, MEAN = "largest", "mean"
 BALANCED = 0.5
+OUTPUTS = 64  # of each layer that errors are measured at
 BETTER = 0.98  # of the error without it is where a scaling begins
 
 
@@ -167,8 +168,11 @@ def _error(setting: Setting, readers: Sequence[Member], seen: Seen, factors: Ten
         scaled = x * own.reshape(-1, *[1] * (-1 - axis))
         if (format := _format(setting, member)) is not None:
             scaled = _quantized(scaled, format)
-        weight, asked = weights[member.name].detach().cpu().float(), setting.weights[member.name]
-        layer = weights.layers[member.name]
+        layer, asked = weights.layers[member.name], setting.weights[member.name]
+        weight = weights[member.name].detach()
+        if layer.groups == 1:
+            weight = weight[:: max(1, len(weight) // OUTPUTS)]
+        weight = weight.cpu().float()
         columns = columns_of(own, weight, layer.groups)
         rounded = quantize_weight(weight / columns, [asked], groups=layer.groups, rounding="nearest").weights[asked]
         product = _product_of(setting, member.name)

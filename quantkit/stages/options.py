@@ -23,7 +23,10 @@ from quantkit.targets.rules import Rules
 
 Schemes = Sequence[str | Scheme]
 FLOAT32, FLOAT16 = "float32", "float16"  # as what is stored that stays float
-REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
+REPARAMETERIZATIONS = (
+    "auto", "none", "norm", "clip", "reads", "softmax", "norm+softmax", "clip+softmax", "clip+reads", "reads+softmax",
+    "clip+reads+softmax",
+)  # fmt: skip
 
 
 def choices() -> dict[str, tuple[str, ...]]:

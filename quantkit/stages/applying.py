@@ -104,7 +104,8 @@ class PlanApplication:
         if (expected := self._announced()) is not None:
             notes["working_bytes"] = expected.memory.peak_bytes  # not the seconds, which no two runs agree on
             rounding = expected.rounding
-        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes)
+        ratios = self.rewritten.ratios
+        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes, ratios)
         notes["rounding"] = self._round(simulated, request)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
@@ -139,8 +140,9 @@ class PlanApplication:
         return Learning(len(found.data) + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
-        ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
-        ranges |= {name: TokenRange(asked.bits) for name, asked in self.formatted.sites.items() if asked.dynamic}
+        dynamic = {name: asked for name, asked in self.formatted.sites.items() if asked.dynamic}
+        ranges: dict[str, AnyRange] = {name: TokenRange(asked.bits) for name, asked in dynamic.items()}
+        ranges |= self.rewritten.ranges
         others = [site for site in self.ready.sites if site.name not in ranges]
         histograms = site_histograms(self.ready.model, others, self.formatted.batches, progress, self.ready.padding)
         return ranges | {site.name: self._range_of(site, histograms[site.name]) for site in others if histograms}

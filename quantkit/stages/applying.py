@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantkit.numbers.kinds import AnyRange
+from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.integer_biases import bias_calls
 from quantkit.program.sites import Site
@@ -141,7 +140,7 @@ class PlanApplication:
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
         dynamic = {name: asked for name, asked in self.formatted.sites.items() if asked.dynamic}
-        ranges: dict[str, AnyRange] = {name: TokenRange(asked.bits) for name, asked in dynamic.items()}
+        ranges: dict[str, AnyRange] = {name: token_range(asked) for name, asked in dynamic.items()}
         ranges |= self.rewritten.ranges
         others = [site for site in self.ready.sites if site.name not in ranges]
         histograms = site_histograms(self.ready.model, others, self.formatted.batches, progress, self.ready.padding)

@@ -21,7 +21,16 @@ from quantkit.session import Session
 from quantkit.stages.apply import Application, apply_plan, require_layers
 from quantkit.stages.inputs import Inputs
 from quantkit.stages.metric import Evaluate, require_metric
-from quantkit.stages.options import FLOAT16, FLOAT32, ApplyOptions, Run, Schemes, require_choices
+from quantkit.stages.options import (
+    FLOAT16,
+    FLOAT32,
+    ApplyOptions,
+    Run,
+    Schemes,
+    asked_transforms,
+    require_choices,
+)
+from quantkit.stages.outliers import transformed, transformed_by
 from quantkit.stages.profile import measure
 from quantkit.stages.quantize import Search, candidates_of, quantize_request
 from quantkit.stages.request import DEFAULT_TARGET, TargetName, make_ready
@@ -52,6 +61,7 @@ def quantize(
     effort: str = "fast",
     rounding: str = "auto",
     ranges: str = "mse",
+    transforms: str = "auto",
     reconstruction: str = "auto",
     correction: str | None = "auto",
     reparameterization: str = "auto",
@@ -86,8 +96,9 @@ def quantize(
         model, calibration, example_inputs=example_inputs, samples=samples, target=target,
         **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, float_storage=float_storage,
         loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed, memory=memory,
+        transforms=transforms,
     )  # fmt: skip
-    return _with_notices(quantize_request(request, search))
+    return _with_notices(quantize_request(transformed(request, transforms), search))
 
 
 @own_modes()
@@ -107,6 +118,7 @@ def profile(
     sensitivity: str = "auto",
     rounding: str = "auto",
     ranges: str = "mse",
+    transforms: str = "auto",
     seed: int = 0,
     memory: str | None = None,
     progress: bool = True,
@@ -130,9 +142,9 @@ def profile(
     request = make_ready(
         model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
         rules=rules, first_last=first_last, float_storage=float_storage, loss=loss, sensitivity=sensitivity,
-        rounding=rounding, ranges=ranges, seed=seed, memory=memory,
+        rounding=rounding, ranges=ranges, seed=seed, memory=memory, transforms=transforms,
     )  # fmt: skip
-    return measure(request, run)
+    return measure(transformed(request, transforms), run)
 
 
 @own_modes()
@@ -148,6 +160,7 @@ def apply(
     float_storage: str | None = None,
     rounding: str = "auto",
     ranges: str = "mse",
+    transforms: str = "auto",
     reconstruction: str = "auto",
     correction: str | None = "auto",
     reparameterization: str = "auto",
@@ -187,6 +200,7 @@ def apply(
     goal, decided = Target.load(target), Plan.of(plan)
     floats = float_storage or decided.provenance.get(FLOAT_STORAGE, FLOAT32)
     require_choices(float_storage=floats)
+    asked_transforms(transforms)
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)
     require_metric(evaluate)
     asked = Application(how, evaluate, _run(progress, workdir), inplace)
@@ -196,6 +210,7 @@ def apply(
     how.with_inputs(inputs, coded or decided.schemes.values())  # of layers with weights alone more is known later
     session = Session.open(model, inputs, goal)
     session = session.storing_halves() if floats == FLOAT16 else session
+    decided = transformed_by(session, decided, transforms, how)
     return _with_notices(apply_plan(session, decided, asked))
 
 

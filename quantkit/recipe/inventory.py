@@ -16,6 +16,7 @@ from quantkit.stages.first_last import FIRST_LAST
 from quantkit.stages.operating_point import EFFORTS
 from quantkit.stages.options import FLOAT16, FLOAT32, REPARAMETERIZATIONS
 from quantkit.targets import Target, target_names
+from quantkit.transforms.known import TRANSFORMS
 
 
 def inventory(folder: Path = Path("recipes")) -> str:
@@ -39,6 +40,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("float_storage", (FLOAT32, FLOAT16)),
         ("rounding", (AUTO, *ROUNDINGS)),
         ("ranges", RANGES),
+        ("transforms", ("auto", "none", *TRANSFORMS)),
         ("reconstruction", RECONSTRUCTIONS),
         ("correction", CORRECTIONS),
         ("reparameterization", REPARAMETERIZATIONS),

@@ -50,6 +50,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "effort": _TEXT,
     "rounding": _TEXT,
     "ranges": _TEXT,
+    "transforms": _TEXT,
     "reconstruction": _TEXT,
     "correction": _TEXT,
     "reparameterization": _TEXT,

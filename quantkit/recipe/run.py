@@ -30,7 +30,7 @@ from quantkit.stages.inputs import calibration_batches
 from quantkit.stages.measure_plans import measured_damages
 from quantkit.stages.metric import metric_of
 from quantkit.stages.operating_point import EFFORTS
-from quantkit.stages.options import choices, choose
+from quantkit.stages.options import asked_transforms, choices, choose
 from quantkit.stages.quantize import candidates_of
 from quantkit.stages.request import DEFAULT_TARGET
 from quantkit.stages.result import Result, load_result
@@ -98,6 +98,9 @@ def _check_names(recipe: Recipe) -> None:
             parse_schemes([limit.scheme], target)
     with recipe.blame("schemes"):
         parse_schemes(candidates_of(limit, recipe.get("schemes"))["schemes"], target)
+    if recipe.get("transforms") is not None:
+        with recipe.blame("transforms"):
+            asked_transforms(recipe.get("transforms"))
     if recipe.get("solver") is not None:
         with recipe.blame("solver"):
             require_solver(recipe.get("solver"))

@@ -12,7 +12,17 @@ from torch import nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import stored_bytes
-from quantkit.plan import COMPOSITION, FLOAT, FLOAT_STORAGE, LEFT, Composition, Plan, average_bits, digest_of
+from quantkit.plan import (
+    COMPOSITION,
+    FLOAT,
+    FLOAT_STORAGE,
+    LEFT,
+    TRANSFORMS,
+    Composition,
+    Plan,
+    average_bits,
+    digest_of,
+)
 from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
@@ -76,7 +86,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     layers = session.prepared.layers
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
-    options = asked.options.with_inputs(inputs, _schemes_to_check(plan, session))
+    options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
     formatted = formatted_by(session, plan)
     ready = formatted.ready
     reference = session.reference(options.loss)
@@ -102,7 +112,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes, shapes=shapes)
 
 
-def _schemes_to_check(plan: Plan, session: Session) -> list[Scheme]:
+def schemes_to_check(plan: Plan, session: Session) -> list[Scheme]:
     """The schemes that calibration data has to fit: not those of layers with weights alone in codes, by their kind or
     because the plan leaves a site float that they read or make.
     """
@@ -135,6 +145,7 @@ def _finished(workdir: Path | None, session: Session, options: ApplyOptions, pla
     if workdir is None:
         return Cache()
     settings = session.identity | asdict(options)
+    settings |= {TRANSFORMS: [change.record() for change in session.prepared.changes]}
     settings |= {"plan": plan.digest(), "target": session.target.digest(), "torch": torch.__version__}
     folder = workdir / f"applied-{digest_of(settings)}"
     if folder.exists():

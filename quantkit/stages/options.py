@@ -20,10 +20,21 @@ from quantkit.sensitivity.outputs import LOSSES
 from quantkit.stages.first_last import FIRST_LAST, SAME
 from quantkit.stages.inputs import Inputs
 from quantkit.targets.rules import Rules
+from quantkit.transforms.known import TRANSFORMS
 
 Schemes = Sequence[str | Scheme]
 FLOAT32, FLOAT16 = "float32", "float16"  # as what is stored that stays float
 REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
+
+
+def asked_transforms(asked: str) -> list[str]:
+    """The transforms that are looked at, in the order in which they are made; raises InvalidRequest for others."""
+    if asked in ("auto", "none"):
+        return list(TRANSFORMS) if asked == "auto" else []
+    names = [name.strip() for name in asked.split(",")]
+    for name in names:
+        choose("transforms", name, ("auto", "none", *TRANSFORMS))
+    return [name for name in TRANSFORMS if name in names]
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -59,10 +70,12 @@ class ProfileOptions:
     ranges: str = "mse"
     seed: int = 0
     memory: str | None = None
+    transforms: str = "auto"
 
     def __post_init__(self) -> None:
         require_choices(**chosen(self))
         require_memory(self.memory)
+        asked_transforms(self.transforms)
 
 
 @dataclass(frozen=True)

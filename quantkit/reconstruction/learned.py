@@ -136,9 +136,11 @@ class LearnedWeight:
         return None if self.bias_start is None else self.bias_start + self.unit * self.bias_shift
 
     def rated(self, schedule: Schedule) -> list[Rated]:
-        """What is learned, with its rate."""
+        """What is learned, with its rate; codes whose rate is zero stay."""
         biases = [] if self.bias_start is None else [(self.bias_shift, schedule.bias_rate)]
-        return [(self.code, schedule.code_rate), (self.log_factor, schedule.scale_rate), *biases]
+        self.code.requires_grad_(schedule.code_rate > 0)
+        codes = [(self.code, schedule.code_rate)] if schedule.code_rate > 0 else []
+        return [*codes, (self.log_factor, schedule.scale_rate), *biases]
 
     @torch.no_grad()
     def found(self) -> QuantizedWeight:

@@ -16,7 +16,7 @@ from quantkit.allocation.from_profile import candidates
 from quantkit.errors import InfeasibleBudget
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
-from quantkit.program.inputs import Batch, batch_size, picked_samples, stacked
+from quantkit.program.inputs import Batch, batch_size, picked_samples
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference
@@ -24,7 +24,7 @@ from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.stages.apply import Application, formatted_by, schemes_to_check
 from quantkit.stages.applying import PlanApplication
-from quantkit.stages.recording import Replay
+from quantkit.stages.recording import Replay, samples_by_size
 
 MOST_TRIED = 2  # uniform plans
 HELD_BACK = 4  # one sample in so many
@@ -110,8 +110,8 @@ def _on(session: Session, batches: list[Batch]) -> Session:
     own = session.fork()
     own.inputs, own.references = replace(session.inputs, batches=batches), {}
     if isinstance(replay := session.replay, Replay):
-        samples = stacked(batches)
-        assert samples is not None, "all samples are of one size"
+        samples = samples_by_size(batches)
+        assert samples is not None, "as before some were held back"
         vars(own)["replay"] = Replay(replay.program, samples)
     return own
 

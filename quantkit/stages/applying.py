@@ -133,10 +133,11 @@ class PlanApplication:
         found, how = self.reconstruction, self.options.reconstruction
         if found is None:
             return Learning()
-        options, held = found.learning, len(found.data.held_outputs)
-        blocks = len(found.block_data) + held if how in ("block", *ADAQUANT) else 0
+        options, held = found.learning, sum(some.count for some in found.held)
+        seen, few = (sum(some.seen.count for some in data) for data in (found.data, found.block_data))
+        blocks = few + held if how in ("block", *ADAQUANT) else 0
         schedules = {"network": (options.network,), "block": (options.block, options.network), "none": ()}
-        return Learning(len(found.data) + held, blocks, held, schedules.get(how, (options.layer,)))
+        return Learning(seen + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
         dynamic = {name: asked for name, asked in self.formatted.sites.items() if asked.dynamic}
@@ -164,6 +165,6 @@ class PlanApplication:
         if program is None:
             return round_in_sequence(simulated, ready.program, batches, request)
         if isinstance(self.recording, Recording):
-            batches = [self.recording.samples]
+            batches = list(self.recording.samples)
         inputs = [program.entering(ready.model, batch) for batch in batches]
         return round_by_layers(SimulatedProgram(simulated, program, padding=ready.padding), inputs, request)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkit.sensitivity import COSTS, fisher as module
+from quantkit.sensitivity import COSTS
+from quantkit.sensitivity import fisher as module
 from quantkit.sensitivity.curvature import Landscape
 from quantkit.sensitivity.fisher import _landscape, fisher
 from quantkit.sensitivity.hvp_pairs import hvp_pairs

@@ -62,7 +62,7 @@ def test_a_plan_that_does_less_is_and_the_model_stays_as_it_was(measured) -> Non
     plan = replace(choose(profile), predicted_damage=1e9)
     found = no_worse_than_uniform(request.session, profile, plan, choose, APPLICATION)
     assert found.schemes == plan.schemes
-    if plan.schemes != {name: plan.schemes["conv"] for name in plan.schemes}:
+    if plan.schemes != dict.fromkeys(plan.schemes, plan.schemes["conv"]):
         record = found.provenance["against_uniform"]
         assert "returned" not in record and record["damage"] <= min(record["uniform"].values())
     assert request.session.inputs.batches is batches

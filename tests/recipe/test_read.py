@@ -161,7 +161,7 @@ CHANGES = {
     "no value after =": ("budget=", r"recipe\.yaml:--set: budget: None is not text or a table of keys"),
     "a section of its own": (
         "evaluate.metric=top1",
-        r"recipe\.yaml:--set: evaluate: needs npz or python or text; found none",
+        r"recipe\.yaml:--set: evaluate: needs npz or python; found none",
     ),
 }
 

@@ -3,11 +3,12 @@
 A *scheme* says how one layer computes: its weight format and its input's format, written as the field does::
 
     scheme = "float" | weight | weight act | act
-    weight = "w" fmt [ "g" int ] [ "z" ] [ "sf16" | "sf8" ]
+    weight = "w" fmt [ "g" int ] [ "z" ] [ "sf32" | "sf16" | "sf8" ]
     act    = "a" fmt [ "d" ] [ "g" int ]
     fmt    = "2".."8" | "16" | "fp8" | "fp8e5m2" | "nvfp4" | "mxfp4" | "log4"
 
 ``16`` are float16 numbers: values, no codes, so that a weight of them has neither groups nor zero points nor scales.
+Scales of groups are float16 numbers, those of whole output channels float32 ones, unless others are asked for.
 
 >>> str(Scheme.parse("w4g64za8d"))
 'w4g64za8d'
@@ -28,8 +29,9 @@ EIGHT_BITS = 8
 HALF = "16"
 _FLOAT_BITS = {HALF: 16, "fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
 SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
+TENSOR_SCALE_BYTES = {"f8": 4}  # what a weight's scales have in common
 _FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"
-_WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f16|f8))?"
+_WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f32|f16|f8))?"
 _ACT = rf"a(?P<afmt>{_FMT})(?P<dynamic>d)?(?:g(?P<agroup>[1-9]\d*))?"
 _SCHEME = re.compile(rf"(?:{_WEIGHT})?(?:{_ACT})?")
 
@@ -65,12 +67,21 @@ class _Format:
 @dataclass(frozen=True)
 class WeightFormat(_Format):
     """How a layer's weight is stored. ``group`` 0 is one scale per output channel, n is one per n inputs of a
-    channel.
+    channel. ``scale`` is their type; left empty, it is the usual one.
     """
 
     group: int = 0
     zero_point: bool = False
-    scale: str = "f32"
+    scale: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.scale:
+            object.__setattr__(self, "scale", self.usual_scale)
+
+    @property
+    def usual_scale(self) -> str:
+        """The type of scales that a format has where none is named."""
+        return "f16" if self.group else "f32"
 
     @property
     def is_half(self) -> bool:
@@ -95,11 +106,12 @@ class WeightFormat(_Format):
         """
         scales = self.scale_count(shape)
         zeros = packed_bytes(scales, self.bits) if self.zero_point else 0
-        return packed_bytes(math.prod(shape), self.bits) + scales * SCALE_BYTES[self.scale] + zeros
+        shared = TENSOR_SCALE_BYTES.get(self.scale, 0)
+        return packed_bytes(math.prod(shape), self.bits) + scales * SCALE_BYTES[self.scale] + shared + zeros
 
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group else ""
-        scale = "" if self.scale == "f32" else f"s{self.scale}"
+        scale = "" if self.scale == self.usual_scale else f"s{self.scale}"
         return f"w{self.fmt}{group}{'z' if self.zero_point else ''}{scale}"
 
 
@@ -136,7 +148,7 @@ class Scheme:
         if match is None or not word:
             raise InvalidRequest(
                 f"Unknown scheme {text!r}. Expected 'float' or formats such as 'w4a8', 'w4g64za8d' or 'w8': "
-                "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf16 or sf8, d."
+                "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf32, sf16 or sf8, d."
             )
         part = match.groupdict()
         if part["wfmt"] == HALF and (part["wgroup"] or part["zero"] or part["scale"]):
@@ -146,7 +158,7 @@ class Scheme:
             )
         weight = activation = None
         if part["wfmt"]:
-            weight = WeightFormat(part["wfmt"], int(part["wgroup"] or 0), bool(part["zero"]), part["scale"] or "f32")
+            weight = WeightFormat(part["wfmt"], int(part["wgroup"] or 0), bool(part["zero"]), part["scale"] or "")
         if part["afmt"]:
             activation = ActivationFormat(part["afmt"], bool(part["dynamic"]), int(part["agroup"] or 0))
         return cls(weight, activation)

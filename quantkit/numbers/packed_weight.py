@@ -4,6 +4,7 @@ The tensors of a weight in a safetensors file, under a name of the caller's (``<
 
 - ``.codes`` uint8, bit planes of the codes as in ``numbers.packing``;
 - ``.scale`` float32, float16 or float8_e4m3fn (``sf16``, ``sf8``), output channels x groups;
+- ``.tensor_scale`` float32, a number that those of ``sf8`` are multiplied by;
 - ``.zero_point`` uint8, bit planes of the channels x groups zero points, where the format has them.
 
 A weight stored as float16 (``w16``) is one tensor, ``.values``, in the weight's shape.
@@ -22,30 +23,32 @@ from quantkit.formats import WeightFormat
 from quantkit.numbers.half import HalfWeight
 from quantkit.numbers.kinds import AnyWeight
 from quantkit.numbers.packing import pack, unpack
+from quantkit.numbers.scales import SCALE_TYPES, exact_power
 from quantkit.numbers.uniform import QuantizedWeight
 
-PARTS = ("codes", "scale", "zero_point", "values")
-SCALE_TYPES = {"f32": torch.float32, "f16": torch.float16, "f8": torch.float8_e4m3fn}
+PARTS = ("codes", "scale", "tensor_scale", "zero_point", "values")
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """``codes``, ``scale`` and ``zero_point`` as in the file; ``shape`` is the weight's."""
+    """``codes``, ``scale``, ``zero_point`` and ``tensor_scale`` as in the file; ``shape`` is the weight's."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     shape: tuple[int, ...]
     format: WeightFormat
+    tensor_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held, counted from the tensors."""
-        return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero_point) if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors("").values())
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What a safetensors file holds of this weight."""
         found = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
+        found["tensor_scale"] = self.tensor_scale
         return {f"{name}.{part}": tensor for part, tensor in found.items() if tensor is not None}
 
     @classmethod
@@ -54,31 +57,44 @@ class PackedWeight:
     ) -> PackedWeight:
         """The weight ``tensors`` wrote. Raises CorruptFile where a tensor is missing or of another type."""
         codes, scale, zero = (tensors.get(f"{name}.{part}") for part in ("codes", "scale", "zero_point"))
-        if codes is None or scale is None or (zero is None) == format.zero_point:
+        shared = tensors.get(f"{name}.tensor_scale")
+        lacking = (zero is None) == format.zero_point or (shared is None) == (format.scale == "f8")
+        if codes is None or scale is None or lacking:
             raise CorruptFile(f"The codes, scales or zero points of {name!r} ({format}) are missing.")
         if codes.dtype != torch.uint8 or scale.dtype != SCALE_TYPES[format.scale]:
             raise CorruptFile(
                 f"{name!r} has codes of {codes.dtype} and scales of {scale.dtype}; {format} has codes of torch.uint8 "
                 f"and scales of {SCALE_TYPES[format.scale]}."
             )
-        return cls(codes, scale, zero, tuple(shape), format)
+        return cls(codes, scale, zero, tuple(shape), format, shared)
 
 
 def pack_weight(weight: QuantizedWeight) -> PackedWeight:
     """Pack a weight. Raises InvalidRequest for scales that their type cannot hold exactly."""
-    scale = weight.scale.to(SCALE_TYPES[weight.format.scale])
-    if not torch.equal(scale.float(), weight.scale):
+    bits, (scale, shared) = weight.format.bits, packed_scale(weight)
+    zero = None if weight.zero_point is None else pack(weight.zero_point, bits)
+    codes, shape = pack(weight.codes, bits), tuple(weight.codes.shape)
+    return PackedWeight(codes, scale.contiguous(), zero, shape, weight.format, shared)
+
+
+def packed_scale(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+    """The scales in their own type, and what those of ``sf8`` are multiplied by. Raises InvalidRequest for scales that
+    their type cannot hold exactly.
+    """
+    eighths = weight.format.scale == "f8"
+    power = exact_power(weight.scale) or 0 if eighths else 0
+    scale = (weight.scale * 2.0**power).to(SCALE_TYPES[weight.format.scale])
+    if not torch.equal(scale.float() / 2.0**power, weight.scale):
         raise InvalidRequest(
             f"The scales of {weight.format} are not {scale.dtype} numbers. Round them before the codes are computed."
         )
-    bits = weight.format.bits
-    zero = None if weight.zero_point is None else pack(weight.zero_point, bits)
-    return PackedWeight(pack(weight.codes, bits), scale.contiguous(), zero, tuple(weight.codes.shape), weight.format)
+    return scale, torch.tensor(2.0**-power, dtype=torch.float32, device="cpu") if eighths else None
 
 
 def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
     """The codes, scales and zero points of a packed weight, exactly."""
     bits, scale = packed.format.bits, packed.scale.float()
+    scale = scale if packed.tensor_scale is None else scale * packed.tensor_scale
     zero = None if packed.zero_point is None else unpack(packed.zero_point, bits, tuple(scale.shape))
     return QuantizedWeight(unpack(packed.codes, bits, packed.shape), scale, zero, packed.format)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.numbers.quantizer import Codes, Quantizer
+from quantkit.numbers.scales import ScaleGrid
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -83,6 +84,10 @@ class QuantizedWeight(Quantizer):
         """Scale and zero point, to be broadcast over (O, groups, inputs of a group)."""
         zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
         return self.scale.unsqueeze(-1), zero.unsqueeze(-1)
+
+    def with_scale(self, scale: Tensor) -> QuantizedWeight:
+        """The same codes under the scales nearest to these that the format stores."""
+        return replace(self, scale=ScaleGrid.of(scale, self.format).nearest(scale))
 
     def steps(self) -> Tensor:
         """The distance between neighbouring values, in the weight's shape."""

@@ -9,7 +9,7 @@ arXiv 1706.04599): a network that computes with errors should be less sure of it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ def _correct(model: SimulatedModel, name: str, found: Spread, wanted: Spread, de
         ratio = torch.where(usable, wanted.deviation / found.deviation, ratio).clamp(LEAST_RATIO, MOST_RATIO)
         weight = model.weights[name]
         assert weight.integer
-        model.set_weight(name, replace(weight, scale=weight.scale * ratio.to(weight.scale).unsqueeze(1)))
+        model.set_weight(name, weight.with_scale(weight.scale * ratio.to(weight.scale).unsqueeze(1)))
     bias = model.floats.bias(name)
     assert bias is not None
     bias.copy_((bias.double() - found.mean) * ratio + wanted.mean)
@@ -106,6 +106,6 @@ def scale_layer(model: SimulatedModel, name: str, factor: float) -> None:
     """Multiply what a layer computes by a factor, through its scales and its bias."""
     weight, bias = model.weights[name], model.floats.bias(name)
     assert weight.integer
-    model.set_weight(name, replace(weight, scale=weight.scale * factor))
+    model.set_weight(name, weight.with_scale(weight.scale * factor))
     if bias is not None:
         bias.mul_(factor)

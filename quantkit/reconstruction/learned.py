@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.reconstruction.learning import Rated, Schedule
 
@@ -31,6 +32,16 @@ class _RoundThrough(torch.autograd.Function):
 def round_through(x: Tensor) -> Tensor:
     """``x`` rounded; its gradient passes as if it were not."""
     return _RoundThrough.apply(x)
+
+
+class _StoredThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scale, grid):
+        return grid.nearest(scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -95,6 +106,7 @@ class LearnedWeight:
         exact = weight.detach().reshape(rows) / scale + self.zero
         self.code = (codes + (exact - codes).clamp(-HALF, HALF)).requires_grad_()
         self.log_factor = torch.zeros_like(start.scale).requires_grad_()
+        self.grid = ScaleGrid.of(start.scale, start.format)
         self.bias_start = bias if bias is None else bias.detach().clone()
         self.bias_shift = torch.zeros(
             len(weight), dtype=torch.float32, device=weight.device, requires_grad=bias is not None
@@ -109,7 +121,9 @@ class LearnedWeight:
         return self.zero
 
     def _scale(self) -> Tensor:
-        return self.start.scale * self.log_factor.exp()
+        """Scales that the format stores; their gradient passes as if they were not rounded."""
+        scale: Tensor = _StoredThrough.apply(self.start.scale * self.log_factor.exp(), self.grid)
+        return scale
 
     def value(self) -> Tensor:
         """The weight that a layer computes with."""

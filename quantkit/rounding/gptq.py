@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import dequantize, quantize
 from quantkit.ranges.weights import group_ranges, per_input
 from quantkit.rounding.blocks import Blocks
@@ -42,11 +43,11 @@ def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     ordered = Ordered(moments.factor.order, factor)
     scale, zero = group_ranges(rows, format, moments.squares(rows.shape[-1]).to(rows.dtype))
 
-    stretch = STRETCH.to(rows.dtype).reshape(-1, 1, 1, 1)
+    grid, stretch = ScaleGrid.of(scale, format), STRETCH.to(rows.dtype).reshape(-1, 1, 1, 1)
     step = slice_rows(rows.shape[0], rows.shape[2])
     best_codes, best_scale = [], []
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
-        scales = base * stretch
+        scales = grid.nearest(base * stretch)
         step_of, zero_of = (_by_column(x, some, ordered, blocks) for x in (scales, offset))
         codes, loss = gptq_codes(ordered.sorted(blocks.cut(some)), factor, step_of, zero_of, *format.code_range)
         best = blocks.summed(loss).argmin(0)[None, ..., None]

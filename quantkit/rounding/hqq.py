@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import dequantize, quantize
 from quantkit.ranges.weights import group_ranges
 from quantkit.rounding.moments import Moments
@@ -28,6 +29,7 @@ def hqq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     scale, zero = group_ranges(rows, format)
     groups = rows.reshape(*scale.shape, -1)
     scale, zero = (x.squeeze(-1) for x in hqq_range(groups, format, scale.unsqueeze(-1), zero.unsqueeze(-1)))
+    scale = ScaleGrid.of(scale, format).nearest(scale)
     return nearest_codes(rows, format, scale, zero), scale, zero
 
 

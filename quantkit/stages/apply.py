@@ -86,7 +86,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     layers = session.prepared.layers
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
-    options = asked.options.with_inputs(inputs, _schemes_to_check(plan, session))
+    options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
     formatted = formatted_by(session, plan)
     ready = formatted.ready
     reference = session.reference(options.loss)
@@ -112,7 +112,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes, shapes=shapes)
 
 
-def _schemes_to_check(plan: Plan, session: Session) -> list[Scheme]:
+def schemes_to_check(plan: Plan, session: Session) -> list[Scheme]:
     """The schemes that calibration data has to fit: not those of layers with weights alone in codes, by their kind or
     because the plan leaves a site float that they read or make.
     """

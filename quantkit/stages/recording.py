@@ -13,9 +13,11 @@ from quantkit.program.inputs import Batch, batch_size, first_samples, picked_sam
 from quantkit.program.program import Program
 from quantkit.program.replayable import replayable
 from quantkit.program.segments import Segment, blocks_of
+from quantkit.stages.footprint import compared_bytes
 from quantkit.transforms.prepare import Prepared
 
 TRIED = 8  # samples from either end that a replay must agree with the model on, beside those it was recorded on
+TRIED_BYTES = 1 << 28  # and no more than these take, two at least
 FEW = 2  # samples of each combination of sizes beyond the first few, of which there may be hundreds
 
 
@@ -42,7 +44,8 @@ def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
     if samples is None:
         return "its inputs cannot be put into batches of one size"
     order = torch.arange(batch_size(samples), device="cpu")
-    others = [some_samples(samples, order[:TRIED]), some_samples(samples, order.flip(0)[:TRIED])]
+    tried = max(FEW, min(TRIED, TRIED_BYTES // max(1, compared_bytes(ready.program, 1))))
+    others = [some_samples(samples, order[:tried]), some_samples(samples, order.flip(0)[:tried])]
     program = replayable(ready.program, ready.model, ready.example, others)
     if program is None or program.rows.get(program.output) != 0:
         return "what it computes depends on more than its inputs' values and batch size"

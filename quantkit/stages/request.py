@@ -19,6 +19,7 @@ from quantkit.sensitivity import require_additive
 from quantkit.sensitivity.measure import Scores
 from quantkit.session import Session
 from quantkit.stages.beyond_half import why_not_half, without_beyond_half
+from quantkit.stages.estimator import MEASURED, estimator_for
 from quantkit.stages.first_last import policy_record, with_policy
 from quantkit.stages.inputs import Inputs, tell_what_is_missing
 from quantkit.stages.options import FLOAT16, FLOAT32, ProfileOptions, chosen
@@ -161,7 +162,17 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         **({} if options.memory is None else {"memory": options.memory}),
     }
     by_rule = frozenset(name for name in ready.quantizable if decided_by_rule(name, options.rules, ready.layers))
-    return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings, by_rule)
+    request = Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings, by_rule)
+    return _with_estimator(request) if options.sensitivity == "auto" else request
+
+
+def _with_estimator(request: Request) -> Request:
+    """The request with an estimator by its size; the first of them where there is nothing to choose."""
+    if all(len(options) < 2 for options in request.candidates.values()):
+        return replace(request, settings=request.settings | {"sensitivity": MEASURED})
+    places = len(request.candidates) + len(request.ready.sites)
+    found = estimator_for(request.ready, request.batches, request.settings["loss"], len(request.entries()), places)
+    return replace(request, settings=request.settings | {"sensitivity": found})
 
 
 def _without_unfit(session: Session, scheme: Scheme, rules: Rules | None) -> Session:

@@ -34,10 +34,12 @@ class Target:
     compute in float; ``output_coded`` the kinds whose kernels write codes, ``dynamic_layers`` those whose inputs it
     can quantize token by token. ``integer_ops`` are the element-wise operations it runs on codes, ``integer_products``
     the products of two activations, ``fused_activations`` what it fuses into layers and element-wise operations.
-    ``weight_only``: every layer can have codes for its weight alone; ``weight_only_groups``: also in groups and with
-    zero points; ``float16_weights``: or float16 values, ``w16``. ``instruction_set`` is that of the CPUs that files
-    are written for, ``operator_domains`` the operator sets that they may use beside the format's own, ``roles``
-    whether tensors must, may or cannot hold codes in each role (``targets.roles``); they may in one that is not named.
+    ``weight_scales`` are the types of scales that its kernels read. ``weight_only``: every layer can have codes for
+    its weight alone; ``weight_only_groups``: also in groups and with zero points; ``weight_only_scales``: the types of
+    scales it stores for them; ``float16_weights``: or float16 values, ``w16``. ``instruction_set`` is that of the CPUs
+    that files are written for, ``operator_domains`` the operator sets that they may use beside the format's own,
+    ``roles`` whether tensors must, may or cannot hold codes in each role (``targets.roles``); they may in one that is
+    not named.
     ``latency``: what a model's parts take on a machine, where that was measured.
     """
 
@@ -54,8 +56,10 @@ class Target:
     integer_ops: tuple[str, ...]
     integer_products: tuple[str, ...] = ()
     weight_only_layers: tuple[str, ...] = ()
+    weight_scales: tuple[str, ...] = ("f32",)
     weight_only: bool = False
     weight_only_groups: bool = False
+    weight_only_scales: tuple[str, ...] = ("f32",)
     float16_weights: bool = False
     dynamic_layers: tuple[str, ...] = ()
     instruction_set: str = AUTO
@@ -166,7 +170,7 @@ class Target:
             return f"weight groups ({weight}) are ?"
         if weight.zero_point and not self.weight_zero_points and not expanded:
             return f"weight zero points ({weight}) are ?"
-        if weight.scale != "f32":
+        if weight.scale not in (self.weight_scales if act is not None else self.weight_only_scales):
             return f"{weight.scale} scales ({weight}) are ?"
         if act is not None and not self._runs(act):
             ways = "static or per token" if self.dynamic_layers else "static"

@@ -15,7 +15,7 @@ from tests.scheme_grammar import SCHEMES
 ACTS = ("", "a4", "a5", "a6", "a7", "a8", "a4d", "a5d", "a6d", "a7d", "a8d")
 RUNS = {"float", *(f"w{weight}{act}" for weight in range(2, 9) for act in ACTS)}
 RUNS |= {"w16"} | {
-    text for text in SCHEMES if re.fullmatch(r"w[2-8](g\d+)?z?", text)
+    text for text in SCHEMES if re.fullmatch(r"w[2-8](g\d+)?z?(sf\d+)?", text)
 }  # weights alone, expanded at load
 
 
@@ -68,8 +68,15 @@ def test_a_target_that_quantizes_no_tokens_refuses_them(target: Target) -> None:
 
 def test_a_target_with_groups_and_zero_points_runs_them(target: Target) -> None:
     wider = replace(target, weight_groups=True, weight_zero_points=True, activation_bits=(4, 8))
-    assert wider.refusal(Scheme.parse("w4g32za4")) is None
-    assert wider.refusal(Scheme.parse("w4g32zsf16a4")) == f"f16 scales (w4g32zsf16) are {NO}"
+    assert wider.refusal(Scheme.parse("w4g32zsf32a4")) is None
+    assert wider.refusal(Scheme.parse("w4g32za4")) == f"f16 scales (w4g32z) are {NO}"
+    assert replace(wider, weight_scales=("f32", "f16")).refusal(Scheme.parse("w4g32za4")) is None
+
+
+def test_a_target_names_the_scales_it_stores(target: Target) -> None:
+    narrower = replace(target, weight_only_scales=("f32",))
+    assert narrower.refusal(Scheme.parse("w4g32z")) == f"f16 scales (w4g32z) are {NO}"
+    assert narrower.refusal(Scheme.parse("w4g32zsf32")) is None
 
 
 def test_a_target_of_integer_kernels_alone_needs_codes_to_read(target: Target) -> None:

@@ -72,10 +72,10 @@ def _require_form(name: str, weight: AnyWeight) -> None:
     fmt = weight.format
     if fmt.is_half:
         return
-    if not fmt.is_integer or fmt.bits > 8 or fmt.scale != "f32":
+    if not fmt.is_integer or fmt.bits > 8:
         raise InvalidRequest(
             f"Layer {name!r} has weight format {fmt}, which ONNX files do not carry yet. "
-            "Use 2 to 8 bits with float32 scales, such as w4 or w4g32z, or w16."
+            "Use 2 to 8 bits, such as w4 or w4g32z, or w16."
         )
     in_planes = fmt.bits not in (4, 8)
     if in_planes and math.prod(weight.shape) > LARGEST_UNPACKED:

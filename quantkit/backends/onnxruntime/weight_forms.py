@@ -1,5 +1,5 @@
 """How a layer's codes lie in the file: true size for every width, expanded to INT8 once, when onnxruntime loads it.
-Weights of float16 are stored as such and expanded to float32.
+Weights of float16, and scales of fewer bits than float32, are stored as such and expanded to float32.
 
 =======  ==================================================  ==========================================
 bits     initializers                                        expanded by
@@ -31,12 +31,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
+from ml_dtypes import float8_e4m3fn
 from onnx import parser
 from torch import Tensor
 
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
 from quantkit.formats import bit_planes
+from quantkit.numbers.packed_weight import packed_scale
 from quantkit.numbers.packing import pack_plane, split_planes
 from quantkit.numbers.uniform import QuantizedWeight
 
@@ -100,6 +102,22 @@ def widened(editor: Editor, before: ir.Node, name: str, halves: ir.Value) -> ir.
     file.
     """
     return editor.node(before, "Cast", [halves], name, to=ir.DataType.FLOAT)
+
+
+def expanded_scale(
+    editor: Editor, before: ir.Node, name: str, weight: QuantizedWeight, shape: tuple[int, ...]
+) -> ir.Value:
+    """The scales of a weight in float32 and in this shape, from what its format stores."""
+    packed, shared = packed_scale(weight)
+    packed, name = packed.reshape(shape), f"{name}.scale"
+    if packed.dtype == torch.float32:
+        return editor.initializer(name, packed.numpy())
+    eighths = packed.dtype.itemsize == 1
+    stored = packed.view(torch.uint8).numpy().view(float8_e4m3fn) if eighths else packed.numpy()
+    value = widened(editor, before, name, editor.initializer(name, stored))
+    if shared is None:
+        return value
+    return editor.node(before, "Mul", [value, editor.initializer(f"{name}.tensor_scale", shared.numpy())], name)
 
 
 def picks_rows(call: ir.Node) -> bool:
@@ -177,7 +195,7 @@ class _Grid:
         return StoredCodes(self.editor.node(self.before, "Reshape", [codes.value, shape], self.name), codes.unsigned)
 
     def scale(self) -> ir.Value:
-        return self.editor.initializer(f"{self.name}.scale", self.weight.scale.reshape(self.across).numpy())
+        return expanded_scale(self.editor, self.before, self.name, self.weight, self.across)
 
     def zero_point(self) -> StoredCodes | None:
         zero = self.weight.zero_point

@@ -87,7 +87,7 @@ def test_calls_that_treat_channels_alike_are_followed(name: str) -> None:
     call, axis = ALIKE[name]
     axes = axes_through(call)
     assert axes is not None
-    program, last = last_step(call)
+    _, last = last_step(call)
     assert axes[last.outputs[0]] == axis
     x, table = torch.randn(2, 5, WIDTH), torch.randn(5, WIDTH)
     matrix, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH))

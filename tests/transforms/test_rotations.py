@@ -136,6 +136,20 @@ def swin_of_three_stages() -> nn.Module:
     return hf.SwinForImageClassification(hf.SwinConfig(**sizes, window_size=2, initializer_range=0.3, num_labels=3))
 
 
+class TorchEncoder(nn.Module):
+    """Layers of torch's own, whose packed projections are cut while they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 20, dropout=0.0, norm_first=True, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.embed, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(self.encoder(self.embed(x)).mean(1))
+        return made
+
+
 TEXT, IMAGES = huggingface.text(), huggingface.pixels(16)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], BatchBuilder]] = {
     "bert": (huggingface.bert, huggingface.text("right")),
@@ -147,8 +161,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], BatchBuilder]] = {
     "mistral": (mistral, TEXT),
     "gemma2": (huggingface.gemma2, TEXT),
     "swin": (swin_of_three_stages, huggingface.pixels(32)),
+    "torch": (TorchEncoder, lambda samples, length=None, seed=0: tokens(seed)),
 }
-STREAMS = ("vit", "llama", "qwen3 with a head of its own", "mistral", "swin")
+STREAMS = ("torch", "vit", "llama", "qwen3 with a head of its own", "mistral", "swin")
 IN_THE_WAY = {
     "bert": ("bert.encoder.layer.0.attention.output/add", "the norm bert.embeddings.LayerNorm writes to it"),
     "gpt2": (

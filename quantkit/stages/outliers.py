@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from quantkit.errors import InvalidRequest
-from quantkit.formats import EIGHT_BITS, ActivationFormat
-from quantkit.numbers.kinds import AnyRange
-from quantkit.numbers.per_token import TokenRange
+from quantkit.formats import EIGHT_BITS
+from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.plan import TRANSFORMS as RECORDED
 from quantkit.plan import Plan
 from quantkit.program.inputs import Batch, batch_size, picked_samples
@@ -83,7 +82,8 @@ class Trial:
     def damage(self, ready: Prepared) -> float:
         """The damage with all that may get codes in its narrowest format; the weights of ``ready`` are rounded."""
         weights, sites = self.formatted.weights, self.formatted.sites
-        ranges = {site.name: _range(sites[site.name]) for site in ready.sites if sites[site.name].dynamic}
+        dynamic = [site.name for site in ready.sites if sites[site.name].dynamic]
+        ranges: dict[str, AnyRange] = {name: token_range(sites[name]) for name in dynamic}
         static = [site for site in ready.sites if site.name not in ranges]
         found = site_histograms(ready.model, static, self.fit, False, ready.padding)
         ranges |= {name: RANGES[self.ranges](histogram, sites[name].bits) for name, histogram in found.items()}
@@ -100,10 +100,6 @@ class Trial:
         rule = self.reference.damage.rule
         held = self.reference.batches
         return Subject(ready.model, held, sites, weights=ready.weights, program=ready.program, rule=rule)
-
-
-def _range(format: ActivationFormat) -> AnyRange:
-    return TokenRange(format.bits)
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from quantkit.formats import ActivationFormat
 from quantkit.numbers.quantizer import Codes, Quantizer
+from quantkit.numbers.ratios import Ratio, divided, multiplied
 
 SMALLEST_STEP = torch.finfo(torch.float32).tiny  # rows of zeros need one too
 
 
 @dataclass(frozen=True)
 class TokenRange(Quantizer):
-    """The quantizer of a site that finds a scale for every row by itself; codes of ``bits`` bits."""
+    """The quantizer of a site that finds a scale for every row by itself; codes of ``bits`` bits. With a ``ratio``,
+    codes are those of rows divided by the ratio of each channel.
+    """
 
     bits: int = 8
+    ratio: Ratio = ()
 
     kind: ClassVar[str] = "per-token"
     stored: ClassVar[Literal[False]] = False
@@ -44,8 +48,9 @@ class TokenRange(Quantizer):
         return (x.detach().abs().amax(-1, keepdim=True) / self.high).clamp(min=SMALLEST_STEP)
 
     def quantize(self, x: Tensor) -> Codes:
+        x = divided(x, self.ratio)
         scale = self.steps(x)
         return Codes(torch.round(x / scale), scale)
 
     def dequantize(self, codes: Codes) -> Tensor:
-        return codes.codes * codes.scale
+        return multiplied(codes.codes * codes.scale, self.ratio)

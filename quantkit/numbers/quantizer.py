@@ -67,7 +67,8 @@ class Quantizer(Protocol):
 
     @classmethod
     def from_dict(cls: type[Q], record: Mapping[str, Any]) -> Q:
-        return cls(**{name: value for name, value in record.items() if name != "kind"})
+        fields = {name: value for name, value in record.items() if name != "kind"}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     def fingerprint(self) -> bytes:
         """Bytes that two quantizers share only where they are equal."""

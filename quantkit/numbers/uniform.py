@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
 from quantkit.numbers.minifloat import E4M3
 from quantkit.numbers.quantizer import Codes, Quantizer
+from quantkit.numbers.ratios import Ratio, divided, factors, multiplied
 from quantkit.numbers.scales import ScaleGrid, exact_power
 
 
@@ -56,14 +57,17 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: float, high
 @dataclass(frozen=True)
 class QuantizedWeight(Quantizer):
     """A layer's weight as it ships: int8 ``codes`` in the weight's shape, ``scale`` (O, groups) float32,
-    ``zero_point`` (O, groups) int8 or None, and the format they obey. ``in_fp8``: products of codes and scales are
-    rounded to E4M3, as kernels do that multiply them with FP8 activations (FireQ, llm-fireq/fireq).
+    ``zero_point`` (O, groups) int8 or None, and the format they obey. With a ``ratio``, that of the range by which its
+    input is read, the codes are those of the weight times the ratio of each input: what they stand for is divided by
+    it. ``in_fp8``: products of codes and scales are rounded to E4M3, as kernels do that multiply them with FP8
+    activations (FireQ, llm-fireq/fireq).
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     format: WeightFormat
+    ratio: Ratio = ()
     in_fp8: bool = False
 
     kind: ClassVar[str] = "weight"
@@ -88,7 +92,13 @@ class QuantizedWeight(Quantizer):
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, to be broadcast over (O, groups, inputs of a group)."""
         zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
-        return self.scale.unsqueeze(-1), zero.unsqueeze(-1)
+        return self.scale.unsqueeze(-1) * self.columns(), zero.unsqueeze(-1)
+
+    def columns(self) -> Tensor:
+        """What scales are multiplied by for each input, (groups, inputs of a group)."""
+        if not self.ratio:
+            return self.scale.new_ones(1, 1)
+        return factors(self.ratio, self.scale.device).reciprocal().reshape(self.scale.shape[1], -1)
 
     def with_scale(self, scale: Tensor) -> QuantizedWeight:
         """The same codes under the scales nearest to these that the format stores."""
@@ -97,7 +107,7 @@ class QuantizedWeight(Quantizer):
     def steps(self) -> Tensor:
         """The distance between neighbouring values, in the weight's shape."""
         rows = self.codes.reshape(*self.scale.shape, -1)
-        return self.scale.unsqueeze(-1).expand(rows.shape).reshape(self.codes.shape)
+        return self.grid()[0].expand(rows.shape).reshape(self.codes.shape)
 
     def quantize(self, x: Tensor) -> Codes:
         """The nearest codes of another weight of this shape, on the grid of this one."""
@@ -126,20 +136,24 @@ class QuantizedWeight(Quantizer):
     def from_dict(cls, record: Mapping[str, Any]) -> QuantizedWeight:
         format = Scheme.parse(record["format"]).weight
         assert format is not None, "written by to_dict"
-        return cls(record["codes"], record["scale"], record.get("zero_point"), format)
+        return cls(record["codes"], record["scale"], record.get("zero_point"), format, tuple(record.get("ratio", ())))
 
     def fingerprint(self) -> bytes:
         held = (self.codes, self.scale, self.zero_point)
-        return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in held if t is not None)
+        parts = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in held if t is not None)
+        return parts + repr(self.ratio).encode() if self.ratio else parts
 
 
 @dataclass(frozen=True)
 class SiteRange(Quantizer):
-    """The quantizer of one site: unsigned codes of ``bits`` bits, one scale and zero point for the whole tensor."""
+    """The quantizer of one site: unsigned codes of ``bits`` bits, one scale and zero point for the whole tensor. With
+    a ``ratio``, codes are those of the tensor divided by the ratio of each channel.
+    """
 
     scale: float
     zero_point: int
     bits: int = 8
+    ratio: Ratio = ()
 
     kind: ClassVar[str] = "uniform"
     stored: ClassVar[Literal[False]] = False
@@ -160,10 +174,11 @@ class SiteRange(Quantizer):
 
     def quantize(self, x: Tensor) -> Codes:
         scale, zero = self._grid(x.device)
-        return Codes(quantize(x, scale, zero, 0, self.high), scale)
+        return Codes(quantize(divided(x, self.ratio), scale, zero, 0, self.high), scale)
 
     def dequantize(self, codes: Codes) -> Tensor:
-        return dequantize(codes.codes, *self._grid(codes.codes.device))
+        return multiplied(dequantize(codes.codes, *self._grid(codes.codes.device)), self.ratio)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, *self._grid(x.device), 0, self.high)
+        found = fake_quantize(divided(x, self.ratio), *self._grid(x.device), 0, self.high)
+        return multiplied(found, self.ratio)

@@ -98,7 +98,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     ready, target = applying.ready, target_of(session, plan)
-    choices = choices_of(ready, target, asked.may_be_float)
+    scaled = applying.rewritten.ratios  # their codes are of no use without the ratio
+    choices = choices_of(ready, target, [name for name in asked.may_be_float if name not in scaled])
     some = to_measure(reference, choices)
     floats = {} if some is None else weights_read_float(ready)
     simulated, notes = applying.quantized(run.progress, finished)

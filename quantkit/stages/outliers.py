@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from quantkit.errors import InvalidRequest
-from quantkit.formats import EIGHT_BITS, ActivationFormat
-from quantkit.numbers.kinds import AnyRange
-from quantkit.numbers.per_token import TokenRange
+from quantkit.formats import EIGHT_BITS
+from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.plan import TRANSFORMS as RECORDED
 from quantkit.plan import Plan
 from quantkit.program.inputs import Batch, batch_size, picked_samples
@@ -30,7 +29,7 @@ from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions, asked_transforms
 from quantkit.stages.request import Request
 from quantkit.transforms.change import Change
-from quantkit.transforms.known import TRANSFORMS
+from quantkit.transforms.known import ROTATIONS, TRANSFORMS
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.registry import Setting
@@ -83,7 +82,8 @@ class Trial:
     def damage(self, ready: Prepared) -> float:
         """The damage with all that may get codes in its narrowest format; the weights of ``ready`` are rounded."""
         weights, sites = self.formatted.weights, self.formatted.sites
-        ranges = {site.name: _range(sites[site.name]) for site in ready.sites if sites[site.name].dynamic}
+        dynamic = [site.name for site in ready.sites if sites[site.name].dynamic]
+        ranges: dict[str, AnyRange] = {name: token_range(sites[name]) for name in dynamic}
         static = [site for site in ready.sites if site.name not in ranges]
         found = site_histograms(ready.model, static, self.fit, False, ready.padding)
         ranges |= {name: RANGES[self.ranges](histogram, sites[name].bits) for name, histogram in found.items()}
@@ -100,10 +100,6 @@ class Trial:
         rule = self.reference.damage.rule
         held = self.reference.batches
         return Subject(ready.model, held, sites, weights=ready.weights, program=ready.program, rule=rule)
-
-
-def _range(format: ActivationFormat) -> AnyRange:
-    return TokenRange(format.bits)
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -147,9 +143,18 @@ def transformed(request: Request, asked: str) -> Request:
     return replace(request, ready=ready, settings=request.settings | {RECORDED: records_of(changes)})
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Changes that are kept so far, and the damage with them; None where it is not known yet."""
+
+    changes: tuple[Change, ...] = ()
+    damage: float | None = None
+
+
 def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tuple[Change, ...]:
     """The changes that transforms make of a model, which stays as it is: of those asked for by name all that leave
-    outputs as they are; with "auto" those that lower the damage.
+    outputs as they are; with "auto" those that lower the damage, scalings alone, rotations alone, or scalings of what
+    is turned.
     """
     names = asked_transforms(asked)
     if not names or not formatted.batches or not formatted.ready.program.steps:
@@ -157,24 +162,41 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
     if asked == "auto" and not _may_gain(formatted):
         return ()
     trial = Trial.of(formatted, settings["loss"], settings["ranges"], settings["seed"])
-    kept: tuple[Change, ...] = ()
-    before: float | None = None
+    if asked != "auto":
+        kept: tuple[Change, ...] = ()
+        for name in names:
+            kept += _proposed(trial, name, kept)
+        return kept
+    others = [name for name in names if name not in ROTATIONS]
+    turned = _lowering(trial, ROTATIONS, Kept())
+    scaled = _lowering(trial, others, Kept(damage=None if turned.changes else turned.damage))
+    if not turned.changes:
+        return scaled.changes
+    turned = _lowering(trial, others, turned)
+    plain = trial.damage(trial.copy(())) if scaled.damage is None else scaled.damage
+    assert turned.damage is not None, "it was measured before anything was turned"
+    return turned.changes if turned.damage < BETTER * plain else scaled.changes
+
+
+def _lowering(trial: Trial, names: Sequence[str], kept: Kept) -> Kept:
+    """What is kept, with those of further transforms, one after the other, that lower the damage."""
     for name in names:
-        proposed = _exact(trial, name, kept, TRANSFORMS[name].propose(trial.setting(trial.copy(kept))).changes)
-        if not proposed:
+        if not (proposed := _proposed(trial, name, kept.changes)):
             continue
-        if asked != "auto":
-            kept += proposed
-            continue
-        before = trial.damage(trial.copy(())) if before is None else before
-        after = trial.damage(trial.copy((*kept, *proposed)))
+        before = trial.damage(trial.copy(kept.changes)) if kept.damage is None else kept.damage
+        after = trial.damage(trial.copy((*kept.changes, *proposed)))
         better = after < BETTER * before
         notice(
             f"{name} at {len(proposed)} places: damage of the narrowest formats {after:.3g} instead of {before:.3g} "
             f"on samples held back{'' if better else ', left out'}"
         )
-        kept, before = ((*kept, *proposed), after) if better else (kept, before)
+        kept = Kept((*kept.changes, *proposed), after) if better else Kept(kept.changes, before)
     return kept
+
+
+def _proposed(trial: Trial, name: str, kept: tuple[Change, ...]) -> tuple[Change, ...]:
+    """What a transform would change behind what is kept, and leaves outputs as they are."""
+    return _exact(trial, name, kept, TRANSFORMS[name].propose(trial.setting(trial.copy(kept))).changes)
 
 
 def _may_gain(formatted: Formatted) -> bool:

@@ -73,6 +73,16 @@ class Result:
 
         return save_result(self.simulated(), self.plan, self.folds, folder, self.shapes)
 
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
+        """Write a folder that ``from_pretrained`` of transformers loads, as float weights with the values of their
+        codes, and ``quantkit.load`` too; with a ``tokenizer`` its files. Raises InvalidRequest where a float model
+        would compute something else, as with activations in codes.
+        """
+        from quantkit.stages.pretrained import Saved, save_pretrained
+
+        example = self.calibration[0] if self.calibration else None
+        return save_pretrained(Saved(self.simulated(), self.folds, example, self.save), folder, tokenizer)
+
     def to_real(self, expand: bool = False) -> Result:
         """This result with a model that computes on integers from packed weights, which take the plan's bytes, on the
         CPU.

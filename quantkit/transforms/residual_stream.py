@@ -3,7 +3,7 @@
 A stream can be multiplied by an orthogonal matrix as a whole where all that writes to it and all that reads it can
 take the matrix up: linear layers, convolutions and embeddings in their weights, tables that are added (positions,
 class tokens) as they are, and norms, which commute with it once their gains are in the layers behind them (Ashkboos et
-al., "SliceGPT", arXiv 2401.15024, section 3). Streams are found by the identity of values; whatever stands between
+al., "SliceGPT", arXiv 2401.15024). Streams are found by the identity of values; whatever stands between
 must treat channels alike (``program.channels``).
 """
 

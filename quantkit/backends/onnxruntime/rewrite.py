@@ -12,7 +12,7 @@ import onnx_ir as ir
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, marks
 from quantkit.backends.onnxruntime.moved_codes import move_codes
-from quantkit.backends.onnxruntime.token_forms import Tokens, token_values
+from quantkit.backends.onnxruntime.token_forms import Tokens, divided_values, token_values
 from quantkit.backends.onnxruntime.weight_forms import LARGEST_UNPACKED, add_functions
 from quantkit.backends.onnxruntime.weights import WeightWriter
 from quantkit.errors import InvalidRequest
@@ -133,7 +133,11 @@ class _SiteWriter:
         zero = self.editor.initializer(f"{name}.zero_point", np.array(site.zero_point, np.uint8))
         codes = self.codes.get((name, mark.inputs[0]))
         if codes is None:
-            codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
+            source = mark.inputs[0]
+            assert source is not None
+            # the layers that read the codes have weights for inputs that are divided
+            source = divided_values(self.editor, mark, name, source, site.ratio)
+            codes = self.editor.node(mark, "QuantizeLinear", [source, scale, zero], name)
             if (
                 site.bits < BYTE
             ):  # bytes saturate at 255; clipping codes, not values, leaves the kernel before it integer

@@ -83,7 +83,13 @@ class PlanApplication:
             planned = plan_reconstruction(ready, recording, reference.damage, options.seed, options.learning)
             reconstruction = require_reconstruction(planned, **asked)
         untouched = options.reconstruction == "auto" and not worth
-        how = "none" if untouched else method_to_learn(options.reconstruction, *bits)
+        how = (
+            "none"
+            if untouched
+            else method_to_learn(
+                options.reconstruction, *bits, reconstruction is not None and reconstruction.positions
+            )
+        )
         return cls(formatted, recording, reconstruction, replace(options, reconstruction=how), rewritten)
 
     def moved_to(self, ready: Prepared) -> PlanApplication:
@@ -136,7 +142,8 @@ class PlanApplication:
         options, held = found.learning, sum(some.count for some in found.held)
         seen, few = (sum(some.seen.count for some in data) for data in (found.data, found.block_data))
         blocks = few + held if how in ("block", *ADAQUANT) else 0
-        schedules = {"network": (options.network,), "block": (options.block, options.network), "none": ()}
+        block, network = (one.on(seen) for one in found.schedules)
+        schedules = {"network": (network,), "block": (block, network), "none": ()}
         return Learning(seen + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:

@@ -110,9 +110,9 @@ class _Trials:
 
 
 def _on(session: Session, batches: list[Batch]) -> Session:
-    """A session with a float copy of its own of the model, and these calibration batches."""
-    own = session.fork()
-    own.inputs, own.references = replace(session.inputs, batches=batches), {}
+    """A session with other calibration batches, on the same float model."""
+    own = replace(session, inputs=replace(session.inputs, batches=batches), references={})
+    vars(own)["standing"] = session.standing
     if isinstance(replay := session.replay, Replay):
         samples = samples_by_size(batches)
         assert samples is not None, "as before some were held back"

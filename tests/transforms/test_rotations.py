@@ -23,7 +23,6 @@ from quantkit.transforms.known import TRANSFORMS
 from quantkit.transforms.norms import normalizations
 from quantkit.transforms.orthogonal import keeping_ones, random_hadamard
 from quantkit.transforms.prepare import Prepared, prepare
-from quantkit.transforms.registry import TRANSFORMS as REGISTERED
 from quantkit.transforms.registry import Proposal, Setting
 from quantkit.transforms.residual_stream import residual_streams
 from tests.program.nets import huggingface
@@ -316,7 +315,3 @@ def test_a_record_says_all_that_makes_the_change_again(name: str) -> None:
         assert torch.equal(one, other)
     with pytest.raises(InvalidRequest, match="'elsewhere', which the model does not have"):
         TRANSFORMS[name].redo(Setting(second, (), {}, {}), [{**records[0], "at": "elsewhere"}])
-
-
-def test_every_transform_has_its_place_in_the_order() -> None:
-    assert set(TRANSFORMS) == set(REGISTERED)

@@ -200,7 +200,7 @@ def _made_again(trial: Trial, records: Sequence[Mapping[str, Any]]) -> tuple[Cha
 
 def _may_gain(formatted: Formatted) -> bool:
     """Whether anything gets codes whose steps depend on how even channels are."""
-    grouped = any(weight.group is not None and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
+    grouped = any(weight.group and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
     return grouped or bool(formatted.sites)
 
 

@@ -29,7 +29,7 @@ from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions, asked_transforms
 from quantkit.stages.request import Request
 from quantkit.transforms.change import Change
-from quantkit.transforms.known import ROTATIONS, TRANSFORMS
+from quantkit.transforms.known import TRANSFORMS
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.registry import Setting
@@ -143,18 +143,9 @@ def transformed(request: Request, asked: str) -> Request:
     return replace(request, ready=ready, settings=request.settings | {RECORDED: records_of(changes)})
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Changes that are kept so far, and the damage with them; None where it is not known yet."""
-
-    changes: tuple[Change, ...] = ()
-    damage: float | None = None
-
-
 def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tuple[Change, ...]:
     """The changes that transforms make of a model, which stays as it is: of those asked for by name all that leave
-    outputs as they are; with "auto" those that lower the damage, scalings alone, rotations alone, or scalings of what
-    is turned.
+    outputs as they are; with "auto" those that lower the damage.
     """
     names = asked_transforms(asked)
     if not names or not formatted.batches or not formatted.ready.program.steps:
@@ -162,46 +153,50 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
     if asked == "auto" and not _may_gain(formatted):
         return ()
     trial = Trial.of(formatted, settings["loss"], settings["ranges"], settings["seed"])
-    if asked != "auto":
-        kept: tuple[Change, ...] = ()
-        for name in names:
-            kept += _proposed(trial, name, kept)
-        return kept
-    others = [name for name in names if name not in ROTATIONS]
-    turned = _lowering(trial, ROTATIONS, Kept())
-    scaled = _lowering(trial, others, Kept(damage=None if turned.changes else turned.damage))
-    if not turned.changes:
-        return scaled.changes
-    turned = _lowering(trial, others, turned)
-    plain = trial.damage(trial.copy(())) if scaled.damage is None else scaled.damage
-    assert turned.damage is not None, "it was measured before anything was turned"
-    return turned.changes if turned.damage < BETTER * plain else scaled.changes
-
-
-def _lowering(trial: Trial, names: Sequence[str], kept: Kept) -> Kept:
-    """What is kept, with those of further transforms, one after the other, that lower the damage."""
+    proposed: dict[str, tuple[Change, ...]] = {}
     for name in names:
-        if not (proposed := _proposed(trial, name, kept.changes)):
-            continue
-        before = trial.damage(trial.copy(kept.changes)) if kept.damage is None else kept.damage
-        after = trial.damage(trial.copy((*kept.changes, *proposed)))
-        better = after < BETTER * before
-        notice(
-            f"{name} at {len(proposed)} places: damage of the narrowest formats {after:.3g} instead of {before:.3g} "
-            f"on samples held back{'' if better else ', left out'}"
-        )
-        kept = Kept((*kept.changes, *proposed), after) if better else Kept(kept.changes, before)
-    return kept
+        before = _joined(proposed)
+        if found := _exact(trial, name, before, TRANSFORMS[name].propose(trial.setting(trial.copy(before))).changes):
+            proposed[name] = found
+    return _joined(proposed) if asked != "auto" else _worthwhile(trial, proposed)
 
 
-def _proposed(trial: Trial, name: str, kept: tuple[Change, ...]) -> tuple[Change, ...]:
-    """What a transform would change behind what is kept, and leaves outputs as they are."""
-    return _exact(trial, name, kept, TRANSFORMS[name].propose(trial.setting(trial.copy(kept))).changes)
+def _joined(proposed: Mapping[str, Sequence[Change]]) -> tuple[Change, ...]:
+    return tuple(change for some in proposed.values() for change in some)
+
+
+def _worthwhile(trial: Trial, proposed: Mapping[str, tuple[Change, ...]]) -> tuple[Change, ...]:
+    """Of the proposed changes those of transforms without which the damage is clearly larger, where all of them
+    together lower it: one of several outliers that is left hides what was gained by the others. The last ones are
+    tried first: rotations take norms' gains away, after which nothing tells that these were scaled.
+    """
+    if not proposed:
+        return ()
+    plain, kept = trial.damage(trial.copy(())), dict(proposed)
+    damage = trial.damage(trial.copy(_joined(kept)))
+    for name in reversed(proposed):
+        others = {other: some for other, some in kept.items() if other != name}
+        without = trial.damage(trial.copy(_joined(others))) if others else plain
+        if damage >= BETTER * without:
+            kept, damage = others, without
+    told = ", ".join(f"{name} at {len(some)} places" for name, some in kept.items()) or "none"
+    notice(
+        f"transforms: {told}; damage of the narrowest formats on samples held back {damage:.3g}, {plain:.3g} without"
+    )
+    return _made_again(trial, records_of(_joined(kept))) if len(kept) < len(proposed) else _joined(kept)
+
+
+def _made_again(trial: Trial, records: Sequence[Mapping[str, Any]]) -> tuple[Change, ...]:
+    """The changes of records on the float model of a trial, in their order: as a plan is applied later."""
+    made: tuple[Change, ...] = ()
+    for name, some in groupby(records, key=lambda record: str(record["transform"])):
+        made += TRANSFORMS[name].redo(trial.setting(trial.copy(made)), [*some])
+    return made
 
 
 def _may_gain(formatted: Formatted) -> bool:
     """Whether anything gets codes whose steps depend on how even channels are."""
-    grouped = any(weight.group is not None and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
+    grouped = any(weight.group and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
     return grouped or bool(formatted.sites)
 
 
@@ -246,11 +241,12 @@ def _redo(session: Session, recorded: Sequence[Mapping[str, Any]]) -> None:
             "The plan was made with transforms, whose factors are found on data: pass calibration=, the data that the "
             "plan was made with; or transforms='none' to apply it without any."
         )
+    if unknown := {str(record["transform"]) for record in recorded} - {*TRANSFORMS}:
+        raise InvalidRequest(
+            f"The plan records an unknown transform {min(unknown)!r}; known: {', '.join(TRANSFORMS)}."
+        )
     trial = Trial.of(Formatted(session.prepared, {}, {}, session.inputs.batches), "auto", "mse", 0)
-    for name, some in groupby(recorded, key=lambda record: str(record["transform"])):
-        if name not in TRANSFORMS:
-            raise InvalidRequest(f"The plan records an unknown transform {name!r}; known: {', '.join(TRANSFORMS)}.")
-        session.prepared = changed(session.prepared, TRANSFORMS[name].redo(trial.setting(session.prepared), [*some]))
+    session.prepared = changed(session.prepared, _made_again(trial, recorded))
     if (share := trial.difference(session.prepared)) >= EXACT:
         raise InvalidRequest(
             f"The plan's transforms change the model's outputs by {share:.1g} of the largest: it is not the model "

@@ -47,6 +47,7 @@ from quantkit.stages.float_activations import (
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import FLOAT16, ApplyOptions, Run
+from quantkit.stages.reparameterize import within_bytes
 from quantkit.stages.result import Result
 from quantkit.store import Artefacts
 from quantkit.targets import OPERATOR_DOMAINS, Target
@@ -88,6 +89,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
     options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
+    options = within_bytes(options, plan)
     formatted = formatted_by(session, plan)
     ready = formatted.ready
     require_numbers(options.rounding, formatted.weights.values())
@@ -109,6 +111,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     if ready.half_floats:
         store_floats_as_halves(simulated, ready.halves)
     plan = _recounted(plan, simulated, ready, formatted.sites, target)
+    if scaled:
+        plan = replace(plan, total_bytes=plan.total_bytes + applying.rewritten.stored_bytes)
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     shapes = varying_forms(simulated.model, inputs.shown) if inputs.shown else ()

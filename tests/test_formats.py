@@ -15,15 +15,15 @@ from quantkit.formats import (
     check_group,
     packed_bytes,
 )
-from tests.scheme_grammar import BITS, PLANES, SCHEMES
+from tests.scheme_grammar import BITS, PLANES, SCHEMES, WEIGHTS
 
 formats = st.sampled_from(list(BITS))
-coded = st.sampled_from([fmt for fmt in BITS if fmt != "16"])
+coded = st.sampled_from([fmt for fmt in BITS if fmt not in ("16", "nvfp4", "mxfp4")])
 counts = st.integers(1, 40)
 
 
 def test_every_scheme_of_the_grammar_prints_as_it_was_written() -> None:
-    assert len(SCHEMES) == 1 + 217 * 78 + 217 + 78
+    assert len(SCHEMES) == 1 + len(WEIGHTS) * 78 + len(WEIGHTS) + 78 and len(WEIGHTS) == 7 * 18 + 3 * 9 + 3
     assert [text for text in SCHEMES if str(Scheme.parse(text)) != text] == []
 
 
@@ -33,11 +33,12 @@ def test_no_two_schemes_of_the_grammar_read_as_the_same() -> None:
 
 @given(fmt=coded, group=st.none() | counts, zero=st.booleans(), scale=st.sampled_from(["", "f32", "f16", "f8"]))
 def test_each_part_of_a_weight_format_is_read(fmt: str, group: int | None, zero: bool, scale: str) -> None:
+    zero = zero and fmt.isdigit()
     text = f"w{fmt}" + (f"g{group}" if group else "") + "z" * zero + (f"s{scale}" if scale else "")
     scheme = Scheme.parse(text)
     assert scheme == Scheme(WeightFormat(fmt, group or 0, zero, scale))
     assert scheme.weight is not None and scheme.weight.bits == BITS[fmt]
-    assert scheme.weight.scale == (scale or ("f16" if group else "f32"))
+    assert scheme.weight.scale == (scale or ("f16" if group and fmt.isdigit() else "f32"))
     assert scheme.weight.is_integer == (fmt in "2 3 4 5 6 7 8".split())
     assert scheme.has_codes and not scheme.weight.is_half
 
@@ -169,6 +170,11 @@ def test_storage_bytes_are_those_of_counting(
         ("w2g32zsf16", (3, 64), 48 + 6 * 2 + 2),  # 6 zero points of 2 bits take 12 bits
         ("w4g16sf8", (2, 64), 64 + 8 + 4),
         ("w16", (2, 3), 12),
+        ("wfp8", (2, 3), 6 + 2 * 4),
+        ("wfp8g8", (2, 16), 32 + 4 * 4),
+        ("wfp8g8sf16", (2, 16), 32 + 4 * 2),
+        ("wnvfp4", (2, 64), 64 + 8 + 4),  # a byte for each block of 16, and one float32
+        ("wmxfp4", (2, 64), 64 + 4),  # a byte for each block of 32
     ],
 )
 def test_storage_bytes_of_weights_worked_out_by_hand(text: str, shape: tuple[int, ...], size_bytes: int) -> None:

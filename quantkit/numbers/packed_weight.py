@@ -2,9 +2,10 @@
 
 The tensors of a weight in a safetensors file, under a name of the caller's (``<layer>.weight``):
 
-- ``.codes`` uint8, bit planes of the codes as in ``numbers.packing``;
-- ``.scale`` float32, float16 or float8_e4m3fn (``sf16``, ``sf8``), output channels x groups;
-- ``.tensor_scale`` float32, a number that those of ``sf8`` are multiplied by;
+- ``.codes`` uint8, bit planes of the codes as in ``numbers.packing``; of floating-point numbers, their bits;
+- ``.scale`` float32, float16 or float8_e4m3fn (``sf16``, ``sf8``), output channels x groups; of ``mxfp4`` the
+  exponents around 127 as uint8;
+- ``.tensor_scale`` float32, a number that those of 8 bits with mantissas are multiplied by;
 - ``.zero_point`` uint8, bit planes of the channels x groups zero points, where the format has them.
 
 A weight stored as float16 (``w16``) is one tensor, ``.values``, in the weight's shape.
@@ -12,6 +13,7 @@ A weight stored as float16 (``w16``) is one tensor, ``.values``, in the weight's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,8 +24,9 @@ from quantkit.errors import CorruptFile, InvalidRequest
 from quantkit.formats import WeightFormat
 from quantkit.numbers.half import HalfWeight
 from quantkit.numbers.kinds import AnyWeight
-from quantkit.numbers.packing import pack, unpack
-from quantkit.numbers.scales import SCALE_TYPES, exact_power
+from quantkit.numbers.minifloat_weight import MinifloatWeight
+from quantkit.numbers.packing import pack, pack_plane, unpack, unpack_plane
+from quantkit.numbers.scales import E8M0, SCALE_TYPES, exact_power, exponents, of_exponents
 from quantkit.numbers.uniform import QuantizedWeight
 
 PARTS = ("codes", "scale", "tensor_scale", "zero_point", "values")
@@ -69,18 +72,23 @@ class PackedWeight:
         return cls(codes, scale, zero, tuple(shape), format, shared)
 
 
-def pack_weight(weight: QuantizedWeight) -> PackedWeight:
+def pack_weight(weight: QuantizedWeight | MinifloatWeight) -> PackedWeight:
     """Pack a weight. Raises InvalidRequest for scales that their type cannot hold exactly."""
     bits, (scale, shared) = weight.format.bits, packed_scale(weight)
+    shape = tuple(weight.codes.shape)
+    if not weight.integer:
+        codes = pack_plane(weight.codes.reshape(-1), bits)
+        return PackedWeight(codes, scale.contiguous(), None, shape, weight.format, shared)
     zero = None if weight.zero_point is None else pack(weight.zero_point, bits)
-    codes, shape = pack(weight.codes, bits), tuple(weight.codes.shape)
-    return PackedWeight(codes, scale.contiguous(), zero, shape, weight.format, shared)
+    return PackedWeight(pack(weight.codes, bits), scale.contiguous(), zero, shape, weight.format, shared)
 
 
-def packed_scale(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
+def packed_scale(weight: QuantizedWeight | MinifloatWeight) -> tuple[Tensor, Tensor | None]:
     """The scales in their own type, and what those of ``sf8`` are multiplied by. Raises InvalidRequest for scales that
     their type cannot hold exactly.
     """
+    if weight.format.scale == E8M0:
+        return exponents(weight.scale), None
     eighths = weight.format.scale == "f8"
     power = exact_power(weight.scale) or 0 if eighths else 0
     scale = (weight.scale * 2.0**power).to(SCALE_TYPES[weight.format.scale])
@@ -92,16 +100,24 @@ def packed_scale(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
 
 
 def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
-    """The codes, scales and zero points of a packed weight, exactly."""
+    """The codes, scales and zero points of a packed weight of integers, exactly."""
     bits, scale = packed.format.bits, packed.scale.float()
     scale = scale if packed.tensor_scale is None else scale * packed.tensor_scale
     zero = None if packed.zero_point is None else unpack(packed.zero_point, bits, tuple(scale.shape))
     return QuantizedWeight(unpack(packed.codes, bits, packed.shape), scale, zero, packed.format)
 
 
+def unpack_minifloats(packed: PackedWeight) -> MinifloatWeight:
+    """The codes and scales of a packed weight of floating-point numbers, exactly."""
+    bits, shape = packed.format.bits, packed.shape
+    scale = of_exponents(packed.scale) if packed.format.scale == E8M0 else packed.scale.float()
+    scale = scale if packed.tensor_scale is None else scale * packed.tensor_scale
+    return MinifloatWeight(unpack_plane(packed.codes, bits, math.prod(shape)).reshape(shape), scale, packed.format)
+
+
 def stored_tensors(weight: AnyWeight, name: str) -> dict[str, Tensor]:
-    """What a safetensors file holds of a weight of either kind."""
-    return pack_weight(weight).tensors(name) if weight.integer else {f"{name}.values": weight.values}
+    """What a safetensors file holds of a weight of any kind."""
+    return pack_weight(weight).tensors(name) if weight.scaled else {f"{name}.values": weight.values}
 
 
 def stored_bytes(weight: AnyWeight) -> int:
@@ -114,7 +130,8 @@ def stored_weight(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ..
     type.
     """
     if not format.is_half:
-        return unpack_weight(PackedWeight.of_tensors(tensors, name, shape, format))
+        packed = PackedWeight.of_tensors(tensors, name, shape, format)
+        return unpack_weight(packed) if format.is_integer else unpack_minifloats(packed)
     values = tensors.get(f"{name}.values")
     if values is None or values.dtype != torch.float16 or tuple(values.shape) != tuple(shape):
         found = "none" if values is None else f"{values.dtype} of shape {tuple(values.shape)}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.scales import ScaleGrid
+from quantkit.ranges.minifloat_weights import minifloat_scale
 
 SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of the range that clips nothing
 LONG = 1024  # inputs of a row from which on its error is smooth enough in the share to be searched coarse to fine
@@ -136,9 +137,12 @@ class _Search:
 
 def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``mse_range`` of every group of inputs: scale and zero point (..., O, scales) of ``rows`` (..., O, K).
-    ``importance`` is broadcastable to the rows.
+    ``importance`` is broadcastable to the rows. Of floating-point numbers ``minifloat_scale``.
     """
     groups = (-1, format.group or rows.shape[-1])
+    if not format.is_integer:
+        scale = minifloat_scale(rows.unflatten(-1, groups), format).squeeze(-1)
+        return scale, torch.zeros_like(scale)
     if importance is not None:
         importance = importance.expand_as(rows).unflatten(-1, groups)
     scale, zero = mse_range(rows.unflatten(-1, groups), format, importance)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantkit.program.inputs import batch_size, first_samples
 from quantkit.progress import track
+from quantkit.sensitivity.by_segments import passes_for
 from quantkit.sensitivity.curvature import Landscape
 from quantkit.sensitivity.damage import mean_and_error
 from quantkit.sensitivity.first_order import slopes
@@ -54,10 +55,10 @@ def fisher(
     The standard error is over samples. Around a base plan there are no pair terms.
     """
     land = _landscape(subject, perturbations)
-    found, linear = [], np.zeros(len(perturbations))
+    found, linear, passes = [], np.zeros(len(perturbations)), passes_for(land)
     with land.opened():
         for i in track(range(len(land)), "Fisher information", enabled=progress):
-            found.append(inner_products(land, i, DRAWS, generator))
+            found.append(inner_products(land, i, DRAWS, generator, passes))
             if subject.base:
                 linear += slopes(land, i)
     products = torch.cat(found, dim=2)

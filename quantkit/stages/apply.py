@@ -27,6 +27,7 @@ from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
+from quantkit.rounding import require_numbers
 from quantkit.sensitivity.damage import Reference, RunningDamage
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
@@ -89,6 +90,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
     formatted = formatted_by(session, plan)
     ready = formatted.ready
+    require_numbers(options.rounding, formatted.weights.values())
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
@@ -96,7 +98,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     ready, target = applying.ready, target_of(session, plan)
-    choices = choices_of(ready, target, asked.may_be_float)
+    scaled = applying.rewritten.ratios  # their codes are of no use without the ratio
+    choices = choices_of(ready, target, [name for name in asked.may_be_float if name not in scaled])
     some = to_measure(reference, choices)
     floats = {} if some is None else weights_read_float(ready)
     simulated, notes = applying.quantized(run.progress, finished)
@@ -280,6 +283,7 @@ def _recounted(
         average_bits=average_bits(ready.layers, size),
         provenance={
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
+            "target": target.name,
             **{key: value for key, value in plan.provenance.items() if key != FLOAT_STORAGE},
             **_composition(plan, ready, size + ready.other_bytes),
             **({FLOAT_STORAGE: FLOAT16} if ready.half_floats else {}),

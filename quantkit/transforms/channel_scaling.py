@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat
-from quantkit.numbers.per_token import TokenRange
+from quantkit.numbers.kinds import token_range
 from quantkit.program.layers import Weights
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.rounding.weights import quantize_weight
@@ -184,7 +184,7 @@ def _error(setting: Setting, readers: Sequence[Member], seen: Seen, factors: Ten
 
 def _quantized(x: Tensor, format: ActivationFormat) -> Tensor:
     if format.dynamic:
-        return TokenRange(format.bits).fake_quantize(x)
+        return token_range(format).fake_quantize(x)
     return RANGES["mse"](Histogram.empty(Extremes().seen(x)).seen(x), format.bits).fake_quantize(x)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.program.inputs import Batch
 from quantkit.sensitivity import float_outputs as module
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.float_outputs import LastLayers
@@ -85,7 +84,9 @@ def test_a_plan_is_the_same_however_outputs_are_kept(sensitivity: str, monkeypat
             Language(500).eval(), "5 bits", tokens(10, 7, 500), schemes=["w3", "w4", "w8"], sensitivity=sensitivity,
             rounding="nearest", reconstruction="none", correction=None, progress=False,
         )  # fmt: skip
-        assert found.metrics["calibration_damage"] == pytest.approx(damages.setdefault("first", found.metrics["calibration_damage"]), rel=1e-3)
+        assert found.metrics["calibration_damage"] == pytest.approx(
+            damages.setdefault("first", found.metrics["calibration_damage"]), rel=1e-3
+        )
         return found.plan
 
     damages: dict[str, float] = {}

@@ -14,11 +14,11 @@ from quantkit.sensitivity import noise as noise_module
 from quantkit.sensitivity.damage import KLDamage, SquaredError
 from quantkit.sensitivity.first_order import first_order
 from quantkit.sensitivity.fisher import fisher
-from quantkit.sensitivity.output_gradients import per_sample
 from quantkit.sensitivity.hvp_pairs import hvp_pairs
 from quantkit.sensitivity.kl import kl
 from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.noise import noise, noisy_weight
+from quantkit.sensitivity.output_gradients import per_sample
 from quantkit.stages.request import Request
 from tests.sensitivity.explicit import SITES, WEIGHTS, Explicit
 from tests.sensitivity.networks import (

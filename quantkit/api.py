@@ -15,13 +15,23 @@ from torch import nn
 from quantkit.budget import Budget
 from quantkit.formats import Scheme
 from quantkit.plan import FLOAT_STORAGE, Plan, Profile
+from quantkit.program.texts import as_tokens
 from quantkit.program.updates import own_modes
 from quantkit.progress import one_call, said
 from quantkit.session import Session
 from quantkit.stages.apply import Application, apply_plan, require_layers
 from quantkit.stages.inputs import Inputs
 from quantkit.stages.metric import Evaluate, require_metric
-from quantkit.stages.options import FLOAT16, FLOAT32, ApplyOptions, Run, Schemes, require_choices
+from quantkit.stages.options import (
+    FLOAT16,
+    FLOAT32,
+    ApplyOptions,
+    Run,
+    Schemes,
+    asked_transforms,
+    require_choices,
+)
+from quantkit.stages.outliers import transformed, transformed_by
 from quantkit.stages.profile import measure
 from quantkit.stages.quantize import Search, candidates_of, quantize_request
 from quantkit.stages.request import DEFAULT_TARGET, TargetName, make_ready
@@ -38,6 +48,7 @@ def quantize(
     budget: str | Scheme | Budget | Mapping[str, Any],
     calibration: Any = None,
     *,
+    tokenizer: Any = None,
     example_inputs: Any = None,
     schemes: Schemes | None = None,
     samples: int | None = None,
@@ -52,6 +63,7 @@ def quantize(
     effort: str = "fast",
     rounding: str = "auto",
     ranges: str = "mse",
+    transforms: str = "auto",
     reconstruction: str = "auto",
     correction: str | None = "auto",
     reparameterization: str = "auto",
@@ -83,11 +95,12 @@ def quantize(
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)
     search = Search.of(budget, solver, effort, Application(how, evaluate, run, inplace))
     request = make_ready(
-        model, calibration, example_inputs=example_inputs, samples=samples, target=target,
-        **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, float_storage=float_storage,
-        loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed, memory=memory,
+        model, as_tokens(model, calibration, tokenizer, samples), example_inputs=example_inputs, samples=samples,
+        **candidates_of(search.limit, schemes), target=target, rules=rules, first_last=first_last,
+        float_storage=float_storage, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
+        memory=memory, transforms=transforms,
     )  # fmt: skip
-    return _with_notices(quantize_request(request, search))
+    return _with_notices(quantize_request(transformed(request, transforms), search))
 
 
 @own_modes()
@@ -96,6 +109,7 @@ def profile(
     model: nn.Module,
     calibration: Any = None,
     *,
+    tokenizer: Any = None,
     example_inputs: Any = None,
     schemes: Schemes | None = None,
     samples: int | None = None,
@@ -107,6 +121,7 @@ def profile(
     sensitivity: str = "auto",
     rounding: str = "auto",
     ranges: str = "mse",
+    transforms: str = "auto",
     seed: int = 0,
     memory: str | None = None,
     progress: bool = True,
@@ -115,7 +130,8 @@ def profile(
     """Measure what each format of each layer and site costs, alone and in pairs.
 
     ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
-    it. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
+    it. With a ``tokenizer``, of transformers or of tokenizers, it is a list of texts, cut to what tokenizer and model
+    take. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
     then lets the model be traced, which folds BatchNorm and counts operations. ``schemes``: candidate schemes, default
     the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``first_last``: "8 bits" gives
     layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
@@ -128,11 +144,11 @@ def profile(
     """
     run = _run(progress, workdir)
     request = make_ready(
-        model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
-        rules=rules, first_last=first_last, float_storage=float_storage, loss=loss, sensitivity=sensitivity,
-        rounding=rounding, ranges=ranges, seed=seed, memory=memory,
+        model, as_tokens(model, calibration, tokenizer, samples), example_inputs=example_inputs, samples=samples,
+        schemes=schemes, target=target, rules=rules, first_last=first_last, float_storage=float_storage, loss=loss,
+        sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed, memory=memory, transforms=transforms,
     )  # fmt: skip
-    return measure(request, run)
+    return measure(transformed(request, transforms), run)
 
 
 @own_modes()
@@ -142,12 +158,14 @@ def apply(
     plan: Plan | Mapping[str, str | Scheme],
     calibration: Any = None,
     *,
+    tokenizer: Any = None,
     example_inputs: Any = None,
     samples: int | None = None,
     target: TargetName = DEFAULT_TARGET,
     float_storage: str | None = None,
     rounding: str = "auto",
     ranges: str = "mse",
+    transforms: str = "auto",
     reconstruction: str = "auto",
     correction: str | None = "auto",
     reparameterization: str = "auto",
@@ -177,7 +195,8 @@ def apply(
     channel as they read it, and their weights are multiplied by it, where that does ("reads"); 4-bit probabilities of
     attention get logarithmic codes ("softmax"). Joined by +; "auto" is "clip+reads+softmax".
 
-    ``evaluate`` (model -> a number, or one for each sample, higher is better) is reported for the float and for the
+    ``tokenizer`` as for ``profile``. ``evaluate`` (model -> a number, or one for each sample, higher is better) is
+    reported for the float and for the
     quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
     HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
     rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
@@ -188,15 +207,17 @@ def apply(
     goal, decided = Target.load(target), Plan.of(plan)
     floats = float_storage or decided.provenance.get(FLOAT_STORAGE, FLOAT32)
     require_choices(float_storage=floats)
+    asked_transforms(transforms)
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)
     require_metric(evaluate)
     asked = Application(how, evaluate, _run(progress, workdir), inplace)
     require_layers(model, decided, goal)
-    inputs = Inputs.of(model, calibration, example_inputs, samples)
+    inputs = Inputs.of(model, as_tokens(model, calibration, tokenizer, samples), example_inputs, samples)
     coded = [scheme for scheme in decided.schemes.values() if scheme.activation is not None]
     how.with_inputs(inputs, coded or decided.schemes.values())  # of layers with weights alone more is known later
     session = Session.open(model, inputs, goal)
     session = session.storing_halves() if floats == FLOAT16 else session
+    decided = transformed_by(session, decided, transforms, how)
     return _with_notices(apply_plan(session, decided, asked))
 
 

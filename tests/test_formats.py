@@ -15,15 +15,15 @@ from quantkit.formats import (
     check_group,
     packed_bytes,
 )
-from tests.scheme_grammar import BITS, PLANES, SCHEMES
+from tests.scheme_grammar import BITS, PLANES, SCHEMES, WEIGHTS
 
 formats = st.sampled_from(list(BITS))
-coded = st.sampled_from([fmt for fmt in BITS if fmt != "16"])
+coded = st.sampled_from([fmt for fmt in BITS if fmt not in ("16", "nvfp4", "mxfp4")])
 counts = st.integers(1, 40)
 
 
 def test_every_scheme_of_the_grammar_prints_as_it_was_written() -> None:
-    assert len(SCHEMES) == 1 + 217 * 78 + 217 + 78
+    assert len(SCHEMES) == 1 + len(WEIGHTS) * 78 + len(WEIGHTS) + 78 and len(WEIGHTS) == 7 * 24 + 3 * 12 + 3
     assert [text for text in SCHEMES if str(Scheme.parse(text)) != text] == []
 
 
@@ -31,12 +31,14 @@ def test_no_two_schemes_of_the_grammar_read_as_the_same() -> None:
     assert len({Scheme.parse(text) for text in SCHEMES}) == len(SCHEMES)
 
 
-@given(fmt=coded, group=st.none() | counts, zero=st.booleans(), scale=st.sampled_from(["f32", "f16", "f8"]))
+@given(fmt=coded, group=st.none() | counts, zero=st.booleans(), scale=st.sampled_from(["", "f32", "f16", "f8", "i8"]))
 def test_each_part_of_a_weight_format_is_read(fmt: str, group: int | None, zero: bool, scale: str) -> None:
-    text = f"w{fmt}" + (f"g{group}" if group else "") + "z" * zero + (f"s{scale}" if scale != "f32" else "")
+    zero = zero and fmt.isdigit()
+    text = f"w{fmt}" + (f"g{group}" if group else "") + "z" * zero + (f"s{scale}" if scale else "")
     scheme = Scheme.parse(text)
     assert scheme == Scheme(WeightFormat(fmt, group or 0, zero, scale))
     assert scheme.weight is not None and scheme.weight.bits == BITS[fmt]
+    assert scheme.weight.scale == (scale or ("f16" if group and fmt.isdigit() else "f32"))
     assert scheme.weight.is_integer == (fmt in "2 3 4 5 6 7 8".split())
     assert scheme.has_codes and not scheme.weight.is_half
 
@@ -61,6 +63,11 @@ def test_each_part_of_an_activation_format_is_read(fmt: str, dynamic: bool, grou
     assert scheme.activation is not None and scheme.activation.bits == BITS[fmt]
 
 
+@pytest.mark.parametrize(("text", "printed"), [("w4g64sf16", "w4g64"), ("w3zsf32a8", "w3za8"), ("w2g8zsf16", "w2g8z")])
+def test_the_usual_type_of_scales_is_not_printed(text: str, printed: str) -> None:
+    assert str(Scheme.parse(text)) == printed and Scheme.parse(text) == Scheme.parse(printed)
+
+
 def test_case_and_surrounding_space_do_not_matter() -> None:
     assert str(Scheme.parse("  W4G64ZA8D\n")) == "w4g64za8d"
     assert Scheme.parse("Float").is_float
@@ -76,7 +83,7 @@ def test_the_schemes_named_in_the_design_mean_what_it_says() -> None:
 
 
 UNREADABLE = (
-    "|w|a|8|w1|w9|w10|w32|w04|a8w4|w4w4|w4a8a8|w4d|w4zg32|w4g0|w4g064|w4g|w4g-1|w4gz|w4sf32|w4sf16z|a8z|a8sf16|a8gd"
+    "|w|a|8|w1|w9|w10|w32|w04|a8w4|w4w4|w4a8a8|w4d|w4zg32|w4g0|w4g064|w4g|w4g-1|w4gz|w4sf64|w4sf16z|a8z|a8sf16|a8gd"
     "|a8g4d|floata8|w4float|w4 a8|fp8|wfp8e4m3|w4.5|w4a8!|w4-a8|int8"
 ).split("|")
 
@@ -97,12 +104,13 @@ def test_a_scheme_that_is_not_text_is_refused(value: object, kind: str) -> None:
 
 
 @given(st.text(alphabet="wagzdsfpelomnvxt 0123456789", max_size=12))
-def test_any_text_is_either_refused_or_prints_as_written(text: str) -> None:
+def test_any_text_is_either_refused_or_prints_as_what_it_is(text: str) -> None:
     try:
         scheme = Scheme.parse(text)
     except QuantkitError:
         return
-    assert str(scheme) == text.strip()
+    assert Scheme.parse(str(scheme)) == scheme
+    assert str(scheme) == text.strip() or "sf" in text  # the usual type of scales may be named
 
 
 def counted_bytes(count: int, bits: int) -> int:
@@ -123,7 +131,8 @@ def counted_weight_bytes(weight: WeightFormat, outputs: int, inputs: int) -> int
     zeros = counted_bytes(scales, BITS[weight.fmt]) if weight.zero_point else 0
     return (
         counted_bytes(outputs * inputs, BITS[weight.fmt])
-        + scales * {"f32": 4, "f16": 2, "f8": 1}[weight.scale]
+        + scales * {"f32": 4, "f16": 2, "f8": 1, "i8": 1}[weight.scale]
+        + {"f8": 4, "i8": 2 * outputs}.get(weight.scale, 0)  # a number for all of them, or for each channel
         + zeros
     )
 
@@ -136,7 +145,7 @@ def counted_weight_bytes(weight: WeightFormat, outputs: int, inputs: int) -> int
     kernel=st.sampled_from([(), (1,), (3,), (3, 3), (2, 3, 1)]),
     grouped=st.booleans(),
     zero=st.booleans(),
-    scale=st.sampled_from(["f32", "f16", "f8"]),
+    scale=st.sampled_from(["f32", "f16", "f8", "i8"]),
 )
 def test_storage_bytes_are_those_of_counting(
     fmt: str, outputs: int, groups: int, group: int, kernel: tuple[int, ...], grouped: bool, zero: bool, scale: str
@@ -156,10 +165,17 @@ def test_storage_bytes_are_those_of_counting(
         ("w4", (10, 64), 320 + 10 * 4),
         ("w3", (16, 3, 3, 3), 108 + 54 + 16 * 4),  # 432 codes: a 2-bit plane and a 1-bit plane
         ("w7", (1, 5), 3 + 2 + 1 + 4),  # 5 codes: 20, 10 and 5 bits, each padded to bytes
-        ("w4g32z", (10, 64), 320 + 20 * 4 + 10),
+        ("w4g32z", (10, 64), 320 + 20 * 2 + 10),
+        ("w4g32zsf32", (10, 64), 320 + 20 * 4 + 10),
         ("w2g32zsf16", (3, 64), 48 + 6 * 2 + 2),  # 6 zero points of 2 bits take 12 bits
-        ("w4g16sf8", (2, 64), 64 + 8),
+        ("w4g16sf8", (2, 64), 64 + 8 + 4),
+        ("w4g16si8", (2, 64), 64 + 8 + 2 * 2),
         ("w16", (2, 3), 12),
+        ("wfp8", (2, 3), 6 + 2 * 4),
+        ("wfp8g8", (2, 16), 32 + 4 * 4),
+        ("wfp8g8sf16", (2, 16), 32 + 4 * 2),
+        ("wnvfp4", (2, 64), 64 + 8 + 4),  # a byte for each block of 16, and one float32
+        ("wmxfp4", (2, 64), 64 + 4),  # a byte for each block of 32
     ],
 )
 def test_storage_bytes_of_weights_worked_out_by_hand(text: str, shape: tuple[int, ...], size_bytes: int) -> None:

@@ -25,12 +25,12 @@ from quantkit.allocation.what_holds import what_holds
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest, QuantkitError
 from quantkit.formats import Scheme
-from quantkit.plan import COMPOSITION, FLOAT_STORAGE, Composition, Plan, Profile, average_bits
+from quantkit.plan import COMPOSITION, FLOAT_STORAGE, TRANSFORMS, Composition, Plan, Profile, average_bits
 from quantkit.plan.latency import FULL_BITS
 
 GAP, GAP_OF_LARGE = 1e-6, 1e-4  # relative distance to the bound that counts as optimal
 LARGE = 2000  # options: beyond, the last digits of the proof take most of the time
-CARRIED = ("first_last", FLOAT_STORAGE)  # of what a profile's provenance says, into that of its plans
+CARRIED = ("first_last", FLOAT_STORAGE, TRANSFORMS)  # of what a profile's provenance says, into that of its plans
 
 
 def gap_for(problem: Problem) -> float:

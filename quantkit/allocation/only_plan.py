@@ -10,9 +10,16 @@ from quantkit.allocation.from_profile import candidates
 from quantkit.allocation.reasons import reasons_without_choice
 from quantkit.budget import Budget
 from quantkit.errors import InvalidRequest
-from quantkit.plan import COMPOSITION, FLOAT_STORAGE, Plan, Profile
+from quantkit.plan import COMPOSITION, FLOAT_STORAGE, TRANSFORMS, Plan, Profile
 
-KEPT = ("limits", "target", "first_last", FLOAT_STORAGE, COMPOSITION)  # of what the provenance of a choice says
+KEPT = (
+    "limits",
+    "target",
+    "first_last",
+    FLOAT_STORAGE,
+    TRANSFORMS,
+    COMPOSITION,
+)  # of what the provenance of a choice says
 
 
 def only_plan(profile: Profile, budget: Budget) -> Plan | None:

@@ -43,13 +43,13 @@ class TokenRange(Quantizer):
         """The top code, that of the largest magnitude in a row."""
         return (1 << self.bits - 1) - 1
 
-    def scales(self, x: Tensor) -> Tensor:
-        """The scale of every row of ``x``, with a last dimension of one."""
+    def steps(self, x: Tensor) -> Tensor:
+        """The distance between neighbouring values: the scale of every row of ``x``, with a last dimension of one."""
         return (x.detach().abs().amax(-1, keepdim=True) / self.high).clamp(min=SMALLEST_STEP)
 
     def quantize(self, x: Tensor) -> Codes:
         x = divided(x, self.ratio)
-        scale = self.scales(x)
+        scale = self.steps(x)
         return Codes(torch.round(x / scale), scale)
 
     def dequantize(self, codes: Codes) -> Tensor:

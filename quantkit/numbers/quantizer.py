@@ -45,6 +45,7 @@ class Quantizer(Protocol):
     kind: ClassVar[str]  # its name in files and in tables of forms
     stored: ClassVar[bool]  # holds the codes of one tensor, a weight's; others quantize tensors as they come
     static: ClassVar[bool]  # scale and zero point are known before a tensor is
+    scaled: ClassVar[bool] = True  # values are scales times codes, which those of float16 are not
     integer: ClassVar[bool]  # integer kernels read its codes: values are a scale times whole numbers
     clips: ClassVar[bool] = True  # values beyond the last code exist
 

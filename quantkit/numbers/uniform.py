@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
+from quantkit.numbers.minifloat import E4M3
 from quantkit.numbers.quantizer import Codes, Quantizer
 from quantkit.numbers.ratios import Ratio, divided, factors, multiplied
+from quantkit.numbers.scales import ScaleGrid, exact_power
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: float, high: float) -> Tensor:
     """Codes of ``x`` as floats: round(x / scale) + zero_point, clamped to [low, high]. Shapes broadcast."""
     return (torch.round(x / scale) + zero_point).clamp(low, high)
 
@@ -47,7 +49,7 @@ class _StraightThrough(torch.autograd.Function):
         return gradient * inside, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: float, high: float) -> Tensor:
     """``dequantize(quantize(x))`` with straight-through gradients (Bengio et al., arXiv 1308.3432)."""
     return _StraightThrough.apply(x, scale, zero_point, low, high)
 
@@ -57,7 +59,8 @@ class QuantizedWeight(Quantizer):
     """A layer's weight as it ships: int8 ``codes`` in the weight's shape, ``scale`` (O, groups) float32,
     ``zero_point`` (O, groups) int8 or None, and the format they obey. With a ``ratio``, that of the range by which its
     input is read, the codes are those of the weight times the ratio of each input: what they stand for is divided by
-    it.
+    it. ``in_fp8``: products of codes and scales are rounded to E4M3, as kernels do that multiply them with FP8
+    activations (FireQ, llm-fireq/fireq).
     """
 
     codes: Tensor
@@ -65,10 +68,12 @@ class QuantizedWeight(Quantizer):
     zero_point: Tensor | None
     format: WeightFormat
     ratio: Ratio = ()
+    in_fp8: bool = False
 
     kind: ClassVar[str] = "weight"
     stored: ClassVar[Literal[True]] = True
     static: ClassVar[Literal[True]] = True
+    scaled: ClassVar[Literal[True]] = True
     integer: ClassVar[Literal[True]] = True
 
     @property
@@ -95,6 +100,10 @@ class QuantizedWeight(Quantizer):
             return self.scale.new_ones(1, 1)
         return factors(self.ratio, self.scale.device).reciprocal().reshape(self.scale.shape[1], -1)
 
+    def with_scale(self, scale: Tensor) -> QuantizedWeight:
+        """The same codes under the scales nearest to these that the format stores."""
+        return replace(self, scale=ScaleGrid.of(scale, self.format).nearest(scale))
+
     def steps(self) -> Tensor:
         """The distance between neighbouring values, in the weight's shape."""
         rows = self.codes.reshape(*self.scale.shape, -1)
@@ -108,7 +117,11 @@ class QuantizedWeight(Quantizer):
     def dequantize(self, codes: Codes | None = None) -> Tensor:
         """The float32 weight that codes on this grid stand for, by default its own, in the weight's shape."""
         found = self.codes if codes is None else codes.codes
-        return dequantize(found.reshape(*self.scale.shape, -1).float(), *self.grid()).reshape(found.shape)
+        values = dequantize(found.reshape(*self.scale.shape, -1).float(), *self.grid()).reshape(found.shape)
+        if not self.in_fp8:
+            return values
+        power = 2.0 ** (exact_power(self.scale) or 0)  # that of the whole tensor, which the result is divided by
+        return E4M3.nearest(values * power) / power
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         grouped = x.reshape(*self.scale.shape, -1)
@@ -116,7 +129,8 @@ class QuantizedWeight(Quantizer):
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors under their names, the zero points None where there are none."""
-        return super().to_dict() | {"format": str(self.format)}
+        held = {name: value for name, value in super().to_dict().items() if name != "in_fp8"}
+        return held | {"format": str(self.format)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> QuantizedWeight:

@@ -11,6 +11,7 @@ from quantkit.plan.digest import digest_of as digest_of
 from quantkit.plan.plan import COMPOSITION as COMPOSITION
 from quantkit.plan.plan import FLOAT_STORAGE as FLOAT_STORAGE
 from quantkit.plan.plan import LARGEST_OTHERS as LARGEST_OTHERS
+from quantkit.plan.plan import TRANSFORMS as TRANSFORMS
 from quantkit.plan.plan import Plan as Plan
 from quantkit.plan.profile import Profile as Profile
 from quantkit.plan.profile import saturated as saturated

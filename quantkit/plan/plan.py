@@ -17,6 +17,7 @@ from quantkit.store import write_atomically
 PLAN_VERSION = 1
 FLOAT_STORAGE = "float_storage"  # what of it says as what is stored that stays float, where that is not float32
 LARGEST_OTHERS = "largest_others"  # and of a profile's: what it stores besides layers' weights, by name, in bytes
+TRANSFORMS = "transforms"  # what of a plan's provenance says how the float model was changed
 COMPOSITION = "bytes"  # what of a plan's provenance says what its bytes consist of
 
 

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.scales import BY_CHANNEL, SHARED, ScaleGrid, with_scales_of_others
+from quantkit.ranges.minifloat_weights import minifloat_scale
 
 SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of the range that clips nothing
 LONG = 1024  # inputs of a row from which on its error is smooth enough in the share to be searched coarse to fine
 COARSE = 4
 PIECE = 1 << 18  # weights searched for at once: most of what is computed on the way stays in the processor's cache
+PLAIN = ScaleGrid()
 AT_ONCE, ELEMENTS_AT_ONCE = 9, 1 << 17  # shares of small weights that are tried in one step
 
 
@@ -26,45 +29,57 @@ def shares_tried(inputs: int) -> float:
     return 1.0 if inputs < LONG else 1 / COARSE + 2 * (COARSE - 1) / len(SHARES)
 
 
-def _between(lowest: Tensor, highest: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
-    """Scale and zero point at which codes cover [lowest, highest], which contain zero."""
+def _between(lowest: Tensor, highest: Tensor, format: WeightFormat, grid: ScaleGrid = PLAIN) -> tuple[Tensor, Tensor]:
+    """Scale, of the ``grid``, and zero point at which codes cover [lowest, highest], which contain zero."""
     low, high = format.code_range
     if not format.zero_point:
         larger, smaller = torch.maximum(-lowest, highest), torch.minimum(-lowest, highest)
         scale = torch.maximum(larger / -low, smaller / high)
         sign = torch.where(-lowest >= highest, 1.0, -1.0).to(scale.dtype)
-        return torch.where(scale > 0, scale * sign, torch.ones_like(scale)), torch.zeros_like(scale)
+        scale = grid.nearest(torch.where(scale > 0, scale * sign, torch.ones_like(scale)))
+        return scale, torch.zeros_like(scale)
     scale = (highest - lowest) / (high - low)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = grid.nearest(torch.where(scale > 0, scale, torch.ones_like(scale)))
     return scale, (low - torch.round(lowest / scale)).clamp(low, high)
 
 
 def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The scale and zero point (..., 1) of each row of ``weight`` (..., inputs) with the least squared rounding error.
+    """The scale and zero point (..., 1) of each row of ``weight`` (..., inputs) with the least squared rounding error,
+    of the scales that the format stores.
 
     Searched over 81 shares of the clipping-free range between 1 and 0.2, in long rows coarse to fine; ties keep the
     wider one. ``importance`` (broadcastable to the weight) weighs the squared errors, e.g. by the mean square of the
     input a weight multiplies.
     """
     importance = None if importance is None else importance.expand_as(weight)
+    lowest, highest = _ends(weight)
+    grid = (
+        PLAIN
+        if format.scale in BY_CHANNEL
+        else ScaleGrid.of(with_scales_of_others(_between(lowest, highest, format)[0], highest > lowest), format)
+    )
     if weight.numel() <= PIECE or weight.dim() < 2:
-        return _Search(weight, format, importance).found()
+        return _Search(weight, format, importance, grid).found()
     axis = max(range(weight.dim() - 1), key=lambda i: weight.shape[i])
     each = max(1, PIECE * weight.shape[axis] // weight.numel())
     pieces = weight.split(each, axis)
     weights = [None] * len(pieces) if importance is None else importance.split(each, axis)
-    found = [_Search(piece, format, own).found() for piece, own in zip(pieces, weights, strict=True)]
+    found = [_Search(piece, format, own, grid).found() for piece, own in zip(pieces, weights, strict=True)]
     scales, zeros = zip(*found, strict=True)
     return torch.cat(scales, axis), torch.cat(zeros, axis)
+
+
+def _ends(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The range of each row, zero included."""
+    return weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
 
 
 class _Search:
     """The share of its range with the least error, for each row of a weight."""
 
-    def __init__(self, weight: Tensor, format: WeightFormat, importance: Tensor | None) -> None:
-        self.weight, self.format, self.importance = weight, format, importance
-        self.lowest = weight.amin(-1, keepdim=True).clamp(max=0)
-        self.highest = weight.amax(-1, keepdim=True).clamp(min=0)
+    def __init__(self, weight: Tensor, format: WeightFormat, importance: Tensor | None, grid: ScaleGrid) -> None:
+        self.weight, self.format, self.importance, self.grid = weight, format, importance, grid
+        self.lowest, self.highest = _ends(weight)
         self.shares = torch.tensor(SHARES, dtype=weight.dtype, device=weight.device)
         self.best = torch.zeros_like(self.lowest, dtype=torch.int64)  # of the shares
         self.least = torch.full_like(self.lowest, torch.inf)
@@ -85,7 +100,7 @@ class _Search:
             fine = self.best + around.reshape(-1, *[1] * self.weight.dim())
             for numbers in self._at_once(fine.clamp_(0, len(SHARES) - 1)):
                 self._tried(numbers)
-        return self._grid(self.best)
+        return self._at(self.best)
 
     def _at_once(self, numbers: Tensor) -> Iterator[Tensor]:
         """Shares in the order in which they are tried, as many at once as memory and the cache take."""
@@ -96,7 +111,7 @@ class _Search:
         them, in every row.
         """
         low, high = self.format.code_range
-        scale, zero = self._grid(numbers)
+        scale, zero = self._at(numbers)
         # ``dequantize`` of ``quantize`` in place, without a zero point where there is none
         missed = torch.div(self.weight, scale).round_()
         if self.format.zero_point:
@@ -120,20 +135,27 @@ class _Search:
             self.best, self.least = torch.where(better, best, self.best), torch.where(better, least, self.least)
         return tried == len(numbers)
 
-    def _grid(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _at(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         share = self.shares[numbers]
-        return _between(self.lowest * share, self.highest * share, self.format)
+        return _between(self.lowest * share, self.highest * share, self.format, self.grid)
 
 
 def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``mse_range`` of every group of inputs: scale and zero point (..., O, scales) of ``rows`` (..., O, K).
-    ``importance`` is broadcastable to the rows.
+    ``importance`` is broadcastable to the rows. Of floating-point numbers ``minifloat_scale``.
     """
     groups = (-1, format.group or rows.shape[-1])
     if importance is not None:
         importance = importance.expand_as(rows).unflatten(-1, groups)
-    scale, zero = mse_range(rows.unflatten(-1, groups), format, importance)
-    return scale.squeeze(-1), zero.squeeze(-1)
+    if not format.is_integer:
+        scale = minifloat_scale(rows.unflatten(-1, groups), format, importance).squeeze(-1)
+        return scale, torch.zeros_like(scale)
+    grouped = rows.unflatten(-1, groups)
+    scale, zero = (x.squeeze(-1) for x in mse_range(grouped, format, importance))
+    if format.scale in SHARED:
+        scale = with_scales_of_others(scale, grouped.abs().amax(-1) > 0)
+        scale = ScaleGrid.of(scale, format).nearest(scale)
+    return scale, zero
 
 
 def per_input(per_group: Tensor, inputs: int) -> Tensor:

@@ -16,6 +16,7 @@ from quantkit.stages.first_last import FIRST_LAST
 from quantkit.stages.operating_point import EFFORTS
 from quantkit.stages.options import FLOAT16, FLOAT32, REPARAMETERIZATIONS
 from quantkit.targets import Target, target_names
+from quantkit.transforms.known import TRANSFORMS
 
 
 def inventory(folder: Path = Path("recipes")) -> str:
@@ -24,9 +25,12 @@ def inventory(folder: Path = Path("recipes")) -> str:
     for name in target_names():
         target = Target.load(name)
         floats = (f"w{HALF}", "float") if target.float16_weights else ("float",)
+        minifloats = [f"w{fmt}" for fmt in target.weight_only_floats] + [
+            f"a{fmt}d" for fmt in target.activation_floats
+        ]
         lines += [
             f"target         {name}: {target.description}",
-            f"  schemes      {', '.join((*target.default_schemes, *floats))}",
+            f"  schemes      {', '.join((*target.default_schemes, *minifloats, *floats))}",
             f"  layers       {', '.join(target.layers)}",
             f"  weights only {', '.join(target.weight_only_layers)}",
         ]
@@ -39,6 +43,7 @@ def inventory(folder: Path = Path("recipes")) -> str:
         ("float_storage", (FLOAT32, FLOAT16)),
         ("rounding", (AUTO, *ROUNDINGS)),
         ("ranges", RANGES),
+        ("transforms", ("auto", "none", *TRANSFORMS)),
         ("reconstruction", RECONSTRUCTIONS),
         ("correction", CORRECTIONS),
         ("reparameterization", REPARAMETERIZATIONS),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.numbers.ratios import divided, multiplied
+from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.reconstruction.learning import Rated, Schedule
 
@@ -32,6 +33,16 @@ class _RoundThrough(torch.autograd.Function):
 def round_through(x: Tensor) -> Tensor:
     """``x`` rounded; its gradient passes as if it were not."""
     return _RoundThrough.apply(x)
+
+
+class _StoredThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scale, grid):
+        return grid.nearest(scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -97,6 +108,7 @@ class LearnedWeight:
         exact = weight.detach().reshape(rows) / scale + self.zero
         self.code = (codes + (exact - codes).clamp(-HALF, HALF)).requires_grad_()
         self.log_factor = torch.zeros_like(start.scale).requires_grad_()
+        self.grid = ScaleGrid.of(start.scale, start.format)
         self.bias_start = bias if bias is None else bias.detach().clone()
         self.bias_shift = torch.zeros(
             len(weight), dtype=torch.float32, device=weight.device, requires_grad=bias is not None
@@ -111,7 +123,9 @@ class LearnedWeight:
         return self.zero
 
     def _scale(self) -> Tensor:
-        return self.start.scale * self.log_factor.exp()
+        """Scales that the format stores; their gradient passes as if they were not rounded."""
+        scale: Tensor = _StoredThrough.apply(self.start.scale * self.log_factor.exp(), self.grid)
+        return scale
 
     def value(self) -> Tensor:
         """The weight that a layer computes with."""
@@ -122,9 +136,11 @@ class LearnedWeight:
         return None if self.bias_start is None else self.bias_start + self.unit * self.bias_shift
 
     def rated(self, schedule: Schedule) -> list[Rated]:
-        """What is learned, with its rate."""
+        """What is learned, with its rate; codes whose rate is zero stay."""
         biases = [] if self.bias_start is None else [(self.bias_shift, schedule.bias_rate)]
-        return [(self.code, schedule.code_rate), (self.log_factor, schedule.scale_rate), *biases]
+        self.code.requires_grad_(schedule.code_rate > 0)
+        codes = [(self.code, schedule.code_rate)] if schedule.code_rate > 0 else []
+        return [*codes, (self.log_factor, schedule.scale_rate), *biases]
 
     @torch.no_grad()
     def found(self) -> QuantizedWeight:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import dequantize, quantize
 from quantkit.ranges.weights import group_ranges
 from quantkit.rounding.moments import Moments
@@ -28,6 +29,7 @@ def hqq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     scale, zero = group_ranges(rows, format)
     groups = rows.reshape(*scale.shape, -1)
     scale, zero = (x.squeeze(-1) for x in hqq_range(groups, format, scale.unsqueeze(-1), zero.unsqueeze(-1)))
+    scale = ScaleGrid.of(scale, format).nearest(scale)
     return nearest_codes(rows, format, scale, zero), scale, zero
 
 
@@ -60,6 +62,6 @@ def _shrunk(error: Tensor, beta: float) -> Tensor:
     return error.sign() * (size - size.pow(POWER - 1) / beta).clamp(min=0)
 
 
-def _error(weight: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+def _error(weight: Tensor, scale: Tensor, zero: Tensor, low: float, high: float) -> Tensor:
     rounded = dequantize(quantize(weight, scale, zero, low, high), scale, zero)
     return (weight - rounded).abs().pow(POWER).sum(-1, keepdim=True)

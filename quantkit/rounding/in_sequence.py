@@ -67,5 +67,5 @@ def round_biases(simulated: SimulatedModel, inputs: Mapping[str, Sequence[str]])
 def _coarser(weight: QuantizedWeight, least: Tensor) -> QuantizedWeight:
     """``weight`` with scales (O, 1) of at least ``least``, its codes rounded again where that changes them."""
     scale = torch.where(weight.scale < 0, -1.0, 1.0) * torch.maximum(weight.scale.abs(), least)
-    coarser = replace(weight, scale=scale)
+    coarser = weight.with_scale(scale)
     return replace(coarser, codes=coarser.quantize(weight.dequantize()).codes)

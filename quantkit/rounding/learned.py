@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import dequantize, quantize
 from quantkit.ranges.weights import group_ranges, per_input
 from quantkit.rounding.moments import Moments
@@ -47,18 +48,19 @@ def _learned(rows: Tensor, format: WeightFormat, moments: Moments | None, learn:
     assert moments is not None
     output_error = output_error_of(moments, rows.dtype)
     scale, zero = group_ranges(rows, format, moments.squares(rows.shape[-1]).to(rows.dtype))
-    size = rows.shape[2]
+    size, grid = rows.shape[2], ScaleGrid.of(scale, format)
     step = max(1, _ELEMENTS_AT_ONCE // (rows.shape[0] * size))
     found = []
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
         each = per_input(base, size), per_input(offset, size)
         nearest = quantize(some, *each, *format.code_range)
         codes, factor = learn(some, format, *each, output_error)
+        learned = grid.nearest(base * factor)
 
         before = output_error(some - dequantize(nearest, *each))
-        after = output_error(some - dequantize(codes, each[0] * factor, each[1]))
+        after = output_error(some - dequantize(codes, per_input(learned, size), each[1]))
         better = after < before
-        found.append((torch.where(better, codes, nearest), torch.where(better, base * factor, base)))
+        found.append((torch.where(better, codes, nearest), torch.where(better, learned, base)))
     return torch.cat([codes for codes, _ in found], 1), torch.cat([scales for _, scales in found], 1), zero
 
 

@@ -164,11 +164,14 @@ class SimulatedModel(nn.Module):
     def set_weight(self, name: str, weight: AnyWeight) -> None:
         """Give a layer its codes; what it computes with becomes their dequantized value, which takes the place of a
         parameter in half precision call by call. Codes are those of the weight times the ratio, if any, by which the
-        layer's input is divided as it is read.
+        layer's input is divided as it is read. Scales of 8 bits that FP8 activations meet make FP8 products.
         """
         if weight.integer:
             ratio = next((r for site in self.sites if name in site.consumers and (r := self._ratio(site))), ())
             weight = replace(weight, ratio=ratio)
+        if weight.integer and weight.format.scale == "f8":
+            read = [self.ranges.get(site.name) for site in self.sites if name in site.consumers]
+            weight = replace(weight, in_fp8=any(found is not None and found.format.is_fp8 for found in read))
         self.weights[name] = weight
         if not self.floats.stores_half(name):
             self.floats.write(name, weight.dequantize())

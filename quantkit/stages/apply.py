@@ -12,11 +12,22 @@ from torch import nn
 from quantkit.errors import InvalidRequest, QuantkitError, did_you_mean
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat, check_group
 from quantkit.numbers.packed_weight import stored_bytes
-from quantkit.plan import COMPOSITION, FLOAT, FLOAT_STORAGE, LEFT, Composition, Plan, average_bits, digest_of
+from quantkit.plan import (
+    COMPOSITION,
+    FLOAT,
+    FLOAT_STORAGE,
+    LEFT,
+    TRANSFORMS,
+    Composition,
+    Plan,
+    average_bits,
+    digest_of,
+)
 from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
+from quantkit.rounding import require_numbers
 from quantkit.sensitivity.damage import Reference, RunningDamage
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
@@ -77,10 +88,11 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     layers = session.prepared.layers
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
-    options = asked.options.with_inputs(inputs, _schemes_to_check(plan, session))
+    options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
     options = within_bytes(options, plan)
     formatted = formatted_by(session, plan)
     ready = formatted.ready
+    require_numbers(options.rounding, formatted.weights.values())
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
@@ -107,7 +119,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     return Result(simulated, plan, ready.folds, inputs.shown, metrics=metrics, notes=notes, shapes=shapes)
 
 
-def _schemes_to_check(plan: Plan, session: Session) -> list[Scheme]:
+def schemes_to_check(plan: Plan, session: Session) -> list[Scheme]:
     """The schemes that calibration data has to fit: not those of layers with weights alone in codes, by their kind or
     because the plan leaves a site float that they read or make.
     """
@@ -140,6 +152,7 @@ def _finished(workdir: Path | None, session: Session, options: ApplyOptions, pla
     if workdir is None:
         return Cache()
     settings = session.identity | asdict(options)
+    settings |= {TRANSFORMS: [change.record() for change in session.prepared.changes]}
     settings |= {"plan": plan.digest(), "target": session.target.digest(), "torch": torch.__version__}
     folder = workdir / f"applied-{digest_of(settings)}"
     if folder.exists():
@@ -274,6 +287,7 @@ def _recounted(
         average_bits=average_bits(ready.layers, size),
         provenance={
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
+            "target": target.name,
             **{key: value for key, value in plan.provenance.items() if key != FLOAT_STORAGE},
             **_composition(plan, ready, size + ready.other_bytes),
             **({FLOAT_STORAGE: FLOAT16} if ready.half_floats else {}),

@@ -11,6 +11,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.plan import Plan, Profile
 from quantkit.sensitivity.around import PlanDamage
 from quantkit.stages.options import Run
+from quantkit.stages.outliers import transformed
 from quantkit.stages.profile import evaluator_of
 from quantkit.stages.request import make_ready
 
@@ -30,7 +31,7 @@ def measured_damages(
     ``model``, ``calibration`` and ``settings`` are those of ``quantkit.profile``; raises InvalidRequest where they are
     not what made ``profile``.
     """
-    request = make_ready(model, calibration, **settings)
+    request = transformed(make_ready(model, calibration, **settings), settings.get("transforms", "auto"))
     changed = [name for name, value in request.settings.items() if profile.provenance.get(name) != value]
     if changed:
         raise InvalidRequest(

@@ -20,6 +20,7 @@ from quantkit.sensitivity.outputs import LOSSES
 from quantkit.stages.first_last import FIRST_LAST, SAME
 from quantkit.stages.inputs import Inputs
 from quantkit.targets.rules import Rules
+from quantkit.transforms.known import TRANSFORMS
 
 Schemes = Sequence[str | Scheme]
 FLOAT32, FLOAT16 = "float32", "float16"  # as what is stored that stays float
@@ -27,6 +28,16 @@ REPARAMETERIZATIONS = (
     "auto", "none", "norm", "clip", "reads", "softmax", "norm+softmax", "clip+softmax", "clip+reads", "reads+softmax",
     "clip+reads+softmax",
 )  # fmt: skip
+
+
+def asked_transforms(asked: str) -> list[str]:
+    """The transforms that are looked at, in the order in which they are made; raises InvalidRequest for others."""
+    if asked in ("auto", "none"):
+        return list(TRANSFORMS) if asked == "auto" else []
+    names = [name.strip() for name in asked.split(",")]
+    for name in names:
+        choose("transforms", name, ("auto", "none", *TRANSFORMS))
+    return [name for name in TRANSFORMS if name in names]
 
 
 def choices() -> dict[str, tuple[str, ...]]:
@@ -62,10 +73,12 @@ class ProfileOptions:
     ranges: str = "mse"
     seed: int = 0
     memory: str | None = None
+    transforms: str = "auto"
 
     def __post_init__(self) -> None:
         require_choices(**chosen(self))
         require_memory(self.memory)
+        asked_transforms(self.transforms)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,8 @@ def _with_reads(
 ) -> Reparameterization:
     """The same with the reads that gain by ranges of their own, where norms are not rewritten."""
     ready, weights, notes, helping = formatted.ready, formatted.weights, dict(found.notes), []
-    reads = list(scalable_reads(ready, weights, found.ranges))
+    whole = {site for site, asked in formatted.sites.items() if asked.is_integer}
+    reads = [read for read in scalable_reads(ready, weights, found.ranges) if read.site in whole]
     for read, rows in _outputs_of(ready, reads, formatted.batches, options.seed):
         asked = formatted.sites[read.site]
         compute = partial(searched, read, rows, ready.weights, weights, asked, options.ranges)

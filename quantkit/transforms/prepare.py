@@ -23,7 +23,7 @@ from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.optional_inputs import dispensable_inputs
 from quantkit.program.ownership import CONSTANT, UNREAD, ownership, why_uncalled
-from quantkit.program.padding import Padding
+from quantkit.program.padding import Padding, padded_first
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
@@ -34,6 +34,7 @@ from quantkit.progress import notice, warn
 from quantkit.simulation.model import SimulatedModel, as_float
 from quantkit.targets import Target
 from quantkit.transforms import stored
+from quantkit.transforms.change import Change
 from quantkit.transforms.fold_bn import fold, foldable_pairs, without_norms
 from quantkit.transforms.half_floats import stored_as_halves
 from quantkit.transforms.plain_model import require_plain_model
@@ -55,7 +56,7 @@ class Prepared:
     stores, ``float32_bytes`` the same in float32. ``float_sums`` are additions without codes (``program.additions``).
     ``padding`` is that of the calibration inputs; None where there is none. ``half_floats``: what stays float is
     stored as float16, which are the parameters and buffers ``halves`` as far as they have no codes. ``largest_others``
-    are the largest of what belongs to no layer, with their bytes.
+    are the largest of what belongs to no layer, with their bytes. ``changes`` are those that transforms made.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Prepared:
     half_floats: bool = False
     halves: frozenset[str] = frozenset()
     largest_others: Mapping[str, int] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
 
     def float_model(self) -> SimulatedModel:
         """The model with nothing quantized, called as the quantized one is."""
@@ -89,12 +91,13 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
     without a quantizable layer.
     """
     own, element_bytes, sizes = _checked_copy(model)
+    batch = padded_first(own, batches)
     try:
-        example, program = _first_recording(own, batches[0])
+        example, program = _first_recording(own, batch)
     except InvalidRequest as error:
         if not stores_halves(own):
-            raise explained(own, batches[0], error, double_parameters(model)) from error
-        example, program = _first_recording(own.float(), batches[0])
+            raise explained(own, batch, error, double_parameters(model)) from error
+        example, program = _first_recording(own.float(), batch)
         notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
     for name, outputs in dispensable_inputs(program, own, example).items():
         notice(
@@ -102,7 +105,7 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
             f"take and return them; leave {name!r} out of the data to have files without them"
         )
     require_repeatable(own, example)
-    require_samples_first(own, batches[0])
+    require_samples_first(own, batch)
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
@@ -113,7 +116,7 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
             f"{' and others' * (len(outside) > 5)}. Hold layers in modules (nn.ModuleList), and tensors in "
             "nn.Parameter or register_buffer"
         )
-    sums = drowned_additions(own, program, target, batches[0])
+    sums = drowned_additions(own, program, target, batch)
     return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds), sums)
 
 
@@ -123,7 +126,10 @@ def prepare_own(ready: Prepared, model: nn.Module) -> Prepared:
     if not stores_halves(ready.model):
         own.float()
     fold(own, ready.folds)
-    return replace(ready, model=own, weights=Weights(own, ready.program.weights, computed_weights(own, ready.program)))
+    weights = Weights(own, ready.program.weights, computed_weights(own, ready.program))
+    for change in ready.changes:
+        change.apply(weights)
+    return replace(ready, model=own, weights=weights)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def assert_same(found: QuantizedWeight, wanted: QuantizedWeight) -> None:
 @settings(deadline=None, max_examples=100)
 @given(
     bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
-    suffix=st.sampled_from(["", "g8", "z", "g12z", "sf16", "g6sf8", "g8zsf16"]),
+    suffix=st.sampled_from(["", "g8", "z", "g12z", "sf16", "g6sf8", "g8zsf32"]),
     shape=st.sampled_from(SHAPES),
     seed=st.integers(0, 1000),
 )

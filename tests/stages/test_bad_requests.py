@@ -205,7 +205,7 @@ def test_profile_refuses_it_as_well(bad: Bad, tmp_path: Path) -> None:
 
 def test_a_group_that_does_not_fit_names_the_layer_and_the_nearest_that_does() -> None:
     """No target can run groups yet, so a target is made up that does."""
-    target = replace(quantkit.Target.load("onnxruntime-cpu"), weight_groups=True)
+    target = replace(quantkit.Target.load("onnxruntime-cpu"), weight_groups=True, weight_scales=("f32", "f16"))
     message = (
         r"^Group size 16 of w4g16 does not fit layer 'stem\.0': its output channels read 18 inputs each\. "
         r"The nearest group size that divides them is 18\.$"

@@ -101,7 +101,7 @@ def test_layers_that_cannot_read_tokens_stay_float_unless_they_were_named() -> N
 
 def test_groups_that_do_not_divide_a_layer_leave_it_float() -> None:
     """No target can run groups yet, so a target is made up that does; it stops where they would be written."""
-    target = replace(quantkit.Target.load("onnxruntime-cpu"), weight_groups=True)
+    target = replace(quantkit.Target.load("onnxruntime-cpu"), weight_groups=True, weight_scales=("f32", "f16"))
     made = quantkit.quantize(mixed(), "w4g12a8", randn(8, 2, 6, 6), target=target, **QUICK)
     assert {n: str(s) for n, s in made.plan.schemes.items() if n != "up"} == {
         "stem": "float", "hidden": "float", "head": "w4g12a8"

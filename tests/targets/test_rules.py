@@ -17,7 +17,7 @@ from quantkit.targets import Target
 from quantkit.targets.rules import candidate_schemes, decided_by_rule, matching, parse_schemes
 
 TARGET = Target.load("onnxruntime-cpu")
-WITH_GROUPS = replace(TARGET, weight_groups=True)
+WITH_GROUPS = replace(TARGET, weight_groups=True, weight_scales=("f32", "f16"))
 
 
 def layer(name: str, shape: tuple[int, ...], reason: str = "") -> Layer:

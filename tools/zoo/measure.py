@@ -114,12 +114,19 @@ def _compared(entry: Entry, result: quantkit.Result, path: Path) -> Record:
     dynamic = {size for given in session.get_inputs() for size in given.shape if isinstance(size, str)}
     item = entry.inputs(SAMPLES - 1 if dynamic else SAMPLES, UNSEEN)
     with torch.no_grad():
-        wanted = _floating(run(result.model, item))
-    found = [x for x in session.run(None, feeds(session, as_batch(item))) if x.dtype.kind == "f"]
-    errors = [relative_error(one, other) for one, other in zip(found, wanted, strict=True)]
+        error = file_error(path, run(result.model, item), item)
     exact = [one for one in measure_parity(path, result.simulated(), [as_batch(item)]) if not one.optimized]
     own = {"noise": max(one.rounding_noise for one in exact), "undecided": max(one.undecided for one in exact)}
-    return {"sizes": sorted(dynamic), "error": max(errors), **own}
+    return {"sizes": sorted(dynamic), "error": error, **own}
+
+
+def file_error(path: Path, outputs: Any, item: Any) -> float:
+    """The relative error of a file, run without optimization on ``item``, against the model's ``outputs``; the worst
+    of all.
+    """
+    session = open_session(path, optimized=False)
+    found = [x for x in session.run(None, feeds(session, as_batch(item))) if x.dtype.kind == "f"]
+    return max(relative_error(one, other) for one, other in zip(found, _floating(outputs), strict=True))
 
 
 def _floating(outputs: Any) -> list[np.ndarray]:

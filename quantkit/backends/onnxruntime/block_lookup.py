@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.backends.onnxruntime.editing import Editor
+from quantkit.backends.onnxruntime.weight_forms import expanded_scale
 from quantkit.numbers.packing import pack_plane
 from quantkit.numbers.uniform import QuantizedWeight
 
@@ -43,7 +44,7 @@ def looked_up_in_blocks(editor: Editor, call: ir.Node, name: str, weight: Quanti
     inputs = [
         editor.initializer(name, _pairs(weight.codes)),
         call.inputs[1],
-        editor.initializer(f"{name}.scale", weight.scale.numpy()),
+        expanded_scale(editor, call, name, weight, tuple(weight.scale.shape)),
     ]
     if weight.zero_point is not None:
         inputs.append(editor.initializer(f"{name}.zero_point", _pairs(weight.zero_point.reshape(weight.scale.shape))))

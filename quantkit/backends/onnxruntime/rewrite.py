@@ -40,7 +40,7 @@ def quantize_marks(
     """Turn the marks of ``simulated``'s layers and sites into integers and take the others out. ``instruction_set``:
     of the CPUs that the file is for; ``domains``: operator sets that it may use beside ONNX's own.
 
-    Raises InvalidRequest for formats that have no ONNX form yet.
+    Raises InvalidRequest for codes of sites that have no ONNX form.
     """
     for name, weight in simulated.weights.items():
         _require_form(name, weight)
@@ -69,18 +69,10 @@ def quantize_marks(
 
 
 def _require_form(name: str, weight: AnyWeight) -> None:
-    fmt = weight.format
-    if fmt.is_half:
-        return
-    if not fmt.is_integer or fmt.bits > 8 or fmt.scale != "f32":
+    unpacked = weight.bits not in ((4, 8) if weight.integer else (8, 16))
+    if unpacked and math.prod(weight.shape) > LARGEST_UNPACKED:
         raise InvalidRequest(
-            f"Layer {name!r} has weight format {fmt}, which ONNX files do not carry yet. "
-            "Use 2 to 8 bits with float32 scales, such as w4 or w4g32z, or w16."
-        )
-    in_planes = fmt.bits not in (4, 8)
-    if in_planes and math.prod(weight.shape) > LARGEST_UNPACKED:
-        raise InvalidRequest(
-            f"Layer {name!r} has {math.prod(weight.shape):,} weights of {fmt.bits} bits; onnxruntime expands at most "
+            f"Layer {name!r} has {math.prod(weight.shape):,} weights in {weight.format}; onnxruntime expands at most "
             f"{LARGEST_UNPACKED:,} when it loads a file and would expand more on every run. Give it 4 or 8 bits."
         )
 

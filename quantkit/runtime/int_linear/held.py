@@ -28,14 +28,16 @@ from quantkit.runtime.int_linear.through_torch import int_linear_torch
 
 
 class HeldWeight(nn.Module):
-    """Codes (channels, inputs) of an integer weight. ``nbytes`` are those of its format, ``expanded_bytes`` the rest.
+    """Codes (channels, inputs) of an integer weight. ``nbytes`` are those of its format, but for the scales of panels,
+    which are in float32; ``expanded_bytes`` the rest.
 
-    ``zero_point`` is None in panels.
+    ``zero_point`` is None in panels, ``shared_scale`` where scales are no ``sf8``.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    shared_scale: Tensor | None
     expanded: Panels | None
 
     def __init__(self, weight: QuantizedWeight, expand: bool = False) -> None:
@@ -49,23 +51,22 @@ class HeldWeight(nn.Module):
         self.in_panels = self._fills_panels(weight)
         if self.in_panels:
             panels = to_panels(weight.codes, weight.scale, weight.format.bits)
-            held: dict[str, Tensor | None] = {"codes": panels.codes, "scale": panels.scale, "zero_point": None}
+            held: dict[str, Tensor] = {"codes": panels.codes, "scale": panels.scale}
         else:
-            packed = pack_weight(weight)
-            held = {"codes": packed.codes, "scale": packed.scale, "zero_point": packed.zero_point}
-        for name, tensor in held.items():
-            self.register_buffer(name, tensor)
+            tensors = pack_weight(weight).tensors("weight")
+            held = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
+        for name in ("codes", "scale", "zero_point", "shared_scale"):
+            self.register_buffer(name, held.get(name))
         self.expanded = _as_panels(weight) if expand and not self.in_panels else None
 
     def _fills_panels(self, weight: QuantizedWeight) -> bool:
         fits = misfit(self.channels, self.inputs, weight.scale.shape[1], weight.format.bits) is None
-        plain = weight.zero_point is None and weight.format.scale == "f32"
-        return compiled.instruction_set() is not None and plain and fits
+        return compiled.instruction_set() is not None and weight.zero_point is None and fits
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points, counted from the tensors held."""
-        return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero_point) if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.buffers(recurse=False))
 
     @property
     def expanded_bytes(self) -> int:
@@ -77,7 +78,9 @@ class HeldWeight(nn.Module):
             codes, scale = from_panels(self.held_panels())
             return QuantizedWeight(codes, scale, None, self.format)
         shape = (self.channels, self.inputs)
-        return unpack_weight(PackedWeight(self.codes, self.scale, self.zero_point, shape, self.format))
+        return unpack_weight(
+            PackedWeight(self.codes, self.scale, self.zero_point, shape, self.format, self.shared_scale)
+        )
 
     def held_panels(self) -> Panels:
         return Panels(self.codes, self.scale, self.format.bits, self.channels, self.inputs)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import InvalidRequest
+from quantkit.numbers.packed_weight import packed_scale
+from quantkit.numbers.scales import SMALLEST_E4M3, per_tensor_power
 from quantkit.numbers.uniform import QuantizedWeight
-from quantkit.runtime.token_quant.fp8 import E4M3, LARGEST, to_e4m3
+from quantkit.runtime.token_quant.fp8 import LARGEST, to_e4m3
 
 INT4_FP8, INT4_HALF, FP8, INT8 = "int4 x fp8", "int4 x half", "fp8 x fp8", "int8 x int8"
 SMALLEST_GROUP = {INT4_FP8: 64, INT4_HALF: 32}  # half of it is the shortest product the hardware has
-_SMALLEST_SUBNORMAL = 2.0**-9
-_LARGEST_POWER = 14
 _CODE_TOP = 7
 
 
@@ -52,28 +52,12 @@ class MatmulWeight:
         return self.codes.nbytes + self.scale.nbytes
 
 
-def per_tensor_power(largest: Tensor) -> int:
-    """FireQ's exponent i of the power of two that multiplies a weight whose groups have these largest magnitudes: the
-    one, among those that keep all within 448, with the least underflow of scales; the smallest of equals.
-    """
-    best, least = 0, float("inf")
-    for power in range(_LARGEST_POWER + 1):
-        scaled = largest.double() * 2.0**power
-        if (scaled > LARGEST).any():
-            break
-        floor = _CODE_TOP * _SMALLEST_SUBNORMAL
-        slack = float(((floor - scaled).clamp_min(0) / floor).sum())
-        if slack < least:
-            best, least = power, slack
-    return best
-
-
 def quantize_fireq(weight: Tensor, group: int = 128) -> MatmulWeight:
     """A float weight (channels, inputs) rounded to nearest in FireQ's format."""
     grouped = weight.float().unflatten(1, (-1, group))
     largest = grouped.abs().amax(-1)
-    power = 2.0 ** per_tensor_power(largest)
-    scale = to_e4m3((largest * power / _CODE_TOP).clamp_min(_SMALLEST_SUBNORMAL))
+    power = 2.0 ** per_tensor_power(largest / _CODE_TOP, _CODE_TOP)
+    scale = to_e4m3((largest * power / _CODE_TOP).clamp_min(SMALLEST_E4M3))
     codes = torch.round(grouped * power / scale.float().unsqueeze(-1)).clamp(-8, _CODE_TOP).to(torch.int8)
     return MatmulWeight(INT4_FP8, pack_halves(codes.flatten(1), group), scale, group, 1 / power)
 
@@ -96,10 +80,12 @@ def four_bit_weight(weight: QuantizedWeight, fp8: bool) -> MatmulWeight:
         )
     if group & (group - 1):
         raise InvalidRequest(f"The {kind} kernel needs groups of a power of two, not {group}.")
-    scale = weight.scale.to(E4M3) if fp8 else weight.scale.contiguous()
-    if fp8 and not torch.equal(scale.float(), weight.scale):
-        raise InvalidRequest("The scales are not E4M3 numbers: quantize with sf8 scales, or by quantize_fireq.")
-    return MatmulWeight(kind, pack_halves(weight.codes, group), scale, group)
+    if fp8 and weight.format.scale != "f8":
+        raise InvalidRequest(
+            f"The scales of {weight.format} are not E4M3 numbers: quantize with sf8 scales, or by quantize_fireq."
+        )
+    scale, shared = packed_scale(weight) if fp8 else (weight.scale.contiguous(), None)
+    return MatmulWeight(kind, pack_halves(weight.codes, group), scale, group, 1.0 if shared is None else float(shared))
 
 
 def fp8_weight(weight: Tensor) -> MatmulWeight:

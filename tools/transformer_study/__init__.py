@@ -1,0 +1,1 @@
+"""What tools/study_transformers.py measures: subjects, scores, rows and what is told of them."""

@@ -19,7 +19,8 @@ RoundRows = Callable[[Tensor, WeightFormat, Moments | None], Codes]
 class Rounding:
     """A function of a weight's rows (groups, O, K), their format and the moments of the layer's inputs, and which of
     these it needs: the ``hessian``, the ``cross`` moments with the float network's inputs, where there are any, and
-    whether the Hessian must have a factor (``factored``), whose damping is told.
+    whether the Hessian must have a factor (``factored``), whose damping is told. ``fisher``: of layers that have one,
+    it is a factor of the Hessian of the network's loss.
     """
 
     name: str
@@ -27,10 +28,12 @@ class Rounding:
     hessian: bool = False
     cross: bool = False
     factored: bool = False
+    fisher: bool = False
 
 
 ROUNDINGS: dict[str, Rounding] = {}
 AUTO, WITH_INPUTS, WITHOUT_INPUTS = "auto", "gptq", "hqq"  # what "auto" is with calibration inputs, and without any
+BY_LOSS = "yaqa"  # and for weights of language models alone
 
 
 def rounding(name: str, **needs: bool) -> Callable[[RoundRows], RoundRows]:

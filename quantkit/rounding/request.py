@@ -16,10 +16,11 @@ from quantkit.rounding.weights import quantize_weight, rounding_note
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """A rounding by name, and the most bytes that X^T X of a layer's inputs may take."""
+    """A rounding by name, the most bytes that X^T X of a layer's inputs may take, and moments that are ``known``."""
 
     name: str = AUTO
     hessian_bytes: int = HESSIAN_BYTES
+    known: Mapping[str, Moments] = field(default_factory=dict)
 
     def for_codes(self, weight: LayerWeight, bits: int) -> RoundingOptions:
         """The same for a layer whose codes have so many bits."""
@@ -29,7 +30,7 @@ class RoundingOptions:
 @dataclass(frozen=True)
 class RoundingRequest:
     """The format of each layer, in execution order, and the rounding; layers in ``cache`` are not rounded again. X^T X
-    of a layer's inputs takes at most ``hessian_bytes``.
+    of a layer's inputs takes at most ``hessian_bytes``. ``known``: moments that were found before.
     """
 
     formats: Mapping[str, WeightFormat]
@@ -37,6 +38,7 @@ class RoundingRequest:
     progress: bool = True
     cache: Cache = field(default_factory=Cache)
     hessian_bytes: int = HESSIAN_BYTES
+    known: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def method(self) -> Rounding:
@@ -51,12 +53,12 @@ class RoundingRequest:
         and the layer has any.
         """
         format, rounding, looks = self.formats[layer], self.rounding, self.method.hessian
-        looks = looks and not format.is_half
-        if looks and not floats.layers[layer].inputs_seen:
+        looks, known = looks and not format.is_half, self.known.get(layer)
+        if looks and known is None and not floats.layers[layer].inputs_seen:
             rounding, looks = "nearest", False
 
         def compute() -> Rounded:
-            seen, groups = moments() if looks else None, floats.layers[layer].groups
+            seen, groups = (known or moments()) if looks else None, floats.layers[layer].groups
             found = quantize_weight(floats[layer], [format], seen, groups, rounding)
             return found.weights[format], rounding_note(layer, found, rounding)
 

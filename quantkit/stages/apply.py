@@ -44,6 +44,7 @@ from quantkit.stages.float_activations import (
     with_left_float,
 )
 from quantkit.stages.formatted import Formatted
+from quantkit.stages.loss_moments import loss_moments, rounding_for
 from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import FLOAT16, ApplyOptions, Run
 from quantkit.stages.result import Result
@@ -86,12 +87,14 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     layers = session.prepared.layers
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
-    options = asked.options.with_inputs(inputs, _schemes_to_check(plan, session))
     formatted = formatted_by(session, plan)
     ready = formatted.ready
+    options = asked.options.with_inputs(inputs, _schemes_to_check(plan, session))
+    options = replace(options, rounding=rounding_for(session, options.rounding, not formatted.sites))
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
+    known = loss_moments(session, ready, options, run.progress, bool(applying.rewritten.notes))
     if asked.inplace:  # only now that nothing can be refused any more
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
@@ -99,7 +102,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     choices = choices_of(ready, target, asked.may_be_float)
     some = to_measure(reference, choices)
     floats = {} if some is None else weights_read_float(ready)
-    simulated, notes = applying.quantized(run.progress, finished)
+    simulated, notes = applying.quantized(run.progress, finished, known)
     if some is not None:
         left = Trials(simulated, ready, target, some, floats, run.progress).left_float(choices)
         plan, ready = with_left_float(plan, left, ready, target)

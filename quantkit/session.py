@@ -16,12 +16,15 @@ from quantkit.progress import warn
 from quantkit.rounding import Moments
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
+from quantkit.stages.footprint import compared_bytes
 from quantkit.stages.inputs import Inputs, require_accepted
 from quantkit.stages.recording import Recording, Replay, program_of_sizes, recording_of, replay_of
 from quantkit.targets import Target
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared, with_half_floats
 from quantkit.version import VERSION
+
+FORWARD_BYTES = 1 << 28  # that a batch may take while it passes through the model and its outputs are compared
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Session:
         cannot be prepared and for a batch it rejects.
         """
         prepared = inputs.prepared(model, target)
+        inputs = inputs.in_batches_of(max(1, FORWARD_BYTES // max(1, compared_bytes(prepared.program, 1))))
         require_accepted(prepared.model, inputs.batches)
         _tell_unreached(prepared)
         session = cls(model, inputs, target, prepared)
@@ -108,7 +112,8 @@ class Session:
         """The float model's outputs on the calibration batches, and the damage that is measured against them."""
         if loss not in self.references:
             ready, batches = self.prepared, self.inputs.batches
-            subject = Subject(ready.model, batches, {}, loss, weights=ready.weights, program=ready.program)
+            program = self.standing or ready.program
+            subject = Subject(ready.model, batches, {}, loss, weights=ready.weights, program=program)
             self.references[loss] = Reference.of(subject)
         return self.references[loss]
 

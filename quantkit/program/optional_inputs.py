@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from quantkit.program.inputs import Batch
-from quantkit.program.intercept import tensors_of
+from quantkit.program.intercept import change_inputs, tensors_of
 from quantkit.program.program import Program
 
 
@@ -28,7 +28,7 @@ def dispensable_inputs(program: Program, model: nn.Module, batch: Batch) -> dict
 
 def _arguments(model: nn.Module, batch: Batch) -> Iterator[tuple[str, Any, bool]]:
     """Name and value of every argument, in the order of a program's inputs, and whether it has a default."""
-    args, kwargs = batch
+    args, kwargs = change_inputs(model, *batch, lambda _, tensor: tensor)
     known = inspect.signature(model.forward).parameters
     positional = [*known, *(f"argument {i}" for i in range(len(known), len(args)))]
     for name, value in (*zip(positional, args, strict=False), *kwargs.items()):

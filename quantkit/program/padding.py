@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
-from quantkit.program.inputs import Batch
+from quantkit.program.inputs import Batch, picked_samples
 from quantkit.program.intercept import OpKey, change_inputs, forward_parameters, read_place, tensors_of
 from quantkit.program.program import Program
 
@@ -52,8 +53,27 @@ def live_positions(given: Tensor, mask: Argument) -> Tensor:
 
 def are_padded(model: nn.Module, batches: Sequence[Batch]) -> bool:
     """Whether masks say that some positions are padding."""
-    given = ((mask_of(batch, mask), mask) for mask in mask_arguments(model) for batch in batches)
-    return any(x is not None and not bool(live_positions(x, mask).all()) for x, mask in given)
+    return any(not bool(mask.all()) for batch in batches for mask in masks_of(model, batch))
+
+
+def masks_of(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """The masks of a batch as booleans (samples, positions), false where there is padding."""
+    given = ((mask_of(batch, mask), mask) for mask in mask_arguments(model))
+    return [live_positions(x, mask) for x, mask in given if x is not None]
+
+
+def padded_first(model: nn.Module, batches: Sequence[Batch]) -> Batch:
+    """The first batch with padding in it, and in it the samples with most of it first; else the first batch.
+
+    A model may take another path where a mask hides nothing, as those of transformers do: what is recorded there does
+    not read the mask.
+    """
+    for batch in batches:
+        masks = masks_of(model, batch)
+        if not all(bool(mask.all()) for mask in masks):
+            hidden = sum((mask.logical_not().sum(1) for mask in masks), torch.zeros((), dtype=torch.long))
+            return picked_samples(batch, hidden.argsort(descending=True, stable=True))
+    return batches[0]
 
 
 @dataclass(frozen=True)

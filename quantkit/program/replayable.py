@@ -20,6 +20,7 @@ from quantkit.program.arguments import SizeRef, leaves_of, replaced
 from quantkit.program.inputs import Batch, batch_size, picked_samples
 from quantkit.program.intercept import CALL_ERRORS, tensors_of
 from quantkit.program.outputs import results_of
+from quantkit.program.padding import masks_of
 from quantkit.program.program import Part, Program, Step
 from quantkit.program.record import record, run_model
 from quantkit.program.sizes import Extent
@@ -32,7 +33,7 @@ def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequenc
     """The program of ``model``, recorded on ``batch``, with what recording it at other sizes tells; None where a
     replay does not compute what the model computes: on the batch, on ``others``, at those sizes.
     """
-    for other in _other_batches(batch):
+    for other in _other_batches(model, batch):
         try:
             second = record(model, other)
         except InvalidRequest:  # a model that takes these sizes only
@@ -46,7 +47,7 @@ def replayable(program: Program, model: nn.Module, batch: Batch, others: Sequenc
     return None
 
 
-def _other_batches(batch: Batch) -> Iterator[Batch]:
+def _other_batches(model: nn.Module, batch: Batch) -> Iterator[Batch]:
     """The batch with another number of samples; first with other lengths of tokens, vectors or signals, or sizes of
     images, too.
     """
@@ -54,23 +55,33 @@ def _other_batches(batch: Batch) -> Iterator[Batch]:
     few = 3 if size == 2 else 2
     resized = picked_samples(batch, torch.arange(few, device="cpu") % size)
     tensors = tensors_of(batch)
-    lengths = {n: n - 1 for t in tensors if not t.is_floating_point() and t.dim() > 1 for n in t.shape[1:] if n > 2}
-    sides = {n: n + n // 2 for t in tensors if t.is_floating_point() and t.dim() == 4 for n in t.shape[2:] if n > 3}
+    tokens = {n for t in tensors if not t.is_floating_point() and t.dim() > 1 for n in t.shape[1:] if n > 2}
+    sides = {n for t in tensors if t.is_floating_point() and t.dim() == 4 for n in t.shape[2:] if n > 3}
     vectors = [t.shape for t in tensors if t.is_floating_point() and t.dim() == 3]
-    steps, channels_first = ({shape[axis]: shape[axis] - 1 for shape in vectors if shape[axis] > 2} for axis in (1, 2))
-    for changed in (lengths, sides, steps, channels_first):
+    steps, channels_first = ({shape[axis] for shape in vectors if shape[axis] > 2} for axis in (1, 2))
+    masks = {mask.shape[1]: mask for mask in masks_of(model, resized)}
+    lengths, *fewer = ({n: _without_one(n, masks.get(n)) for n in sizes} for sizes in (tokens, steps, channels_first))
+    larger = {n: torch.arange(n + n // 2, device="cpu") % n for n in sides}
+    for changed in (lengths, larger, *fewer):
         if changed:
             yield tree_map(lambda value, sizes=changed: _resized(value, sizes), resized)
     yield resized
     yield batch  # rows cannot be told from it, but sizes may be followed all the same
 
 
-def _resized(value: Any, sizes: Mapping[int, int]) -> Any:
-    """A tensor with other sizes behind its first axis: cut off, or going on from its beginning."""
+def _without_one(length: int, mask: Tensor | None) -> Tensor:
+    """All positions but the last, or where a mask hides some, but one that it does not: so it goes on to hide some."""
+    places = torch.arange(length, device="cpu")
+    dropped = length - 1 if mask is None or bool(mask.all()) else int(mask.sum(0).argmax())
+    return places[places != dropped]
+
+
+def _resized(value: Any, places: Mapping[int, Tensor]) -> Any:
+    """A tensor with other positions along axes of these sizes, behind its first axis."""
     if isinstance(value, Tensor):
         for axis in range(1, value.dim()):
-            if (size := sizes.get(value.shape[axis])) is not None:
-                value = value.index_select(axis, torch.arange(size, device=value.device) % value.shape[axis])
+            if (chosen := places.get(value.shape[axis])) is not None:
+                value = value.index_select(axis, chosen.to(value.device))
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,8 +21,8 @@ class Moments:
     for that of Y^T X, Y its inputs in the float network. Of a wide layer, whose inputs are in ``count`` blocks, these
     are (groups x count, width, width).
 
-    Beside the factor of its ``output`` (1, O, O), ``hessian`` is that of its inputs in the Kronecker product nearest to
-    the Hessian of the network's loss; of a ``table``, whose rows are looked up, it is that of the loss by any one row.
+    Beside the factor of its ``output`` (1, O, O), ``hessian`` is that of its inputs in the Kronecker product nearest
+    to the Hessian of the network's loss; of a ``table``, whose rows are looked up, it is that of the loss by any row.
     """
 
     hessian: Tensor
@@ -39,6 +39,13 @@ class Moments:
     def factor(self) -> Ordered | None:
         """The factor of the Hessian, one for all formats of a layer; None where there is none."""
         return ordered_factor(self.hessian) if self.count == 1 else _block_by_block(self.hessian)
+
+    def divided(self, ratio: Tensor) -> Moments:
+        """Those of the inputs divided by ``ratio`` (K,)."""
+        each = self.blocks.cut(ratio.double().reciprocal().expand(1, 1, -1), fill=1.0)
+        both = each * each.transpose(-2, -1)
+        cross = None if self.cross is None else self.cross * both
+        return replace(self, hessian=self.hessian * both, cross=cross)
 
     def squares(self, inputs: int) -> Tensor:
         """The sum of the squares of each input, (groups, 1, K)."""

@@ -80,7 +80,7 @@ def _unit(side: Ordered, dtype: torch.dtype) -> Tensor:
 
 
 def two_sided_codes(
-    weight: Tensor, along: Tensor, across: Tensor, grid: tuple[Tensor, Tensor], code_range: tuple[int, int]
+    weight: Tensor, along: Tensor, across: Tensor, grid: tuple[Tensor, Tensor], code_range: tuple[float, float]
 ) -> Tensor:
     """Codes of ``weight`` (O, K) given A of the inputs ``along`` rows and of the outputs ``across`` them. ``grid``:
     scale and zero point of each weight.
@@ -126,7 +126,7 @@ class _Tiles:
         count = (whole.shape[0] // TILE, whole.shape[1] // TILE)
         return cls(whole, one, other, padded(grid[0], 1.0), padded(grid[1]), codes, residual, spread, count)
 
-    def round_antidiagonal(self, number: int, code_range: tuple[int, int]) -> None:
+    def round_antidiagonal(self, number: int, code_range: tuple[float, float]) -> None:
         """Round all tiles (i, number - i)."""
         first, last = max(0, number - self.count[1] + 1), min(self.count[0] - 1, number)
         places = [(i * TILE, (number - i) * TILE) for i in range(first, last + 1)]
@@ -156,7 +156,7 @@ def _round_tiles(
     along: Tensor,
     across: Tensor,
     grid: tuple[Tensor, Tensor],
-    code_range: tuple[int, int],
+    code_range: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, residuals and ``spread`` of tiles (tiles, TILE, TILE), ``left`` being what is to be rounded of them."""
     codes, residual, across = torch.zeros_like(left), torch.zeros_like(left), across.mT.contiguous()

@@ -10,9 +10,11 @@ derivative (docs/methods/hessian-trace.md). ``torch.autograd.grad`` is used thro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantkit.errors import InvalidRequest
-from quantkit.program.inputs import split_batches
-from quantkit.program.intercept import OpKey
+from quantkit.program.inputs import Batch, batch_size, first_samples, split_batches
+from quantkit.program.intercept import Handler, OpKey, tensors_of
 from quantkit.program.sites import Site
-from quantkit.program.updates import restored, without_autocast
+from quantkit.program.updates import plain_mode, restored, without_autocast
 from quantkit.sensitivity.by_place import members_of
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Perturbation, Place, Subject, applied, swapped_weights
@@ -31,26 +33,43 @@ from quantkit.sensitivity.outputs import Outputs
 from quantkit.simulation.model import at_sites, run_with
 
 GRAPH_SAMPLES = 64  # a graph of second derivatives holds every activation of its samples several times
-
-Before = Callable[[OpKey, tuple, dict], None]
-AtOutput = Callable[[OpKey, Tensor], Tensor]
+GRAPH_BYTES = 1 << 28  # and once these many bytes, or those of one sample
 
 
 @dataclass(frozen=True)
 class Point:
-    """One batch with its graph: ``loss`` is the batch's share of the mean damage, ``outputs`` and ``reference`` are
-    (rows, classes) for each output that counts.
+    """Batch ``number`` with its graph: ``outputs`` are (rows, classes) for each output that counts.
 
     ``variables``: what the loss can be differentiated by, a weight or the zeros added to a site's tensor; places the
     batch does not reach have none. ``raw`` and ``here``: a site's tensor before and after the base plan's quantizer.
     """
 
-    loss: Tensor
+    known: Reference
+    number: int
     outputs: Outputs
-    reference: Outputs
     variables: Mapping[Place, Tensor]
     raw: Mapping[str, Tensor] = field(default_factory=dict)
     here: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Outputs:
+        """The float model's outputs."""
+        return self.known.outputs[self.number]
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """The batch's share of the mean damage."""
+        return self.known.damage.share(self.reference, self.outputs)
+
+
+class Seen(Protocol):
+    """What a pass saw at sites: their tensors before and after the base plan's quantizers."""
+
+    @property
+    def raw(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def here(self) -> Mapping[str, Tensor]: ...
 
 
 @contextmanager
@@ -71,23 +90,34 @@ class Landscape:
     """The damage around a subject's base plan, batch by batch, and the displacements that perturbations are there.
 
     Use it inside ``opened``. ``layers`` are studied besides those that are perturbed. Memory: the graph of one batch
-    of at most ``GRAPH_SAMPLES`` samples, and the float outputs of all.
+    of at most ``GRAPH_SAMPLES`` samples and ``GRAPH_BYTES``. ``by_weights``: whether the damage is
+    differentiated by the weights of layers, too; ``share``: of the ``GRAPH_BYTES`` that may be taken; ``most``:
+    samples at a time.
     """
 
     def __init__(
-        self, subject: Subject, perturbations: Sequence[Perturbation] = (), layers: Sequence[str] = ()
+        self,
+        subject: Subject,
+        perturbations: Sequence[Perturbation] = (),
+        layers: Sequence[str] = (),
+        by_weights: bool = True,
+        share: float = 1.0,
+        most: int = GRAPH_SAMPLES,
     ) -> None:
-        self.subject = replace(subject, batches=split_batches(subject.batches, GRAPH_SAMPLES))
+        self.by_weights, self.sample_bytes = by_weights, sample_bytes(subject)
+        self.most_bytes = int(share * GRAPH_BYTES)
+        fitting = max(1, self.most_bytes // max(1, self.sample_bytes))
+        self.subject = replace(subject, batches=split_batches(subject.batches, min(most, fitting)))
         self.perturbations = perturbations
         studied: dict[Place, list[int]] = {(name, False): [] for name in layers}
         self.members = studied | members_of(perturbations)
-        reference = Reference.of(self.subject)
-        self.reference, self.damage = reference.outputs, reference.damage
+        self.reference = Reference.of(self.subject)
+        self.damage = self.reference.damage
         self.rows = self.damage.counts[0]
         self.base_weights, self.base_sites = applied(subject.base)
 
     def __len__(self) -> int:
-        return len(self.reference)
+        return len(self.subject.batches)
 
     def weight(self, layer: str) -> nn.Parameter:
         """A layer's weight; raises InvalidRequest where that is no parameter: nothing can be differentiated by it."""
@@ -106,8 +136,7 @@ class Landscape:
     @property
     def shares(self) -> np.ndarray:
         """The share of all rows that each batch has, by its mean over the outputs."""
-        counts = np.array([[len(rows) for rows in outputs] for outputs in self.reference])
-        return (counts / np.array(self.damage.counts)).mean(1)
+        return (np.array(self.reference.counts) / np.array(self.damage.counts)).mean(1)
 
     @property
     def layers(self) -> list[Place]:
@@ -125,15 +154,16 @@ class Landscape:
         model, floats = self.subject.model, self.subject.floats
         exact = {name: floats[name] for name, _ in self.layers if floats.stores_half(name)}  # for exact gradients
         with restored(model), swapped_weights(floats, exact | self.base_weights):
-            weights = [self.weight(name) for name, _ in self.layers]
+            weights = [self.weight(name) for name, _ in self.layers] if self.by_weights else []
             with differentiable(model, weights), _explained():
                 yield
 
-    def point(self, i: int, at_output: AtOutput | None = None, before: Before | None = None) -> Point:
-        """Run batch ``i``. ``before(key, args, kwargs)`` sees every torch call, ``at_output(place, tensor)`` may
-        replace what it makes, ahead of what sites do to it. Raises InvalidRequest where nothing has a gradient.
+    def point(self, i: int, call: Handler | None = None) -> Point:
+        """Run batch ``i``; ``call(key, func, args, kwargs)`` carries out every torch call, ahead of what sites do to
+        what it makes. Raises InvalidRequest where nothing has a gradient.
         """
-        variables: dict[Place, Tensor] = {place: self.weight(place[0]) for place in self.layers}
+        by = self.layers if self.by_weights else []
+        variables: dict[Place, Tensor] = {place: self.weight(place[0]) for place in by}
         raw: dict[str, Tensor] = {}
         here: dict[str, Tensor] = {}
 
@@ -147,10 +177,8 @@ class Landscape:
             return value
 
         watched = [self.subject.sites[name] for name in dict.fromkeys([*self.base_sites, *(n for n, _ in self.sites)])]
-        changed = at_sites(watched, change)
-        both = changed if at_output is None else lambda key, x: changed(key, at_output(key, x))
         args, kwargs = self.subject.batches[i]
-        result = run_with(self.subject.model, both, args, kwargs, before=before)
+        result = run_with(self.subject.model, at_sites(watched, change), args, kwargs, call=call)
         outputs = self.damage.rule.rows(result, (args, kwargs))
         if torch.is_grad_enabled() and self.members and not any(o.requires_grad for o in outputs):
             raise InvalidRequest(
@@ -158,20 +186,45 @@ class Landscape:
                 "operations that have a gradient (is its forward wrapped in torch.no_grad?). Choose 'gram', 'kl' or "
                 "another estimator that only runs the model forward."
             )
-        reference = self.reference[i]
-        return Point(self.damage.share(reference, outputs), outputs, reference, variables, raw, here)
+        return Point(self.reference, i, outputs, variables, raw, here)
 
-    def displacement(self, k: int, point: Point) -> Tensor | None:
+    def displacement(self, k: int, point: Seen) -> Tensor | None:
         """How perturbation ``k`` moves its weight or its site's tensor away from the base; None where the batch does
         not reach the site.
         """
         one = self.perturbations[k]
         if one.change.stored:
-            weight = self.weight(one.owner).detach()
+            weight = self.subject.floats[one.owner].detach()
             return one.change.dequantize().to(weight) - weight
         if one.owner not in point.raw:
             return None
         return one.change.fake_quantize(point.raw[one.owner]) - point.here[one.owner]
+
+    def outputs_with(self, i: int, *changes: Perturbation) -> Outputs:
+        """The outputs for batch ``i`` with perturbations in place."""
+        return next(replace(self.subject, batches=[self.subject.batches[i]]).outputs(changes))
+
+
+def sample_bytes(subject: Subject) -> int:
+    """Bytes of all that a forward of one sample makes, with the largest inputs: what its graph holds."""
+    largest = max(subject.batches, key=lambda batch: _elements(batch) / max(1, batch_size(batch)), default=None)
+    if largest is None:
+        return 0
+    held: dict[int, Tensor] = {}
+
+    def hold(key: OpKey, x: Tensor) -> Tensor:
+        held.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    args, kwargs = first_samples(largest, 1)
+    updated = () if subject.program is None else subject.program.updated
+    with plain_mode(subject.model), restored(subject.model, updated):
+        run_with(subject.model, hold, args, kwargs)
+    return sum(x.untyped_storage().nbytes() for x in held.values())
+
+
+def _elements(batch: Batch) -> int:
+    return sum(x.numel() for x in tensors_of(batch))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch
+from quantkit.sensitivity.float_outputs import float_outputs
 from quantkit.sensitivity.measure import Subject, random_signs
 from quantkit.sensitivity.outputs import OutputRule, Outputs
 
 # At which training samples are compared where a decision follows: a network is too sure of them for damage itself
 SOFTENED = 4.0
+SLICE_ELEMENTS = 1 << 22  # of outputs that are compared at a time
 
 
 def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -59,9 +62,13 @@ class KLDamage:
         """Random rows c with E[c c^T] = diag(p) - p p^T, the Hessian of the divergence at ``output``: e_y - p, y a
         label drawn from p. Minus the gradient of the cross entropy to y, hence the Fisher information.
         """
-        p = output.softmax(-1)
-        label = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
-        return torch.zeros_like(p).scatter_(-1, label, 1.0) - p
+        drawn = torch.empty_like(output)
+        step = max(1, SLICE_ELEMENTS // max(1, output.shape[-1]))
+        for rows, own in zip(output.split(step), drawn.split(step), strict=True):
+            p = rows.softmax(-1)
+            label = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+            own.copy_(p).neg_().scatter_add_(-1, label, torch.ones_like(p[:, :1]))
+        return drawn
 
     def metric(self, reference: Tensor, shift: Tensor, temperature: float) -> Tensor:
         """Vectors whose inner products are the Gauss-Newton terms of KL: sqrt(p) (u - E_p u), u the shift of the
@@ -151,9 +158,7 @@ class Damage:
         """Damage of each row, by output; above a temperature of 1, of softened outputs."""
         self._require_same_shapes(reference, output)
         pairs = zip(self.measures, reference, output, strict=True)
-        if temperature == 1:
-            return tuple(measure.rows(a, b) for measure, a, b in pairs)
-        return tuple(measure.smooth_rows(a, b, temperature) for measure, a, b in pairs)
+        return tuple(_some_at_a_time(measure, a, b, temperature) for measure, a, b in pairs)
 
     def mean(self, reference: Outputs, output: Outputs, temperature: float = 1.0) -> Tensor:
         """The damage of these rows alone."""
@@ -178,6 +183,15 @@ class Damage:
                     f"{tuple(a.shape)}: they cannot be compared. Quantize the part of the model before values decide "
                     "about shapes, such as the selection of boxes."
                 )
+
+
+def _some_at_a_time(measure: RowDamage, reference: Tensor, output: Tensor, temperature: float) -> Tensor:
+    """The damage of each row, of so many rows at a time that what it takes beside the outputs stays small."""
+    step = max(1, SLICE_ELEMENTS // max(1, reference.shape[-1]))
+    pairs = zip(reference.split(step), output.split(step), strict=True)
+    if temperature == 1:
+        return torch.cat([measure.rows(a, b) for a, b in pairs])
+    return torch.cat([measure.smooth_rows(a, b, temperature) for a, b in pairs])
 
 
 class RunningDamage:
@@ -229,7 +243,7 @@ def average(runs: Sequence[RunningDamage]) -> RunningDamage:
 
 @dataclass(frozen=True)
 class Reference:
-    """What damage is measured against: the float model's outputs for all batches."""
+    """What damage is measured against: the float model's outputs for all batches, held or made again."""
 
     batches: Sequence[Batch]
     outputs: Sequence[Outputs]
@@ -238,7 +252,7 @@ class Reference:
     @classmethod
     def of(cls, subject: Subject) -> Reference:
         """Run the float model of a subject, which knows its rule then."""
-        outputs = list(subject.float_outputs())
+        outputs = float_outputs(subject)
         return cls(subject.batches, outputs, Damage.of(subject.rule or OutputRule(), outputs))
 
     def damage_of(self, outputs: Iterable[Outputs]) -> RunningDamage:
@@ -250,7 +264,12 @@ class Reference:
 
     def samples(self) -> list[Tensor]:
         """The sample number of every row, by output."""
-        return self.damage.rule.samples(self.batches, [[len(rows) for rows in outputs] for outputs in self.outputs])
+        return self.damage.rule.samples(self.batches, self.counts)
+
+    @cached_property
+    def counts(self) -> list[list[int]]:
+        """The rows of every output, by batch."""
+        return [[len(rows) for rows in outputs] for outputs in self.outputs]
 
 
 def notes_on(subject: Subject, damage: Damage, here: RunningDamage) -> dict[str, Any]:

@@ -12,7 +12,6 @@ of the shifts in the metric at the base, and G is left as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.sensitivity.outputs import Outputs, joined
 from quantkit.sensitivity.pair_terms import Shifts, metric_lengths, pair_terms
 from quantkit.sensitivity.registry import Cost, estimator
-from quantkit.sensitivity.saturation import fitted, measured_plans, plans_measured, random_plans
+from quantkit.sensitivity.saturation import calibrated, plans_measured
 from quantkit.sensitivity.sketch import Sketches
 
 
@@ -69,33 +68,9 @@ def gram(
         floats = joined([sketches(i, one) for i, one in enumerate(reference.outputs)])
         notes["sketch"] = _sketch_error(floats, moved, means) | {"rows": sketches.share}
     scores = Scores(means, errors, matrix, notes)
-    return scores if subject.base else _with_saturation(scores, subject, perturbations, reference, progress)
-
-
-def _with_saturation(
-    scores: Scores, subject: Subject, perturbations: Sequence[Perturbation], reference: Reference, progress: bool
-) -> Scores:
-    """Scores with pair terms as strong as they show themselves, and an end to damage, from whole plans measured on the
-    subject's inputs. Always the same plans: what they are has nothing to do with the draws of the inputs.
-    """
-    assert scores.gram is not None, "made by the Gram estimator"
-    plans = random_plans(perturbations, plans_measured(len(perturbations)), torch.Generator().manual_seed(0))
-
-    def damage_of(chosen: Sequence[Perturbation]) -> float:
-        return reference.damage_of(subject.outputs(chosen)).mean
-
-    measured = measured_plans(subject, perturbations, plans, damage_of, progress)
-    fit = fitted(scores.damage, scores.gram, plans, measured)
-    found = replace(scores, gram=fit.weakened(scores.damage, scores.gram), saturation=fit.limit, growth=fit.growth)
-    errors = [abs(found.predict(plan) / truth - 1) for plan, truth in zip(plans, measured, strict=True) if truth > 0]
-    notes = dict(scores.notes) | {"whole_plans": len(plans)}
-    notes |= {
-        "pair_strength": sum(fit.strengths),
-        "pair_terms": [[a, t] for a, t in zip(fit.strengths, fit.fadings, strict=True)],
-    }
-    if errors:
-        notes["whole_plan_error"] = float(np.median(errors))
-    return replace(found, notes=notes)
+    if subject.base:
+        return scores
+    return calibrated(scores, subject, perturbations, plans_measured(len(perturbations)), progress, reference)
 
 
 def _measure(

@@ -52,16 +52,24 @@ def pair_terms(outputs: Sequence[Shifts], owners: Sequence[str]) -> PairTerms:
     Every other sample goes to one half, however they came in batches; the rows of one sample, which are alike, stay
     together.
     """
-    apart = np.array([[a != b for b in owners] for a in owners]).reshape(len(owners), len(owners))
     halves = [[(one.samples % 2 == parity).nonzero().flatten() for one in outputs] for parity in (0, 1)]
     for temperature in TEMPERATURES:
         grams = [_gram_of_all(outputs, temperature, half) for half in halves]
-        reliability = split_half_reliability(*(_cosines(one)[apart] for one in grams))
+        cosines, reliability = shrunk_cosines(grams, owners)
         if reliability >= RELIABLE or not any(one.damage.softens for one in outputs):
             break
-    shrunk = reliability * _cosines(grams[0] + grams[1])
+    return PairTerms(cosines, temperature, reliability)
+
+
+def shrunk_cosines(halves: Sequence[np.ndarray], owners: Sequence[str]) -> tuple[np.ndarray, float]:
+    """Cosines (K, K) of inner products summed over two halves of the inputs, multiplied off the diagonal by their
+    reliability, and that; ``owners`` as for ``pair_terms``.
+    """
+    apart = np.array([[a != b for b in owners] for a in owners]).reshape(len(owners), len(owners))
+    reliability = split_half_reliability(*(_cosines(one)[apart] for one in halves))
+    shrunk = reliability * _cosines(halves[0] + halves[1])
     np.fill_diagonal(shrunk, 1)
-    return PairTerms(shrunk, temperature, reliability)
+    return shrunk, reliability
 
 
 def _gram_of_all(outputs: Sequence[Shifts], temperature: float, rows: Sequence[Tensor]) -> np.ndarray:

@@ -18,7 +18,7 @@ positive semi-definite, as every fit is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -28,7 +28,8 @@ import torch
 from quantkit.plan import saturated
 from quantkit.progress import track
 from quantkit.sensitivity.by_place import digest_changes, members_of
-from quantkit.sensitivity.measure import Perturbation, Subject
+from quantkit.sensitivity.damage import Reference
+from quantkit.sensitivity.measure import Perturbation, Scores, Subject
 from quantkit.store import Codec
 
 MOST_PLANS = 40
@@ -150,3 +151,36 @@ def _misses(quadratic: np.ndarray, bends: np.ndarray, measured: np.ndarray) -> n
     """For each (growth, limit) the mean absolute logarithm of the ratio of predicted to ``measured`` damages."""
     bent = saturated(quadratic.clip(min=np.finfo(float).tiny), bends[:, 1:], bends[:, :1])
     return np.abs(np.log(bent / measured)).mean(1).clip(min=LEAST_MISS)
+
+
+def calibrated(
+    scores: Scores,
+    subject: Subject,
+    perturbations: Sequence[Perturbation],
+    count: int,
+    progress: bool,
+    reference: Reference | None = None,
+) -> Scores:
+    """Scores with pair terms as strong as they show themselves, and an end to damage, from ``count`` whole plans
+    measured on the subject's inputs. Always the same plans: what they are has nothing to do with the draws of the
+    inputs.
+    """
+    assert scores.gram is not None, "of an estimator of pair terms"
+    plans = random_plans(perturbations, count, torch.Generator().manual_seed(0))
+    known = reference or Reference.of(subject)
+
+    def damage_of(chosen: Sequence[Perturbation]) -> float:
+        return known.damage_of(subject.outputs(chosen)).mean
+
+    measured = measured_plans(subject, perturbations, plans, damage_of, progress)
+    fit = fitted(scores.damage, scores.gram, plans, measured)
+    found = replace(scores, gram=fit.weakened(scores.damage, scores.gram), saturation=fit.limit, growth=fit.growth)
+    errors = [abs(found.predict(plan) / truth - 1) for plan, truth in zip(plans, measured, strict=True) if truth > 0]
+    notes = dict(scores.notes) | {"whole_plans": len(plans)}
+    notes |= {
+        "pair_strength": sum(fit.strengths),
+        "pair_terms": [[a, t] for a, t in zip(fit.strengths, fit.fadings, strict=True)],
+    }
+    if errors:
+        notes["whole_plan_error"] = float(np.median(errors))
+    return replace(found, notes=notes)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from quantkit.sensitivity.damage import Reference
+from quantkit.sensitivity.float_outputs import columns_of
 from quantkit.sensitivity.outputs import Outputs
 
 MOST_CLASSES = 2000
 TOP, BUCKETS = 192, 64
-SHIFT_BYTES = 1 << 31
+SHIFT_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Sketches:
     @classmethod
     def of(cls, reference: Reference, copies: int, generator: torch.Generator) -> Sketches:
         """How to make ``copies`` of the shifts of all outputs fit into ``SHIFT_BYTES``."""
-        columns, measures = list(zip(*reference.outputs, strict=True)), reference.damage.measures
+        columns, measures = columns_of(reference.outputs), reference.damage.measures
         merges = [measure.softens for measure in measures]
         sizes = [_bytes(column, copies, merge) for column, merge in zip(columns, merges, strict=True)]
         return cls(
@@ -115,10 +116,13 @@ def sketch_for(
     rows = [_sample(count, share, generator) for count in counts]
     if not merge:
         return Sketch(counts, rows, None, None, min(share, 1.0))
-    picked = [r[kept.to(r.device)] for r, kept in zip(reference, rows, strict=True)]
-    top = [r.topk(min(TOP, r.shape[1] - 1), dim=1).indices for r in picked]
+    top = [_most_likely(r[kept.to(r.device)]) for r, kept in zip(reference, rows, strict=True)]
     bucket = torch.randint(0, BUCKETS, (classes,), generator=generator, device="cpu")
     return Sketch(counts, rows, top, bucket, min(share, 1.0))
+
+
+def _most_likely(rows: Tensor) -> Tensor:
+    return rows.topk(min(TOP, rows.shape[1] - 1), dim=1).indices
 
 
 def _sample(count: int, share: float, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from quantkit.formats import Scheme
@@ -21,6 +20,7 @@ from quantkit.program.inputs import batch_size
 from quantkit.program.sites import makers_of_codes, place_sites
 from quantkit.progress import notice, track
 from quantkit.sensitivity.damage import Reference
+from quantkit.sensitivity.float_outputs import columns_of
 from quantkit.sensitivity.measure import Subject
 from quantkit.simulation.model import SimulatedModel
 from quantkit.targets import Target
@@ -161,20 +161,23 @@ def spread(reference: Reference) -> float:
     """The damage of answering every input by the mean of all float outputs with as many classes: what damage is to be
     compared with, as its unit depends on the outputs.
     """
-    means = [_means(column) for column in zip(*reference.outputs, strict=True)]
-    same = [
+    means = [_means(column) for column in columns_of(reference.outputs)]
+    same = (
         tuple(mean[rows.shape[-1]].expand_as(rows) for mean, rows in zip(means, outputs, strict=True))
         for outputs in reference.outputs
-    ]
+    )
     return reference.damage_of(same).mean
 
 
 def _means(column: Sequence[Tensor]) -> dict[int, Tensor]:
     """Number of classes -> the mean of all rows that have so many, which follows a length in attention weights."""
-    alike: dict[int, list[Tensor]] = {}
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
     for rows in column:
-        alike.setdefault(rows.shape[-1], []).append(rows)
-    return {n: torch.stack([x.sum(0) for x in parts]).sum(0) / sum(map(len, parts)) for n, parts in alike.items()}
+        classes = rows.shape[-1]
+        sums[classes] = sums.get(classes, 0) + rows.sum(0)
+        counts[classes] = counts.get(classes, 0) + len(rows)
+    return {classes: total / counts[classes] for classes, total in sums.items()}
 
 
 def choices_of(ready: Prepared, target: Target, layers: Collection[str]) -> list[Layers]:

@@ -54,6 +54,11 @@ def forward_bytes(program: Program, samples: int) -> int:
     return most
 
 
+def compared_bytes(program: Program, samples: int) -> int:
+    """The bytes of a forward of so many samples, and of its outputs while they are compared with others."""
+    return forward_bytes(program, samples) + together(value_bytes(program, samples), program.outputs)
+
+
 def largest_value(program: Program, samples: int) -> int:
     """The bytes of the largest value of so many samples."""
     return max(value_bytes(program, samples).values(), default=0)

@@ -19,7 +19,9 @@ from quantkit.ranges.statistics import hessian_bytes
 from quantkit.rounding import rounding_of
 from quantkit.rounding.request import RoundingOptions
 from quantkit.sensitivity import COSTS
-from quantkit.sensitivity.curvature import GRAPH_SAMPLES
+from quantkit.sensitivity.curvature import GRAPH_BYTES, GRAPH_SAMPLES
+from quantkit.sensitivity.damage import SLICE_ELEMENTS
+from quantkit.sensitivity.float_outputs import HELD_BYTES
 from quantkit.sensitivity.outputs import OutputRule, Outputs
 from quantkit.sensitivity.registry import Workload
 from quantkit.sensitivity.sketch import SHIFT_BYTES
@@ -45,6 +47,7 @@ PASSES_AT_SITES = 4  # two for activation ranges, where counting takes as long a
 GRAPH_COPIES = 4  # how often a graph of second derivatives holds every activation
 _QUANTIZING = 3  # copies of a site's values while they are quantized
 _COMPARING = 6  # copies of one batch's outputs while they are compared, in float64
+_COMPARED = 2 * _COMPARING * FLOAT * SLICE_ELEMENTS  # at most: it is some rows at a time
 _SOFTMAXES = 6  # that comparing outputs amounts to
 _ANY_RANGE = SiteRange(0.05, 128)
 
@@ -120,13 +123,15 @@ def forward_seconds(ready: Prepared, batch: Batch) -> tuple[float, float]:
 
 
 def _comparing_seconds(outputs: Outputs) -> float:
-    """Seconds to compare the outputs of a batch, whose damage is computed in float64."""
+    """Seconds to compare the outputs of a batch."""
+    some = [rows[: max(1, SLICE_ELEMENTS // rows.shape[-1])] for rows in outputs]
+    parts = sum(len(rows) for rows in outputs) / max(1, sum(len(rows) for rows in some))
 
     def softmaxes() -> None:
-        for rows in outputs:
+        for rows in some:
             rows.double().log_softmax(-1)
 
-    return _SOFTMAXES * seconds_of(softmaxes)
+    return _SOFTMAXES * parts * seconds_of(softmaxes)
 
 
 def _peak_bytes(request: Request, options: RoundingOptions) -> int:
@@ -150,8 +155,12 @@ def _peak_bytes(request: Request, options: RoundingOptions) -> int:
     outputs = together(value_bytes(program, batch), program.outputs)
     every = outputs * samples // batch
     shifts = min(len(formats) * every, SHIFT_BYTES) * cost.keeps_shifts
-    graph = GRAPH_COPIES * forward_bytes(program, GRAPH_SAMPLES) * cost.keeps_graph
-    measuring = forward + _QUANTIZING * value + _COMPARING * outputs + FLOAT * sum(numbers.values())
+    if every > HELD_BYTES and request.session.standing is not None:
+        every = HELD_BYTES + outputs  # made again from what enters the last layer
+    most = max(GRAPH_BYTES, forward_bytes(program, 1))
+    graph = GRAPH_COPIES * min(forward_bytes(program, GRAPH_SAMPLES), most) * cost.keeps_graph
+    comparing = outputs + min((_COMPARING - 1) * outputs, _COMPARED)
+    measuring = forward + _QUANTIZING * value + comparing + FLOAT * sum(numbers.values())
     return codes + max(rounding, counting_bytes(program, batch), inputs + every + shifts + measuring + graph)
 
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
+from quantkit.formats import WeightFormat
 from quantkit.progress import notice
 from quantkit.rounding import AUTO, Moments, rounding_of
 from quantkit.rounding.blocks import HESSIAN_BYTES
 from quantkit.rounding.registry import BY_LOSS
-from quantkit.sensitivity.kronecker import PASSES, FisherInputs, factor_bytes, kronecker_moments, layers_with_factors
+from quantkit.sensitivity.kronecker import PASSES, FisherInputs, kronecker_moments, layers_with_factors
 from quantkit.session import Session
+from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions
 from quantkit.transforms.prepare import Prepared
 
 
-def rounding_for(session: Session, asked: str, weights_alone: bool) -> str:
+def rounding_for(session: Session, asked: str, formats: Iterable[WeightFormat], alone: bool) -> str:
     """What "auto" stands for: rounding by the loss of the network where a model looks up what it reads in a table, as
-    language models do, and ``weights_alone`` are quantized.
+    language models do, and weights ``alone`` become integers.
     """
-    if asked != AUTO or not weights_alone or not session.inputs.batches:
-        return asked
     kinds = session.prepared.program.kinds.values()
-    return BY_LOSS if "embedding" in kinds and "linear" in kinds else asked
+    reads_words = {"embedding", "linear"} <= set(kinds) and bool(session.inputs.batches)
+    integers = all(format.is_integer or format.is_half for format in formats)
+    return BY_LOSS if asked == AUTO and alone and integers and reads_words else asked
+
+
+def with_rounding(options: ApplyOptions, session: Session, formatted: Formatted) -> ApplyOptions:
+    """The options with the rounding that "auto" stands for."""
+    found = rounding_for(session, options.rounding, formatted.weights.values(), not formatted.sites)
+    return replace(options, rounding=found)
 
 
 def loss_moments(
@@ -48,9 +57,3 @@ def _found(session: Session, ready: Prepared, loss: str, seed: int, progress: bo
     given = FisherInputs(ready.model, ready.program, session.inputs.batches, damage)
     notice(f"rounding by the loss of the network: {PASSES} forward and backward passes for the Hessians of its layers")
     return kronecker_moments(given, layers, generator, progress)
-
-
-def factors_bytes(ready: Prepared, layers: Collection[str]) -> int:
-    """Bytes of the factors of ``layers``, twice: those before are inverted while the next are summed."""
-    own = layers_with_factors(ready.program, list(layers), HESSIAN_BYTES)
-    return 2 * sum(factor_bytes(ready.weights.layers[name]) for name in own)

@@ -18,6 +18,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.formats import EIGHT_BITS, Scheme
 from quantkit.plan import Plan, Profile
 from quantkit.stages.accuracy import AccuracySearch, Finish, accurate_enough, meet_accuracy, require_accuracy_request
+from quantkit.stages.against_uniform import no_worse_than_uniform
 from quantkit.stages.apply import Application, apply_plan
 from quantkit.stages.file_size import Choose, FileLengths, FileLimit, fitting_plan, require_file, smallest_file
 from quantkit.stages.metric import require_metric
@@ -27,6 +28,8 @@ from quantkit.stages.profile import announced_evaluator, measure
 from quantkit.stages.reconstruct import samples_enough
 from quantkit.stages.request import Request
 from quantkit.stages.result import Result
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def _may_be_float(request: Request, search: Search) -> tuple[str, ...]:
 def _within_file(request: Request, search: Search) -> Result:
     """The best model whose file is within a limit, all other limits included."""
     limit, session, blank = search.limit, request.session, request.unmeasured()
+    session.target.require_files()
     length = FileLengths(session)
     least = smallest_file(blank, limit, length)
 
@@ -129,13 +133,19 @@ def _decide(
     measured = measure(request, run, evaluator)
     seed = request.settings["seed"]
 
-    def choose(limit: Budget) -> Plan:
-        return allocate(measured, limit, solver=search.solver, seed=seed)
+    def choose(profile: Profile) -> tuple[Plan, Budget]:
+        def within(limit: Budget) -> Plan:
+            return allocate(profile, limit, solver=search.solver, seed=seed)
 
-    plan, limit = (choose(limit), limit) if fitting is None else fitting(choose)
-    if evaluator is None:
+        return (within(limit), limit) if fitting is None else fitting(within)
+
+    plan, most = choose(measured)
+    if evaluator is not None:
+        plan = refine(plan, measured, most, evaluator, search.effort, run.progress)
+    if search.solver != AUTO or not request.batches:
         return measured, plan
-    return measured, refine(plan, measured, limit, evaluator, search.effort, run.progress)
+    asked = search.application
+    return measured, no_worse_than_uniform(request.session, measured, plan, lambda one: choose(one)[0], asked)
 
 
 def _require_work(profile: Profile, limit: Budget) -> None:

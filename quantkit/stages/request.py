@@ -15,10 +15,12 @@ from quantkit.formats import ActivationFormat, Scheme
 from quantkit.plan import FLOAT_STORAGE, LARGEST_OTHERS, Profile, SiteRecord, digest_shapes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
+from quantkit.rounding import require_numbers
 from quantkit.sensitivity import require_additive
 from quantkit.sensitivity.measure import Scores
 from quantkit.session import Session
 from quantkit.stages.beyond_half import why_not_half, without_beyond_half
+from quantkit.stages.estimator import MEASURED, estimator_for
 from quantkit.stages.first_last import policy_record, with_policy
 from quantkit.stages.inputs import Inputs, tell_what_is_missing
 from quantkit.stages.loss_moments import rounding_for
@@ -149,7 +151,9 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         session = _without_unfit(session, wanted[0], rules)
     ready, allowed = _with_candidates(session, wanted, rules)
     alone = all(scheme.activation is None for own in allowed.values() for scheme in own)
-    options = replace(options, rounding=rounding_for(session, options.rounding, alone))
+    formats = [scheme.weight for own in allowed.values() for scheme in own if scheme.weight is not None]
+    options = replace(options, rounding=rounding_for(session, options.rounding, formats, alone))
+    require_numbers(options.rounding, formats)
     if (table := session.target.latency) is not None:
         table.require(digest_shapes(ready.layers), list(ready.quantizable), [site.name for site in ready.sites])
     settings: dict[str, Any] = {
@@ -164,7 +168,17 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
         **({} if options.memory is None else {"memory": options.memory}),
     }
     by_rule = frozenset(name for name in ready.quantizable if decided_by_rule(name, options.rules, ready.layers))
-    return Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings, by_rule)
+    request = Request(session, ready, {name: allowed[name] for name in ready.quantizable}, settings, by_rule)
+    return _with_estimator(request) if options.sensitivity == "auto" else request
+
+
+def _with_estimator(request: Request) -> Request:
+    """The request with an estimator by its size; the first of them where there is nothing to choose."""
+    if all(len(options) < 2 for options in request.candidates.values()):
+        return replace(request, settings=request.settings | {"sensitivity": MEASURED})
+    places = len(request.candidates) + len(request.ready.sites)
+    found = estimator_for(request.ready, request.batches, request.settings["loss"], len(request.entries()), places)
+    return replace(request, settings=request.settings | {"sensitivity": found})
 
 
 def _without_unfit(session: Session, scheme: Scheme, rules: Rules | None) -> Session:

@@ -23,7 +23,7 @@ from quantkit.program.intercept import OpKey
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.program.optional_inputs import dispensable_inputs
 from quantkit.program.ownership import CONSTANT, UNREAD, ownership, why_uncalled
-from quantkit.program.padding import Padding
+from quantkit.program.padding import Padding, padded_first
 from quantkit.program.program import Program, Step
 from quantkit.program.record import record, unrecorded
 from quantkit.program.replayable import computed_weights
@@ -91,12 +91,13 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
     without a quantizable layer.
     """
     own, element_bytes, sizes = _checked_copy(model)
+    batch = padded_first(own, batches)
     try:
-        example, program = _first_recording(own, batches[0])
+        example, program = _first_recording(own, batch)
     except InvalidRequest as error:
         if not stores_halves(own):
-            raise explained(own, batches[0], error, double_parameters(model)) from error
-        example, program = _first_recording(own.float(), batches[0])
+            raise explained(own, batch, error, double_parameters(model)) from error
+        example, program = _first_recording(own.float(), batch)
         notice("the model computes in half precision where its calls cannot be seen: all of it is float32 here")
     for name, outputs in dispensable_inputs(program, own, example).items():
         notice(
@@ -104,7 +105,7 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
             f"take and return them; leave {name!r} out of the data to have files without them"
         )
     require_repeatable(own, example)
-    require_samples_first(own, batches[0])
+    require_samples_first(own, batch)
     folds = foldable_pairs(own, program)
     fold(own, folds)
     folded = without_norms(program, folds) if folds else program
@@ -115,7 +116,7 @@ def prepare(model: nn.Module, batches: Sequence[Batch], target: Target) -> Prepa
             f"{' and others' * (len(outside) > 5)}. Hold layers in modules (nn.ModuleList), and tensors in "
             "nn.Parameter or register_buffer"
         )
-    sums = drowned_additions(own, program, target, batches[0])
+    sums = drowned_additions(own, program, target, batch)
     return _prepared(own, program, _Request(target, element_bytes, sizes), example, tuple(folds), sums)
 
 

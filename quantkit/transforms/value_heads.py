@@ -82,7 +82,7 @@ def _heads_of(ready: Prepared, product: Step, position: int) -> ValueHeads:
 def _maker(program: Program, value: int) -> tuple[str, int]:
     """The layer that makes what a value is moved from, and its output."""
     while (maker := program.makers.get(value)) is not None and maker.key not in program.layer_of:
-        floats = [n for n in maker.inputs if n in program.floating]
+        floats = _floats(program, maker)
         if len(floats) != 1:
             raise _CannotFollow(f"{maker.key} makes the values, which is no linear layer")
         value = floats[0]
@@ -141,6 +141,11 @@ def _numbered(shape: tuple[int, ...], axis: int | None = None) -> Tensor:
     return torch.arange(shape[axis], device="cpu").expand(shape)
 
 
+def _floats(program: Program, step: Step) -> list[int]:
+    """The floating-point values that a call reads, without empty ones, as a cache is before the first token."""
+    return [n for n in dict.fromkeys(step.inputs) if n in program.floating and 0 not in program.shape[n]]
+
+
 class _Moved:
     """Where the elements of a value go: ``labels`` has those of all values that only moved elements are in, ``ends``
     are the values that others read, with the calls.
@@ -183,8 +188,7 @@ class _Moved:
 
     def _behind(self, step: Step, value: int) -> dict[int, Tensor] | None:
         """What a call makes of a value's labels; None where it does more than to move them, or leave zeros."""
-        floats = {n for n in step.inputs if n in self.program.floating}
-        if floats != {value} or step.rewrites:
+        if _floats(self.program, step) != [value] or step.rewrites:
             return None
         made: Any = None
         for kind in (torch.long, torch.bool):

@@ -15,6 +15,7 @@ from torch import nn
 from quantkit.budget import Budget
 from quantkit.formats import Scheme
 from quantkit.plan import FLOAT_STORAGE, Plan, Profile
+from quantkit.program.texts import as_tokens
 from quantkit.program.updates import own_modes
 from quantkit.progress import one_call, said
 from quantkit.session import Session
@@ -47,6 +48,7 @@ def quantize(
     budget: str | Scheme | Budget | Mapping[str, Any],
     calibration: Any = None,
     *,
+    tokenizer: Any = None,
     example_inputs: Any = None,
     schemes: Schemes | None = None,
     samples: int | None = None,
@@ -93,10 +95,10 @@ def quantize(
     how = ApplyOptions(rounding, ranges, reconstruction, correction or "none", loss, seed, reparameterization, memory)
     search = Search.of(budget, solver, effort, Application(how, evaluate, run, inplace))
     request = make_ready(
-        model, calibration, example_inputs=example_inputs, samples=samples, target=target,
-        **candidates_of(search.limit, schemes), rules=rules, first_last=first_last, float_storage=float_storage,
-        loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed, memory=memory,
-        transforms=transforms,
+        model, as_tokens(model, calibration, tokenizer, samples), example_inputs=example_inputs, samples=samples,
+        **candidates_of(search.limit, schemes), target=target, rules=rules, first_last=first_last,
+        float_storage=float_storage, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
+        memory=memory, transforms=transforms,
     )  # fmt: skip
     return _with_notices(quantize_request(transformed(request, transforms), search))
 
@@ -107,6 +109,7 @@ def profile(
     model: nn.Module,
     calibration: Any = None,
     *,
+    tokenizer: Any = None,
     example_inputs: Any = None,
     schemes: Schemes | None = None,
     samples: int | None = None,
@@ -127,7 +130,8 @@ def profile(
     """Measure what each format of each layer and site costs, alone and in pairs.
 
     ``calibration``: any iterable of model inputs (tensor, tuple or dict items), labels not needed; ``samples`` caps
-    it. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
+    it. With a ``tokenizer``, of transformers or of tokenizers, it is a list of texts, cut to what tokenizer and model
+    take. Without it only weights are quantized, by the error of the weights; ``example_inputs``, one batch of inputs,
     then lets the model be traced, which folds BatchNorm and counts operations. ``schemes``: candidate schemes, default
     the target's. ``rules``: ordered (pattern, scheme or schemes), a later one wins. ``first_last``: "8 bits" gives
     layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
@@ -140,9 +144,9 @@ def profile(
     """
     run = _run(progress, workdir)
     request = make_ready(
-        model, calibration, example_inputs=example_inputs, samples=samples, target=target, schemes=schemes,
-        rules=rules, first_last=first_last, float_storage=float_storage, loss=loss, sensitivity=sensitivity,
-        rounding=rounding, ranges=ranges, seed=seed, memory=memory, transforms=transforms,
+        model, as_tokens(model, calibration, tokenizer, samples), example_inputs=example_inputs, samples=samples,
+        schemes=schemes, target=target, rules=rules, first_last=first_last, float_storage=float_storage, loss=loss,
+        sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed, memory=memory, transforms=transforms,
     )  # fmt: skip
     return measure(transformed(request, transforms), run)
 
@@ -154,6 +158,7 @@ def apply(
     plan: Plan | Mapping[str, str | Scheme],
     calibration: Any = None,
     *,
+    tokenizer: Any = None,
     example_inputs: Any = None,
     samples: int | None = None,
     target: TargetName = DEFAULT_TARGET,
@@ -189,7 +194,8 @@ def apply(
     range does the same, where that lowers the error behind them; 4-bit probabilities of attention get logarithmic
     codes ("softmax"). Joined by +; "auto" is "clip+softmax".
 
-    ``evaluate`` (model -> a number, or one for each sample, higher is better) is reported for the float and for the
+    ``tokenizer`` as for ``profile``. ``evaluate`` (model -> a number, or one for each sample, higher is better) is
+    reported for the float and for the
     quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
     HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
     rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
@@ -205,7 +211,7 @@ def apply(
     require_metric(evaluate)
     asked = Application(how, evaluate, _run(progress, workdir), inplace)
     require_layers(model, decided, goal)
-    inputs = Inputs.of(model, calibration, example_inputs, samples)
+    inputs = Inputs.of(model, as_tokens(model, calibration, tokenizer, samples), example_inputs, samples)
     coded = [scheme for scheme in decided.schemes.values() if scheme.activation is not None]
     how.with_inputs(inputs, coded or decided.schemes.values())  # of layers with weights alone more is known later
     session = Session.open(model, inputs, goal)

@@ -31,7 +31,7 @@ def write_atomically(path: str | Path, write: Callable[[str], Any]) -> Path:
     path = Path(path)
     temporary = ""
     try:
-        with _explained(path):
+        with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
             os.close(handle)
@@ -58,7 +58,7 @@ def write_with_data(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """
     path = Path(path)
     data = data_file(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
             made = Path(folder) / path.name
@@ -80,7 +80,7 @@ def write_with_data(path: str | Path, write: Callable[[Path], Any]) -> Path:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn what the system says of a file that cannot be written into an InvalidRequest."""
     try:
         yield

@@ -29,8 +29,10 @@ def as_batch(item: Any) -> Batch:
         return (), {key: tree_map(_tensor, value) for key, value in sorted(item.items())}
     if isinstance(item, tuple | list):
         return tuple(tree_map(_tensor, value) for value in item), {}
+    texts = " Texts need a tokenizer: pass tokenizer= beside them." * isinstance(item, str)
     raise InvalidRequest(
         f"A calibration item must be a tensor, a tuple of arguments or a dict of keywords, not {type(item).__name__}."
+        f"{texts}"
     )
 
 

@@ -30,10 +30,11 @@ _DATA: dict[str, tuple[type, ...]] = {
     "preprocess": _TEXT,
     "python": _TEXT,
 }
+_TEXTS: dict[str, tuple[type, ...]] = {"text": _TEXT, "field": _TEXT, "tokenizer": _TEXT}
 SECTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "model": {"python": _TEXT, "weights": _TEXT},
-    "calibration": _DATA,
-    "example_inputs": _DATA,
+    "calibration": _DATA | _TEXTS,
+    "example_inputs": _DATA | _TEXTS,
     "evaluate": _DATA | {"metric": _TEXT, "labels": _TEXT},
 }
 SETTINGS: dict[str, tuple[type, ...]] = {
@@ -241,11 +242,13 @@ _TYPE_NAMES = {str: "text", int: "a whole number", list: "a list", dict: "a tabl
 
 def _check_source(path: Path, table: Mapping[str, Any], lines: Mapping[Keys, str], name: str) -> None:
     """A section says where its thing comes from."""
-    sources = ("python",) if name == "model" else ("npz", "python")
+    sources = tuple(key for key in ("npz", "python", "text") if key in SECTIONS[name])
     given = [key for key in sources if key in table]
     if len(given) != 1:
-        found = "both" if given else "neither" if len(sources) > 1 else "none"
+        found = " and ".join(given) or "none"
         raise _error(path, lines, (name,), f"needs {' or '.join(sources)}; found {found}.")
+    if ("tokenizer" in table) != (given == ["text"]) or ("field" in table and given != ["text"]):
+        raise _error(path, lines, (name,), "needs 'text', a file of texts, and 'tokenizer' together, or neither.")
     if given == ["npz"] and "inputs" not in table:
         raise _error(
             path, lines, (name,), "needs 'inputs': the array (or arrays) of the npz file that the model takes."

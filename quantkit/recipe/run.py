@@ -70,7 +70,8 @@ class Inputs:
 def inputs_of(recipe: Recipe) -> Inputs:
     """The recipe's model and data; raises InvalidRequest, with the line, for what cannot be had."""
     _check_names(recipe)
-    model, calibration, example = model_of(recipe), _samples(recipe, "calibration"), _samples(recipe, "example_inputs")
+    model = model_of(recipe)
+    calibration, example = (_samples(recipe, section, model) for section in ("calibration", "example_inputs"))
     found = evaluate_of(recipe)
     if found is not None and found[1] is not None and calibration is not None:
         _tell_shared_rows(calibration, found[1])
@@ -115,14 +116,14 @@ def items_of(samples: Samples) -> list[Any]:
     return [kwargs or args for args, kwargs in samples.batches]
 
 
-def _samples(recipe: Recipe, section: str) -> Samples | None:
-    """What a section names; None where the recipe has no such section."""
-    return None if recipe.get(section) is None else samples_of(recipe, section)
+def _samples(recipe: Recipe, section: str, model: nn.Module) -> Samples | None:
+    """What a section names, as the model takes it; None where the recipe has no such section."""
+    return None if recipe.get(section) is None else samples_of(recipe, section, model)
 
 
-def _calibration(recipe: Recipe, what: str) -> list[Any]:
+def _calibration(recipe: Recipe, model: nn.Module, what: str) -> list[Any]:
     """The calibration data, for ``what`` cannot do without."""
-    found = _samples(recipe, "calibration")
+    found = _samples(recipe, "calibration", model)
     if found is None:
         raise InvalidRequest(f"{recipe.path}: {what} runs the model on data: add the key 'calibration'.")
     return items_of(found)
@@ -183,9 +184,9 @@ def profile_recipe(recipe: Recipe, path: Path | None, progress: bool = True) -> 
 def measure_plans(recipe: Recipe, measured: Profile, plans: Sequence[Plan], progress: bool = True) -> list[float]:
     """Damage of plans on the inputs of the recipe that the profile ``measured`` is of."""
     _check_names(recipe)
-    calibration = _calibration(recipe, "measuring plans")
-    settings = _measuring_settings(recipe)
-    return measured_damages(measured, plans, model_of(recipe), calibration, progress=progress, **settings)
+    model, settings = model_of(recipe), _measuring_settings(recipe)
+    calibration = _calibration(recipe, model, "measuring plans")
+    return measured_damages(measured, plans, model, calibration, progress=progress, **settings)
 
 
 def _measuring_settings(recipe: Recipe) -> dict[str, Any]:
@@ -202,7 +203,8 @@ def bench_recipe(
     require_writable(path.parent)
     with recipe.blame("target"):
         target = Target.load(recipe.target or DEFAULT_TARGET)
-    model, items = model_of(recipe), _calibration(recipe, "bench")
+    model = model_of(recipe)
+    items = _calibration(recipe, model, "bench")
     measured = bench(model, items, target=target, threads=threads, batch=batch, seconds=seconds, progress=progress)
     return measured, measured.save(path)
 
@@ -265,8 +267,10 @@ def _absolute(recipe: Recipe, data: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's data with every path of an input absolute."""
     found: dict[str, Any] = {}
     for key, value in data.items():
-        if key in ("weights", "npz"):
+        if key in ("weights", "npz", "text"):
             found[key] = str(recipe.resolved(value))
+        elif key == "tokenizer":
+            found[key] = str(path) if (path := recipe.resolved(value)).exists() else _absolute_function(recipe, value)
         elif key in ("python", "preprocess"):
             found[key] = _absolute_function(recipe, value)
         elif key in SECTIONS:
@@ -312,7 +316,7 @@ def _load_by_recipe(folder: str | Path) -> Result:
     recipe = read_recipe(Path(folder) / RECIPE_FILE)
     model = model_of(recipe)
     result = load_result(folder, model)
-    samples = _samples(recipe, "calibration") or _samples(recipe, "example_inputs")
+    samples = _samples(recipe, "calibration", model) or _samples(recipe, "example_inputs", model)
     result.dynamic = recipe.get("export", "dynamic", default={})
     result.external_data = _external_data(recipe)
     if samples is not None:

@@ -26,6 +26,7 @@ from quantkit.plan import digest_of
 from quantkit.program.inputs import Batch, as_batch, batch_size, split_batches
 from quantkit.program.outputs import main_output
 from quantkit.recipe.read import Recipe
+from quantkit.recipe.texts import text_batches
 from quantkit.stages.metric import Evaluate
 
 BATCH = 128
@@ -125,10 +126,15 @@ class Samples:
     labels: np.ndarray | None = None
 
 
-def samples_of(recipe: Recipe, section: str, batch: int = BATCH) -> Samples:
-    """The inputs (and labels) a section names, or what its Python function returns (an iterable of model inputs)."""
+def samples_of(recipe: Recipe, section: str, model: nn.Module | None = None, batch: int = BATCH) -> Samples:
+    """The inputs (and labels) a section names, what its Python function returns (an iterable of model inputs), or
+    texts as the ``model`` takes them.
+    """
     if recipe.get(section, "python") is not None:
         return _samples_of_function(recipe, section)
+    if recipe.get(section, "text") is not None:
+        assert model is not None, "tokens are those that it takes"
+        return Samples(text_batches(recipe, section, model, function_of))
     arrays = _arrays(recipe, section)
     prepare = function_of(recipe, section, "preprocess") if recipe.get(section, "preprocess") else torch.from_numpy
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantkit.numbers.kinds import AnyRange
+from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.integer_biases import bias_calls
 from quantkit.program.sites import Site
@@ -110,7 +109,8 @@ class PlanApplication:
         if (expected := self._announced()) is not None:
             notes["working_bytes"] = expected.memory.peak_bytes  # not the seconds, which no two runs agree on
             rounding = expected.rounding
-        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes)
+        ratios = self.rewritten.ratios
+        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes, ratios)
         notes["rounding"] = self._round(simulated, request)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
@@ -147,8 +147,9 @@ class PlanApplication:
         return Learning(seen + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
-        ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
-        ranges |= {name: TokenRange(asked.bits) for name, asked in self.formatted.sites.items() if asked.dynamic}
+        dynamic = {name: asked for name, asked in self.formatted.sites.items() if asked.dynamic}
+        ranges: dict[str, AnyRange] = {name: token_range(asked) for name, asked in dynamic.items()}
+        ranges |= self.rewritten.ranges
         others = [site for site in self.ready.sites if site.name not in ranges]
         histograms = site_histograms(self.ready.model, others, self.formatted.batches, progress, self.ready.padding)
         return ranges | {site.name: self._range_of(site, histograms[site.name]) for site in others if histograms}

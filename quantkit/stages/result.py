@@ -25,7 +25,7 @@ from quantkit.runtime.real import RealModel
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.store import require_writable
-from quantkit.targets import OPERATOR_DOMAINS
+from quantkit.targets import DATA_FILES, OPERATOR_DOMAINS, Target
 from quantkit.targets.instruction_sets import INSTRUCTION_SET, detected_instruction_set
 
 if TYPE_CHECKING:
@@ -73,6 +73,16 @@ class Result:
 
         return save_result(self.simulated(), self.plan, self.folds, folder, self.shapes)
 
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> Path:
+        """Write a folder that ``from_pretrained`` of transformers loads, as float weights with the values of their
+        codes, and ``quantkit.load`` too; with a ``tokenizer`` its files. Raises InvalidRequest where a float model
+        would compute something else, as with activations in codes.
+        """
+        from quantkit.stages.pretrained import Saved, save_pretrained
+
+        example = self.calibration[0] if self.calibration else None
+        return save_pretrained(Saved(self.simulated(), self.folds, example, self.save), folder, tokenizer)
+
     def to_real(self, expand: bool = False) -> Result:
         """This result with a model that computes on integers from packed weights, which take the plan's bytes, on the
         CPU.
@@ -110,6 +120,8 @@ class Result:
         from quantkit.backends.onnxruntime.parity import DEFAULT_TOLERANCE
         from quantkit.backends.onnxruntime.writer import ExportOptions, export_onnx
 
+        if (made_for := self.plan.provenance.get("target")) in DATA_FILES:
+            Target.load(made_for).require_files()
         require_writable(Path(path).parent)
         batch = self.example() if example is None else as_batch(example)
         checked = [as_batch(item) for item in check]

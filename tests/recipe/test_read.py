@@ -70,11 +70,11 @@ ERRORS = {
     "no python": ("model:\n  weights: w\n" + DATA + BUDGET, r":1: model: needs python; found none\.$"),
     "two sources": (
         MODEL + DATA + "  python: d.py:data\n" + BUDGET,
-        r":3: calibration: needs npz or python; found both\.$",
+        r":3: calibration: needs npz or python or text; found npz and python\.$",
     ),
     "no source": (
         MODEL + "calibration:\n  select: some\n" + BUDGET,
-        r":3: calibration: needs npz or python; found neither\.$",
+        r":3: calibration: needs npz or python or text; found none\.$",
     ),
     "no inputs": (
         MODEL + "calibration:\n  npz: x.npz\n" + BUDGET,
@@ -161,7 +161,7 @@ CHANGES = {
     "no value after =": ("budget=", r"recipe\.yaml:--set: budget: None is not text or a table of keys"),
     "a section of its own": (
         "evaluate.metric=top1",
-        r"recipe\.yaml:--set: evaluate: needs npz or python; found neither",
+        r"recipe\.yaml:--set: evaluate: needs npz or python; found none",
     ),
 }
 

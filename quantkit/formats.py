@@ -3,12 +3,15 @@
 A *scheme* says how one layer computes: its weight format and its input's format, written as the field does::
 
     scheme = "float" | weight | weight act | act
-    weight = "w" fmt [ "g" int ] [ "z" ] [ "sf32" | "sf16" | "sf8" ]
+    weight = "w" fmt [ "g" int ] [ "z" ] [ "sf32" | "sf16" | "sf8" | "si8" ]
     act    = "a" fmt [ "d" ] [ "g" int ]
     fmt    = "2".."8" | "16" | "fp8" | "fp8e5m2" | "nvfp4" | "mxfp4" | "log4"
 
 ``16`` are float16 numbers: values, no codes, so that a weight of them has neither groups nor zero points nor scales.
-Scales of groups are float16 numbers, those of whole output channels float32 ones, unless others are asked for.
+Numbers of ``fp8`` (E4M3), ``fp8e5m2`` and 4 bits (E2M1) have no zero points. ``nvfp4`` are blocks of 16 with E4M3
+scales, ``mxfp4`` blocks of 32 with powers of two.
+``si8`` are scales of 8-bit integers with one factor for each output channel, in bfloat16.
+Scales of integers in groups are float16 numbers, all others float32 ones, unless others are asked for.
 
 >>> str(Scheme.parse("w4g64za8d"))
 'w4g64za8d'
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quantkit.errors import InvalidRequest
@@ -28,10 +31,12 @@ from quantkit.errors import InvalidRequest
 EIGHT_BITS = 8
 HALF = "16"
 _FLOAT_BITS = {HALF: 16, "fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
-SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1}
-TENSOR_SCALE_BYTES = {"f8": 4}  # what a weight's scales have in common
+_LARGEST = {"fp8": 448.0, "fp8e5m2": 57344.0, "nvfp4": 6.0, "mxfp4": 6.0}
+BLOCKS = {"nvfp4": (16, "f8"), "mxfp4": (32, "e8m0")}  # group and scales that are a part of the format
+SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1, "i8": 1, "e8m0": 1}
+_TENSOR_BYTES, _CHANNEL_BYTES = {"f8": 4}, {"i8": 2}  # of what all scales of a weight, or of a channel, share
 _FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"
-_WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f32|f16|f8))?"
+_WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f32|f16|f8|i8))?"
 _ACT = rf"a(?P<afmt>{_FMT})(?P<dynamic>d)?(?:g(?P<agroup>[1-9]\d*))?"
 _SCHEME = re.compile(rf"(?:{_WEIGHT})?(?:{_ACT})?")
 
@@ -63,6 +68,11 @@ class _Format:
     def is_integer(self) -> bool:
         return self.fmt not in _FLOAT_BITS
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether these are floating-point numbers of 8 bits."""
+        return self.fmt in ("fp8", "fp8e5m2")
+
 
 @dataclass(frozen=True)
 class WeightFormat(_Format):
@@ -75,13 +85,14 @@ class WeightFormat(_Format):
     scale: str = ""
 
     def __post_init__(self) -> None:
-        if not self.scale:
-            object.__setattr__(self, "scale", self.usual_scale)
+        group, scale = BLOCKS.get(self.fmt, (self.group, self.scale or self.usual_scale))
+        object.__setattr__(self, "group", group)
+        object.__setattr__(self, "scale", scale)
 
     @property
     def usual_scale(self) -> str:
         """The type of scales that a format has where none is named."""
-        return "f16" if self.group else "f32"
+        return "f16" if self.group and self.is_integer else "f32"
 
     @property
     def is_half(self) -> bool:
@@ -89,8 +100,10 @@ class WeightFormat(_Format):
         return self.fmt == HALF
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """Smallest and largest integer code, e.g. (-8, 7) for 4 bits; with zero points too (they are signed codes)."""
+    def code_range(self) -> tuple[float, float]:
+        """Smallest and largest code, e.g. (-8, 7) for 4 bits; with zero points too (they are signed codes)."""
+        if self.fmt in _LARGEST:
+            return -_LARGEST[self.fmt], _LARGEST[self.fmt]
         return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
 
     def scale_count(self, shape: Sequence[int]) -> int:
@@ -106,10 +119,12 @@ class WeightFormat(_Format):
         """
         scales = self.scale_count(shape)
         zeros = packed_bytes(scales, self.bits) if self.zero_point else 0
-        shared = TENSOR_SCALE_BYTES.get(self.scale, 0)
+        shared = _TENSOR_BYTES.get(self.scale, 0) + shape[0] * _CHANNEL_BYTES.get(self.scale, 0)
         return packed_bytes(math.prod(shape), self.bits) + scales * SCALE_BYTES[self.scale] + shared + zeros
 
     def __str__(self) -> str:
+        if self.fmt in BLOCKS:
+            return f"w{self.fmt}"
         group = f"g{self.group}" if self.group else ""
         scale = "" if self.scale == self.usual_scale else f"s{self.scale}"
         return f"w{self.fmt}{group}{'z' if self.zero_point else ''}{scale}"
@@ -148,14 +163,11 @@ class Scheme:
         if match is None or not word:
             raise InvalidRequest(
                 f"Unknown scheme {text!r}. Expected 'float' or formats such as 'w4a8', 'w4g64za8d' or 'w8': "
-                "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf32, sf16 or sf8, d."
+                "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf32, sf16, sf8 or "
+                "si8, d."
             )
         part = match.groupdict()
-        if part["wfmt"] == HALF and (part["wgroup"] or part["zero"] or part["scale"]):
-            raise InvalidRequest(
-                f"The scheme {text!r} asks for groups, zero points or scales of float16 numbers, which have none. "
-                "Ask for 'w16'."
-            )
+        _require_parts(text, part)
         weight = activation = None
         if part["wfmt"]:
             weight = WeightFormat(part["wfmt"], int(part["wgroup"] or 0), bool(part["zero"]), part["scale"] or "")
@@ -177,6 +189,26 @@ class Scheme:
 
     def __str__(self) -> str:
         return "float" if self.is_float else f"{self.weight or ''}{self.activation or ''}"
+
+
+def _require_parts(text: str, part: Mapping[str, str | None]) -> None:
+    """Raise InvalidRequest for parts that a weight's numbers do not have."""
+    fmt, own = part["wfmt"], part["wgroup"] or part["scale"]
+    if fmt == HALF and (own or part["zero"]):
+        raise InvalidRequest(
+            f"The scheme {text!r} asks for groups, zero points or scales of float16 numbers, which have none. "
+            "Ask for 'w16'."
+        )
+    if fmt in BLOCKS and own:
+        raise InvalidRequest(
+            f"The scheme {text!r} asks for groups or scales of {fmt}, whose blocks of {BLOCKS[fmt][0]} with their "
+            f"scales are a part of the format. Ask for 'w{fmt}'."
+        )
+    if fmt in _FLOAT_BITS and part["zero"]:
+        raise InvalidRequest(
+            f"The scheme {text!r} asks for zero points of floating-point numbers, which have none. Ask for it "
+            "without 'z'."
+        )
 
 
 def check_group(layer: str, weight: WeightFormat, shape: Sequence[int]) -> None:

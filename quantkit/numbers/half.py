@@ -41,6 +41,7 @@ class HalfWeight(Quantizer):
     kind: ClassVar[str] = "float16"
     stored: ClassVar[Literal[True]] = True
     static: ClassVar[Literal[True]] = True
+    scaled: ClassVar[Literal[False]] = False
     integer: ClassVar[Literal[False]] = False
     clips: ClassVar[bool] = False
 

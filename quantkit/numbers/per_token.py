@@ -14,15 +14,19 @@ from torch import Tensor
 
 from quantkit.formats import ActivationFormat
 from quantkit.numbers.quantizer import Codes, Quantizer
+from quantkit.numbers.ratios import Ratio, divided, multiplied
 
 SMALLEST_STEP = torch.finfo(torch.float32).tiny  # rows of zeros need one too
 
 
 @dataclass(frozen=True)
 class TokenRange(Quantizer):
-    """The quantizer of a site that finds a scale for every row by itself; codes of ``bits`` bits."""
+    """The quantizer of a site that finds a scale for every row by itself; codes of ``bits`` bits. With a ``ratio``,
+    codes are those of rows divided by the ratio of each channel.
+    """
 
     bits: int = 8
+    ratio: Ratio = ()
 
     kind: ClassVar[str] = "per-token"
     stored: ClassVar[Literal[False]] = False
@@ -39,13 +43,14 @@ class TokenRange(Quantizer):
         """The top code, that of the largest magnitude in a row."""
         return (1 << self.bits - 1) - 1
 
-    def scales(self, x: Tensor) -> Tensor:
-        """The scale of every row of ``x``, with a last dimension of one."""
+    def steps(self, x: Tensor) -> Tensor:
+        """The distance between neighbouring values: the scale of every row of ``x``, with a last dimension of one."""
         return (x.detach().abs().amax(-1, keepdim=True) / self.high).clamp(min=SMALLEST_STEP)
 
     def quantize(self, x: Tensor) -> Codes:
-        scale = self.scales(x)
+        x = divided(x, self.ratio)
+        scale = self.steps(x)
         return Codes(torch.round(x / scale), scale)
 
     def dequantize(self, codes: Codes) -> Tensor:
-        return codes.codes * codes.scale
+        return multiplied(codes.codes * codes.scale, self.ratio)

@@ -45,6 +45,7 @@ class Quantizer(Protocol):
     kind: ClassVar[str]  # its name in files and in tables of forms
     stored: ClassVar[bool]  # holds the codes of one tensor, a weight's; others quantize tensors as they come
     static: ClassVar[bool]  # scale and zero point are known before a tensor is
+    scaled: ClassVar[bool] = True  # values are scales times codes, which those of float16 are not
     integer: ClassVar[bool]  # integer kernels read its codes: values are a scale times whole numbers
     clips: ClassVar[bool] = True  # values beyond the last code exist
 
@@ -66,7 +67,8 @@ class Quantizer(Protocol):
 
     @classmethod
     def from_dict(cls: type[Q], record: Mapping[str, Any]) -> Q:
-        return cls(**{name: value for name, value in record.items() if name != "kind"})
+        fields = {name: value for name, value in record.items() if name != "kind"}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     def fingerprint(self) -> bytes:
         """Bytes that two quantizers share only where they are equal."""

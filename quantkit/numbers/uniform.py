@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
+from quantkit.numbers.minifloat import E4M3
 from quantkit.numbers.quantizer import Codes, Quantizer
-from quantkit.numbers.scales import ScaleGrid
+from quantkit.numbers.ratios import Ratio, divided, factors, multiplied
+from quantkit.numbers.scales import ScaleGrid, exact_power
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: float, high: float) -> Tensor:
     """Codes of ``x`` as floats: round(x / scale) + zero_point, clamped to [low, high]. Shapes broadcast."""
     return (torch.round(x / scale) + zero_point).clamp(low, high)
 
@@ -47,7 +49,7 @@ class _StraightThrough(torch.autograd.Function):
         return gradient * inside, None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: float, high: float) -> Tensor:
     """``dequantize(quantize(x))`` with straight-through gradients (Bengio et al., arXiv 1308.3432)."""
     return _StraightThrough.apply(x, scale, zero_point, low, high)
 
@@ -55,16 +57,23 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: 
 @dataclass(frozen=True)
 class QuantizedWeight(Quantizer):
     """A layer's weight as it ships: int8 ``codes`` in the weight's shape, ``scale`` (O, groups) float32,
-    ``zero_point`` (O, groups) int8 or None, and the format they obey."""
+    ``zero_point`` (O, groups) int8 or None, and the format they obey. With a ``ratio``, that of the range by which its
+    input is read, the codes are those of the weight times the ratio of each input: what they stand for is divided by
+    it. ``in_fp8``: products of codes and scales are rounded to E4M3, as kernels do that multiply them with FP8
+    activations (FireQ, llm-fireq/fireq).
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     format: WeightFormat
+    ratio: Ratio = ()
+    in_fp8: bool = False
 
     kind: ClassVar[str] = "weight"
     stored: ClassVar[Literal[True]] = True
     static: ClassVar[Literal[True]] = True
+    scaled: ClassVar[Literal[True]] = True
     integer: ClassVar[Literal[True]] = True
 
     @property
@@ -83,7 +92,13 @@ class QuantizedWeight(Quantizer):
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, to be broadcast over (O, groups, inputs of a group)."""
         zero = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
-        return self.scale.unsqueeze(-1), zero.unsqueeze(-1)
+        return self.scale.unsqueeze(-1) * self.columns(), zero.unsqueeze(-1)
+
+    def columns(self) -> Tensor:
+        """What scales are multiplied by for each input, (groups, inputs of a group)."""
+        if not self.ratio:
+            return self.scale.new_ones(1, 1)
+        return factors(self.ratio, self.scale.device).reciprocal().reshape(self.scale.shape[1], -1)
 
     def with_scale(self, scale: Tensor) -> QuantizedWeight:
         """The same codes under the scales nearest to these that the format stores."""
@@ -92,7 +107,7 @@ class QuantizedWeight(Quantizer):
     def steps(self) -> Tensor:
         """The distance between neighbouring values, in the weight's shape."""
         rows = self.codes.reshape(*self.scale.shape, -1)
-        return self.scale.unsqueeze(-1).expand(rows.shape).reshape(self.codes.shape)
+        return self.grid()[0].expand(rows.shape).reshape(self.codes.shape)
 
     def quantize(self, x: Tensor) -> Codes:
         """The nearest codes of another weight of this shape, on the grid of this one."""
@@ -102,7 +117,11 @@ class QuantizedWeight(Quantizer):
     def dequantize(self, codes: Codes | None = None) -> Tensor:
         """The float32 weight that codes on this grid stand for, by default its own, in the weight's shape."""
         found = self.codes if codes is None else codes.codes
-        return dequantize(found.reshape(*self.scale.shape, -1).float(), *self.grid()).reshape(found.shape)
+        values = dequantize(found.reshape(*self.scale.shape, -1).float(), *self.grid()).reshape(found.shape)
+        if not self.in_fp8:
+            return values
+        power = 2.0 ** (exact_power(self.scale) or 0)  # that of the whole tensor, which the result is divided by
+        return E4M3.nearest(values * power) / power
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         grouped = x.reshape(*self.scale.shape, -1)
@@ -110,26 +129,31 @@ class QuantizedWeight(Quantizer):
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors under their names, the zero points None where there are none."""
-        return super().to_dict() | {"format": str(self.format)}
+        held = {name: value for name, value in super().to_dict().items() if name != "in_fp8"}
+        return held | {"format": str(self.format)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> QuantizedWeight:
         format = Scheme.parse(record["format"]).weight
         assert format is not None, "written by to_dict"
-        return cls(record["codes"], record["scale"], record.get("zero_point"), format)
+        return cls(record["codes"], record["scale"], record.get("zero_point"), format, tuple(record.get("ratio", ())))
 
     def fingerprint(self) -> bytes:
         held = (self.codes, self.scale, self.zero_point)
-        return b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in held if t is not None)
+        parts = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in held if t is not None)
+        return parts + repr(self.ratio).encode() if self.ratio else parts
 
 
 @dataclass(frozen=True)
 class SiteRange(Quantizer):
-    """The quantizer of one site: unsigned codes of ``bits`` bits, one scale and zero point for the whole tensor."""
+    """The quantizer of one site: unsigned codes of ``bits`` bits, one scale and zero point for the whole tensor. With
+    a ``ratio``, codes are those of the tensor divided by the ratio of each channel.
+    """
 
     scale: float
     zero_point: int
     bits: int = 8
+    ratio: Ratio = ()
 
     kind: ClassVar[str] = "uniform"
     stored: ClassVar[Literal[False]] = False
@@ -150,10 +174,11 @@ class SiteRange(Quantizer):
 
     def quantize(self, x: Tensor) -> Codes:
         scale, zero = self._grid(x.device)
-        return Codes(quantize(x, scale, zero, 0, self.high), scale)
+        return Codes(quantize(divided(x, self.ratio), scale, zero, 0, self.high), scale)
 
     def dequantize(self, codes: Codes) -> Tensor:
-        return dequantize(codes.codes, *self._grid(codes.codes.device))
+        return multiplied(dequantize(codes.codes, *self._grid(codes.codes.device)), self.ratio)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, *self._grid(x.device), 0, self.high)
+        found = fake_quantize(divided(x, self.ratio), *self._grid(x.device), 0, self.high)
+        return multiplied(found, self.ratio)

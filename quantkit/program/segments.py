@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from quantkit.program.intercept import OpKey
@@ -76,6 +76,16 @@ def blocks_of(program: Program, layers: Collection[str], sites: Collection[OpKey
         if between:
             chosen.append((at_sites or between)[-1])
     return _segments(program, _kept(chosen, positions), positions)
+
+
+def in_pairs(blocks: Sequence[Segment]) -> list[Segment]:
+    """Blocks joined two by two, as the attention and the feed-forward part of a transformer's layer are."""
+    found = []
+    for first, *rest in (blocks[i : i + 2] for i in range(0, len(blocks), 2)):
+        last = rest[0] if rest else first
+        layers = tuple(dict.fromkeys(name for one in (first, *rest) for name in one.layers))
+        found.append(replace(last, start=first.start, entering=first.entering, layers=layers, raw=first.raw))
+    return found
 
 
 def _segments(program: Program, cuts: Sequence[_Cut], positions: Sequence[tuple[int, str]]) -> list[Segment]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.scales import ScaleGrid
+from quantkit.numbers.scales import BY_CHANNEL, SHARED, ScaleGrid, with_scales_of_others
+from quantkit.ranges.minifloat_weights import minifloat_scale
 
 SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of the range that clips nothing
 LONG = 1024  # inputs of a row from which on its error is smooth enough in the share to be searched coarse to fine
@@ -51,7 +52,12 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
     input a weight multiplies.
     """
     importance = None if importance is None else importance.expand_as(weight)
-    grid = ScaleGrid.of(_between(*_ends(weight), format)[0], format)
+    lowest, highest = _ends(weight)
+    grid = (
+        PLAIN
+        if format.scale in BY_CHANNEL
+        else ScaleGrid.of(with_scales_of_others(_between(lowest, highest, format)[0], highest > lowest), format)
+    )
     if weight.numel() <= PIECE or weight.dim() < 2:
         return _Search(weight, format, importance, grid).found()
     axis = max(range(weight.dim() - 1), key=lambda i: weight.shape[i])
@@ -136,13 +142,20 @@ class _Search:
 
 def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``mse_range`` of every group of inputs: scale and zero point (..., O, scales) of ``rows`` (..., O, K).
-    ``importance`` is broadcastable to the rows.
+    ``importance`` is broadcastable to the rows. Of floating-point numbers ``minifloat_scale``.
     """
     groups = (-1, format.group or rows.shape[-1])
     if importance is not None:
         importance = importance.expand_as(rows).unflatten(-1, groups)
-    scale, zero = mse_range(rows.unflatten(-1, groups), format, importance)
-    return scale.squeeze(-1), zero.squeeze(-1)
+    if not format.is_integer:
+        scale = minifloat_scale(rows.unflatten(-1, groups), format, importance).squeeze(-1)
+        return scale, torch.zeros_like(scale)
+    grouped = rows.unflatten(-1, groups)
+    scale, zero = (x.squeeze(-1) for x in mse_range(grouped, format, importance))
+    if format.scale in SHARED:
+        scale = with_scales_of_others(scale, grouped.abs().amax(-1) > 0)
+        scale = ScaleGrid.of(scale, format).nearest(scale)
+    return scale, zero
 
 
 def per_input(per_group: Tensor, inputs: int) -> Tensor:

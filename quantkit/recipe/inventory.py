@@ -25,9 +25,12 @@ def inventory(folder: Path = Path("recipes")) -> str:
     for name in target_names():
         target = Target.load(name)
         floats = (f"w{HALF}", "float") if target.float16_weights else ("float",)
+        minifloats = [f"w{fmt}" for fmt in target.weight_only_floats] + [
+            f"a{fmt}d" for fmt in target.activation_floats
+        ]
         lines += [
             f"target         {name}: {target.description}",
-            f"  schemes      {', '.join((*target.default_schemes, *floats))}",
+            f"  schemes      {', '.join((*target.default_schemes, *minifloats, *floats))}",
             f"  layers       {', '.join(target.layers)}",
             f"  weights only {', '.join(target.weight_only_layers)}",
         ]

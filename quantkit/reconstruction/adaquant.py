@@ -22,7 +22,8 @@ from quantkit.program.intercept import OpKey, read_place
 from quantkit.program.program import Program
 from quantkit.program.segments import Segment
 from quantkit.progress import track
-from quantkit.reconstruction.blocks import FloatReference, ReconstructionData, settle
+from quantkit.reconstruction.blocks import settle
+from quantkit.reconstruction.data import FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight, round_through
 from quantkit.reconstruction.learning import Rated, Schedule, Training, learn
 from quantkit.reconstruction.snapshot import Learned
@@ -189,7 +190,8 @@ def learn_layers(
     those that do not read and make a row per sample, or read others that vary beside, not at all.
     """
     program, floats = runner.program, float_program(runner.model.model, runner.program, reference.state)
-    streams = Streams(data.inputs, data.inputs, data.held_inputs, data.held_inputs)
+    seen, held = data.seen.inputs, data.held.inputs
+    streams = Streams(seen, seen, held, held)
     coded = {name for name, weight in runner.model.weights.items() if weight.integer}
     names = [(block, name) for block in blocks for name in block.layers if name in coded]
     found: dict[str, Learned] = {}
@@ -262,9 +264,9 @@ def learn_layer(
     tasks, laid_out = make_tasks(), runner.program.laid_out
     layer = LayerInTraining.of(runner, reference, name, sites)
 
-    def loss(indices: Tensor) -> Tensor:
+    def losses(indices: Tensor) -> list[Tensor]:
         errors = [layer.error(task, laid_out(task.inputs[indices]), task.wanted[indices]) for task in tasks]
-        return torch.stack(errors).sum()
+        return [torch.stack(errors).sum()]
 
     @torch.no_grad()
     def held_back() -> float:
@@ -273,6 +275,6 @@ def learn_layer(
     silent, samples = replace(training, progress=False), len(tasks[0].inputs)
     parts: list[JointWeight | LearnedRange] = [layer.weight, *layer.ranges.values()]
     rated = [one for part in parts for one in part.rated(training.schedule)]
-    learned = learn(rated, loss, held_back, samples, silent, name)
+    learned = learn(rated, losses, held_back, samples, silent, name)
     settle(runner.model, {name: layer.weight}, layer.ranges)
     return learned

@@ -8,7 +8,8 @@ half from the float one (QDrop). The whole network is one more block, whose erro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,8 +18,17 @@ from torch import Tensor
 
 from quantkit.formats import EIGHT_BITS
 from quantkit.program.intercept import read_place
-from quantkit.program.program import Program
-from quantkit.program.segments import Segment, whole
+from quantkit.program.segments import Segment, in_pairs, whole
+from quantkit.reconstruction.block_error import BlockError, block_errors, has_positions
+from quantkit.reconstruction.data import (
+    HELD_BYTES,
+    Examples,
+    FloatReference,
+    ReconstructionData,
+    mean_damage,
+    pieces,
+    row_bytes,
+)
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.reconstruction.learning import Rated, Schedule, Training, learn
 from quantkit.reconstruction.snapshot import Learned
@@ -26,55 +36,16 @@ from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import (
     SimulatedProgram,
     Values,
+    differentiated_at_once,
     float_program,
+    growth,
     in_chunks,
     mixed,
     play,
-    play_output,
-    rows_first,
     take,
 )
 
-Damage = Callable[[Tensor, Tensor], Tensor]
-Pull = Callable[[Tensor, torch.Generator], Tensor]
-FISHER_SAMPLES = 256
 RECONSTRUCTIONS = ("auto", "none", "adaquant", "adaquant-parallel", "block", "network")
-
-
-@dataclass(frozen=True)
-class ReconstructionData:
-    """Model inputs to learn from and others held back, as values of the program, with the float model's outputs for
-    both.
-    """
-
-    inputs: Values
-    outputs: Tensor
-    held_inputs: Values
-    held_outputs: Tensor
-
-    def __len__(self) -> int:
-        return len(self.outputs)
-
-    def first(self, count: int) -> ReconstructionData:
-        """The first ``count`` inputs to learn from, and all that are held back."""
-        inputs = {number: x[:count] if x.dim() else x for number, x in self.inputs.items()}
-        return replace(self, inputs=inputs, outputs=self.outputs[:count])
-
-
-@dataclass(frozen=True)
-class FloatReference:
-    """The float network: its parameters and buffers by name, the weight of every layer to learn, the standard
-    deviation of its outputs by channel, ``damage`` of outputs (reference, found) row by row, ``softened``, a damage to
-    learn by, and ``pull(output, generator)``, a number whose gradient has the Fisher information of the output as its
-    second moment.
-    """
-
-    state: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
-    spread: Mapping[str, Tensor]
-    damage: Damage
-    softened: Damage
-    pull: Pull
 
 
 def begin(runner: SimulatedProgram, reference: FloatReference, layers: Collection[str], segment: Segment) -> None:
@@ -115,141 +86,184 @@ def settle(model: SimulatedModel, weights: dict[str, LearnedWeight], ranges: dic
     ranges.clear()
 
 
-@torch.no_grad()
-def mean_damage(runner: SimulatedProgram, values: Values, outputs: Tensor, damage: Damage) -> float:
-    """The damage of the whole model over samples, as it would ship now."""
-    found = torch.cat([runner.output(part) for part, _ in in_chunks(runner.program, values)])
-    return float(damage(outputs, found).double().mean())
-
-
 def learn_network(
     runner: SimulatedProgram,
     reference: FloatReference,
-    data: ReconstructionData,
+    data: Sequence[ReconstructionData],
     training: Training,
     only_biases: bool = False,
 ) -> Learned:
     """Learn the whole network, or only its biases, by the softened damage of its output, and keep what lowers that on
     held-back inputs: the damage itself is that of the few among them on which the network hesitates.
     """
+    program, every = runner.program, whole(runner.program)
+    floats = float_program(runner.model.model, program, reference.state)
+    seen, held = [some.seen for some in data], [some.held for some in data]
+    counts = [some.count for some in seen]
+    at_once = [differentiated_at_once(program, every, growth(program, some.inputs)) for some in seen]
 
-    def loss(indices: Tensor) -> Tensor:
-        found = runner.output(take(runner.program, data.inputs, indices))
-        return reference.softened(data.outputs[indices], found).mean()
+    def loss(size: int, own: Tensor) -> Tensor:
+        part = take(program, seen[size].inputs, own)
+        wanted = seen[size].wanted(floats, part, own)
+        return reference.softened(wanted, runner.output(part), part).mean()
 
-    def held_back() -> float:
-        return mean_damage(runner, data.held_inputs, data.held_outputs, reference.softened)
-
-    begin(runner, reference, runner.model.weights, whole(runner.program))
+    begin(runner, reference, runner.model.weights, every)
     moved, title = rated(runner, training.schedule, only_biases), "biases" if only_biases else "network"
-    learned = learn(moved, loss, held_back, len(data), training, title)
+    losses = partial(losses_of, runner, counts, at_once, loss)
+    held_back = partial(mean_damage, runner, floats, held, reference.softened)
+    learned = learn(moved, losses, held_back, sum(counts), training, title)
     settle(runner.model, runner.weights, runner.ranges)
     return learned
 
 
+def losses_of(
+    runner: SimulatedProgram,
+    counts: Sequence[int],
+    at_once: Sequence[int],
+    loss: Callable[[int, Tensor], Tensor],
+    indices: Tensor,
+) -> Iterator[Tensor]:
+    """The shares of a batch's loss that some of its samples have, all of one size and at most so many ``at_once``."""
+    found = list(pieces(counts, at_once, indices))
+    with runner.sharing_weights() if len(found) > 1 else nullcontext():
+        for size, own in found:
+            yield loss(size, own) * (len(own) / len(indices))
+
+
 @dataclass(frozen=True)
 class BlockData:
-    """What a block learns from: the value entering it in the quantized and in the float network and the float block's
-    output, first to learn from, then held back; ``importance`` weighs the squared errors.
+    """Samples of one size at a block: the values that enter it in the quantized and in the float network, what the
+    float block makes of the latter, None where that is computed whenever it is wanted, and the model's inputs.
     """
 
-    segment: Segment
+    inputs: Values
+    count: int
     quantized: Values
     floating: Values
-    wanted: Tensor
-    held_quantized: Values
-    held_wanted: Tensor
-    importance: Tensor
+    wanted: Values | None
 
-    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
-        found, wanted = (x.to(self.importance.device) for x in (found, wanted))
-        return 0.5 * ((found - wanted).square() * self.importance).flatten(1).sum(1).mean()
+    @classmethod
+    def first(cls, examples: Examples) -> BlockData:
+        """The samples as the model gets them."""
+        return cls(examples.inputs, examples.count, examples.inputs, examples.inputs, None)
+
+    def before(self, floats: SimulatedProgram, segment: Segment) -> BlockData:
+        """The same, with what the float block makes of it, unless that are large outputs of the network."""
+        program, output = floats.program, segment.output
+        large = self.count * row_bytes(program, output, self.floating) > HELD_BYTES
+        wanted = None if large and output == program.output else play(floats, self.floating, segment)
+        return replace(self, wanted=wanted)
+
+    def after(self, runner: SimulatedProgram, floats: SimulatedProgram, segment: Segment) -> BlockData:
+        """The samples behind a block that has been learned."""
+        theirs = play(floats, self.floating, segment) if self.wanted is None else self.wanted
+        return replace(self, quantized=play(runner, self.quantized, segment), floating=theirs, wanted=None)
 
 
-def learn_block(
-    runner: SimulatedProgram, reference: FloatReference, block_data: BlockData, training: Training
-) -> Learned:
+@dataclass(frozen=True)
+class Block:
+    """A block to learn, in the quantized and in the float network, by an ``error`` of its output. ``mixing``: half the
+    elements that enter it come from the float network.
+    """
+
+    runner: SimulatedProgram
+    floats: SimulatedProgram
+    segment: Segment
+    error: BlockError
+    mixing: bool
+
+    def wanted(self, data: BlockData, which: Tensor) -> Tensor:
+        """What the float block makes of some samples."""
+        program, output = self.runner.program, self.segment.output
+        if data.wanted is not None:
+            return take(program, {output: data.wanted[output]}, which)[output]
+        with torch.no_grad():
+            return self.floats.run(take(program, data.floating, which), self.segment)
+
+    def loss(self, data: BlockData, which: Tensor, generator: torch.Generator) -> Tensor:
+        """The error for some samples."""
+        program, entering = self.runner.program, take(self.runner.program, data.quantized, which)
+        if self.mixing:
+            main = {n for n in self.segment.raw & entering.keys() if entering[n].is_floating_point()}
+            theirs = take(program, data.floating, which)
+            entering = {n: mixed(x, theirs[n], generator) if n in main else x for n, x in entering.items()}
+        found = self.runner.run(entering, self.segment)
+        return self.error(found, self.wanted(data, which), take(program, data.inputs, which))
+
+    @torch.no_grad()
+    def mean_error(self, every: Sequence[BlockData]) -> float:
+        """The error for all samples, as the network would ship now."""
+        program, total = self.runner.program, 0.0
+        for data in every:
+            start = 0
+            for part, count in in_chunks(program, data.quantized):
+                which = torch.arange(start, start + count, device="cpu")
+                found = self.runner.run(part, self.segment)
+                error = self.error(found, self.wanted(data, which), take(program, data.inputs, which))
+                total, start = total + count * float(error), start + count
+        return total / sum(data.count for data in every)
+
+
+def learn_block(block: Block, reference: FloatReference, data: BlockSplit, training: Training) -> Learned:
     """Learn one block by the weighted squared error of its output."""
-    segment, generator = block_data.segment, training.generator
+    runner, segment, generator = block.runner, block.segment, training.generator
+    program, counts = runner.program, [some.count for some in data.seen]
+    larger = [growth(program, some.quantized) for some in data.seen]
+    at_once = [differentiated_at_once(program, segment, one) for one in larger]
 
-    def loss(indices: Tensor) -> Tensor:
-        ours, theirs = (
-            take(runner.program, values, indices) for values in (block_data.quantized, block_data.floating)
-        )
-        main = segment.raw & ours.keys()
-        entering = {
-            n: mixed(x, theirs[n], generator) if n in main and x.is_floating_point() else x for n, x in ours.items()
-        }
-        found = rows_first(runner.program, segment.output, runner.run(entering, segment))
-        return block_data.error(found, block_data.wanted[indices])
-
-    def held_back() -> float:
-        found = rows_first(runner.program, segment.output, play_output(runner, block_data.held_quantized, segment))
-        return float(block_data.error(found, block_data.held_wanted))
+    def loss(size: int, own: Tensor) -> Tensor:
+        return block.loss(data.seen[size], own, generator)
 
     begin(runner, reference, segment.layers, segment)
     runner.dropping = generator
+    losses, held_back = partial(losses_of, runner, counts, at_once, loss), partial(block.mean_error, data.held)
     title = f"block of {segment.layers[0]}"
-    learned = learn(rated(runner, training.schedule), loss, held_back, len(block_data.wanted), training, title)
+    learned = learn(rated(runner, training.schedule), losses, held_back, sum(counts), training, title)
     runner.dropping = None
     settle(runner.model, runner.weights, runner.ranges)
     return learned
 
 
+@dataclass(frozen=True)
+class BlockSplit:
+    """What a block is learned from, and what is held back."""
+
+    seen: Sequence[BlockData]
+    held: Sequence[BlockData]
+
+    def before(self, floats: SimulatedProgram, segment: Segment) -> BlockSplit:
+        """The same with what the float block makes of it."""
+        return BlockSplit(*([some.before(floats, segment) for some in every] for every in (self.seen, self.held)))
+
+    def after(self, runner: SimulatedProgram, floats: SimulatedProgram, segment: Segment) -> BlockSplit:
+        """The samples behind a block that has been learned."""
+        both = (self.seen, self.held)
+        return BlockSplit(*([some.after(runner, floats, segment) for some in every] for every in both))
+
+
 def learn_blocks(
     runner: SimulatedProgram,
     reference: FloatReference,
-    data: ReconstructionData,
+    data: Sequence[ReconstructionData],
     blocks: Sequence[Segment],
     training: Training,
 ) -> dict[str, Learned]:
     """Learn the blocks in order, each on the inputs it gets from those before it; the last one, from which the output
-    leaves, is left to ``learn_network``. Held in memory: the inputs and outputs of one block. Blocks that are
-    finished are not learned again.
+    leaves, is left to ``learn_network`` unless its output has positions. Held in memory: the inputs and outputs of one
+    block. Blocks that are finished are not learned again.
     """
-    weighing = fisher(runner.program, reference, data, blocks[:-1], training.generator)
-    floats = float_program(runner.model.model, runner.program, reference.state)
-    ours, held_ours = data.inputs, data.held_inputs
-    theirs, held_theirs = data.inputs, data.held_inputs
+    positions = has_positions(runner.program, runner.program.output)
+    blocks = in_pairs(blocks) if positions else blocks
+    program, seen = runner.program, [some.seen for some in data]
+    floats = float_program(runner.model.model, program, reference.state)
+    errors = block_errors(program, reference, seen, blocks, runner.padding, training.generator)
+    split = BlockSplit([BlockData.first(some) for some in seen], [BlockData.first(some.held) for some in data])
     found = {}
-    for segment, importance in zip(blocks, weighing, strict=False):
-        after, held_after = play(floats, theirs, segment), play(floats, held_theirs, segment)
-        wanted, held_wanted = (
-            rows_first(runner.program, segment.output, values[segment.output]) for values in (after, held_after)
-        )
-        block_data = BlockData(segment, ours, theirs, wanted, held_ours, held_wanted, importance)
-        work = partial(learn_block, runner, reference, block_data, training)
+    for segment, error in zip(blocks, errors, strict=False):
+        split = split.before(floats, segment)
+        work = partial(learn_block, Block(runner, floats, segment, error, not positions), reference, split, training)
         title = " ".join(segment.layers)
         found[title] = training.cache.learned(f"block {title}", runner.model, segment.layers, work, training.generator)
-        ours, held_ours = play(runner, ours, segment), play(runner, held_ours, segment)
-        theirs, held_theirs = after, held_after
+        if segment is not blocks[-1]:
+            split = split.after(runner, floats, segment)
     return found
-
-
-@torch.enable_grad()
-def fisher(
-    program: Program,
-    reference: FloatReference,
-    data: ReconstructionData,
-    blocks: Sequence[Segment],
-    generator: torch.Generator,
-) -> list[Tensor]:
-    """For the value leaving each block, the mean over samples of the squared gradient of the pulled output: the
-    diagonal of the Fisher information, one weight per element of a sample.
-    """
-    numbers = [segment.output for segment in blocks]
-    sums: list[Tensor] = []
-    count = 0
-    order = torch.randperm(len(data), generator=generator, device="cpu")[:FISHER_SAMPLES]
-    some = take(program, data.inputs, order)
-    device = next((x.device for x in reference.state.values()), some[program.inputs[0]].device)
-    # gradients begin at the parameters: inputs may be token ids
-    state = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in reference.state.items()}
-    for part, samples in in_chunks(program, some):
-        own = {n: x.to(device) for n, x in part.items()}
-        values = program.replay(own, state, [*numbers, program.output])
-        gradients = torch.autograd.grad(reference.pull(values[-1], generator), values[:-1])
-        here = [rows_first(program, n, g).square().sum(0) for n, g in zip(numbers, gradients, strict=True)]
-        sums = [total + more for total, more in zip(sums, here, strict=True)] if sums else here
-        count += samples
-    return [total / count for total in sums]

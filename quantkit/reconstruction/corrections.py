@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -33,8 +34,9 @@ class Spread:
 
 
 @torch.no_grad()
-def output_spread(runner: SimulatedProgram, block: Segment, name: str, values: Values) -> Spread:
-    """The spread of a layer's outputs over all its calls and positions, given the values that enter its block."""
+def output_spread(runner: SimulatedProgram, block: Segment, name: str, every: Sequence[Values]) -> Spread:
+    """The spread of a layer's outputs over all its calls and positions, given the values that enter its block, for
+    each size of samples."""
     program = runner.program
     keys = {call.key for call in program.calls[name]}
     count, total, squares = 0.0, *torch.zeros(2, dtype=torch.float64, device="cpu")
@@ -43,7 +45,7 @@ def output_spread(runner: SimulatedProgram, block: Segment, name: str, values: V
         if step.key not in keys:
             continue
         until = block.until(i + 1, step.makes[0])
-        for part, _ in in_chunks(program, values):
+        for part, _ in chain.from_iterable(in_chunks(program, values) for values in every):
             output = runner.run(part, until).double()
             rows = output.movedim(1, -1) if program.kinds[name].startswith("conv") else output
             rows = rows.reshape(-1, rows.shape[-1])
@@ -53,11 +55,15 @@ def output_spread(runner: SimulatedProgram, block: Segment, name: str, values: V
 
 
 def match_outputs(
-    runner: SimulatedProgram, floats: SimulatedProgram, blocks: Sequence[Segment], inputs: Values, deviations: bool
+    runner: SimulatedProgram,
+    floats: SimulatedProgram,
+    blocks: Sequence[Segment],
+    inputs: Sequence[Values],
+    deviations: bool,
 ) -> None:
-    """Correct the layers of the simulated model in order, each on what those before it make of ``inputs``: the mean of
-    every output channel, with ``deviations`` its standard deviation too. Layers without a bias stay, as do those
-    without codes.
+    """Correct the layers of the simulated model in order, each on what those before it make of ``inputs``, those of
+    each size together: the mean of every output channel, with ``deviations`` its standard deviation too. Layers
+    without a bias stay, as do those without codes.
     """
     ours = theirs = inputs
     coded = {name for name, weight in runner.model.weights.items() if weight.integer}
@@ -68,7 +74,8 @@ def match_outputs(
                 found = output_spread(runner, block, name, ours)
                 _correct(runner.model, name, found, wanted, deviations)
         if block is not blocks[-1]:
-            ours, theirs = play(runner, ours, block), play(floats, theirs, block)
+            ours = [play(runner, values, block) for values in ours]
+            theirs = [play(floats, values, block) for values in theirs]
 
 
 @torch.no_grad()
@@ -95,9 +102,9 @@ def head_of(runner: SimulatedProgram) -> str | None:
     return next(heads, None)
 
 
-def best_factor(outputs: Tensor, damage: Callable[[Tensor], Tensor]) -> float:
+def best_factor(damage: Callable[[float], float]) -> float:
     """The factor on outputs with which their mean damage is least."""
-    means = {factor: float(damage(factor * outputs).double().mean()) for factor in (1.0, *FACTORS)}
+    means = {factor: damage(factor) for factor in (1.0, *FACTORS)}
     return min(means, key=means.__getitem__)
 
 

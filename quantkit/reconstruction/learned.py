@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quantkit.numbers.ratios import divided, multiplied
 from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.reconstruction.learning import Rated, Schedule
@@ -76,7 +77,8 @@ class LearnedRange:
         self.zero_shift = torch.zeros((), dtype=torch.float32, requires_grad=joint, device="cpu")
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return _LearnedStep.apply(x, self.log_factor, self.zero_shift, self.start)
+        ratio = self.start.ratio
+        return multiplied(_LearnedStep.apply(divided(x, ratio), self.log_factor, self.zero_shift, self.start), ratio)
 
     def rated(self, schedule: Schedule) -> list[Rated]:
         """What is learned, with its rate; zero points move as fast, in codes, as codes do."""
@@ -127,16 +129,18 @@ class LearnedWeight:
 
     def value(self) -> Tensor:
         """The weight that a layer computes with."""
-        weight = (self._codes() - self.zeros()) * self._scale().unsqueeze(-1)
+        weight = (self._codes() - self.zeros()) * (self._scale().unsqueeze(-1) * self.start.columns())
         return weight.reshape(self.start.codes.shape)
 
     def bias(self) -> Tensor | None:
         return None if self.bias_start is None else self.bias_start + self.unit * self.bias_shift
 
     def rated(self, schedule: Schedule) -> list[Rated]:
-        """What is learned, with its rate."""
+        """What is learned, with its rate; codes whose rate is zero stay."""
         biases = [] if self.bias_start is None else [(self.bias_shift, schedule.bias_rate)]
-        return [(self.code, schedule.code_rate), (self.log_factor, schedule.scale_rate), *biases]
+        self.code.requires_grad_(schedule.code_rate > 0)
+        codes = [(self.code, schedule.code_rate)] if schedule.code_rate > 0 else []
+        return [*codes, (self.log_factor, schedule.scale_rate), *biases]
 
     @torch.no_grad()
     def found(self) -> QuantizedWeight:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ WARM_UP = 10  # steps until rates are reached: Adam's first steps have full leng
 class Schedule:
     """How long and how fast: ``code_rate`` in codes per step, ``scale_rate`` relative, ``bias_rate`` in standard
     deviations of a layer's output. ``checks``: how often on the way it is asked whether it helps. ``averaging``: the
-    share of a running mean that stays at each step; 0 is no mean, but the steps themselves.
+    share of a running mean that stays at each step; 0 is no mean, but the steps themselves. ``epochs``: as many times
+    every sample is learned from, in the place of ``steps``.
     """
 
     steps: int = 300
@@ -30,6 +31,11 @@ class Schedule:
     bias_rate: float = 1e-3
     checks: int = 4
     averaging: float = 0.0
+    epochs: float = 0.0
+
+    def on(self, samples: int) -> Schedule:
+        """The schedule with its steps for so many samples."""
+        return replace(self, steps=max(1, round(self.epochs * samples / self.batch))) if self.epochs else self
 
     def factor(self, step: int) -> float:
         """Share of the rates at a step: a short warm-up, then half a cosine down to zero."""
@@ -38,12 +44,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class LearningOptions:
-    """The schedule of everything that is learned, and how many samples it is learned from."""
+    """The schedule of everything that is learned, and how many samples it is learned from; ``positions_network`` and
+    ``positions_block`` are for models whose output has a row at every position.
+    """
 
     network: Schedule = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12)
     block: Schedule = Schedule(steps=1200, batch=32, code_rate=3e-3)
     layer: Schedule = Schedule(steps=300, checks=20)
     tuning: Schedule = Schedule(steps=100, bias_rate=3e-3)
+    positions_network: Schedule = Schedule(batch=8, code_rate=0.0, scale_rate=5e-4, epochs=2)
+    positions_block: Schedule = Schedule(batch=8, code_rate=6e-3, scale_rate=1e-3, epochs=8)
     averaging: float = 0.98  # where codes stay: a mean of codes that move rounds to codes that no step has tried
     held_back: int = 8  # one sample in so many
     draws: int = 16  # mixes of each sample for learning the network
@@ -52,6 +62,10 @@ class LearningOptions:
     changed_samples: int = 256  # on which it is asked how harmless a change is
     layer_samples: int = 1024
     statistics_samples: int = 512
+
+    def of_blocks_and_network(self, positions: bool) -> tuple[Schedule, Schedule]:
+        """The schedule of blocks, and that of the network."""
+        return (self.positions_block, self.positions_network) if positions else (self.block, self.network)
 
 
 @dataclass(frozen=True)
@@ -78,18 +92,19 @@ def shuffled(count: int, batch: int, steps: int, generator: torch.Generator) -> 
 
 def learn(
     rated: Sequence[Rated],
-    loss: Callable[[Tensor], Tensor],
+    losses: Callable[[Tensor], Iterable[Tensor]],
     held_back: Callable[[], float],
     samples: int,
     training: Training,
     title: str = "",
 ) -> Learned:
-    """Move the tensors of ``rated`` (with their rates) by Adam to lower ``loss(indices)``, and leave them at their
-    running mean where ``held_back()`` of it was lowest, or as they were: it is asked before and the schedule's
-    ``checks`` times on the way. Steps on small batches wander about what they are after, and their mean does less
-    (Izmailov et al., arXiv 1803.05407). ``rated`` may be empty, as biases are where layers have none.
+    """Move the tensors of ``rated`` (with their rates) by Adam to lower the sum of ``losses(indices)``, which are
+    differentiated one by one, and leave them at their running mean where ``held_back()`` of it was lowest, or as they
+    were: it is asked before and the schedule's ``checks`` times on the way. Steps on small batches wander about what
+    they are after, and their mean does less (Izmailov et al., arXiv 1803.05407). ``rated`` may be empty, as biases are
+    where layers have none.
     """
-    schedule, before = training.schedule, held_back()
+    schedule, before = training.schedule.on(samples), held_back()
     if not rated:
         return Learned(before, before)
     tensors = [tensor for tensor, _ in rated]
@@ -102,7 +117,8 @@ def learn(
             group["lr"] = rate * schedule.factor(step)
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(indices).backward()
+            for loss in losses(indices):
+                loss.backward()
         optimizer.step()
         means = [m.lerp(t.detach(), 1 - schedule.averaging) for m, t in zip(means, tensors, strict=True)]
         if (step + 1) % max(1, schedule.steps // schedule.checks) == 0:

@@ -13,7 +13,7 @@ from quantkit.rounding.registry import Codes, rounding
 RIDGE = 0.01  # of the mean diagonal
 
 
-@rounding("gptaq", hessian=True, cross=True, factored=True)
+@rounding("gptaq", hessian=True, cross=True, factored=True, minifloats=True)
 def gptaq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     """GPTQ of the matched weight; of the weight itself where inputs of one network alone are known."""
     if moments is not None and moments.cross is not None:

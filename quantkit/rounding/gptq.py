@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.rounder import Rounder, rounder
 from quantkit.numbers.scales import ScaleGrid
-from quantkit.numbers.uniform import dequantize, quantize
+from quantkit.numbers.uniform import dequantize
 from quantkit.ranges.weights import group_ranges, per_input
 from quantkit.rounding.blocks import Blocks
 from quantkit.rounding.moments import InverseFactor, Moments, Ordered
@@ -28,7 +29,7 @@ STRETCH = torch.linspace(0.8, 1.6, 17, dtype=torch.float32, device="cpu")
 _ELEMENTS_AT_ONCE = 1 << 22
 
 
-@rounding("gptq", hessian=True, factored=True)
+@rounding("gptq", hessian=True, factored=True, minifloats=True)
 def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     """GPTQ under several scales around the one of least weighted squared error, keeping the best for each row.
 
@@ -49,7 +50,7 @@ def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):
         scales = grid.nearest(base * stretch)
         step_of, zero_of = (_by_column(x, some, ordered, blocks) for x in (scales, offset))
-        codes, loss = gptq_codes(ordered.sorted(blocks.cut(some)), factor, step_of, zero_of, *format.code_range)
+        codes, loss = gptq_codes(ordered.sorted(blocks.cut(some)), factor, step_of, zero_of, rounder(format))
         best = blocks.summed(loss).argmin(0)[None, ..., None]
         of_blocks = best.repeat_interleave(blocks.count, 1)
         kept = codes.gather(0, of_blocks.expand(1, *codes.shape[1:]))[0]
@@ -71,7 +72,7 @@ def _by_column(per_group: Tensor, rows: Tensor, ordered: Ordered, blocks: Blocks
 
 
 def gptq_codes(
-    weight: Tensor, factor: InverseFactor, scale: Tensor, zero_point: Tensor, low: int, high: int
+    weight: Tensor, factor: InverseFactor, scale: Tensor, zero_point: Tensor, nearest: Rounder
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``weight`` (..., groups, O, K), as floats, rounded along K by GPTQ, and the loss of each row (...,
     groups, O).
@@ -93,7 +94,7 @@ def gptq_codes(
     by_column = zip(*(x.split(1, 1) for x in (left, codes, errors)), pivots, strict=True)
     for j, (column, code, error, pivot) in enumerate(by_column):
         s, z = scales[j // share], zeros[j // share]
-        code.copy_(quantize(column, s, z, low, high))
+        code.copy_(nearest(column, s, z))
         torch.div(column - dequantize(code, s, z), pivot, out=error)
 
         # As many errors as the largest power of two that divides the number of columns done are moved to as many

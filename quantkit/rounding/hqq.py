@@ -62,6 +62,6 @@ def _shrunk(error: Tensor, beta: float) -> Tensor:
     return error.sign() * (size - size.pow(POWER - 1) / beta).clamp(min=0)
 
 
-def _error(weight: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+def _error(weight: Tensor, scale: Tensor, zero: Tensor, low: float, high: float) -> Tensor:
     rounded = dequantize(quantize(weight, scale, zero, low, high), scale, zero)
     return (weight - rounded).abs().pow(POWER).sum(-1, keepdim=True)

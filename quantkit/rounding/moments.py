@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -34,6 +34,13 @@ class Moments:
     def factor(self) -> Ordered | None:
         """The factor of the Hessian, one for all formats of a layer; None where there is none."""
         return ordered_factor(self.hessian) if self.count == 1 else _block_by_block(self.hessian)
+
+    def divided(self, ratio: Tensor) -> Moments:
+        """Those of the inputs divided by ``ratio`` (K,)."""
+        each = self.blocks.cut(ratio.double().reciprocal().expand(1, 1, -1), fill=1.0)
+        both = each * each.transpose(-2, -1)
+        cross = None if self.cross is None else self.cross * both
+        return replace(self, hessian=self.hessian * both, cross=cross)
 
     def squares(self, inputs: int) -> Tensor:
         """The sum of the squares of each input, (groups, 1, K)."""

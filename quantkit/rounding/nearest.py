@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.uniform import quantize
+from quantkit.numbers.rounder import rounder
 from quantkit.ranges.weights import group_ranges, per_input
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.registry import Codes, rounding
 
 
-@rounding("nearest")
+@rounding("nearest", minifloats=True)
 def nearest(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
     """The code nearest to every weight."""
     scale, zero = group_ranges(rows, format)
@@ -21,4 +21,4 @@ def nearest(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Code
 def nearest_codes(rows: Tensor, format: WeightFormat, scale: Tensor, zero: Tensor) -> Tensor:
     """Codes of ``rows`` (..., K) under scales and zero points of groups (..., scales)."""
     size = rows.shape[-1]
-    return quantize(rows, per_input(scale, size), per_input(zero, size), *format.code_range)
+    return rounder(format)(rows, per_input(scale, size), per_input(zero, size))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from quantkit.errors import InvalidRequest
 from quantkit.formats import WeightFormat
 from quantkit.rounding.moments import Moments
 
@@ -19,7 +20,8 @@ RoundRows = Callable[[Tensor, WeightFormat, Moments | None], Codes]
 class Rounding:
     """A function of a weight's rows (groups, O, K), their format and the moments of the layer's inputs, and which of
     these it needs: the ``hessian``, the ``cross`` moments with the float network's inputs, where there are any, and
-    whether the Hessian must have a factor (``factored``), whose damping is told.
+    whether the Hessian must have a factor (``factored``), whose damping is told. ``minifloats``: codes can be
+    floating-point numbers.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Rounding:
     hessian: bool = False
     cross: bool = False
     factored: bool = False
+    minifloats: bool = False
 
 
 ROUNDINGS: dict[str, Rounding] = {}
@@ -46,6 +49,17 @@ def rounding(name: str, **needs: bool) -> Callable[[RoundRows], RoundRows]:
 def rounding_of(name: str) -> Rounding:
     """The rounding of this name; "auto" stands for the one with inputs."""
     return ROUNDINGS[WITH_INPUTS if name == AUTO else name]
+
+
+def require_numbers(rounding: str, formats: Iterable[WeightFormat | None]) -> None:
+    """Raise InvalidRequest for formats whose codes a rounding that is asked for by name does not compute."""
+    others = [format for format in formats if format is not None and not (format.is_integer or format.is_half)]
+    if others and rounding != AUTO and not ROUNDINGS[rounding].minifloats:
+        able = ", ".join(repr(name) for name, found in ROUNDINGS.items() if found.minifloats)
+        raise InvalidRequest(
+            f"rounding={rounding!r} computes whole numbers, and codes of {others[0]} are floating-point numbers: ask "
+            f"for {able} or 'auto'."
+        )
 
 
 def names_without_inputs() -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from quantkit.formats import WeightFormat
+from quantkit.numbers.ratios import Ratio, factors, multiplied
 from quantkit.program.layers import LayerWeight, Weights
 from quantkit.reconstruction.snapshot import Cache, Rounded
 from quantkit.rounding import AUTO, Moments, rounding_of
@@ -29,7 +30,8 @@ class RoundingOptions:
 @dataclass(frozen=True)
 class RoundingRequest:
     """The format of each layer, in execution order, and the rounding; layers in ``cache`` are not rounded again. X^T X
-    of a layer's inputs takes at most ``hessian_bytes``.
+    of a layer's inputs takes at most ``hessian_bytes``. ``ratios``: by what inputs of layers are divided as they are
+    read.
     """
 
     formats: Mapping[str, WeightFormat]
@@ -37,6 +39,7 @@ class RoundingRequest:
     progress: bool = True
     cache: Cache = field(default_factory=Cache)
     hessian_bytes: int = HESSIAN_BYTES
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
 
     @property
     def method(self) -> Rounding:
@@ -57,7 +60,10 @@ class RoundingRequest:
 
         def compute() -> Rounded:
             seen, groups = moments() if looks else None, floats.layers[layer].groups
-            found = quantize_weight(floats[layer], [format], seen, groups, rounding)
+            weight, ratio = floats[layer], self.ratios.get(layer, ())
+            if ratio:
+                weight, seen = multiplied(weight, ratio), None if seen is None else seen.divided(factors(ratio))
+            found = quantize_weight(weight, [format], seen, groups, rounding)
             return found.weights[format], rounding_note(layer, found, rounding)
 
         return self.cache.rounding(layer, format, compute)

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from quantkit.formats import WeightFormat
 from quantkit.numbers.half import HalfWeight
-from quantkit.numbers.kinds import AnyWeight
-from quantkit.numbers.uniform import QuantizedWeight
+from quantkit.numbers.kinds import AnyWeight, rounded_weight
 from quantkit.progress import warn
-from quantkit.rounding import ROUNDINGS, Moments, rounding_of
-from quantkit.rounding.registry import Codes
+from quantkit.rounding import ROUNDINGS, Moments, require_numbers, rounding_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ def quantize_weight(
     found: dict[WeightFormat, AnyWeight] = {format: HalfWeight.of(weight) for format in formats if format.is_half}
     if len(found) == len(formats):
         return Rounded(found, HalfWeight.kind)
+    require_numbers(rounding, formats)
     method = rounding_of(rounding)
     if method.hessian and (moments is None or moments.factor is None):
         method = ROUNDINGS["nearest"]
@@ -52,21 +51,15 @@ def quantize_weight(
     rows = rows if rows.dtype == torch.float64 else rows.float()
     for format in formats:
         if format not in found:
-            found[format] = _stored(method.codes(rows, format, moments), weight, format)
+            able = method if format.is_integer or method.minifloats else ROUNDINGS["nearest"]
+            codes, scale, zero = able.codes(rows, format, moments)
+            held = (weight.shape[0], -1)
+            found[format] = rounded_weight(
+                codes.reshape(weight.shape), scale.reshape(held), zero.reshape(held), format
+            )
     factor = moments.factor if method.factored and moments is not None else None
     damping = 0.0 if factor is None else factor.factor.damping
     return Rounded(found, method.name, damping, moments.count if method.hessian and moments is not None else 1)
-
-
-def _stored(found: Codes, weight: Tensor, format: WeightFormat) -> QuantizedWeight:
-    codes, scale, zero = found
-    shape = (weight.shape[0], -1)
-    return QuantizedWeight(
-        codes=codes.reshape(weight.shape).to(torch.int8),
-        scale=scale.reshape(shape).float(),
-        zero_point=zero.reshape(shape).to(torch.int8) if format.zero_point else None,
-        format=format,
-    )
 
 
 def rounding_note(layer: str, rounded: Rounded, asked: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.numbers.kinds import AnyWeight
 from quantkit.numbers.packed_weight import stored_tensors, stored_weight
 from quantkit.numbers.per_token import TokenRange
-from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.numbers.uniform import SiteRange
 from quantkit.program.arguments import leaves_of, replaced
 from quantkit.program.convolutions import CONV_ARGUMENTS
 from quantkit.program.halves import in_single, widened
@@ -44,12 +45,14 @@ class PackedLayer(nn.Module):
     def __init__(self, weight: AnyWeight) -> None:
         super().__init__()
         self.shape, self.format = weight.shape, weight.format
+        self.ratio = weight.ratio if weight.integer else ()
         for name, tensor in stored_tensors(weight, "weight").items():
             self.register_buffer(name.rpartition(".")[2], tensor)
 
     def quantized(self) -> AnyWeight:
         held = {f"weight.{part}": tensor for part, tensor in self.named_buffers()}
-        return stored_weight(held, "weight", self.shape, self.format)
+        found = stored_weight(held, "weight", self.shape, self.format)
+        return replace(found, ratio=self.ratio) if found.integer else found
 
     @property
     def weight_bytes(self) -> int:
@@ -166,7 +169,7 @@ class RealModel(nn.Module):
         if not found.integer:
             return found
         shape = self.floats.layers[name].shape
-        return QuantizedWeight(found.codes.reshape(shape), found.scale, found.zero_point, found.format)
+        return replace(found, codes=found.codes.reshape(shape))
 
     @property
     def weight_bytes(self) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,6 +62,16 @@ class Point:
         return self.known.damage.share(self.reference, self.outputs)
 
 
+class Seen(Protocol):
+    """What a pass saw at sites: their tensors before and after the base plan's quantizers."""
+
+    @property
+    def raw(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def here(self) -> Mapping[str, Tensor]: ...
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """The error that torch raises for a tensor overwritten in place, as an InvalidRequest."""
@@ -93,8 +104,9 @@ class Landscape:
         share: float = 1.0,
         most: int = GRAPH_SAMPLES,
     ) -> None:
-        self.by_weights = by_weights
-        fitting = max(1, int(share * GRAPH_BYTES) // max(1, sample_bytes(subject)))
+        self.by_weights, self.sample_bytes = by_weights, sample_bytes(subject)
+        self.most_bytes = int(share * GRAPH_BYTES)
+        fitting = max(1, self.most_bytes // max(1, self.sample_bytes))
         self.subject = replace(subject, batches=split_batches(subject.batches, min(most, fitting)))
         self.perturbations = perturbations
         studied: dict[Place, list[int]] = {(name, False): [] for name in layers}
@@ -176,7 +188,7 @@ class Landscape:
             )
         return Point(self.reference, i, outputs, variables, raw, here)
 
-    def displacement(self, k: int, point: Point) -> Tensor | None:
+    def displacement(self, k: int, point: Seen) -> Tensor | None:
         """How perturbation ``k`` moves its weight or its site's tensor away from the base; None where the batch does
         not reach the site.
         """
@@ -188,9 +200,9 @@ class Landscape:
             return None
         return one.change.fake_quantize(point.raw[one.owner]) - point.here[one.owner]
 
-    def outputs_with(self, i: int, one: Perturbation) -> Outputs:
-        """The outputs for batch ``i`` with one perturbation in place."""
-        return next(replace(self.subject, batches=[self.subject.batches[i]]).outputs([one]))
+    def outputs_with(self, i: int, *changes: Perturbation) -> Outputs:
+        """The outputs for batch ``i`` with perturbations in place."""
+        return next(replace(self.subject, batches=[self.subject.batches[i]]).outputs(changes))
 
 
 def sample_bytes(subject: Subject) -> int:

@@ -74,7 +74,7 @@ class LastLayers(Sequence[Outputs]):
     def __iter__(self) -> Iterator[Outputs]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, i):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, i):
         if self.held is None or self.held[0] != i:
             self.held = None
             self.held = i, self._made(self.kept[i], self.batches[i])
@@ -99,7 +99,7 @@ def float_outputs(subject: Subject) -> Sequence[Outputs]:
     made = LastLayers.of(subject.program, subject.model, subject.rule)
     if made is None:
         return [first, *stream]
-    stream.close()
+    del stream, first  # before others are made
     for batch in subject.batches:
         made.keep(subject.model, batch)
     return made
@@ -118,7 +118,7 @@ class Column(Sequence[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         return (outputs[self.number] for outputs in self.outputs)
 
-    def __getitem__(self, i):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, i):
         return self.outputs[i][self.number]
 
 

@@ -62,7 +62,7 @@ def _noisy_outputs(subject: Subject, one: Perturbation, generator: torch.Generat
 
 
 def _noisy_site(x: Tensor, found: AnyRange, generator: torch.Generator) -> Tensor:
-    return _with_noise(x, found.scale if found.static else found.scales(x), generator)
+    return _with_noise(x, found.scale if found.static else found.steps(x), generator)
 
 
 def noisy_weight(weight: Tensor, codes: AnyWeight, generator: torch.Generator) -> Tensor:

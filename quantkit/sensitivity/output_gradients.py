@@ -8,53 +8,82 @@ with each change: the shift of the outputs has the same inner product with what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.program.arguments import leaves_of, replaced
 from quantkit.program.inputs import batch_size
 from quantkit.program.intercept import OpKey
-from quantkit.sensitivity.curvature import Landscape, Point
+from quantkit.program.updates import named_state
+from quantkit.sensitivity.curvature import Landscape
 from quantkit.sensitivity.measure import Place
-from quantkit.sensitivity.outputs import Outputs
 
-Slopes = dict[OpKey | Place, Tensor]
 LINEAR = ("linear", "embedding", "matmul", "bilinear")
 
 
-def inner_products(land: Landscape, i: int, draws: int, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Pass:
+    """Gradients of every draw by what ``calls`` make and by sites, of a batch or of a segment of it; ``raw`` and
+    ``here`` as ``Point`` has them.
+    """
+
+    calls: Calls
+    slopes: Mapping[OpKey | Place, Sequence[Tensor]]
+    raw: Mapping[str, Tensor]
+    here: Mapping[str, Tensor]
+
+    def shifts(self, land: Landscape, k: int) -> Iterable[tuple[OpKey | Place, Tensor]]:
+        """What perturbation ``k`` adds to the outputs of the calls that read its weight, or to its site's tensor."""
+        one = land.perturbations[k]
+        if not (one.owner in self.raw if one.at_site else self.calls.follows(one.owner)):
+            return []
+        moved = land.displacement(k, self)
+        if moved is None:
+            return []
+        return [(one.place, moved)] if one.at_site else self.calls.shifts(one.owner, moved)
+
+
+Passes = Callable[[Landscape, int, int, torch.Generator], Iterable[Pass]]
+
+
+def whole(land: Landscape, i: int, draws: int, generator: torch.Generator) -> Iterator[Pass]:
+    """One pass: the graph of batch ``i``."""
+    calls = Calls(land, batch_size(land.subject.batches[i]) == 1)
+    point = land.point(i, calls.carry_out)
+    variables: dict[OpKey | Place, Tensor] = dict(calls.added.items())
+    variables |= {place: point.variables[place] for place in land.sites if place in point.variables}
+    slopes: dict[OpKey | Place, list[Tensor]] = {key: [] for key in variables}
+    for number in range(draws):
+        cotangents = land.damage.cotangent(tuple(output.detach() for output in point.outputs), generator)
+        found = gradients(point.outputs, list(variables.values()), cotangents, keep=number + 1 < draws)
+        for kept, slope in zip(slopes.values(), found, strict=True):
+            kept.append(slope)
+    yield Pass(calls, slopes, point.raw, point.here)
+
+
+def inner_products(land: Landscape, i: int, draws: int, generator: torch.Generator, passes: Passes = whole) -> Tensor:
     """<gradient of the log-likelihood of labels drawn anew, what a change adds> for batch ``i``: (K, draws, samples);
     one number for all samples together where some call does not keep them apart.
     """
     count = max(1, batch_size(land.subject.batches[i]))
-    calls = Calls(land, single=count == 1)
-    point = land.point(i, calls.carry_out)
-    variables: Slopes = dict(calls.added.items())
-    variables |= {place: point.variables[place] for place in land.sites if place in point.variables}
-    run = [k for k, one in enumerate(land.perturbations) if not (one.at_site or calls.follows(one.owner))]
-    drawn: list[list[Tensor]] = []
-    slopes: dict[OpKey | Place, list[Tensor]] = {key: [] for key in variables}
-    for number in range(draws):
-        cotangents = land.damage.cotangent(tuple(output.detach() for output in point.outputs), generator)
-        found = _gradients(point, variables, cotangents, keep=number + 1 < draws)
-        for kept, slope in zip(slopes.values(), found, strict=True):
-            kept.append(slope)
-        drawn += [cotangents] * bool(run)  # outputs may be large
     products = torch.zeros(len(land.perturbations), draws, count, dtype=torch.float64, device="cpu")
-    apart = True
-    with torch.no_grad():
-        for k in range(len(land.perturbations)):
-            if k in run:
-                products[k] = _forward_products(land, i, k, drawn, point.outputs)
-                continue
-            for key, shift in _shifts(land, calls, point, k):
-                own = per_sample(slopes[key], shift, count)
-                apart &= own.shape[1] == count
-                products[k, :, : own.shape[1]] += own
+    start, apart, followed = generator.get_state(), True, set[str]()
+    for one in passes(land, i, draws, generator):
+        followed |= {name for name, _ in land.layers if one.calls.follows(name)}
+        with torch.no_grad():
+            for k in range(len(land.perturbations)):
+                for key, shift in one.shifts(land, k):
+                    own = per_sample(one.slopes[key], shift, count)
+                    apart &= own.shape[1] == count
+                    products[k, :, : own.shape[1]] += own
+        del one  # before the next one is made
+    others = [k for k, p in enumerate(land.perturbations) if not p.at_site and p.owner not in followed]
+    if others:
+        products[others] = _forward_products(land, i, others, draws, start)
     return products if apart else products.sum(2, keepdim=True)
 
 
@@ -83,13 +112,15 @@ class Calls:
     that is larger and of a ``single`` sample, its weight.
     """
 
-    def __init__(self, land: Landscape, single: bool = False) -> None:
-        self.single = single
+    def __init__(self, land: Landscape, single: bool = False, state: Mapping[str, Tensor] | None = None) -> None:
+        """``state`` has the parameters by name that calls read, by default the model's own."""
+        self.land, self.single = land, single
         floats = land.subject.floats
-        self.land, self.names = land, [name for name, _ in land.layers]
-        held = {name: floats.layers[name] for name in self.names}
-        linear = {n for n, w in held.items() if w.kind in LINEAR or w.kind.startswith("conv")}
-        self.holders = {n: floats.tensor(w.parameter) for n, w in held.items() if n in linear and w.parameter}
+        self.state = named_state(land.subject.model) if state is None else state
+        self.stored = {id(x) for x in self.state.values()}
+        held = {name: floats.layers[name] for name, _ in land.layers}
+        linear = {n: w for n, w in held.items() if w.kind in LINEAR or w.kind.startswith("conv")}
+        self.holders = {n: self.state[w.parameter] for n, w in linear.items() if w.parameter}
         self.parameters = {id(tensor) for tensor in self.holders.values()}
         self.made: dict[OpKey, _Call] = {}
         self.added: dict[OpKey, Tensor] = {}
@@ -113,10 +144,10 @@ class Calls:
         return made + self.added.setdefault(key, torch.zeros_like(made).requires_grad_())
 
     def _without_bias(self, x: Any) -> Any:
-        """Zeros for a parameter, any other tensor as it is now, whatever the model does to it later."""
+        """Zeros for a parameter or buffer, any other tensor as it is now, whatever the model does to it later."""
         if not isinstance(x, Tensor):
             return x
-        if isinstance(x, nn.Parameter):
+        if id(x) in self.stored:
             return torch.zeros_like(x, requires_grad=False)
         key = (id(x), x._version)
         if key not in self._copies:  # holds the tensor too, so that its identity is its own
@@ -140,12 +171,16 @@ class Calls:
                 yield key, call.of(moved) if call.rest is None else call.of(moved) - call.rest
 
 
-def _gradients(point: Point, variables: Slopes, cotangents: Sequence[Tensor], keep: bool) -> tuple[Tensor, ...]:
-    """The gradients of one drawn log-likelihood, summed over the rows."""
-    live = [(output, c) for output, c in zip(point.outputs, cotangents, strict=True) if output.requires_grad]
+def gradients(
+    outputs: Sequence[Tensor], variables: Sequence[Tensor], cotangents: Sequence[Tensor], keep: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of <outputs, cotangents>; the graph stays where it is to be kept."""
+    live = [(output, c) for output, c in zip(outputs, cotangents, strict=True) if output.requires_grad]
+    if not live or not variables:
+        return tuple(torch.zeros_like(v) for v in variables)
     return torch.autograd.grad(
         [output for output, _ in live],
-        list(variables.values()),
+        list(variables),
         [c for _, c in live],
         retain_graph=keep,
         allow_unused=True,
@@ -153,25 +188,23 @@ def _gradients(point: Point, variables: Slopes, cotangents: Sequence[Tensor], ke
     )
 
 
-def _shifts(land: Landscape, calls: Calls, point: Point, k: int) -> Iterable[tuple[OpKey | Place, Tensor]]:
-    """What perturbation ``k`` adds to the outputs of the calls that read its weight, or to its site's tensor."""
-    one, moved = land.perturbations[k], land.displacement(k, point)
-    if moved is None:
-        return []
-    return [(one.place, moved)] if one.at_site else calls.shifts(one.owner, moved)
-
-
-def _forward_products(land: Landscape, i: int, k: int, drawn: list[list[Tensor]], here: Outputs) -> Tensor:
-    """The inner products (draws, samples) of perturbation ``k``, from the shift of the outputs that it makes."""
+def _forward_products(land: Landscape, i: int, which: Sequence[int], draws: int, start: Tensor) -> Tensor:
+    """The inner products (some, draws, samples) of some perturbations, from the shifts of the outputs that they make
+    and the labels drawn from a generator's state.
+    """
     batch = land.subject.batches[i]
-    moved = land.outputs_with(i, land.perturbations[k])
+    here = land.outputs_with(i)
+    generator = torch.Generator().set_state(start)
+    drawn = [land.damage.cotangent(here, generator) for _ in range(draws)]
     numbers = land.damage.rule.samples([batch], [[len(rows) for rows in here]])
     count = max(1, batch_size(batch))
-    found = torch.zeros(len(drawn), count, dtype=torch.float64, device="cpu")
-    for d, cotangents in enumerate(drawn):
-        for c, before, after, samples in zip(cotangents, here, moved, numbers, strict=True):
-            products = (c * (after - before.detach())).sum(-1).double().cpu()
-            found[d].index_add_(0, samples.clamp(max=count - 1), products)
+    found = torch.zeros(len(which), draws, count, dtype=torch.float64, device="cpu")
+    for own, k in zip(found, which, strict=True):
+        moved = land.outputs_with(i, land.perturbations[k])
+        for d, cotangents in enumerate(drawn):
+            for c, before, after, samples in zip(cotangents, here, moved, numbers, strict=True):
+                products = (c * (after - before)).sum(-1).double().cpu()
+                own[d].index_add_(0, samples.clamp(max=count - 1), products)
     return found
 
 

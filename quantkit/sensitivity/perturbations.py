@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from quantkit.formats import ActivationFormat, Scheme, WeightFormat
-from quantkit.numbers.kinds import AnyWeight
-from quantkit.numbers.per_token import TokenRange
+from quantkit.numbers.kinds import AnyWeight, token_range
 from quantkit.program.inputs import Batch
 from quantkit.progress import track
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
@@ -84,7 +83,7 @@ def site_perturbations(
     """
     ordered = sorted(formats, key=str)
     if ordered and ordered[0].dynamic:
-        return [Perturbation(site.name, str(f), TokenRange(f.bits)) for site in ready.sites for f in ordered]
+        return [Perturbation(site.name, str(f), token_range(f)) for site in ready.sites for f in ordered]
     histograms = _histograms(ready, batches, progress, artefacts or Artefacts()) if ordered else {}
     return [
         Perturbation(name, str(format), RANGES[ranges](histogram, format.bits))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from quantkit.numbers.kinds import AnyRange, AnyWeight
+from quantkit.numbers.ratios import Ratio
 from quantkit.program.arguments import replaced
 from quantkit.program.halves import in_single, stores_halves
 from quantkit.program.integer_biases import BiasCall
@@ -162,11 +163,22 @@ class SimulatedModel(nn.Module):
 
     def set_weight(self, name: str, weight: AnyWeight) -> None:
         """Give a layer its codes; what it computes with becomes their dequantized value, which takes the place of a
-        parameter in half precision call by call.
+        parameter in half precision call by call. Codes are those of the weight times the ratio, if any, by which the
+        layer's input is divided as it is read. Scales of 8 bits that FP8 activations meet make FP8 products.
         """
+        if weight.integer:
+            ratio = next((r for site in self.sites if name in site.consumers and (r := self._ratio(site))), ())
+            weight = replace(weight, ratio=ratio)
+        if weight.integer and weight.format.scale == "f8":
+            read = [self.ranges.get(site.name) for site in self.sites if name in site.consumers]
+            weight = replace(weight, in_fp8=any(found is not None and found.format.is_fp8 for found in read))
         self.weights[name] = weight
         if not self.floats.stores_half(name):
             self.floats.write(name, weight.dequantize())
+
+    def _ratio(self, site: Site) -> Ratio:
+        found = self.ranges.get(site.name)
+        return found.ratio if found is not None and found.integer else ()
 
     def in_float32(self) -> SimulatedModel:
         """The same on a float32 copy of the model, which holds what it computes with; itself where it is float32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,8 +21,11 @@ from quantkit.program.weight_source import ModuleSource, WeightSource
 from quantkit.reconstruction.learned import LearnedRange, LearnedWeight
 from quantkit.simulation.model import SimulatedModel, as_float
 
-CHUNK = 64  # samples played at once
+CHUNK = 64  # samples played at once, at most
+CHUNK_BYTES = 1 << 25  # of the largest value of so many: one sample may be a sequence of thousands of tokens
+GRAPH_BYTES = 1 << 27  # of the values that a gradient is taken through at once
 SPILL_BYTES = 1 << 30  # a value of all samples beyond this size is kept on disk
+FLOAT_BYTES = 4
 Values = Mapping[int, Tensor]
 
 
@@ -46,6 +50,7 @@ class SimulatedProgram:
         self.names: dict[tuple[int, ...], set[str]] = {}  # that segments read
         self.sites = {place: site.name for site in self.model.sites for place in site.places}
         self.shapes: dict[tuple[tuple[int, ...], ...], Shapes] = {}  # that calls follow, by the shapes of the inputs
+        self.shared: dict[str, Tensor] = {}  # learned weights while several pieces of a batch are differentiated
 
     def state(self, segment: Segment, wanted: Sequence[int] = ()) -> dict[str, Tensor]:
         """The parameters and buffers that a segment computes with, or that are ``wanted`` of it, by name."""
@@ -61,11 +66,24 @@ class SimulatedProgram:
             elif layers[name].parameter in names and name not in self.weights and floats.stores_half(name):
                 found |= floats.placed(name, weight.dequantize(), found)
         for name, learned in self.weights.items():
-            placed = floats.placed(name, learned.value(), found)
+            value = self.shared[name] if name in self.shared else learned.value()
+            placed = floats.placed(name, value, found)
             found |= {key: self.program.laid_out(x) for key, x in placed.items()}
             if (bias := learned.bias()) is not None:
                 found[str(floats.layers[name].bias)] = bias
         return found
+
+    @contextmanager
+    def sharing_weights(self) -> Iterator[None]:
+        """Compute the learned weights once for all that is differentiated inside the block, at whose end their
+        gradients are passed on.
+        """
+        values = {name: learned.value() for name, learned in self.weights.items()}
+        self.shared = {name: value.detach().requires_grad_() for name, value in values.items()}
+        yield
+        reached = [name for name, leaf in self.shared.items() if leaf.grad is not None]
+        torch.autograd.backward([values[name] for name in reached], [self.shared[name].grad for name in reached])
+        self.shared = {}
 
     def _names(self, segment: Segment, wanted: Sequence[int]) -> set[str]:
         key = (segment.start, segment.stop, *wanted)
@@ -155,9 +173,29 @@ def mixed(one: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
 def in_chunks(program: Program, values: Values) -> Iterator[tuple[dict[int, Tensor], int]]:
     """Values of all samples in pieces of at most ``CHUNK`` samples, and how many each has."""
     count = samples_of(program, values)
-    for start in range(0, count, CHUNK):
-        some = torch.arange(start, min(start + CHUNK, count), device="cpu")
+    most = played_at_once(program, growth(program, values))
+    for start in range(0, count, most):
+        some = torch.arange(start, min(start + most, count), device="cpu")
         yield take(program, values, some), len(some)
+
+
+def played_at_once(program: Program, larger: float = 1.0) -> int:
+    """How many samples are played at once, so many times ``larger`` than those that were recorded."""
+    largest = max((math.prod(program.shape[n]) for n in program.rows), default=0) * FLOAT_BYTES / program.size
+    return max(1, min(CHUNK, int(CHUNK_BYTES // max(1.0, larger * largest))))
+
+
+def differentiated_at_once(program: Program, segment: Segment, larger: float = 1.0) -> int:
+    """How many samples a gradient through a segment is taken for at once, so many times ``larger`` than recorded."""
+    made = {n for step in program.steps[segment.start : segment.stop] for n in step.outputs if n in program.rows}
+    each = sum(math.prod(program.shape[n]) for n in made) * FLOAT_BYTES / program.size
+    return max(1, int(GRAPH_BYTES // max(1.0, larger * each)))
+
+
+def growth(program: Program, values: Values) -> float:
+    """How many times as large these samples are as those that were recorded."""
+    shapes = ((x.shape, program.shape[n], program.rows[n]) for n, x in values.items() if n in program.rows)
+    return max((math.prod(x) * y[axis] / (x[axis] * math.prod(y)) for x, y, axis in shapes if x[axis]), default=1.0)
 
 
 def samples_of(program: Program, values: Values) -> int:

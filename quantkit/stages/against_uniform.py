@@ -16,7 +16,7 @@ from quantkit.allocation.from_profile import candidates
 from quantkit.errors import InfeasibleBudget
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
-from quantkit.program.inputs import Batch, batch_size, picked_samples, stacked
+from quantkit.program.inputs import Batch, batch_size, picked_samples
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.sensitivity.damage import Reference
@@ -24,7 +24,7 @@ from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.stages.apply import Application, formatted_by, schemes_to_check
 from quantkit.stages.applying import PlanApplication
-from quantkit.stages.recording import Replay
+from quantkit.stages.recording import Replay, samples_by_size
 
 MOST_TRIED = 2  # uniform plans
 HELD_BACK = 4  # one sample in so many
@@ -38,10 +38,9 @@ def no_worse_than_uniform(session: Session, profile: Profile, plan: Plan, choose
     """``plan``, or a plan with one scheme for all where that does less damage; what was measured is in its provenance.
     ``choose`` gives the plan of a profile within the limits.
     """
-    uniform = {str(s): found for s, found in _uniform_plans(profile, choose) if found.schemes != plan.schemes}
-    tried = dict(sorted(uniform.items(), key=lambda item: item[1].predicted_damage)[:MOST_TRIED])
-    least = min((found.predicted_damage for found in tried.values()), default=0.0)
-    if not tried or plan.predicted_damage < CLEARLY_BETTER * least:
+    uniform = {str(s): found for s, found in uniform_plans(profile, choose) if found.schemes != plan.schemes}
+    tried = dict(sorted(uniform.items(), key=lambda item: _predicted(item[1]))[:MOST_TRIED])
+    if not tried or _predicted(plan) < CLEARLY_BETTER * min(map(_predicted, tried.values())):
         return plan
     trials = _Trials.of(session, asked)
     own, damages = trials.damage(plan), {name: trials.damage(found) for name, found in tried.items()}
@@ -56,7 +55,12 @@ def no_worse_than_uniform(session: Session, profile: Profile, plan: Plan, choose
     return replace(tried[best], provenance=tried[best].provenance | {"against_uniform": record | {"returned": best}})
 
 
-def _uniform_plans(profile: Profile, choose: Choose) -> Iterator[tuple[Scheme, Plan]]:
+def _predicted(plan: Plan) -> float:
+    assert plan.predicted_damage is not None, "it was chosen by a profile"
+    return plan.predicted_damage
+
+
+def uniform_plans(profile: Profile, choose: Choose) -> Iterator[tuple[Scheme, Plan]]:
     """For every candidate the plan within the limits that gives it to all layers that may take it, if there is one."""
     offered = candidates(profile)
     for scheme in dict.fromkeys(s for options in offered.values() for s in options if not s.is_float):
@@ -106,12 +110,12 @@ class _Trials:
 
 
 def _on(session: Session, batches: list[Batch]) -> Session:
-    """A session with a float copy of its own of the model, and these calibration batches."""
-    own = session.fork()
-    own.inputs, own.references = replace(session.inputs, batches=batches), {}
+    """A session with other calibration batches, on the same float model."""
+    own = replace(session, inputs=replace(session.inputs, batches=batches), references={})
+    vars(own)["standing"] = session.standing
     if isinstance(replay := session.replay, Replay):
-        samples = stacked(batches)
-        assert samples is not None, "all samples are of one size"
+        samples = samples_by_size(batches)
+        assert samples is not None, "as before some were held back"
         vars(own)["replay"] = Replay(replay.program, samples)
     return own
 

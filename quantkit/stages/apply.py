@@ -27,6 +27,7 @@ from quantkit.program.input_shapes import varying_forms
 from quantkit.program.sites import makers_of_codes
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
+from quantkit.rounding import require_numbers
 from quantkit.sensitivity.damage import Reference, RunningDamage
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
@@ -46,6 +47,7 @@ from quantkit.stages.float_activations import (
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import FLOAT16, ApplyOptions, Run
+from quantkit.stages.reparameterize import within_bytes
 from quantkit.stages.result import Result
 from quantkit.store import Artefacts
 from quantkit.targets import OPERATOR_DOMAINS, Target
@@ -87,8 +89,10 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
     plan = replace(plan, schemes=carried)
     options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
+    options = within_bytes(options, plan)
     formatted = formatted_by(session, plan)
     ready = formatted.ready
+    require_numbers(options.rounding, formatted.weights.values())
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
@@ -96,7 +100,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
     ready, target = applying.ready, target_of(session, plan)
-    choices = choices_of(ready, target, asked.may_be_float)
+    scaled = applying.rewritten.ratios  # their codes are of no use without the ratio
+    choices = choices_of(ready, target, [name for name in asked.may_be_float if name not in scaled])
     some = to_measure(reference, choices)
     floats = {} if some is None else weights_read_float(ready)
     simulated, notes = applying.quantized(run.progress, finished)
@@ -106,6 +111,8 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     if ready.half_floats:
         store_floats_as_halves(simulated, ready.halves)
     plan = _recounted(plan, simulated, ready, formatted.sites, target)
+    if scaled:
+        plan = replace(plan, total_bytes=plan.total_bytes + applying.rewritten.stored_bytes)
     metrics |= compare_outputs(simulated, reference)
     metrics |= _metric("quantized", asked.evaluate, simulated)
     shapes = varying_forms(simulated.model, inputs.shown) if inputs.shown else ()
@@ -280,6 +287,7 @@ def _recounted(
         average_bits=average_bits(ready.layers, size),
         provenance={
             "first_last": {"policy": AS_GIVEN, **ends_of(ready.program)},
+            "target": target.name,
             **{key: value for key, value in plan.provenance.items() if key != FLOAT_STORAGE},
             **_composition(plan, ready, size + ready.other_bytes),
             **({FLOAT_STORAGE: FLOAT16} if ready.half_floats else {}),

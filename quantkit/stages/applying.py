@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantkit.numbers.kinds import AnyRange
+from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.program.integer_biases import bias_calls
 from quantkit.program.sites import Site
@@ -84,7 +83,13 @@ class PlanApplication:
             planned = plan_reconstruction(ready, recording, reference.damage, options.seed, options.learning)
             reconstruction = require_reconstruction(planned, **asked)
         untouched = options.reconstruction == "auto" and not worth
-        how = "none" if untouched else method_to_learn(options.reconstruction, *bits)
+        how = (
+            "none"
+            if untouched
+            else method_to_learn(
+                options.reconstruction, *bits, reconstruction is not None and reconstruction.positions
+            )
+        )
         return cls(formatted, recording, reconstruction, replace(options, reconstruction=how), rewritten)
 
     def moved_to(self, ready: Prepared) -> PlanApplication:
@@ -104,7 +109,8 @@ class PlanApplication:
         if (expected := self._announced()) is not None:
             notes["working_bytes"] = expected.memory.peak_bytes  # not the seconds, which no two runs agree on
             rounding = expected.rounding
-        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes)
+        ratios = self.rewritten.ratios
+        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes, ratios)
         notes["rounding"] = self._round(simulated, request)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
@@ -133,14 +139,17 @@ class PlanApplication:
         found, how = self.reconstruction, self.options.reconstruction
         if found is None:
             return Learning()
-        options, held = found.learning, len(found.data.held_outputs)
-        blocks = len(found.block_data) + held if how in ("block", *ADAQUANT) else 0
-        schedules = {"network": (options.network,), "block": (options.block, options.network), "none": ()}
-        return Learning(len(found.data) + held, blocks, held, schedules.get(how, (options.layer,)))
+        options, held = found.learning, sum(some.count for some in found.held)
+        seen, few = (sum(some.seen.count for some in data) for data in (found.data, found.block_data))
+        blocks = few + held if how in ("block", *ADAQUANT) else 0
+        block, network = (one.on(seen) for one in found.schedules)
+        schedules = {"network": (network,), "block": (block, network), "none": ()}
+        return Learning(seen + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:
-        ranges: dict[str, AnyRange] = {**self.rewritten.ranges}
-        ranges |= {name: TokenRange(asked.bits) for name, asked in self.formatted.sites.items() if asked.dynamic}
+        dynamic = {name: asked for name, asked in self.formatted.sites.items() if asked.dynamic}
+        ranges: dict[str, AnyRange] = {name: token_range(asked) for name, asked in dynamic.items()}
+        ranges |= self.rewritten.ranges
         others = [site for site in self.ready.sites if site.name not in ranges]
         histograms = site_histograms(self.ready.model, others, self.formatted.batches, progress, self.ready.padding)
         return ranges | {site.name: self._range_of(site, histograms[site.name]) for site in others if histograms}
@@ -163,6 +172,6 @@ class PlanApplication:
         if program is None:
             return round_in_sequence(simulated, ready.program, batches, request)
         if isinstance(self.recording, Recording):
-            batches = [self.recording.samples]
+            batches = list(self.recording.samples)
         inputs = [program.entering(ready.model, batch) for batch in batches]
         return round_by_layers(SimulatedProgram(simulated, program, padding=ready.padding), inputs, request)

@@ -16,9 +16,8 @@ from quantkit.allocation.what_holds import what_holds
 from quantkit.budget import Budget
 from quantkit.errors import InfeasibleBudget, InvalidRequest
 from quantkit.formats import ActivationFormat
-from quantkit.numbers.kinds import AnyRange
+from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.numbers.logarithmic import LogRange
-from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import SiteRange
 from quantkit.plan import Plan, Profile
 from quantkit.rounding.weights import quantize_weight
@@ -153,5 +152,5 @@ def _too_large(limit: Budget, found: int, plan: Plan, blank: Profile) -> Infeasi
 def _some_range(fmt: ActivationFormat) -> AnyRange:
     """A range of a format; its numbers do not matter."""
     if fmt.dynamic:
-        return TokenRange(fmt.bits)
+        return token_range(fmt)
     return SiteRange(1.0, 0, fmt.bits) if fmt.is_integer else LogRange(1.0, fmt.bits)

@@ -15,6 +15,7 @@ from quantkit.errors import InvalidRequest
 from quantkit.formats import Scheme
 from quantkit.program.input_shapes import form_of
 from quantkit.program.inputs import Batch, batch_size, read_batches, split_batches
+from quantkit.program.intercept import tensors_of
 from quantkit.program.record import run_model
 from quantkit.progress import notice
 from quantkit.rounding import AUTO, WITHOUT_INPUTS, names_without_inputs
@@ -23,6 +24,7 @@ from quantkit.targets import Target
 from quantkit.transforms.prepare import Prepared, prepare, prepare_unrecorded
 
 BATCH = 128
+TOKENS = 1 << 11  # of a batch: each is a row of values, and often of as many logits as there are words
 _PASS = "Pass calibration=, a few hundred typical inputs; labels are not needed"
 
 
@@ -131,10 +133,17 @@ class Inputs:
 
 
 def calibration_batches(model: nn.Module, calibration: Any, samples: int | None) -> list[Batch]:
-    """The calibration data, read once, in batches of at most ``BATCH`` samples."""
+    """The calibration data, read once, in batches of at most ``BATCH`` samples and about ``TOKENS`` tokens."""
     if samples is not None and samples < 1:
         raise InvalidRequest(f"samples={samples}: at least one calibration sample is needed.")
-    return split_batches(read_batches(model, calibration, samples), BATCH)
+    batches = read_batches(model, calibration, samples)
+    return [part for batch in batches for part in split_batches([batch], _samples_at_once(batch))]
+
+
+def _samples_at_once(batch: Batch) -> int:
+    whole = (t for t in tensors_of(batch) if t.dim() > 1 and not t.is_floating_point() and len(t))
+    tokens = max((t.numel() // len(t) for t in whole), default=1)
+    return max(1, min(BATCH, TOKENS // max(1, tokens)))
 
 
 def require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:

@@ -24,7 +24,10 @@ from quantkit.transforms.known import TRANSFORMS
 
 Schemes = Sequence[str | Scheme]
 FLOAT32, FLOAT16 = "float32", "float16"  # as what is stored that stays float
-REPARAMETERIZATIONS = ("auto", "none", "norm", "clip", "softmax", "norm+softmax", "clip+softmax")
+REPARAMETERIZATIONS = (
+    "auto", "none", "norm", "clip", "reads", "softmax", "norm+softmax", "clip+softmax", "clip+reads", "reads+softmax",
+    "clip+reads+softmax",
+)  # fmt: skip
 
 
 def asked_transforms(asked: str) -> list[str]:

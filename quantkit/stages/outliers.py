@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from quantkit.errors import InvalidRequest
-from quantkit.formats import EIGHT_BITS, ActivationFormat
-from quantkit.numbers.kinds import AnyRange
-from quantkit.numbers.per_token import TokenRange
+from quantkit.formats import EIGHT_BITS
+from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.plan import TRANSFORMS as RECORDED
 from quantkit.plan import Plan
 from quantkit.program.inputs import Batch, batch_size, picked_samples
@@ -83,7 +82,8 @@ class Trial:
     def damage(self, ready: Prepared) -> float:
         """The damage with all that may get codes in its narrowest format; the weights of ``ready`` are rounded."""
         weights, sites = self.formatted.weights, self.formatted.sites
-        ranges = {site.name: _range(sites[site.name]) for site in ready.sites if sites[site.name].dynamic}
+        dynamic = [site.name for site in ready.sites if sites[site.name].dynamic]
+        ranges: dict[str, AnyRange] = {name: token_range(sites[name]) for name in dynamic}
         static = [site for site in ready.sites if site.name not in ranges]
         found = site_histograms(ready.model, static, self.fit, False, ready.padding)
         ranges |= {name: RANGES[self.ranges](histogram, sites[name].bits) for name, histogram in found.items()}
@@ -100,10 +100,6 @@ class Trial:
         rule = self.reference.damage.rule
         held = self.reference.batches
         return Subject(ready.model, held, sites, weights=ready.weights, program=ready.program, rule=rule)
-
-
-def _range(format: ActivationFormat) -> AnyRange:
-    return TokenRange(format.bits)
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -157,29 +153,50 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
     if asked == "auto" and not _may_gain(formatted):
         return ()
     trial = Trial.of(formatted, settings["loss"], settings["ranges"], settings["seed"])
-    kept: tuple[Change, ...] = ()
-    before: float | None = None
+    proposed: dict[str, tuple[Change, ...]] = {}
     for name in names:
-        proposed = _exact(trial, name, kept, TRANSFORMS[name].propose(trial.setting(trial.copy(kept))).changes)
-        if not proposed:
-            continue
-        if asked != "auto":
-            kept += proposed
-            continue
-        before = trial.damage(trial.copy(())) if before is None else before
-        after = trial.damage(trial.copy((*kept, *proposed)))
-        better = after < BETTER * before
-        notice(
-            f"{name} at {len(proposed)} places: damage of the narrowest formats {after:.3g} instead of {before:.3g} "
-            f"on samples held back{'' if better else ', left out'}"
-        )
-        kept, before = ((*kept, *proposed), after) if better else (kept, before)
-    return kept
+        before = _joined(proposed)
+        if found := _exact(trial, name, before, TRANSFORMS[name].propose(trial.setting(trial.copy(before))).changes):
+            proposed[name] = found
+    return _joined(proposed) if asked != "auto" else _worthwhile(trial, proposed)
+
+
+def _joined(proposed: Mapping[str, Sequence[Change]]) -> tuple[Change, ...]:
+    return tuple(change for some in proposed.values() for change in some)
+
+
+def _worthwhile(trial: Trial, proposed: Mapping[str, tuple[Change, ...]]) -> tuple[Change, ...]:
+    """Of the proposed changes those of transforms without which the damage is clearly larger, where all of them
+    together lower it: one of several outliers that is left hides what was gained by the others. The last ones are
+    tried first: rotations take norms' gains away, after which nothing tells that these were scaled.
+    """
+    if not proposed:
+        return ()
+    plain, kept = trial.damage(trial.copy(())), dict(proposed)
+    damage = trial.damage(trial.copy(_joined(kept)))
+    for name in reversed(proposed):
+        others = {other: some for other, some in kept.items() if other != name}
+        without = trial.damage(trial.copy(_joined(others))) if others else plain
+        if damage >= BETTER * without:
+            kept, damage = others, without
+    told = ", ".join(f"{name} at {len(some)} places" for name, some in kept.items()) or "none"
+    notice(
+        f"transforms: {told}; damage of the narrowest formats on samples held back {damage:.3g}, {plain:.3g} without"
+    )
+    return _made_again(trial, records_of(_joined(kept))) if len(kept) < len(proposed) else _joined(kept)
+
+
+def _made_again(trial: Trial, records: Sequence[Mapping[str, Any]]) -> tuple[Change, ...]:
+    """The changes of records on the float model of a trial, in their order: as a plan is applied later."""
+    made: tuple[Change, ...] = ()
+    for name, some in groupby(records, key=lambda record: str(record["transform"])):
+        made += TRANSFORMS[name].redo(trial.setting(trial.copy(made)), [*some])
+    return made
 
 
 def _may_gain(formatted: Formatted) -> bool:
     """Whether anything gets codes whose steps depend on how even channels are."""
-    grouped = any(weight.group is not None and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
+    grouped = any(weight.group and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
     return grouped or bool(formatted.sites)
 
 
@@ -224,11 +241,12 @@ def _redo(session: Session, recorded: Sequence[Mapping[str, Any]]) -> None:
             "The plan was made with transforms, whose factors are found on data: pass calibration=, the data that the "
             "plan was made with; or transforms='none' to apply it without any."
         )
+    if unknown := {str(record["transform"]) for record in recorded} - {*TRANSFORMS}:
+        raise InvalidRequest(
+            f"The plan records an unknown transform {min(unknown)!r}; known: {', '.join(TRANSFORMS)}."
+        )
     trial = Trial.of(Formatted(session.prepared, {}, {}, session.inputs.batches), "auto", "mse", 0)
-    for name, some in groupby(recorded, key=lambda record: str(record["transform"])):
-        if name not in TRANSFORMS:
-            raise InvalidRequest(f"The plan records an unknown transform {name!r}; known: {', '.join(TRANSFORMS)}.")
-        session.prepared = changed(session.prepared, TRANSFORMS[name].redo(trial.setting(session.prepared), [*some]))
+    session.prepared = changed(session.prepared, _made_again(trial, recorded))
     if (share := trial.difference(session.prepared)) >= EXACT:
         raise InvalidRequest(
             f"The plan's transforms change the model's outputs by {share:.1g} of the largest: it is not the model "

@@ -100,6 +100,7 @@ def _may_be_float(request: Request, search: Search) -> tuple[str, ...]:
 def _within_file(request: Request, search: Search) -> Result:
     """The best model whose file is within a limit, all other limits included."""
     limit, session, blank = search.limit, request.session, request.unmeasured()
+    session.target.require_files()
     length = FileLengths(session)
     least = smallest_file(blank, limit, length)
 

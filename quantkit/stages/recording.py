@@ -1,4 +1,6 @@
-"""A model's program with all calibration samples as one batch: what rounding and learning replay from."""
+"""A model's program with all calibration samples, those of one size as one batch: what rounding and learning replay
+from.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,15 @@ FEW = 2  # samples of each combination of sizes beyond the first few, of which t
 
 @dataclass(frozen=True)
 class Replay:
-    """The program that stands for a model, and the calibration samples as one batch."""
+    """The program that stands for a model, and the calibration samples: of each size those of all batches as one."""
 
     program: Program
-    samples: Batch
+    samples: tuple[Batch, ...]
+
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+        return sum(map(batch_size, self.samples))
 
 
 @dataclass(frozen=True)
@@ -40,16 +47,28 @@ def replay_of(ready: Prepared, batches: Sequence[Batch]) -> Replay | str:
     """The replay of a model, or why there is none."""
     if not batches or ready.example is None:
         return "there is no calibration data"
-    samples = stacked(batches)
+    samples = samples_by_size(batches)
     if samples is None:
         return "its inputs cannot be put into batches of one size"
-    order = torch.arange(batch_size(samples), device="cpu")
-    tried = max(FEW, min(TRIED, TRIED_BYTES // max(1, compared_bytes(ready.program, 1))))
-    others = [some_samples(samples, order[:tried]), some_samples(samples, order.flip(0)[:tried])]
-    program = replayable(ready.program, ready.model, ready.example, others)
+    if len(samples) > 1:
+        program = program_of_sizes(ready, batches)
+    else:
+        order = torch.arange(batch_size(samples[0]), device="cpu")
+        tried = max(FEW, min(TRIED, TRIED_BYTES // max(1, compared_bytes(ready.program, 1))))
+        others = [some_samples(samples[0], order[:tried]), some_samples(samples[0], order.flip(0)[:tried])]
+        program = replayable(ready.program, ready.model, ready.example, others)
     if program is None or program.rows.get(program.output) != 0:
         return "what it computes depends on more than its inputs' values and batch size"
     return Replay(program, samples)
+
+
+def samples_by_size(batches: Sequence[Batch]) -> tuple[Batch, ...] | None:
+    """The samples of each size as one batch, or None where arguments are no rows of samples."""
+    forms: dict[str, list[Batch]] = {}
+    for batch in batches:
+        forms.setdefault(form_of(batch), []).append(batch)
+    samples = [one for form in forms.values() if (one := stacked(form)) is not None]
+    return tuple(samples) if len(samples) == len(forms) else None
 
 
 def program_of_sizes(ready: Prepared, batches: Sequence[Batch]) -> Program | None:

@@ -1,20 +1,26 @@
 """Which parts of a transformer are quantized on finer grids than their runtime has, by rewriting the network so that
-the runtime's grids stand for them: channels behind a LayerNorm, logarithmic probabilities (RepQuant, Li et al., arXiv
-2402.05628).
+the runtime's grids stand for them: channels behind a LayerNorm, channels that layers read (``stages.scaled_reads``),
+logarithmic probabilities (RepQuant, Li et al., arXiv 2402.05628).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from quantkit.budget import Budget
 from quantkit.formats import WeightFormat
+from quantkit.numbers.kinds import range_of
+from quantkit.numbers.per_token import TokenRange
+from quantkit.numbers.ratios import Ratio
 from quantkit.numbers.uniform import SiteRange
+from quantkit.plan import Plan
 from quantkit.program.inputs import Batch
 from quantkit.program.layers import Weights
 from quantkit.program.sites import Site
@@ -24,20 +30,27 @@ from quantkit.ranges.statistics import visit
 from quantkit.rounding.weights import quantize_weight
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions
+from quantkit.stages.scaled_reads import ScaledRead, searched
 from quantkit.store import Arrays, Artefacts, Codec
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
 from quantkit.transforms.prepare import Prepared
+from quantkit.transforms.reads import Read, scalable_reads
+from quantkit.transforms.stored import FLOAT_BYTES
 
-AUTO = "clip+softmax"
+AUTO = "clip+reads+softmax"
+N = TypeVar("N", Norm, Read)
 ROWS = 8192  # of each norm's output that ranges are found on
 ROW_BYTES = 1 << 28  # held at once
 
 
 @dataclass(frozen=True)
 class Reparameterization:
-    """The norms to rewrite, whether probabilities may get logarithmic codes, and notes on each norm and why."""
+    """The norms to rewrite, the reads with ranges of their own, whether probabilities may get logarithmic codes, and
+    notes on each norm and read and why.
+    """
 
     rewrites: tuple[Rewrite, ...] = ()
+    reads: tuple[ScaledRead, ...] = ()
     log_probabilities: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -47,9 +60,34 @@ class Reparameterization:
             rewrite(floats, change)
 
     @property
-    def ranges(self) -> dict[str, SiteRange]:
-        """The ranges of the rewritten norms' sites."""
-        return {change.norm.site: change.found for change in self.rewrites}
+    def ranges(self) -> dict[str, SiteRange | TokenRange]:
+        """The ranges of the rewritten norms' sites, and of the reads."""
+        found: dict[str, SiteRange | TokenRange] = {change.norm.site: change.found for change in self.rewrites}
+        return found | {site: range for read in self.reads for site, range in read.ranges.items()}
+
+    @property
+    def stored_bytes(self) -> int:
+        """What ratios take in a file, written for each site."""
+        return FLOAT_BYTES * sum(len(one.found.ratio) * len(one.read.sites) for one in self.reads)
+
+    @property
+    def ratios(self) -> dict[str, Ratio]:
+        """Layer -> by what the channels of its input are divided as it reads them."""
+        return {layer: ratio for read in self.reads for layer, ratio in read.ratios.items()}
+
+
+def within_bytes(options: ApplyOptions, plan: Plan) -> ApplyOptions:
+    """The options for a plan that may have to fit so many bytes, which ratios of reads are not counted in."""
+    limit = plan.provenance.get("budget")
+    budget = None if limit is None else Budget.parse(str(limit))
+    if budget is None or (budget.size is None and budget.file_size is None):
+        return options
+    parts = [part for part in _parts(options) if part != "reads"]
+    return replace(options, reparameterization="+".join(parts) or "none")
+
+
+def _parts(options: ApplyOptions) -> list[str]:
+    return (AUTO if options.reparameterization == "auto" else options.reparameterization).split("+")
 
 
 def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Artefacts) -> Reparameterization:
@@ -59,13 +97,12 @@ def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Art
     nearest, on rows that were held back: scaling columns makes weights harder to quantize. Norms that are
     ``kept`` are not looked at again.
     """
-    ready, batches, seed, asked = formatted.ready, formatted.batches, options.seed, options.reparameterization
+    ready, batches, seed = formatted.ready, formatted.batches, options.seed
     weights, sites, ranges = formatted.weights, formatted.sites, options.ranges
-    parts = (AUTO if asked == "auto" else asked).split("+")
-    log = "softmax" in parts and bool(batches)
-    if not batches or not sites or not {"norm", "clip"} & set(parts):
-        return Reparameterization(log_probabilities=log)
-    norms, notes = rewritable_norms(ready)
+    parts = _parts(options)
+    if not batches or not sites:
+        return Reparameterization()
+    norms, notes = rewritable_norms(ready) if {"norm", "clip"} & set(parts) else ([], {})
     notes = {name: f"not rewritten: {reason}" for name, reason in notes.items()}
     rewrites = []
 
@@ -84,7 +121,40 @@ def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Art
             rewrites.append(change)
         else:
             notes[norm.name] += ": not rewritten"
-    return Reparameterization(tuple(rewrites), log, notes)
+    found = Reparameterization(tuple(rewrites), log_probabilities="softmax" in parts, notes=notes)
+    return _with_reads(found, formatted, options, kept) if "reads" in parts else found
+
+
+def _with_reads(
+    found: Reparameterization, formatted: Formatted, options: ApplyOptions, kept: Artefacts
+) -> Reparameterization:
+    """The same with the reads that gain by ranges of their own, where norms are not rewritten."""
+    ready, weights, notes, helping = formatted.ready, formatted.weights, dict(found.notes), []
+    whole = {site for site, asked in formatted.sites.items() if asked.is_integer}
+    reads = [read for read in scalable_reads(ready, weights, found.ranges) if read.site in whole]
+    for read, rows in _outputs_of(ready, reads, formatted.batches, options.seed):
+        asked = formatted.sites[read.site]
+        compute = partial(searched, read, rows, ready.weights, weights, asked, options.ranges)
+        searched_read = kept.cached(f"read: {read.site}", read.layers, compute, _read_codec(read))
+        notes[read.site] = str(searched_read)
+        if searched_read.helps:
+            helping.append(searched_read)
+    return replace(found, reads=tuple(helping), notes=notes)
+
+
+def _read_codec(read: Read) -> Codec[ScaledRead]:
+    """The range of a read, and the errors behind it without and with it."""
+
+    def encode(one: ScaledRead) -> tuple[Arrays, str]:
+        return {}, json.dumps({"found": one.found.to_dict(), "before": one.before, "after": one.after})
+
+    def decode(_: Arrays, text: str) -> ScaledRead:
+        note = json.loads(text)
+        found = range_of(note["found"])
+        assert found.integer, "searched for no others"
+        return ScaledRead(read, found, note["before"], note["after"])
+
+    return Codec(encode, decode)
 
 
 def _codec(norm: Norm) -> Codec[tuple[Rewrite, float, float]]:
@@ -103,16 +173,16 @@ def _codec(norm: Norm) -> Codec[tuple[Rewrite, float, float]]:
 
 
 def _outputs_of(
-    ready: Prepared, norms: Sequence[Norm], batches: Sequence[Batch], seed: int
-) -> Iterator[tuple[Norm, Tensor]]:
-    """Each norm with rows of its output, on the CPU, drawn over all batches; as many norms a pass as memory allows."""
+    ready: Prepared, norms: Sequence[N], batches: Sequence[Batch], seed: int
+) -> Iterator[tuple[N, Tensor]]:
+    """Each norm or read with rows of its site, on the CPU, drawn over all batches; as many a pass as memory allows."""
     widths = {norm.site: ready.weights.inputs(norm.layers[0]) for norm in norms}
     at_once = max(1, ROW_BYTES // (4 * ROWS * max(widths.values(), default=1)))
     by_name = {site.name: site for site in ready.sites}
     for start in range(0, len(norms), at_once):
         some = norms[start : start + at_once]
         found: dict[str, list[Tensor]] = {norm.site: [] for norm in some}
-        draws = torch.Generator().manual_seed(seed)
+        draws: torch.Generator = torch.Generator().manual_seed(seed)
 
         def keep(
             site: Site, x: Tensor, found: dict[str, list[Tensor]] = found, draws: torch.Generator = draws

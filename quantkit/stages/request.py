@@ -15,6 +15,7 @@ from quantkit.formats import ActivationFormat, Scheme
 from quantkit.plan import FLOAT_STORAGE, LARGEST_OTHERS, Profile, SiteRecord, digest_shapes
 from quantkit.program.inputs import Batch
 from quantkit.program.operations import operations_of
+from quantkit.rounding import require_numbers
 from quantkit.sensitivity import require_additive
 from quantkit.sensitivity.measure import Scores
 from quantkit.session import Session
@@ -148,6 +149,7 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
     if options.everywhere:
         session = _without_unfit(session, wanted[0], rules)
     ready, allowed = _with_candidates(session, wanted, rules)
+    require_numbers(options.rounding, (scheme.weight for some in allowed.values() for scheme in some))
     if (table := session.target.latency) is not None:
         table.require(digest_shapes(ready.layers), list(ready.quantizable), [site.name for site in ready.sites])
     settings: dict[str, Any] = {

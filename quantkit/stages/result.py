@@ -25,7 +25,7 @@ from quantkit.runtime.real import RealModel
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.store import require_writable
-from quantkit.targets import OPERATOR_DOMAINS
+from quantkit.targets import DATA_FILES, OPERATOR_DOMAINS, Target
 from quantkit.targets.instruction_sets import INSTRUCTION_SET, detected_instruction_set
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class Result:
         from quantkit.backends.onnxruntime.parity import DEFAULT_TOLERANCE
         from quantkit.backends.onnxruntime.writer import ExportOptions, export_onnx
 
+        if (made_for := self.plan.provenance.get("target")) in DATA_FILES:
+            Target.load(made_for).require_files()
         require_writable(Path(path).parent)
         batch = self.example() if example is None else as_batch(example)
         checked = [as_batch(item) for item in check]

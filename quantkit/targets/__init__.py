@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from quantkit.errors import CorruptFile, InvalidRequest, did_you_mean
-from quantkit.formats import ActivationFormat, Scheme
+from quantkit.formats import BLOCKS, ActivationFormat, Scheme, WeightFormat
 from quantkit.plan import digest_of
 from quantkit.plan.latency import LatencyTable
 from quantkit.store import write_atomically
@@ -20,7 +20,7 @@ from quantkit.targets.instruction_sets import AUTO, INSTRUCTION_SETS, detected_i
 from quantkit.targets.roles import ADDITION_RESULT, CANNOT, CODES, FOR_PRODUCTS, MAY, MUST, ROLES
 
 # Name of a target -> its data file among the backends, which are not imported for it.
-DATA_FILES = {"onnxruntime-cpu": "onnxruntime/target.yaml"}
+DATA_FILES = {"onnxruntime-cpu": "onnxruntime/target.yaml", "torch": "torch/target.yaml"}
 SUFFIXES = (".yaml", ".yml", ".json")
 OPERATOR_DOMAINS = "operator_domains"  # their place in a plan's provenance
 _HEAD = "# Times of one model on one machine, measured by `quantkit bench`. Pass this file as target.\n"
@@ -34,12 +34,13 @@ class Target:
     compute in float; ``output_coded`` the kinds whose kernels write codes, ``dynamic_layers`` those whose inputs it
     can quantize token by token. ``integer_ops`` are the element-wise operations it runs on codes, ``integer_products``
     the products of two activations, ``fused_activations`` what it fuses into layers and element-wise operations.
-    ``weight_scales`` are the types of scales that its kernels read. ``weight_only``: every layer can have codes for
-    its weight alone; ``weight_only_groups``: also in groups and with zero points; ``weight_only_scales``: the types of
-    scales it stores for them; ``float16_weights``: or float16 values, ``w16``. ``instruction_set`` is that of the CPUs
-    that files are written for, ``operator_domains`` the operator sets that they may use beside the format's own,
-    ``roles`` whether tensors must, may or cannot hold codes in each role (``targets.roles``); they may in one that is
-    not named.
+    ``weight_floats`` and ``activation_floats`` are formats of floating-point numbers that its kernels read, of
+    activations token by token; ``weight_scales`` the types of scales. ``weight_only``: every layer can have codes for
+    its weight alone; ``weight_only_groups``: also in groups and with zero points; ``weight_only_floats`` and
+    ``weight_only_scales``: what it stores for them; ``float16_weights``: or float16 values, ``w16``. ``writes_files``:
+    there are files that it runs. ``instruction_set`` is that of the CPUs that files are written for,
+    ``operator_domains`` the operator sets that they may use beside the format's own, ``roles`` whether tensors must,
+    may or cannot hold codes in each role (``targets.roles``); they may in one that is not named.
     ``latency``: what a model's parts take on a machine, where that was measured.
     """
 
@@ -56,11 +57,15 @@ class Target:
     integer_ops: tuple[str, ...]
     integer_products: tuple[str, ...] = ()
     weight_only_layers: tuple[str, ...] = ()
+    weight_floats: tuple[str, ...] = ()
+    activation_floats: tuple[str, ...] = ()
     weight_scales: tuple[str, ...] = ("f32",)
     weight_only: bool = False
     weight_only_groups: bool = False
+    weight_only_floats: tuple[str, ...] = ()
     weight_only_scales: tuple[str, ...] = ("f32",)
     float16_weights: bool = False
+    writes_files: bool = True
     dynamic_layers: tuple[str, ...] = ()
     instruction_set: str = AUTO
     operator_domains: tuple[str, ...] = ()
@@ -137,6 +142,14 @@ class Target:
         """Identifies what codes and damages depend on: not the machine that files are written for or timed on."""
         return digest_of(asdict(replace(self, latency=None, instruction_set=AUTO, operator_domains=())))
 
+    def require_files(self) -> None:
+        """Raise InvalidRequest for a target without files."""
+        if not self.writes_files:
+            raise InvalidRequest(
+                f"Target {self.name} reads no files, so that there is none to write. Run result.model, keep it by "
+                "result.save, or quantize for a target that has files, such as onnxruntime-cpu."
+            )
+
     def can_hold_codes(self, role: str) -> bool:
         """Whether tensors in this role can hold codes."""
         return self.roles.get(role, MAY) != CANNOT
@@ -163,8 +176,14 @@ class Target:
             return f"{scheme} is ?: a layer needs an activation format"
         if weight.is_half and self.float16_weights:
             return None if act is None else f"{scheme} is ?: float16 weights compute in float, as {weight} alone"
-        if not weight.is_integer or weight.bits not in self.weight_bits:
-            return f"weight format {weight} is ? (bits: {_list(self.weight_bits)})"
+        floats = self.weight_floats if act is not None else self.weight_only_floats
+        if weight.fmt not in floats and not (weight.is_integer and weight.bits in self.weight_bits):
+            return f"weight format {weight} is ? (bits: {_list((*self.weight_bits, *floats))})"
+        return self._unsupported_scales(weight, act) or self._unsupported_activation(act)
+
+    def _unsupported_scales(self, weight: WeightFormat, act: ActivationFormat | None) -> str | None:
+        if weight.fmt in BLOCKS:
+            return None
         expanded = act is None and self.weight_only_groups
         if weight.group and not self.weight_groups and not expanded:
             return f"weight groups ({weight}) are ?"
@@ -172,14 +191,19 @@ class Target:
             return f"weight zero points ({weight}) are ?"
         if weight.scale not in (self.weight_scales if act is not None else self.weight_only_scales):
             return f"{weight.scale} scales ({weight}) are ?"
-        if act is not None and not self._runs(act):
-            ways = "static or per token" if self.dynamic_layers else "static"
-            return f"activation format {act} is ? ({ways}, bits: {_list(self.activation_bits)})"
         return None
+
+    def _unsupported_activation(self, act: ActivationFormat | None) -> str | None:
+        if act is None or self._runs(act):
+            return None
+        ways = "static or per token" if self.dynamic_layers else "static"
+        tokens = f"; per token: {_list(self.activation_floats)}" if self.activation_floats else ""
+        return f"activation format {act} is ? ({ways}, bits: {_list(self.activation_bits)}{tokens})"
 
     def _runs(self, act: ActivationFormat) -> bool:
         in_time = not act.dynamic or bool(self.dynamic_layers)
-        return act.is_integer and act.bits in self.activation_bits and in_time and not act.group
+        whole = act.is_integer and act.bits in self.activation_bits
+        return (whole or (act.dynamic and act.fmt in self.activation_floats)) and in_time and not act.group
 
 
 def is_target_file(name: object) -> bool:
@@ -187,7 +211,7 @@ def is_target_file(name: object) -> bool:
     return isinstance(name, os.PathLike) or (isinstance(name, str) and name.endswith(SUFFIXES))
 
 
-def _list(values: tuple[int, ...]) -> str:
+def _list(values: tuple[int | str, ...]) -> str:
     return ", ".join(str(v) for v in values)
 
 

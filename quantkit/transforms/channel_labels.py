@@ -76,11 +76,12 @@ class Labels:
 
     def equate(self, one: Tensor, other: Tensor, why: str) -> None:
         """Note that the factors of two labels are equal, element by element."""
-        one, other = torch.broadcast_tensors(one, other)
+        one, other = _once(*torch.broadcast_tensors(one, other))
         differ = one != other
         if not differ.any():
             return
-        pairs = torch.stack([one[differ], other[differ]], -1).unique(dim=0)
+        both = ((one[differ] + self.next) * (2 * self.next) + other[differ] + self.next).unique()
+        pairs = torch.stack([both // (2 * self.next), both % (2 * self.next)], -1) - self.next
         self.pairs.append(pairs)
         fixed = pairs[(pairs == 0).any(-1)].abs().amax(-1)
         for key, vector in self.vectors.items():
@@ -100,6 +101,14 @@ class Labels:
         first = flat[:1].reshape(-1, flat.shape[-1])[0]
         self.equate(flat, first, why)
         return first
+
+
+def _once(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape without the elements that are repeated because both were expanded."""
+    for axis in range(one.dim()):
+        if one.stride(axis) == other.stride(axis) == 0 and one.shape[axis] > 1:
+            one, other = one.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
+    return one, other
 
 
 def ones(shape: tuple[int, ...]) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat
-from quantkit.numbers.per_token import TokenRange
+from quantkit.numbers.kinds import token_range
 from quantkit.program.layers import Weights
 from quantkit.ranges.activations import RANGES, Extremes, Histogram
 from quantkit.rounding.weights import quantize_weight
@@ -35,9 +35,10 @@ from quantkit.transforms.channel_statistics import Seen, channel_axis, seen_of
 from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
 
 NORMS, LAYERS, KEYS = "norm-scaling", "layer-scaling", "key-scaling"
-STRENGTHS = tuple(i / 8 for i in range(9))
+STRENGTHS = tuple(i / 4 for i in range(5))
 LARGEST, MEAN = "largest", "mean"
 BALANCED = 0.5
+OUTPUTS = 64  # of each layer that errors are measured at
 BETTER = 0.98  # of the error without it is where a scaling begins
 
 
@@ -167,8 +168,11 @@ def _error(setting: Setting, readers: Sequence[Member], seen: Seen, factors: Ten
         scaled = x * own.reshape(-1, *[1] * (-1 - axis))
         if (format := _format(setting, member)) is not None:
             scaled = _quantized(scaled, format)
-        weight, asked = weights[member.name].detach().cpu().float(), setting.weights[member.name]
-        layer = weights.layers[member.name]
+        layer, asked = weights.layers[member.name], setting.weights[member.name]
+        weight = weights[member.name].detach()
+        if layer.groups == 1:
+            weight = weight[:: max(1, len(weight) // OUTPUTS)]
+        weight = weight.cpu().float()
         columns = columns_of(own, weight, layer.groups)
         rounded = quantize_weight(weight / columns, [asked], groups=layer.groups, rounding="nearest").weights[asked]
         product = _product_of(setting, member.name)
@@ -180,7 +184,7 @@ def _error(setting: Setting, readers: Sequence[Member], seen: Seen, factors: Ten
 
 def _quantized(x: Tensor, format: ActivationFormat) -> Tensor:
     if format.dynamic:
-        return TokenRange(format.bits).fake_quantize(x)
+        return token_range(format).fake_quantize(x)
     return RANGES["mse"](Histogram.empty(Extremes().seen(x)).seen(x), format.bits).fake_quantize(x)
 
 

@@ -1,5 +1,5 @@
 """Turn the values of every head of attention by an orthogonal matrix, without any change of what the model computes
-(R2 of SpinQuant, Liu et al., arXiv 2405.16406, section 3.1).
+(R2 of SpinQuant, Liu et al., arXiv 2405.16406).
 
 The rows of a head W in the layer of values become R^T W, their biases b R, the columns V of every head of queries that
 reads them, in the layer behind, V R: probabilities P make P (X W^T R) (V R)^T = P X W^T V^T.
@@ -20,7 +20,7 @@ from quantkit.transforms.orthogonal import random_hadamard
 from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
 from quantkit.transforms.value_heads import ValueHeads, value_heads
 
-NAME = "rotate-heads"
+NAME = "head-rotation"
 
 
 @dataclass(frozen=True)

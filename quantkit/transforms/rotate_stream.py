@@ -25,7 +25,7 @@ from quantkit.transforms.orthogonal import keeping_ones, random_hadamard
 from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
 from quantkit.transforms.residual_stream import ReadNorm, ResidualStream, residual_streams
 
-NAME = "rotate-stream"
+NAME = "stream-rotation"
 
 
 @dataclass(frozen=True)

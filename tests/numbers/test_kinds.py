@@ -14,10 +14,13 @@ from torch import Tensor
 from quantkit.errors import CorruptFile
 from quantkit.formats import Scheme
 from quantkit.numbers.half import HalfWeight
-from quantkit.numbers.kinds import KINDS, AnyQuantizer, AnyRange, from_dict, range_of, weight_of
+from quantkit.numbers.kinds import KINDS, AnyQuantizer, AnyRange, AnyWeight, from_dict, range_of, weight_of
 from quantkit.numbers.logarithmic import LogRange
+from quantkit.numbers.minifloat_tokens import MinifloatTokens
+from quantkit.numbers.minifloat_weight import MinifloatWeight
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
+from quantkit.rounding.weights import quantize_weight
 from tests.numbers.test_packing import random_codes
 
 WIDTHS = st.integers(2, 8)
@@ -42,6 +45,17 @@ def halves(draw: st.DrawFn) -> HalfWeight:
 
 
 @st.composite
+def minifloats(draw: st.DrawFn) -> MinifloatWeight:
+    format = Scheme.parse(draw(st.sampled_from(["wfp8", "wfp8e5m2g4", "wfp8g4sf8", "wnvfp4", "wmxfp4"]))).weight
+    assert format is not None
+    draws = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    weight = torch.randn(draw(st.sampled_from([(4, 32), (2, 4, 2, 4), (1, 96)])), generator=draws)
+    found = quantize_weight(weight, [format], rounding="nearest").weights[format]
+    assert isinstance(found, MinifloatWeight)
+    return found
+
+
+@st.composite
 def uniform(draw: st.DrawFn) -> SiteRange:
     bits = draw(WIDTHS)
     return SiteRange(draw(SCALES), draw(st.integers(0, 2**bits - 1)), bits)
@@ -51,8 +65,14 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "uniform": uniform(),
     "logarithmic": st.builds(LogRange, SCALES, st.integers(2, 6)),
     "per-token": st.builds(TokenRange, WIDTHS),
+    "minifloat-per-token": st.builds(MinifloatTokens, st.sampled_from(["fp8", "fp8e5m2"])),
 }
-DRAWN: dict[str, st.SearchStrategy[Any]] = {"weight": weights(), "float16": halves(), **RANGES}
+DRAWN: dict[str, st.SearchStrategy[Any]] = {
+    "weight": weights(),
+    "minifloat": minifloats(),
+    "float16": halves(),
+    **RANGES,
+}
 
 
 def example_of(found: AnyQuantizer, seed: int) -> Tensor:
@@ -66,7 +86,7 @@ def same(a: AnyQuantizer, b: AnyQuantizer) -> bool:
         return torch.equal(a.values, b.values)
     if not (a.stored and b.stored):
         return a == b
-    tensors = ((a.codes, b.codes), (a.scale, b.scale), (a.zero_point, b.zero_point))
+    tensors = ((a.codes, b.codes), (a.scale, b.scale), (a.zero_point, b.zero_point))  # none of a minifloat
     return a.format == b.format and all(x is y is None or torch.equal(x, y) for x, y in tensors)
 
 
@@ -81,6 +101,8 @@ def test_fake_quantized_values_are_those_of_the_codes(kind: str, data: st.DataOb
     x = example_of(found, seed)
     codes = found.quantize(x)
     assert torch.equal(found.fake_quantize(x), found.dequantize(codes))
+    if kind == "minifloat-per-token":  # whose codes are the numbers themselves
+        return
     assert torch.equal(codes.codes, codes.codes.float().round())
     assert int(codes.codes.max()) - int(codes.codes.min()) < 2**found.bits
 
@@ -96,8 +118,8 @@ def test_a_record_is_the_same_quantizer(kind: str, data: st.DataObject) -> None:
     assert read.fingerprint() == found.fingerprint()
 
 
-@given(st.one_of(weights(), halves()))
-def test_a_weight_is_found_by_its_format(found: QuantizedWeight | HalfWeight) -> None:
+@given(st.one_of(weights(), minifloats(), halves()))
+def test_a_weight_is_found_by_its_format(found: AnyWeight) -> None:
     record = {name: value for name, value in found.to_dict().items() if name != "kind"}
     assert same(weight_of(record), found)
 
@@ -124,14 +146,21 @@ def test_gradients_pass_where_the_kind_does_not_clip(kind: str, data: st.DataObj
         assert torch.all(x.grad[near] == 1.0)
 
 
-@given(weights())
-def test_a_weight_has_the_codes_of_its_own_values(found: QuantizedWeight) -> None:
+@given(st.one_of(weights(), minifloats()))
+def test_a_weight_has_the_codes_of_its_own_values(found: QuantizedWeight | MinifloatWeight) -> None:
     assert torch.equal(found.quantize(found.dequantize()).codes, found.codes)
 
 
 @pytest.mark.parametrize(
     ("found", "text"),
-    [(SiteRange(0.1, 3, 4), "a4"), (TokenRange(8), "a8d"), (LogRange(0.5), "alog4"), (SiteRange(0.1, 3), "a8")],
+    [
+        (SiteRange(0.1, 3, 4), "a4"),
+        (TokenRange(8), "a8d"),
+        (LogRange(0.5), "alog4"),
+        (SiteRange(0.1, 3), "a8"),
+        (MinifloatTokens("fp8"), "afp8d"),
+        (MinifloatTokens("fp8e5m2"), "afp8e5m2d"),
+    ],
 )
 def test_formats_are_those_of_schemes(found: AnyRange, text: str) -> None:
     assert str(found.format) == text
@@ -140,7 +169,7 @@ def test_formats_are_those_of_schemes(found: AnyRange, text: str) -> None:
 
 def test_a_record_of_an_unknown_kind_or_place_is_refused() -> None:
     with pytest.raises(
-        CorruptFile, match=r"kind 'ternary' .* known: weight, float16, uniform, logarithmic, per-token"
+        CorruptFile, match=r"kind 'ternary' .* known: weight, minifloat, float16, uniform, logarithmic, per-token"
     ):
         from_dict({"kind": "ternary", "scale": 1.0})
     weight = QuantizedWeight(random_codes((2, 4), 4), torch.ones(2, 1), None, Scheme.parse("w4").weight)

@@ -17,7 +17,7 @@ from quantkit.program.inputs import Batch
 from quantkit.ranges.activations import mse_range
 from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.adaquant import Task, TaskCall, calls_of, learn_layer, learn_layers
-from quantkit.reconstruction.blocks import FloatReference, ReconstructionData
+from quantkit.reconstruction.data import Examples, FloatReference, ReconstructionData
 from quantkit.reconstruction.learned import HALF
 from quantkit.reconstruction.learning import Schedule, Training, shuffled
 from quantkit.reconstruction.snapshot import Learned
@@ -59,12 +59,12 @@ def case_of(model: nn.Module, batch: Batch, format: WeightFormat, bits: int) -> 
     recording = recording_of(ready, replay)
     state = copied_state(recording.program, ready.model)
     floats = float_program(ready.model, recording.program, state)
-    inputs = recording.program.entering(ready.model, recording.samples)
-    unused = torch.zeros(len(next(iter(inputs.values()))))
-    data = ReconstructionData(inputs, unused, inputs, unused)
+    inputs = recording.program.entering(ready.model, recording.samples[0])
+    examples = Examples(inputs, recording.count)
+    data = ReconstructionData(examples, examples)
     weights = {name: ready.weights[name].detach().clone() for name in ready.quantizable}
     spread = {name: torch.ones(len(ready.weights[name])) for name in ready.quantizable}
-    reference = FloatReference(state, weights, spread, lambda a, b: a - b, lambda a, b: a - b, lambda a, b: a)
+    reference = FloatReference(state, weights, spread, *[lambda a, b, c: a] * 3)
     histograms = site_histograms(ready.model, ready.sites, [batch], progress=False)
     simulated = SimulatedModel(ready.model, ready.sites, {}, {n: mse_range(h, bits) for n, h in histograms.items()})
     for name in ready.quantizable:
@@ -232,7 +232,7 @@ def test_sequential_makes_up_for_the_layers_before(parallel: bool) -> None:
     learned = case.learn(parallel, Schedule(steps=50, batch=64, checks=10))
     assert all(one.after < one.before for one in learned.values())
     block = case.recording.blocks[-1]
-    held = case.data.held_inputs
+    held = case.data.held.inputs
     for passed in case.recording.blocks[:-1]:
         held = play(case.runner, held, passed)
     assert torch.isfinite(play_output(case.runner, held, block)).all()

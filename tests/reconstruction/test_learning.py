@@ -18,7 +18,7 @@ def run(held_back, rate: float = 0.05, steps: int = 80, **options):
     x = torch.tensor([3.0], requires_grad=True)
     learned = learn(
         [(x, rate)],
-        lambda indices: (x - 1).square().sum(),
+        lambda indices: [(x - 1).square().sum()],
         lambda: held_back(float(x.detach())),
         4,
         Training(Schedule(steps, batch=2, **options), torch.Generator().manual_seed(0), progress=False),

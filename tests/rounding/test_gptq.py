@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantkit.numbers.rounder import whole_numbers
 from quantkit.numbers.uniform import dequantize, quantize
 from quantkit.rounding.gptq import gptq_codes
 from quantkit.rounding.moments import DAMPING, InverseFactor, inverse_factor, ordered_factor
@@ -88,7 +89,7 @@ def test_equals_fixed_order_obq(groups: int, scales: int, dead: tuple[int, ...],
     hessian = correlated_hessian(groups, 12, seed, dead)
     weight, scale, zero = random_layer(groups, 5, 12, scales, seed)
     factor = factored(hessian)
-    codes, loss = gptq_codes(weight, factor, scale, zero, -4, 3)
+    codes, loss = gptq_codes(weight, factor, scale, zero, whole_numbers(-4, 3))
     wanted_codes, wanted_loss = obq(weight, hessian, factor.damping, scale, zero, -4, 3)
     assert torch.equal(codes, wanted_codes)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=1e-10)
@@ -100,7 +101,7 @@ def test_groups_differ_in_which_inputs_are_dead() -> None:
     weight, scale, zero = random_layer(2, 4, 8, 1, 0)
     factor = factored(hessian)
     assert factor.dead.nonzero().tolist() == [[1, 3]]
-    codes, loss = gptq_codes(weight, factor, scale, zero, -4, 3)
+    codes, loss = gptq_codes(weight, factor, scale, zero, whole_numbers(-4, 3))
     wanted_codes, wanted_loss = obq(weight, hessian, factor.damping, scale, zero, -4, 3)
     assert torch.equal(codes, wanted_codes)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=1e-10)
@@ -111,7 +112,7 @@ def test_loss_is_the_squared_error_under_the_damped_hessian() -> None:
     hessian = correlated_hessian(2, 20, 1)
     weight, scale, zero = random_layer(2, 6, 20, 5, 1)
     factor = factored(hessian)
-    codes, loss = gptq_codes(weight, factor, scale, zero, -4, 3)
+    codes, loss = gptq_codes(weight, factor, scale, zero, whole_numbers(-4, 3))
     error = weight - dequantize(codes, scale.repeat_interleave(4, -1), zero.repeat_interleave(4, -1))
     wanted = torch.einsum("goi,gij,goj->go", error, damped(hessian, factor.damping), error)
     torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=1e-10)
@@ -123,7 +124,7 @@ def test_equals_it_for_any_number_of_inputs(size: int) -> None:
     hessian = correlated_hessian(2, size, size)
     weight, scale, zero = random_layer(2, 4, size, 1, size)
     factor = factored(hessian)
-    codes, loss = gptq_codes(weight, factor, scale, zero, -4, 3)
+    codes, loss = gptq_codes(weight, factor, scale, zero, whole_numbers(-4, 3))
     wanted_codes, wanted_loss = obq(weight, hessian, factor.damping, scale, zero, -4, 3)
     assert torch.equal(codes, wanted_codes)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-9, atol=1e-9)
@@ -136,9 +137,9 @@ def test_leading_dimensions_try_several_scales_at_once(groups: int, outputs: int
     weight, scale, zero = random_layer(groups, outputs, 10, 2, 3)
     before = weight.clone()
     stretch = torch.tensor([0.7, 1.0, 1.4], dtype=torch.float64)
-    together, losses = gptq_codes(weight, factor, scale * stretch.reshape(3, 1, 1, 1), zero, -4, 3)
+    together, losses = gptq_codes(weight, factor, scale * stretch.reshape(3, 1, 1, 1), zero, whole_numbers(-4, 3))
     for i, factor_of_scale in enumerate(stretch):
-        codes, loss = gptq_codes(weight, factor, scale * factor_of_scale, zero, -4, 3)
+        codes, loss = gptq_codes(weight, factor, scale * factor_of_scale, zero, whole_numbers(-4, 3))
         assert torch.equal(together[i], codes)
         torch.testing.assert_close(losses[i], loss, rtol=1e-12, atol=1e-12)
     assert torch.equal(weight, before)
@@ -147,7 +148,7 @@ def test_leading_dimensions_try_several_scales_at_once(groups: int, outputs: int
 def test_uncorrelated_inputs_round_to_nearest() -> None:
     hessian = torch.diag_embed(torch.rand(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1)
     weight, scale, zero = random_layer(1, 4, 16, 1, 0)
-    codes, _ = gptq_codes(weight, factored(hessian), scale, zero, -4, 3)
+    codes, _ = gptq_codes(weight, factored(hessian), scale, zero, whole_numbers(-4, 3))
     assert torch.equal(codes, quantize(weight, scale, zero, -4, 3))
 
 
@@ -160,7 +161,7 @@ def test_lower_error_than_nearest_in_every_random_layer() -> None:
         hessian = correlated_hessian(1, 20, seed)
         weight, _, _ = random_layer(1, 16, 20, 1, seed)
         scale, zero = weight.abs().amax(-1, keepdim=True) / -low * 1.1, torch.zeros(1, 16, 1, dtype=torch.float64)
-        codes, _ = gptq_codes(weight, factored(hessian), scale, zero, low, high)
+        codes, _ = gptq_codes(weight, factored(hessian), scale, zero, whole_numbers(low, high))
         errors = [weight - dequantize(c, scale, zero) for c in (codes, quantize(weight, scale, zero, low, high))]
         by_gptq, by_nearest = (torch.einsum("goi,gij,goj->go", e, hessian, e) for e in errors)
         assert by_gptq.sum() < by_nearest.sum(), seed
@@ -209,7 +210,7 @@ def test_hessian_that_is_not_finite_has_no_factor(value: float) -> None:
 def test_layer_that_saw_only_zeros_gets_the_codes_of_zero() -> None:
     factor = factored(torch.zeros(1, 6, 6, dtype=torch.float64))
     weight, scale, zero = random_layer(1, 3, 6, 1, 0)
-    codes, loss = gptq_codes(weight, factor, scale, zero, -4, 3)
+    codes, loss = gptq_codes(weight, factor, scale, zero, whole_numbers(-4, 3))
     assert torch.equal(codes, zero.expand_as(codes))
     assert loss.count_nonzero() == 0
 
@@ -230,8 +231,10 @@ def test_the_most_active_first_leaves_less_error() -> None:
         scale, zero = weight.abs().amax(-1, keepdim=True) / 4, torch.zeros(1, 16, 1, dtype=torch.float64)
         ordered = ordered_factor(hessian)
         assert ordered is not None
-        by_order = ordered.restored(gptq_codes(ordered.sorted(weight), ordered.factor, scale, zero, -4, 3)[0])
-        fixed = gptq_codes(weight, factored(hessian), scale, zero, -4, 3)[0]
+        by_order = ordered.restored(
+            gptq_codes(ordered.sorted(weight), ordered.factor, scale, zero, whole_numbers(-4, 3))[0]
+        )
+        fixed = gptq_codes(weight, factored(hessian), scale, zero, whole_numbers(-4, 3))[0]
         errors = [weight - dequantize(codes, scale, zero) for codes in (by_order, fixed)]
         both = np.array([float(torch.einsum("goi,gij,goj->", e, hessian, e)) for e in errors])
         wins += int(both[0] < both[1])

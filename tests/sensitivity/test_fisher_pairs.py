@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkit.sensitivity import COSTS, fisher as module
+from quantkit.sensitivity import COSTS
+from quantkit.sensitivity import fisher as module
+from quantkit.sensitivity.by_segments import passes_for
 from quantkit.sensitivity.curvature import Landscape
 from quantkit.sensitivity.fisher import _landscape, fisher
 from quantkit.sensitivity.hvp_pairs import hvp_pairs
 from quantkit.sensitivity.measure import Subject, applied
-from quantkit.sensitivity.output_gradients import Calls, inner_products
+from quantkit.sensitivity.output_gradients import Calls, inner_products, whole
 from quantkit.sensitivity.registry import Workload
 from tests.sensitivity.networks import (
     classifier,
@@ -160,3 +162,26 @@ def test_seeds_decide_everything_and_formats_cost_no_passes() -> None:
     assert np.linalg.eigvalsh(first.gram)[0] > -1e-9 * np.abs(first.gram).max()
     few, many = (COSTS["fisher"].forwards(Workload(formats, 50, 100)) for formats in (200, 600))
     assert many < few + 10 + 14 and many < COSTS["gram"].forwards(Workload(600, 50, 100)) / 5
+
+
+def test_segments_give_what_the_whole_graph_gives(monkeypatch) -> None:
+    monkeypatch.setattr("quantkit.sensitivity.curvature.GRAPH_BYTES", 1)
+    batches = sequences(6)
+    request = request_of(transformer(), batches)
+    replay = request.session.replay
+    assert not isinstance(replay, str)
+    ready = request.ready
+    sites = {site.name: site for site in ready.sites}
+    subject = Subject(ready.model, batches, sites, weights=ready.weights, program=replay.program)
+    changes = perturbed(request)
+    land = Landscape(subject, changes, by_weights=False)
+    with land.opened():
+        passes = passes_for(land)
+        assert passes is not whole and len(list(passes(land, 0, 1, generator()))) >= 3
+        for i in (0, 3):
+            found = inner_products(land, i, 3, generator(i), passes)
+            expected = inner_products(land, i, 3, generator(i))
+            assert expected.abs().amax((1, 2)).min() > 0
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    monkeypatch.undo()
+    assert passes_for(Landscape(subject, changes, by_weights=False)) is whole

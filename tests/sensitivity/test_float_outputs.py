@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.program.inputs import Batch
 from quantkit.sensitivity import float_outputs as module
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.float_outputs import LastLayers

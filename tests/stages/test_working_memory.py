@@ -139,7 +139,7 @@ def leaving(count: int) -> Tensor:
     """What the small network makes of so many images, played from its program."""
     ready, recording = recorded(images(count))
     floats = float_program(ready.model, recording.program, copied_state(recording.program, ready.model))
-    return play_output(floats, recording.program.entering(ready.model, recording.samples), whole(recording.program))
+    return play_output(floats, recording.program.entering(ready.model, recording.samples[0]), whole(recording.program))
 
 
 def test_values_on_disk_are_those_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

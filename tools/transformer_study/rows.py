@@ -114,13 +114,20 @@ def _llama() -> Iterator[Row]:
         ("2.69", "<= .0125", "refused (peer .0190)"),
     ):
         yield Row("llama", f"llama all {bits}", "llama", f"{bits} bits", goal, before, options=mixed(64, 128))
-    for scheme, goal, before in (
-        ("w8a8", "<= .0006, ratio <= 1.002", "(peers .0036, .0003)"),
-        ("w4a8", "ratio <= 1.01", ""),
-        ("w4g128sf8afp8d", "ratio <= 1.02", ""),
+    for scheme, goal, before, target in (
+        ("w8a8", "<= .0006, ratio <= 1.002", "(peers .0036, .0003)", "onnxruntime-cpu"),
+        ("w4a8", "ratio <= 1.01", "", "onnxruntime-cpu"),
+        ("w4g128sf8afp8d", "ratio <= 1.02", "", "torch"),
     ):
         yield Row(
-            "llama", f"llama {scheme.upper()}", "llama", scheme, goal, before, "KL" if scheme == "w8a8" else "ratio"
+            "llama",
+            f"llama {scheme.upper()}",
+            "llama",
+            scheme,
+            goal,
+            before,
+            "KL" if scheme == "w8a8" else "ratio",
+            options={"target": target},
         )
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, marks
 from quantkit.backends.onnxruntime.moved_codes import move_codes
-from quantkit.backends.onnxruntime.token_forms import Tokens, token_values
+from quantkit.backends.onnxruntime.token_forms import Tokens, divided_values, token_values
 from quantkit.backends.onnxruntime.weight_forms import LARGEST_UNPACKED, add_functions
 from quantkit.backends.onnxruntime.weights import WeightWriter
 from quantkit.errors import InvalidRequest
@@ -40,7 +40,7 @@ def quantize_marks(
     """Turn the marks of ``simulated``'s layers and sites into integers and take the others out. ``instruction_set``:
     of the CPUs that the file is for; ``domains``: operator sets that it may use beside ONNX's own.
 
-    Raises InvalidRequest for formats that have no ONNX form yet.
+    Raises InvalidRequest for codes of sites that have no ONNX form.
     """
     for name, weight in simulated.weights.items():
         _require_form(name, weight)
@@ -69,18 +69,10 @@ def quantize_marks(
 
 
 def _require_form(name: str, weight: AnyWeight) -> None:
-    fmt = weight.format
-    if fmt.is_half:
-        return
-    if not fmt.is_integer or fmt.bits > 8:
+    unpacked = weight.bits not in ((4, 8) if weight.integer else (8, 16))
+    if unpacked and math.prod(weight.shape) > LARGEST_UNPACKED:
         raise InvalidRequest(
-            f"Layer {name!r} has weight format {fmt}, which ONNX files do not carry yet. "
-            "Use 2 to 8 bits, such as w4 or w4g32z, or w16."
-        )
-    in_planes = fmt.bits not in (4, 8)
-    if in_planes and math.prod(weight.shape) > LARGEST_UNPACKED:
-        raise InvalidRequest(
-            f"Layer {name!r} has {math.prod(weight.shape):,} weights of {fmt.bits} bits; onnxruntime expands at most "
+            f"Layer {name!r} has {math.prod(weight.shape):,} weights in {weight.format}; onnxruntime expands at most "
             f"{LARGEST_UNPACKED:,} when it loads a file and would expand more on every run. Give it 4 or 8 bits."
         )
 
@@ -141,7 +133,11 @@ class _SiteWriter:
         zero = self.editor.initializer(f"{name}.zero_point", np.array(site.zero_point, np.uint8))
         codes = self.codes.get((name, mark.inputs[0]))
         if codes is None:
-            codes = self.editor.node(mark, "QuantizeLinear", [mark.inputs[0], scale, zero], name)
+            source = mark.inputs[0]
+            assert source is not None
+            # the layers that read the codes have weights for inputs that are divided
+            source = divided_values(self.editor, mark, name, source, site.ratio)
+            codes = self.editor.node(mark, "QuantizeLinear", [source, scale, zero], name)
             if (
                 site.bits < BYTE
             ):  # bytes saturate at 255; clipping codes, not values, leaves the kernel before it integer

@@ -14,6 +14,7 @@ from torch import Tensor
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.weight_forms import StoredCodes
 from quantkit.numbers.per_token import SMALLEST_STEP, TokenRange
+from quantkit.numbers.ratios import Ratio, factors
 
 CENTRE = 128  # on x86 integer kernels read unsigned bytes
 _BIAS = 2
@@ -28,9 +29,18 @@ class Tokens:
     range: TokenRange
 
 
+def divided_values(editor: Editor, before: ir.Node, name: str, values: ir.Value, ratio: Ratio) -> ir.Value:
+    """Values as codes are made of them: divided by the ratio of each channel, if there is one."""
+    if not ratio:
+        return values
+    inverse = editor.initializer(f"{name}.ratio", factors(ratio).reciprocal().numpy())
+    return editor.node(before, "Mul", [values, inverse], name)
+
+
 def _codes_and_scale(editor: Editor, before: ir.Node, tokens: Tokens) -> list[ir.Value]:
     """The codes of tokens, still as floats, and the scale of each row."""
-    name, x = tokens.name, tokens.values
+    name = tokens.name
+    x = divided_values(editor, before, name, tokens.values, tokens.range.ratio)
     last = editor.initializer("last", np.array([-1], np.int64))
     top = editor.initializer(f"{name}.highest", np.array(tokens.range.high, np.float32))
     least = editor.initializer("smallest_step", np.array(SMALLEST_STEP, np.float32))

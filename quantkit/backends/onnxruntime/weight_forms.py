@@ -1,5 +1,7 @@
 """How a layer's codes lie in the file: true size for every width, expanded to INT8 once, when onnxruntime loads it.
-Weights of float16, and scales of fewer bits than float32, are stored as such and expanded to float32.
+Weights of float16 and FP8, and scales of fewer bits than float32, are stored as such and expanded to float32. Numbers
+of four bits are INT4 in the file, and powers of two bytes, as onnxruntime has no operators for their types: they are
+looked up in a table of all.
 
 =======  ==================================================  ==========================================
 bits     initializers                                        expanded by
@@ -31,21 +33,27 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
-from ml_dtypes import float8_e4m3fn
+from ml_dtypes import bfloat16, float8_e4m3fn, float8_e5m2
 from onnx import parser
 from torch import Tensor
 
 from quantkit.backends.onnxruntime.editing import Editor
 from quantkit.backends.onnxruntime.marks import DOMAIN, OPSET
 from quantkit.formats import bit_planes
+from quantkit.numbers.minifloat_weight import MinifloatWeight
 from quantkit.numbers.packed_weight import packed_scale
 from quantkit.numbers.packing import pack_plane, split_planes
+from quantkit.numbers.scales import of_exponents
 from quantkit.numbers.uniform import QuantizedWeight
 
+AnyScaled = QuantizedWeight | MinifloatWeight
 IR_VERSION = 10
 # Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 and look-ups of pairs came with 1.23.
 _MINIMUM_RUNTIME = "1.19"
 _MINIMUM_RUNTIME_INT4 = "1.23"
+_OTHER_TYPES = {torch.float8_e4m3fn: float8_e4m3fn, torch.bfloat16: bfloat16}
+_SIXTEEN = torch.arange(16, dtype=torch.uint8, device="cpu")
+_FP8 = {"fp8": float8_e4m3fn, "fp8e5m2": float8_e5m2}
 # onnxruntime folds results of up to 1 GiB, and unpacking passes through INT32.
 LARGEST_UNPACKED = 1 << 28
 
@@ -79,9 +87,7 @@ def stored_codes(
         held = (codes ^ -128).view(torch.uint8) if unsigned else codes
         return StoredCodes(editor.initializer(name, held.numpy()), unsigned)
     if bits == 4:
-        packed = pack_plane(codes.reshape(-1).view(torch.uint8) & 0xF, 4)
-        stored = editor.initializer(name, ir.PackedTensor(packed.numpy(), ir.DataType.INT4, shape=shape))
-        value = editor.node(before, "Cast", [stored], name, to=ir.DataType.INT8)
+        value = editor.node(before, "Cast", [_fours(editor, name, codes)], name, to=ir.DataType.INT8)
     else:
         planes = [
             editor.initializer(f"{name}.plane{width}", pack_plane(values, width).reshape(-1, 1).numpy())
@@ -97,6 +103,16 @@ def stored_codes(
     return StoredCodes(value, unsigned)
 
 
+def _fours(editor: Editor, name: str, codes: Tensor) -> ir.Value:
+    packed = pack_plane(codes.reshape(-1).view(torch.uint8) & 0xF, 4)
+    return editor.initializer(name, ir.PackedTensor(packed.numpy(), ir.DataType.INT4, shape=tuple(codes.shape)))
+
+
+def _looked_up_in(editor: Editor, before: ir.Node, name: str, codes: ir.Value, table: ir.Value) -> ir.Value:
+    places = editor.node(before, "Cast", [codes], name, to=ir.DataType.INT32)
+    return editor.node(before, "Gather", [table, places], name, axis=0)
+
+
 def widened(editor: Editor, before: ir.Node, name: str, halves: ir.Value) -> ir.Value:
     """The float32 value of what is stored as float16, by an operator that onnxruntime carries out when it loads the
     file.
@@ -104,20 +120,29 @@ def widened(editor: Editor, before: ir.Node, name: str, halves: ir.Value) -> ir.
     return editor.node(before, "Cast", [halves], name, to=ir.DataType.FLOAT)
 
 
-def expanded_scale(
-    editor: Editor, before: ir.Node, name: str, weight: QuantizedWeight, shape: tuple[int, ...]
-) -> ir.Value:
+def expanded_scale(editor: Editor, before: ir.Node, name: str, weight: AnyScaled, shape: tuple[int, ...]) -> ir.Value:
     """The scales of a weight in float32 and in this shape, from what its format stores."""
     packed, shared = packed_scale(weight)
     packed, name = packed.reshape(shape), f"{name}.scale"
     if packed.dtype == torch.float32:
         return editor.initializer(name, packed.numpy())
-    eighths = packed.dtype.itemsize == 1
-    stored = packed.view(torch.uint8).numpy().view(float8_e4m3fn) if eighths else packed.numpy()
-    value = widened(editor, before, name, editor.initializer(name, stored))
+    if packed.dtype == torch.uint8:
+        powers = of_exponents(torch.arange(1, 255, dtype=torch.uint8, device="cpu"))
+        table = editor.initializer("powers_of_two", np.concatenate([powers[:1], powers, powers[-1:]]))
+        return _looked_up_in(editor, before, name, editor.initializer(name, packed.numpy()), table)
+    value = widened(editor, before, name, editor.initializer(name, _array(packed)))
     if shared is None:
         return value
-    return editor.node(before, "Mul", [value, editor.initializer(f"{name}.tensor_scale", shared.numpy())], name)
+    factor = shared.reshape(-1, *[1] * (len(shape) - 1)) if shared.dim() else shared
+    held = editor.initializer(f"{name}.shared", _array(factor))
+    wide = held if factor.dtype == torch.float32 else widened(editor, before, f"{name}.shared", held)
+    return editor.node(before, "Mul", [value, wide], name)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A tensor of a type that numpy may not have."""
+    other = _OTHER_TYPES.get(tensor.dtype)
+    return tensor.numpy() if other is None else tensor.contiguous().view(torch.uint8).numpy().view(other)
 
 
 def picks_rows(call: ir.Node) -> bool:
@@ -138,11 +163,20 @@ def dequantized(editor: Editor, before: ir.Node, name: str, weight: QuantizedWei
     value = _centred(editor, before, name, grid.grouped(codes))
     if (zero := grid.zero_point()) is not None:
         value = editor.node(before, "Sub", [value, _centred(editor, before, f"{name}.zero_point", zero)], name)
-    value = editor.node(before, "Mul", [value, grid.scale()], name)
-    if not grid.in_groups:
-        return value
-    whole = editor.initializer(f"{name}.shape", np.array(weight.codes.shape, np.int64))
-    return editor.node(before, "Reshape", [value, whole], name)
+    return grid.in_shape(editor.node(before, "Mul", [value, grid.scale()], name))
+
+
+def minifloats(editor: Editor, before: ir.Node, name: str, weight: MinifloatWeight) -> ir.Value:
+    """The float32 value of a weight of floating-point numbers, output channels first, made when the file is loaded."""
+    if weight.bits == 4:
+        table = editor.initializer("numbers_of_4_bits", weight.numbers.decode(_SIXTEEN).numpy())
+        value = _looked_up_in(editor, before, name, _fours(editor, name, weight.codes), table)
+    else:
+        stored = weight.codes.numpy().view(_FP8[weight.format.fmt])
+        value = widened(editor, before, name, editor.initializer(name, stored))
+    grid = _Grid(editor, before, name, weight)
+    value = editor.node(before, "Mul", [grid.grouped(StoredCodes(value)).value, grid.scale()], name)
+    return grid.in_shape(value)
 
 
 def looked_up(editor: Editor, call: ir.Node, name: str, weight: QuantizedWeight, codes: StoredCodes) -> ir.Value:
@@ -177,7 +211,7 @@ class _Grid:
     editor: Editor
     before: ir.Node
     name: str
-    weight: QuantizedWeight
+    weight: AnyScaled
 
     @property
     def in_groups(self) -> bool:
@@ -193,6 +227,13 @@ class _Grid:
             return codes
         shape = self.editor.initializer(f"{self.name}.groups", np.array((*self.weight.scale.shape, -1), np.int64))
         return StoredCodes(self.editor.node(self.before, "Reshape", [codes.value, shape], self.name), codes.unsigned)
+
+    def in_shape(self, value: ir.Value) -> ir.Value:
+        """Values of groups in the shape of the weight."""
+        if not self.in_groups:
+            return value
+        whole = self.editor.initializer(f"{self.name}.shape", np.array(self.weight.codes.shape, np.int64))
+        return self.editor.node(self.before, "Reshape", [value, whole], self.name)
 
     def scale(self) -> ir.Value:
         return expanded_scale(self.editor, self.before, self.name, self.weight, self.across)

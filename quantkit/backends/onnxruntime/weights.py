@@ -19,6 +19,7 @@ from quantkit.backends.onnxruntime.weight_forms import (
     StoredCodes,
     dequantized,
     looked_up,
+    minifloats,
     picks_rows,
     stored_codes,
     widened,
@@ -73,7 +74,10 @@ class WeightWriter:
         self.start = ir.node("Constant", [], {"value_int": 0})  # what calls share is made ahead of it; taken out again
         self.expanded: dict[ir.Value, tuple[int, ...]] = {}
         self.coded = {name: weight for name, weight in simulated.weights.items() if weight.integer}
-        self.half = {name: weight for name, weight in simulated.weights.items() if not weight.integer}
+        self.half = {name: weight for name, weight in simulated.weights.items() if not weight.scaled}
+        self.minifloats = {
+            n: weight for n, weight in simulated.weights.items() if weight.scaled and not weight.integer
+        }
         self.codes: dict[str, StoredCodes] = {}
         self.widened: dict[str, ir.Value] = {}
         self.joined: dict[tuple[Held, bool], StoredCodes] = {}
@@ -110,8 +114,8 @@ class WeightWriter:
     def _quantize_read(self, held: Held, read: _Read) -> None:
         """Let a call compute on codes where there is a kernel for them; others read the weight in float."""
         call = read.call
-        if not self.half.keys().isdisjoint(held.layers):
-            if _is_row_look_up(held, read):
+        if not (self.half | self.minifloats).keys().isdisjoint(held.layers):
+            if held.name in self.half and _is_row_look_up(held, read):
                 table = self._halves_of(held.name)
                 self.editor.replace(call, widened_rows(self.editor, call, f"{held.name}.weight", table))
             return
@@ -145,7 +149,9 @@ class WeightWriter:
         stored = f"{name}.weight"
         if name in self.coded:
             return dequantized(self.editor, self.start, stored, self.coded[name], self._codes_of(name))
-        if name not in self.widened:
+        if name not in self.widened and name in self.minifloats:
+            self.widened[name] = minifloats(self.editor, self.start, stored, self.minifloats[name])
+        elif name not in self.widened:
             self.widened[name] = widened(self.editor, self.start, stored, self._halves_of(name))
         return self.widened[name]
 
@@ -199,7 +205,7 @@ class WeightWriter:
             return None
         name, value = mark.attributes["name"].as_string(), mark.inputs[0]
         found = self.simulated.ranges[name]
-        if found.static or value is None or not reads_rows(read.call, read.turned):
+        if found.static or not found.integer or value is None or not reads_rows(read.call, read.turned):
             return None
         return Tokens(name, value, found)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import InvalidRequest
+from quantkit.numbers.ratios import divided
 from quantkit.numbers.uniform import QuantizedWeight, SiteRange
 from quantkit.runtime.int_linear import compiled
 from quantkit.runtime.int_linear.compiled import DynamicLinear, quantize_padded_compiled, quantize_rows_compiled
@@ -65,7 +67,8 @@ class IntLinear(OnHeldWeight):
         """
         super().__init__()
         self.weight = HeldWeight(weight, expand)
-        self.inputs = self.weight.inputs
+        self.inputs, self.ratio = self.weight.inputs, weight.ratio
+        site = None if site is None else replace(site, ratio=())  # what is read is divided in ``forward``
         self.site = site
         offset = None
         if site is not None:
@@ -104,6 +107,7 @@ class IntLinear(OnHeldWeight):
                 f"This layer reads floating-point rows of {self.inputs} inputs, not {x.dtype} of shape "
                 f"{tuple(x.shape)}."
             )
+        x = divided(x, self.ratio)
         if self.at_once is not None and x.dtype == torch.float32 and x.is_contiguous() and x.numel():
             return self.at_once(x)
         rows = x.detach().reshape(-1, self.inputs).float()
@@ -118,4 +122,4 @@ class IntLinear(OnHeldWeight):
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it came in."""
-        return self.weight.quantized()
+        return replace(self.weight.quantized(), ratio=self.ratio)

@@ -145,16 +145,23 @@ def transformed(request: Request, asked: str) -> Request:
 
 @dataclass(frozen=True)
 class Kept:
-    """Changes that are kept so far, and the damage with them; None where it is not known yet."""
+    """The changes of each transform that are kept, by name, and the damage with all of them."""
 
-    changes: tuple[Change, ...] = ()
-    damage: float | None = None
+    proposed: Mapping[str, tuple[Change, ...]]
+    damage: float
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return _joined(self.proposed)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} at {len(some)} places" for name, some in self.proposed.items()) or "none"
 
 
 def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tuple[Change, ...]:
     """The changes that transforms make of a model, which stays as it is: of those asked for by name all that leave
-    outputs as they are; with "auto" those that lower the damage, scalings alone, rotations alone, or scalings of what
-    is turned.
+    outputs as they are; with "auto" those that lower the damage, without rotations or, where that is clearly better,
+    with what is scaled after them.
     """
     names = asked_transforms(asked)
     if not names or not formatted.batches or not formatted.ready.program.steps:
@@ -163,45 +170,66 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
         return ()
     trial = Trial.of(formatted, settings["loss"], settings["ranges"], settings["seed"])
     if asked != "auto":
-        kept: tuple[Change, ...] = ()
-        for name in names:
-            kept += _proposed(trial, name, kept)
-        return kept
-    others = [name for name in names if name not in ROTATIONS]
-    turned = _lowering(trial, ROTATIONS, Kept())
-    scaled = _lowering(trial, others, Kept(damage=None if turned.changes else turned.damage))
-    if not turned.changes:
-        return scaled.changes
-    turned = _lowering(trial, others, turned)
-    plain = trial.damage(trial.copy(())) if scaled.damage is None else scaled.damage
-    assert turned.damage is not None, "it was measured before anything was turned"
-    return turned.changes if turned.damage < BETTER * plain else scaled.changes
+        return _joined(_proposals(trial, names))
+    unturned = _proposals(trial, [name for name in names if name not in ROTATIONS])
+    turned = _proposals(trial, ROTATIONS)
+    if not unturned and not turned:
+        return ()
+    plain = Kept({}, trial.damage(trial.copy(())))
+    best = _worthwhile(trial, plain, unturned)
+    if turned:
+        turned = _proposals(trial, [name for name in names if name not in ROTATIONS], turned)
+        other = _worthwhile(trial, plain, turned)
+        best = other if other.damage < BETTER * best.damage else best
+    notice(
+        f"transforms: {best}; damage of the narrowest formats on samples held back {best.damage:.3g}, "
+        f"{plain.damage:.3g} without"
+    )
+    return _made_again(trial, records_of(best.changes))
 
 
-def _lowering(trial: Trial, names: Sequence[str], kept: Kept) -> Kept:
-    """What is kept, with those of further transforms, one after the other, that lower the damage."""
+def _joined(proposed: Mapping[str, Sequence[Change]]) -> tuple[Change, ...]:
+    return tuple(change for some in proposed.values() for change in some)
+
+
+def _proposals(
+    trial: Trial, names: Sequence[str], given: Mapping[str, tuple[Change, ...]] | None = None
+) -> dict[str, tuple[Change, ...]]:
+    """What transforms would change, each behind those before it, and leave outputs as they are."""
+    found = dict(given or {})
     for name in names:
-        if not (proposed := _proposed(trial, name, kept.changes)):
-            continue
-        before = trial.damage(trial.copy(kept.changes)) if kept.damage is None else kept.damage
-        after = trial.damage(trial.copy((*kept.changes, *proposed)))
-        better = after < BETTER * before
-        notice(
-            f"{name} at {len(proposed)} places: damage of the narrowest formats {after:.3g} instead of {before:.3g} "
-            f"on samples held back{'' if better else ', left out'}"
-        )
-        kept = Kept((*kept.changes, *proposed), after) if better else Kept(kept.changes, before)
+        before = _joined(found)
+        changes = TRANSFORMS[name].propose(trial.setting(trial.copy(before))).changes
+        if exact := _exact(trial, name, before, changes):
+            found[name] = exact
+    return found
+
+
+def _worthwhile(trial: Trial, plain: Kept, proposed: Mapping[str, tuple[Change, ...]]) -> Kept:
+    """Of the proposed changes those of transforms without which the damage is clearly larger, where all of them
+    together lower it: one of several outliers that is left hides what was gained by the others.
+    """
+    if not proposed:
+        return plain
+    kept = Kept(proposed, trial.damage(trial.copy(_joined(proposed))))
+    for name in proposed:
+        others = {other: some for other, some in kept.proposed.items() if other != name}
+        without = Kept(others, trial.damage(trial.copy(_joined(others)))) if others else plain
+        kept = without if kept.damage >= BETTER * without.damage else kept
     return kept
 
 
-def _proposed(trial: Trial, name: str, kept: tuple[Change, ...]) -> tuple[Change, ...]:
-    """What a transform would change behind what is kept, and leaves outputs as they are."""
-    return _exact(trial, name, kept, TRANSFORMS[name].propose(trial.setting(trial.copy(kept))).changes)
+def _made_again(trial: Trial, records: Sequence[Mapping[str, Any]]) -> tuple[Change, ...]:
+    """The changes of records on the float model of a trial, in their order: as a plan is applied later."""
+    made: tuple[Change, ...] = ()
+    for name, some in groupby(records, key=lambda record: str(record["transform"])):
+        made += TRANSFORMS[name].redo(trial.setting(trial.copy(made)), [*some])
+    return made
 
 
 def _may_gain(formatted: Formatted) -> bool:
     """Whether anything gets codes whose steps depend on how even channels are."""
-    grouped = any(weight.group is not None and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
+    grouped = any(weight.group and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
     return grouped or bool(formatted.sites)
 
 
@@ -246,11 +274,11 @@ def _redo(session: Session, recorded: Sequence[Mapping[str, Any]]) -> None:
             "The plan was made with transforms, whose factors are found on data: pass calibration=, the data that the "
             "plan was made with; or transforms='none' to apply it without any."
         )
+    if unknown := {str(record["transform"]) for record in recorded} - {*TRANSFORMS}:
+        known = ", ".join(TRANSFORMS)
+        raise InvalidRequest(f"The plan records an unknown transform {min(unknown)!r}; known: {known}.")
     trial = Trial.of(Formatted(session.prepared, {}, {}, session.inputs.batches), "auto", "mse", 0)
-    for name, some in groupby(recorded, key=lambda record: str(record["transform"])):
-        if name not in TRANSFORMS:
-            raise InvalidRequest(f"The plan records an unknown transform {name!r}; known: {', '.join(TRANSFORMS)}.")
-        session.prepared = changed(session.prepared, TRANSFORMS[name].redo(trial.setting(session.prepared), [*some]))
+    session.prepared = changed(session.prepared, _made_again(trial, recorded))
     if (share := trial.difference(session.prepared)) >= EXACT:
         raise InvalidRequest(
             f"The plan's transforms change the model's outputs by {share:.1g} of the largest: it is not the model "

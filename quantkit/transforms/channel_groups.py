@@ -57,8 +57,24 @@ def groups_of(ready: Prepared) -> tuple[list[Group], dict[str, str]]:
     flow = channel_flow(ready.program, norms)
     groups = _named(_groups(flow))
     made = {member.name for group in groups for member in group.members if member.kind != COLUMNS}
-    others = {name: why for (kind, name), why in flow.reasons.items() if kind != COLUMNS and name not in made}
+    others = {name: why for (kind, name), why in _all_reasons(flow).items() if kind != COLUMNS and name not in made}
     return groups, reasons | others
+
+
+def _all_reasons(flow: Flow) -> dict[tuple[str, str], str]:
+    """The reasons of vectors, also of those whose factors equal others' that are one."""
+    starts = torch.tensor([vector.first for vector in flow.vectors], dtype=torch.long, device="cpu")
+    pairs = flow.equal[(flow.equal != 0).all(1)].abs()
+    tied = (torch.bucketize(pairs, starts, right=True) - 1).unique(dim=0).tolist()
+    keys, found = [(vector.kind, vector.name) for vector in flow.vectors], dict(flow.reasons)
+    count = -1
+    while count != len(found):
+        count = len(found)
+        for one, other in tied:
+            for known, new in ((keys[one], keys[other]), (keys[other], keys[one])):
+                if known in found:
+                    found.setdefault(new, found[known])
+    return found
 
 
 def _classes(flow: Flow) -> tuple[np.ndarray, np.ndarray]:

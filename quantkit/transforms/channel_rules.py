@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from quantkit.program.codes import moves_values
 from quantkit.program.intercept import CALL_ERRORS, tensors_of
 from quantkit.program.program import Step
 from quantkit.transforms.channel_labels import Labels, ones
@@ -38,8 +39,12 @@ def _moved(labels: Labels, step: Step, known: Mapping[int, Tensor]) -> list[Tens
             values[number] = known[number].cpu()
         else:
             return None
-    args, kwargs = step.called(values, labels.program.shape)
-    return tensors_of(step.func(*args, **kwargs))
+    try:
+        args, kwargs = step.called(values, labels.program.shape)
+        return tensors_of(step.func(*args, **kwargs))
+    except RuntimeError:  # ``view`` takes no tensor that was expanded
+        args, kwargs = step.called({n: x.contiguous() for n, x in values.items()}, labels.program.shape)
+        return tensors_of(step.func(*args, **kwargs))
 
 
 def _kept(labels: Labels, step: Step, known: Mapping[int, Tensor]) -> list[Tensor]:
@@ -49,6 +54,19 @@ def _kept(labels: Labels, step: Step, known: Mapping[int, Tensor]) -> list[Tenso
 
 def _filled(labels: Labels, step: Step, known: Mapping[int, Tensor]) -> list[Tensor] | None:
     return _kept(labels, step, known) if 0 in step.arguments else None
+
+
+def _padded(labels: Labels, step: Step, known: Mapping[int, Tensor]) -> list[Tensor] | None:
+    """Zeros are added along axes on which factors do not depend."""
+    if not moves_values(step):
+        return None
+    found, shape = labels.of(step.inputs[0]), labels.program.shape[step.makes[0]]
+    for axis, size in enumerate(shape):
+        if found.shape[axis] != size:
+            first = found.narrow(axis, 0, 1)
+            labels.equate(found, first, f"{step.key} adds to it")
+            found = first
+    return [found.expand(shape)]
 
 
 def _product(labels: Labels, step: Step, known: Mapping[int, Tensor]) -> list[Tensor] | None:
@@ -132,6 +150,7 @@ _GROUPS: dict[Rule, str] = {
     "roll flip index_select cat stack pixel_shuffle channel_shuffle",
     _kept: " ".join(sorted(CASTS)) + " relu leaky_relu prelu abs neg dropout dropout1d dropout2d dropout3d",
     _filled: "masked_fill",
+    _padded: "pad",
     _product: "mul div",
     _sum: "add sub",
     _chosen: "where",

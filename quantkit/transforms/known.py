@@ -2,11 +2,9 @@
 what was scaled there; what is uneven after them is scaled.
 """
 
-from quantkit.transforms import channel_scaling, rotate_heads, rotate_stream
+from quantkit.transforms import channel_scaling, norm_shifting, rotate_heads, rotate_stream
 from quantkit.transforms.registry import TRANSFORMS as REGISTERED
 
 ROTATIONS = (rotate_stream.NAME, rotate_heads.NAME)
-TRANSFORMS = {
-    name: REGISTERED[name]
-    for name in (*ROTATIONS, channel_scaling.NORMS, channel_scaling.LAYERS, channel_scaling.KEYS)
-}
+SCALINGS = (norm_shifting.SHIFTING, channel_scaling.NORMS, channel_scaling.LAYERS, channel_scaling.KEYS)
+TRANSFORMS = {name: REGISTERED[name] for name in (*ROTATIONS, *SCALINGS)}

@@ -102,6 +102,7 @@ class _Walk:
         norms = [] if self.reasons or not self.joined else self._read_norms()
         self._require_all_calls()
         self._require_own_gains(norms)
+        self._require_closed_norms()
         if self.reasons or not self.joined:
             return None
         writers, readers, tables = tuple(self.writers), tuple(self.readers), tuple(self.tables.items())
@@ -257,25 +258,42 @@ class _Walk:
         return list(layers), shifts
 
     def _require_all_calls(self) -> None:
+        """Refuse where a layer reads something else in another call, or a bias of the stream is read by others."""
         for layer in self.readers:
             if others := [call.key for call in self.program.calls[layer] if call.key not in self.covered]:
                 self._refuse(f"{layer} also reads something else, in {others[0]}")
+        for name in self.tables:
+            value, layer_of = self.program.stored[name], self.program.layer_of
+            steps = () if value in self.axes else self._readers(value)
+            if others := [step.key for step in steps if layer_of.get(step.key) not in self.writers]:
+                self._refuse(f"{name} is also read by {others[0]}")
 
     def _require_own_gains(self, norms: list[ReadNorm]) -> None:
-        """Refuse where a layer would absorb a gain that is not in all that it reads, or others use a gain or shift."""
+        """Refuse where a layer would absorb a gain or shift that is not in all that it reads, or others use one."""
         direct = {self.program.layer_of.get(step.key) for value in self.axes for step in self._readers(value)}
-        absorbed: dict[str, str] = {}
+        known: dict[str, tuple[str | None, str | None]] = {}
         for read in norms:
             for name in (read.norm.gain, read.norm.bias):
                 steps = () if name is None else self._readers(self.program.stored[name])
                 if others := [step.key for step in steps if self.inside.get(step.key) not in self.norms]:
                     self._refuse(f"{name} is also read by {others[0]}")
+            absorbed = read.norm.gain if read.folded else None, read.norm.bias if read.shift_folded else None
             for layer in read.layers:
                 looked_up = any(call.key.op == "embedding" for call in self.program.calls[layer])
-                before = absorbed.setdefault(layer, str(read.norm.gain) if read.folded else "")
-                own = before == (read.norm.gain if read.folded else "")
-                if not own or (read.folded and (looked_up or layer in direct)):
+                used_without = absorbed != (None, None) and (looked_up or layer in direct)
+                if known.setdefault(layer, absorbed) != absorbed or used_without:
                     self._refuse(f"{layer} cannot absorb {read.norm.gain}, as it is used without it too")
+
+    def _require_closed_norms(self) -> None:
+        """Refuse where others read what a norm computes on its way."""
+        for step in self.program.steps:
+            norm = self.inside.get(step.key)
+            if norm not in self.norms or norm is None:
+                continue
+            for made in {*step.outputs} & self.program.varying - {norm.output}:
+                inner = [self.inside.get(reader.key) for reader in self._readers(made)]
+                if any(other is None or other.input != norm.input for other in inner):
+                    self._refuse(f"what the norm {norm.name} makes of it first is read by others")
 
     def _readers(self, value: int) -> tuple[Step, ...]:
         return self.program.consumers.get(value, ())

@@ -65,7 +65,9 @@ def inputs() -> Tensor:
 def applied(model: nn.Module, inputs: Tensor, way: str, bits: str = "4", **options: object) -> quantkit.Result:
     plan = quantkit.Plan.of(dict.fromkeys(LAYERS, f"w8a{bits}"))
     settings: dict[str, object] = {"rounding": "nearest", "reconstruction": "none", "correction": None}
-    return quantkit.apply(model, plan, inputs, reparameterization=way, progress=False, **settings | options)  # type: ignore[arg-type]
+    return quantkit.apply(
+        model, plan, inputs, reparameterization=way, transforms="none", progress=False, **settings | options
+    )  # type: ignore[arg-type]
 
 
 def damage(model: nn.Module, result: quantkit.Result, unseen: Tensor) -> float:

@@ -220,6 +220,8 @@ def _drawn(
     """Inputs with these changes and pair-mixed, ``draws`` of each; the inputs themselves where neither is possible."""
     every: dict[int, Tensor] = {}
     count = batch_size(batch)
+    if not count:
+        return examples_of(floats, entering(batch), count)
     for draw in range(draws):
         other = changed(batch, changes, generator)
         mix = mixed_pairs([other], generator)

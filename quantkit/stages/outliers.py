@@ -29,7 +29,7 @@ from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions, asked_transforms
 from quantkit.stages.request import Request
 from quantkit.transforms.change import Change
-from quantkit.transforms.known import TRANSFORMS
+from quantkit.transforms.known import ROTATIONS, TRANSFORMS
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.registry import Setting
@@ -143,9 +143,25 @@ def transformed(request: Request, asked: str) -> Request:
     return replace(request, ready=ready, settings=request.settings | {RECORDED: records_of(changes)})
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The changes of each transform that are kept, by name, and the damage with all of them."""
+
+    proposed: Mapping[str, tuple[Change, ...]]
+    damage: float
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return _joined(self.proposed)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} at {len(some)} places" for name, some in self.proposed.items()) or "none"
+
+
 def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tuple[Change, ...]:
     """The changes that transforms make of a model, which stays as it is: of those asked for by name all that leave
-    outputs as they are; with "auto" those that lower the damage.
+    outputs as they are; with "auto" those that lower the damage, without rotations or, where that is clearly better,
+    with what is scaled after them.
     """
     names = asked_transforms(asked)
     if not names or not formatted.batches or not formatted.ready.program.steps:
@@ -153,37 +169,54 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
     if asked == "auto" and not _may_gain(formatted):
         return ()
     trial = Trial.of(formatted, settings["loss"], settings["ranges"], settings["seed"])
-    proposed: dict[str, tuple[Change, ...]] = {}
-    for name in names:
-        before = _joined(proposed)
-        if found := _exact(trial, name, before, TRANSFORMS[name].propose(trial.setting(trial.copy(before))).changes):
-            proposed[name] = found
-    return _joined(proposed) if asked != "auto" else _worthwhile(trial, proposed)
+    if asked != "auto":
+        return _joined(_proposals(trial, names))
+    unturned = _proposals(trial, [name for name in names if name not in ROTATIONS])
+    turned = _proposals(trial, ROTATIONS)
+    if not unturned and not turned:
+        return ()
+    plain = Kept({}, trial.damage(trial.copy(())))
+    best = _worthwhile(trial, plain, unturned)
+    if turned:
+        turned = _proposals(trial, [name for name in names if name not in ROTATIONS], turned)
+        other = _worthwhile(trial, plain, turned)
+        best = other if other.damage < BETTER * best.damage else best
+    notice(
+        f"transforms: {best}; damage of the narrowest formats on samples held back {best.damage:.3g}, "
+        f"{plain.damage:.3g} without"
+    )
+    return _made_again(trial, records_of(best.changes))
 
 
 def _joined(proposed: Mapping[str, Sequence[Change]]) -> tuple[Change, ...]:
     return tuple(change for some in proposed.values() for change in some)
 
 
-def _worthwhile(trial: Trial, proposed: Mapping[str, tuple[Change, ...]]) -> tuple[Change, ...]:
+def _proposals(
+    trial: Trial, names: Sequence[str], given: Mapping[str, tuple[Change, ...]] | None = None
+) -> dict[str, tuple[Change, ...]]:
+    """What transforms would change, each behind those before it, and leave outputs as they are."""
+    found = dict(given or {})
+    for name in names:
+        before = _joined(found)
+        changes = TRANSFORMS[name].propose(trial.setting(trial.copy(before))).changes
+        if exact := _exact(trial, name, before, changes):
+            found[name] = exact
+    return found
+
+
+def _worthwhile(trial: Trial, plain: Kept, proposed: Mapping[str, tuple[Change, ...]]) -> Kept:
     """Of the proposed changes those of transforms without which the damage is clearly larger, where all of them
-    together lower it: one of several outliers that is left hides what was gained by the others. The last ones are
-    tried first: rotations take norms' gains away, after which nothing tells that these were scaled.
+    together lower it: one of several outliers that is left hides what was gained by the others.
     """
     if not proposed:
-        return ()
-    plain, kept = trial.damage(trial.copy(())), dict(proposed)
-    damage = trial.damage(trial.copy(_joined(kept)))
-    for name in reversed(proposed):
-        others = {other: some for other, some in kept.items() if other != name}
-        without = trial.damage(trial.copy(_joined(others))) if others else plain
-        if damage >= BETTER * without:
-            kept, damage = others, without
-    told = ", ".join(f"{name} at {len(some)} places" for name, some in kept.items()) or "none"
-    notice(
-        f"transforms: {told}; damage of the narrowest formats on samples held back {damage:.3g}, {plain:.3g} without"
-    )
-    return _made_again(trial, records_of(_joined(kept))) if len(kept) < len(proposed) else _joined(kept)
+        return plain
+    kept = Kept(proposed, trial.damage(trial.copy(_joined(proposed))))
+    for name in proposed:
+        others = {other: some for other, some in kept.proposed.items() if other != name}
+        without = Kept(others, trial.damage(trial.copy(_joined(others)))) if others else plain
+        kept = without if kept.damage >= BETTER * without.damage else kept
+    return kept
 
 
 def _made_again(trial: Trial, records: Sequence[Mapping[str, Any]]) -> tuple[Change, ...]:
@@ -242,9 +275,8 @@ def _redo(session: Session, recorded: Sequence[Mapping[str, Any]]) -> None:
             "plan was made with; or transforms='none' to apply it without any."
         )
     if unknown := {str(record["transform"]) for record in recorded} - {*TRANSFORMS}:
-        raise InvalidRequest(
-            f"The plan records an unknown transform {min(unknown)!r}; known: {', '.join(TRANSFORMS)}."
-        )
+        known = ", ".join(TRANSFORMS)
+        raise InvalidRequest(f"The plan records an unknown transform {min(unknown)!r}; known: {known}.")
     trial = Trial.of(Formatted(session.prepared, {}, {}, session.inputs.batches), "auto", "mse", 0)
     session.prepared = changed(session.prepared, _made_again(trial, recorded))
     if (share := trial.difference(session.prepared)) >= EXACT:

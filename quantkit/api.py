@@ -194,8 +194,9 @@ def apply(
 
     ``reparameterization`` is for transformers. Before anything is rounded, outputs of LayerNorms get a range for each
     channel ("norm"), its clipping learned ("clip"), and norms and the layers behind them are rewritten so that one
-    range does the same, where that lowers the error behind them; 4-bit probabilities of attention get logarithmic
-    codes ("softmax"). Joined by +; "auto" is "clip+softmax".
+    range does the same, where that lowers the error behind them; linear layers divide what they read by a ratio for
+    each channel, by which their weights are multiplied, where that does ("reads"); 4-bit probabilities of attention
+    get logarithmic codes ("softmax"). Joined by +; "auto" is "clip+reads+softmax".
 
     ``tokenizer`` as for ``profile``. ``evaluate`` (model -> a number, or one for each sample, higher is better) is
     reported for the float and for the

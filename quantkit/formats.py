@@ -3,13 +3,14 @@
 A *scheme* says how one layer computes: its weight format and its input's format, written as the field does::
 
     scheme = "float" | weight | weight act | act
-    weight = "w" fmt [ "g" int ] [ "z" ] [ "sf32" | "sf16" | "sf8" ]
+    weight = "w" fmt [ "g" int ] [ "z" ] [ "sf32" | "sf16" | "sf8" | "si8" ]
     act    = "a" fmt [ "d" ] [ "g" int ]
     fmt    = "2".."8" | "16" | "fp8" | "fp8e5m2" | "nvfp4" | "mxfp4" | "log4"
 
 ``16`` are float16 numbers: values, no codes, so that a weight of them has neither groups nor zero points nor scales.
 Numbers of ``fp8`` (E4M3), ``fp8e5m2`` and 4 bits (E2M1) have no zero points. ``nvfp4`` are blocks of 16 with E4M3
 scales, ``mxfp4`` blocks of 32 with powers of two.
+``si8`` are scales of 8-bit integers with one factor for each output channel, in bfloat16.
 Scales of integers in groups are float16 numbers, all others float32 ones, unless others are asked for.
 
 >>> str(Scheme.parse("w4g64za8d"))
@@ -32,10 +33,10 @@ HALF = "16"
 _FLOAT_BITS = {HALF: 16, "fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
 _LARGEST = {"fp8": 448.0, "fp8e5m2": 57344.0, "nvfp4": 6.0, "mxfp4": 6.0}
 BLOCKS = {"nvfp4": (16, "f8"), "mxfp4": (32, "e8m0")}  # group and scales that are a part of the format
-SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1, "e8m0": 1}
-TENSOR_SCALE_BYTES = {"f8": 4}  # what a weight's scales have in common
+SCALE_BYTES = {"f32": 4, "f16": 2, "f8": 1, "i8": 1, "e8m0": 1}
+_TENSOR_BYTES, _CHANNEL_BYTES = {"f8": 4}, {"i8": 2}  # of what all scales of a weight, or of a channel, share
 _FMT = r"(?:fp8e5m2|fp8|nvfp4|mxfp4|log4|16|[2-8])"
-_WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f32|f16|f8))?"
+_WEIGHT = rf"w(?P<wfmt>{_FMT})(?:g(?P<wgroup>[1-9]\d*))?(?P<zero>z)?(?:s(?P<scale>f32|f16|f8|i8))?"
 _ACT = rf"a(?P<afmt>{_FMT})(?P<dynamic>d)?(?:g(?P<agroup>[1-9]\d*))?"
 _SCHEME = re.compile(rf"(?:{_WEIGHT})?(?:{_ACT})?")
 
@@ -118,7 +119,7 @@ class WeightFormat(_Format):
         """
         scales = self.scale_count(shape)
         zeros = packed_bytes(scales, self.bits) if self.zero_point else 0
-        shared = TENSOR_SCALE_BYTES.get(self.scale, 0)
+        shared = _TENSOR_BYTES.get(self.scale, 0) + shape[0] * _CHANNEL_BYTES.get(self.scale, 0)
         return packed_bytes(math.prod(shape), self.bits) + scales * SCALE_BYTES[self.scale] + shared + zeros
 
     def __str__(self) -> str:
@@ -162,7 +163,8 @@ class Scheme:
         if match is None or not word:
             raise InvalidRequest(
                 f"Unknown scheme {text!r}. Expected 'float' or formats such as 'w4a8', 'w4g64za8d' or 'w8': "
-                "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf32, sf16 or sf8, d."
+                "w or a, then 2 to 8, 16, fp8, fp8e5m2, nvfp4, mxfp4 or log4, then g<group>, z, sf32, sf16, sf8 or "
+                "si8, d."
             )
         part = match.groupdict()
         _require_parts(text, part)

@@ -10,7 +10,7 @@ BITS |= {"fp8": 8, "fp8e5m2": 8, "nvfp4": 4, "mxfp4": 4, "log4": 4}
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 16: (8, 8)}
 
 GROUPS = ("", "g1", "g64")
-USUAL, IN_GROUPS = ("", "sf16", "sf8"), ("", "sf32", "sf8")  # scales as they are printed
+USUAL, IN_GROUPS = ("", "sf16", "sf8", "si8"), ("", "sf32", "sf8", "si8")  # scales as they are printed
 WHOLE = ("", "16", "nvfp4", "mxfp4")  # float16 values have no scales, blocks have their own
 WEIGHTS = [
     f"w{fmt}{group}{zero}{scale}"

@@ -23,7 +23,7 @@ counts = st.integers(1, 40)
 
 
 def test_every_scheme_of_the_grammar_prints_as_it_was_written() -> None:
-    assert len(SCHEMES) == 1 + len(WEIGHTS) * 78 + len(WEIGHTS) + 78 and len(WEIGHTS) == 7 * 18 + 3 * 9 + 3
+    assert len(SCHEMES) == 1 + len(WEIGHTS) * 78 + len(WEIGHTS) + 78 and len(WEIGHTS) == 7 * 24 + 3 * 12 + 3
     assert [text for text in SCHEMES if str(Scheme.parse(text)) != text] == []
 
 
@@ -31,7 +31,7 @@ def test_no_two_schemes_of_the_grammar_read_as_the_same() -> None:
     assert len({Scheme.parse(text) for text in SCHEMES}) == len(SCHEMES)
 
 
-@given(fmt=coded, group=st.none() | counts, zero=st.booleans(), scale=st.sampled_from(["", "f32", "f16", "f8"]))
+@given(fmt=coded, group=st.none() | counts, zero=st.booleans(), scale=st.sampled_from(["", "f32", "f16", "f8", "i8"]))
 def test_each_part_of_a_weight_format_is_read(fmt: str, group: int | None, zero: bool, scale: str) -> None:
     zero = zero and fmt.isdigit()
     text = f"w{fmt}" + (f"g{group}" if group else "") + "z" * zero + (f"s{scale}" if scale else "")
@@ -131,8 +131,8 @@ def counted_weight_bytes(weight: WeightFormat, outputs: int, inputs: int) -> int
     zeros = counted_bytes(scales, BITS[weight.fmt]) if weight.zero_point else 0
     return (
         counted_bytes(outputs * inputs, BITS[weight.fmt])
-        + scales * {"f32": 4, "f16": 2, "f8": 1}[weight.scale]
-        + (4 if weight.scale == "f8" else 0)  # one number for all of them
+        + scales * {"f32": 4, "f16": 2, "f8": 1, "i8": 1}[weight.scale]
+        + {"f8": 4, "i8": 2 * outputs}.get(weight.scale, 0)  # a number for all of them, or for each channel
         + zeros
     )
 
@@ -145,7 +145,7 @@ def counted_weight_bytes(weight: WeightFormat, outputs: int, inputs: int) -> int
     kernel=st.sampled_from([(), (1,), (3,), (3, 3), (2, 3, 1)]),
     grouped=st.booleans(),
     zero=st.booleans(),
-    scale=st.sampled_from(["f32", "f16", "f8"]),
+    scale=st.sampled_from(["f32", "f16", "f8", "i8"]),
 )
 def test_storage_bytes_are_those_of_counting(
     fmt: str, outputs: int, groups: int, group: int, kernel: tuple[int, ...], grouped: bool, zero: bool, scale: str
@@ -169,6 +169,7 @@ def test_storage_bytes_are_those_of_counting(
         ("w4g32zsf32", (10, 64), 320 + 20 * 4 + 10),
         ("w2g32zsf16", (3, 64), 48 + 6 * 2 + 2),  # 6 zero points of 2 bits take 12 bits
         ("w4g16sf8", (2, 64), 64 + 8 + 4),
+        ("w4g16si8", (2, 64), 64 + 8 + 2 * 2),
         ("w16", (2, 3), 12),
         ("wfp8", (2, 3), 6 + 2 * 4),
         ("wfp8g8", (2, 16), 32 + 4 * 4),

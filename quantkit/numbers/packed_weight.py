@@ -3,9 +3,10 @@
 The tensors of a weight in a safetensors file, under a name of the caller's (``<layer>.weight``):
 
 - ``.codes`` uint8, bit planes of the codes as in ``numbers.packing``; of floating-point numbers, their bits;
-- ``.scale`` float32, float16 or float8_e4m3fn (``sf16``, ``sf8``), output channels x groups; of ``mxfp4`` the
-  exponents around 127 as uint8;
-- ``.tensor_scale`` float32, a number that those of 8 bits with mantissas are multiplied by;
+- ``.scale`` float32, float16, float8_e4m3fn or int8 (``sf16``, ``sf8``, ``si8``), output channels x groups; of
+  ``mxfp4`` the exponents around 127 as uint8;
+- ``.shared_scale`` what those of ``sf8`` are multiplied by, one float32 number, or those of ``si8``, bfloat16, output
+  channels x 1;
 - ``.zero_point`` uint8, bit planes of the channels x groups zero points, where the format has them.
 
 A weight stored as float16 (``w16``) is one tensor, ``.values``, in the weight's shape.
@@ -26,22 +27,22 @@ from quantkit.numbers.half import HalfWeight
 from quantkit.numbers.kinds import AnyWeight
 from quantkit.numbers.minifloat_weight import MinifloatWeight
 from quantkit.numbers.packing import pack, pack_plane, unpack, unpack_plane
-from quantkit.numbers.scales import E8M0, SCALE_TYPES, exact_power, exponents, of_exponents
+from quantkit.numbers.scales import E8M0, SCALE_TYPES, SHARED, channel_unit, exact_power, exponents, of_exponents
 from quantkit.numbers.uniform import QuantizedWeight
 
-PARTS = ("codes", "scale", "tensor_scale", "zero_point", "values")
+PARTS = ("codes", "scale", "shared_scale", "zero_point", "values")
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """``codes``, ``scale``, ``zero_point`` and ``tensor_scale`` as in the file; ``shape`` is the weight's."""
+    """``codes``, ``scale``, ``zero_point`` and ``shared_scale`` as in the file; ``shape`` is the weight's."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     shape: tuple[int, ...]
     format: WeightFormat
-    tensor_scale: Tensor | None = None
+    shared_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +52,7 @@ class PackedWeight:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What a safetensors file holds of this weight."""
         found = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
-        found["tensor_scale"] = self.tensor_scale
+        found["shared_scale"] = self.shared_scale
         return {f"{name}.{part}": tensor for part, tensor in found.items() if tensor is not None}
 
     @classmethod
@@ -60,8 +61,8 @@ class PackedWeight:
     ) -> PackedWeight:
         """The weight ``tensors`` wrote. Raises CorruptFile where a tensor is missing or of another type."""
         codes, scale, zero = (tensors.get(f"{name}.{part}") for part in ("codes", "scale", "zero_point"))
-        shared = tensors.get(f"{name}.tensor_scale")
-        lacking = (zero is None) == format.zero_point or (shared is None) == (format.scale == "f8")
+        shared = tensors.get(f"{name}.shared_scale")
+        lacking = (zero is None) == format.zero_point or (shared is None) == (format.scale in SHARED)
         if codes is None or scale is None or lacking:
             raise CorruptFile(f"The codes, scales or zero points of {name!r} ({format}) are missing.")
         if codes.dtype != torch.uint8 or scale.dtype != SCALE_TYPES[format.scale]:
@@ -84,25 +85,30 @@ def pack_weight(weight: QuantizedWeight | MinifloatWeight) -> PackedWeight:
 
 
 def packed_scale(weight: QuantizedWeight | MinifloatWeight) -> tuple[Tensor, Tensor | None]:
-    """The scales in their own type, and what those of ``sf8`` are multiplied by. Raises InvalidRequest for scales that
-    their type cannot hold exactly.
+    """The scales in their own type, and what they are multiplied by. Raises InvalidRequest for scales that their type
+    cannot hold exactly.
     """
-    if weight.format.scale == E8M0:
+    kind, shared = weight.format.scale, None
+    if kind == E8M0:
         return exponents(weight.scale), None
-    eighths = weight.format.scale == "f8"
-    power = exact_power(weight.scale) or 0 if eighths else 0
-    scale = (weight.scale * 2.0**power).to(SCALE_TYPES[weight.format.scale])
-    if not torch.equal(scale.float() / 2.0**power, weight.scale):
+    if kind == "f8":
+        shared = torch.tensor(2.0 ** -(exact_power(weight.scale) or 0), dtype=torch.float32, device="cpu")
+    elif kind == "i8":
+        shared = channel_unit(weight.scale).to(torch.bfloat16)
+    whole = 1.0 if shared is None else shared.float()
+    scale = torch.round(weight.scale / whole) if kind == "i8" else weight.scale / whole
+    scale = scale.to(SCALE_TYPES[kind])
+    if not torch.equal(scale.float() * whole, weight.scale):
         raise InvalidRequest(
             f"The scales of {weight.format} are not {scale.dtype} numbers. Round them before the codes are computed."
         )
-    return scale, torch.tensor(2.0**-power, dtype=torch.float32, device="cpu") if eighths else None
+    return scale, shared
 
 
 def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
     """The codes, scales and zero points of a packed weight of integers, exactly."""
     bits, scale = packed.format.bits, packed.scale.float()
-    scale = scale if packed.tensor_scale is None else scale * packed.tensor_scale
+    scale = scale if packed.shared_scale is None else scale * packed.shared_scale.float()
     zero = None if packed.zero_point is None else unpack(packed.zero_point, bits, tuple(scale.shape))
     return QuantizedWeight(unpack(packed.codes, bits, packed.shape), scale, zero, packed.format)
 
@@ -111,7 +117,7 @@ def unpack_minifloats(packed: PackedWeight) -> MinifloatWeight:
     """The codes and scales of a packed weight of floating-point numbers, exactly."""
     bits, shape = packed.format.bits, packed.shape
     scale = of_exponents(packed.scale) if packed.format.scale == E8M0 else packed.scale.float()
-    scale = scale if packed.tensor_scale is None else scale * packed.tensor_scale
+    scale = scale if packed.shared_scale is None else scale * packed.shared_scale.float()
     return MinifloatWeight(unpack_plane(packed.codes, bits, math.prod(shape)).reshape(shape), scale, packed.format)
 
 

@@ -1,7 +1,8 @@
 """Scales of groups in fewer bits than float32: what a format stores is what codes are computed with.
 
 ``sf16`` are float16 numbers. ``sf8`` are E4M3 numbers under a power of two for the whole tensor, which keeps small
-scales out of the subnormal range (FireQ, llm-fireq/fireq); docs/methods/number-formats.md has the formula.
+scales out of the subnormal range (FireQ, llm-fireq/fireq). ``si8`` are whole numbers up to 127 times one bfloat16
+number for each output channel. docs/methods/number-formats.md has the formulas.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from quantkit.formats import WeightFormat
 
 E4M3, LARGEST_E4M3, SMALLEST_E4M3, NORMAL_E4M3 = torch.float8_e4m3fn, 448.0, 2.0**-9, 2.0**-6
 E8M0 = "e8m0"  # powers of two from 2^-127 to 2^127, stored as exponents around 127
-SCALE_TYPES = {"f32": torch.float32, "f16": torch.float16, "f8": E4M3, E8M0: torch.uint8}
+SCALE_TYPES = {"f32": torch.float32, "f16": torch.float16, "f8": E4M3, "i8": torch.int8, E8M0: torch.uint8}
 _SMALLEST = {"f16": 2.0**-24, "f8": SMALLEST_E4M3, E8M0: 2.0**-126}  # magnitudes above zero
-_LARGEST = {"f16": torch.finfo(torch.float16).max, "f8": LARGEST_E4M3, E8M0: 2.0**127}
+_LARGEST = {"f16": torch.finfo(torch.float16).max, "f8": LARGEST_E4M3, "i8": 2.0**127, E8M0: 2.0**127}
+SHARED = ("f8", "i8")  # types of which a large scale makes small ones coarse
+BY_CHANNEL = ("i8",)
+_TOP_I8 = 127
 _MOST_POWERS = 126
 _E8M0_BIAS = 127
 
 
 @dataclass(frozen=True)
 class ScaleGrid:
-    """The numbers that the scales of one weight can be: those of a ``type``, divided by 2 to a ``power``."""
+    """The numbers that the scales of one weight can be: those of a ``type``, divided by 2 to a ``power``; whole
+    numbers times what is found for each row of scales.
+    """
 
     type: str = "f32"
     power: int = 0
@@ -51,11 +57,29 @@ class ScaleGrid:
         """
         if self.type == "f32":
             return scale
+        if self.type == "i8":
+            unit = channel_unit(scale)
+            return torch.copysign(torch.round(scale.abs() / unit).clamp(1, _TOP_I8) * unit, scale)
         size = (scale.abs() * 2.0**self.power).clamp(_SMALLEST[self.type], _LARGEST[self.type])
         if self.type == E8M0:
             fraction, power = torch.frexp(size)
             return torch.copysign(torch.ldexp(torch.ones_like(size), power - (fraction < 0.5**0.5).int()), scale)
         return torch.copysign(size.to(SCALE_TYPES[self.type]).to(scale.dtype) / 2.0**self.power, scale)
+
+
+def with_scales_of_others(scale: Tensor, live: Tensor) -> Tensor:
+    """Scales with the smallest of those of ``live`` groups for the others, all of whose weights are zero: they must
+    not decide on what is shared.
+    """
+    least = torch.where(live, scale.abs(), torch.full_like(scale, torch.inf)).amin()
+    return torch.where(live | torch.isinf(least), scale, least)
+
+
+def channel_unit(scale: Tensor) -> Tensor:
+    """What the scales (..., groups) of a channel are multiples of, with a last dimension of one: the largest is 127
+    times that. Of 8 bits in bfloat16, so that multiples are exact and have the same unit again.
+    """
+    return (scale.abs().amax(-1, keepdim=True) / _TOP_I8).to(torch.bfloat16).to(scale.dtype)
 
 
 def per_tensor_power(scale: Tensor, top: float, floor: float = NORMAL_E4M3) -> int:

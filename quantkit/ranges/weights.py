@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import WeightFormat
-from quantkit.numbers.scales import ScaleGrid
+from quantkit.numbers.scales import BY_CHANNEL, SHARED, ScaleGrid, with_scales_of_others
 from quantkit.ranges.minifloat_weights import minifloat_scale
 
 SHARES = tuple(torch.linspace(1.0, 0.2, 81, device="cpu").tolist())  # tried of the range that clips nothing
@@ -21,6 +21,7 @@ LONG = 1024  # inputs of a row from which on its error is smooth enough in the s
 COARSE = 4
 PIECE = 1 << 18  # weights searched for at once: most of what is computed on the way stays in the processor's cache
 PLAIN = ScaleGrid()
+CLIPPED = {2: 0.93}  # bits -> the share of a range that is covered where clipping a little is better
 AT_ONCE, ELEMENTS_AT_ONCE = 9, 1 << 17  # shares of small weights that are tried in one step
 
 
@@ -52,7 +53,12 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
     input a weight multiplies.
     """
     importance = None if importance is None else importance.expand_as(weight)
-    grid = ScaleGrid.of(_between(*_ends(weight), format)[0], format)
+    lowest, highest = _ends(weight)
+    grid = (
+        PLAIN
+        if format.scale in BY_CHANNEL
+        else ScaleGrid.of(with_scales_of_others(_between(lowest, highest, format)[0], highest > lowest), format)
+    )
     if weight.numel() <= PIECE or weight.dim() < 2:
         return _Search(weight, format, importance, grid).found()
     axis = max(range(weight.dim() - 1), key=lambda i: weight.shape[i])
@@ -67,6 +73,17 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
 def _ends(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The range of each row, zero included."""
     return weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
+
+
+def whole_ranges(rows: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (..., O, scales) of groups (..., O, K) for codes that correct each other: nothing is
+    clipped, but at 2 bits a little (docs/methods/weight-ranges.md).
+    """
+    lowest, highest = _ends(rows.unflatten(-1, (-1, format.group or rows.shape[-1])))
+    grid = ScaleGrid.of(_between(lowest, highest, format)[0], format)
+    share = CLIPPED.get(format.bits, 1.0)
+    scale, zero = _between(lowest * share, highest * share, format, grid)
+    return scale.squeeze(-1), zero.squeeze(-1)
 
 
 class _Search:
@@ -140,13 +157,17 @@ def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None =
     ``importance`` is broadcastable to the rows. Of floating-point numbers ``minifloat_scale``.
     """
     groups = (-1, format.group or rows.shape[-1])
-    if not format.is_integer:
-        scale = minifloat_scale(rows.unflatten(-1, groups), format).squeeze(-1)
-        return scale, torch.zeros_like(scale)
     if importance is not None:
         importance = importance.expand_as(rows).unflatten(-1, groups)
-    scale, zero = mse_range(rows.unflatten(-1, groups), format, importance)
-    return scale.squeeze(-1), zero.squeeze(-1)
+    if not format.is_integer:
+        scale = minifloat_scale(rows.unflatten(-1, groups), format, importance).squeeze(-1)
+        return scale, torch.zeros_like(scale)
+    grouped = rows.unflatten(-1, groups)
+    scale, zero = (x.squeeze(-1) for x in mse_range(grouped, format, importance))
+    if format.scale in SHARED:
+        scale = with_scales_of_others(scale, grouped.abs().amax(-1) > 0)
+        scale = ScaleGrid.of(scale, format).nearest(scale)
+    return scale, zero
 
 
 def per_input(per_group: Tensor, inputs: int) -> Tensor:

@@ -44,7 +44,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class LearningOptions:
-    """The schedule of everything that is learned, and how many samples it is learned from."""
+    """The schedule of everything that is learned, and how many samples it is learned from; ``positions_network`` and
+    ``positions_block`` are for models whose output has a row at every position.
+    """
 
     network: Schedule = Schedule(steps=900, batch=32, code_rate=3e-4, checks=12)
     block: Schedule = Schedule(steps=1200, batch=32, code_rate=3e-3)
@@ -60,6 +62,10 @@ class LearningOptions:
     changed_samples: int = 256  # on which it is asked how harmless a change is
     layer_samples: int = 1024
     statistics_samples: int = 512
+
+    def of_blocks_and_network(self, positions: bool) -> tuple[Schedule, Schedule]:
+        """The schedule of blocks, and that of the network."""
+        return (self.positions_block, self.positions_network) if positions else (self.block, self.network)
 
 
 @dataclass(frozen=True)

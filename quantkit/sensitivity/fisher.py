@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantkit.program.inputs import batch_size, first_samples
 from quantkit.progress import track
+from quantkit.sensitivity.by_place import members_of
 from quantkit.sensitivity.by_segments import passes_for
 from quantkit.sensitivity.curvature import Landscape
 from quantkit.sensitivity.damage import mean_and_error
@@ -30,10 +31,16 @@ from quantkit.sensitivity.pair_terms import shrunk_cosines
 from quantkit.sensitivity.registry import Cost, Workload, estimator
 from quantkit.sensitivity.saturation import calibrated, plans_measured
 
-DRAWS = 4
+LEAST_DRAWS, MOST_DRAWS = 4, 12  # of labels for every sample
+PRODUCTS = 512  # inner products of every change that are wanted: a mean square of so many has an error of 6 %
 SHARE = 0.5  # of the bytes of a graph, beside which there are the gradients of all draws
 LEAST_APART = 128
 PLANS_SHARE = 3  # of the whole plans that the Gram matrix is fitted to, one in so many
+
+
+def draws_for(samples: int) -> int:
+    """How often labels are drawn: more often where there are few samples."""
+    return max(LEAST_DRAWS, min(MOST_DRAWS, PRODUCTS // max(1, samples)))
 
 
 def plans_of(formats: int) -> int:
@@ -42,30 +49,30 @@ def plans_of(formats: int) -> int:
 
 
 def _forwards(work: Workload) -> float:
-    return 1 + 2 * DRAWS + work.formats / max(1, work.places) + plans_of(work.formats)
+    return 1 + 2 * draws_for(work.samples) + work.formats / max(1, work.places) + plans_of(work.formats)
 
 
 @estimator("fisher", Cost(_forwards, keeps_graph=True))
 def fisher(
     subject: Subject, perturbations: Sequence[Perturbation], progress: bool, generator: torch.Generator
 ) -> Scores:
-    """One forward and ``DRAWS`` backwards of the sample set, every layer once per format, and a few whole plans.
+    """One forward and ``draws_for`` backwards of the samples, every layer once per format, and a few whole plans.
 
     Memory: the graph of a part of a batch (``curvature.GRAPH_BYTES``), and a number for every change, sample and draw.
     The standard error is over samples. Around a base plan there are no pair terms.
     """
-    land = _landscape(subject, perturbations)
+    land, draws = _landscape(subject, perturbations), draws_for(sum(map(batch_size, subject.batches)))
     found, linear, passes = [], np.zeros(len(perturbations)), passes_for(land)
     with land.opened():
         for i in track(range(len(land)), "Fisher information", enabled=progress):
-            found.append(inner_products(land, i, DRAWS, generator, passes))
+            found.append(inner_products(land, i, draws, generator, passes))
             if subject.base:
                 linear += slopes(land, i)
     products = torch.cat(found, dim=2)
     squares = products.square().mean(1) * (0.5 * products.shape[2] / land.rows)
     singles = [mean_and_error(row) for row in squares]
     means, errors = np.array(singles).reshape(-1, 2).T.copy()
-    notes = {"damage": land.damage.name, "draws": DRAWS}
+    notes = {"damage": land.damage.name, "draws": draws}
     if subject.base:
         return Scores(means + linear, errors, notes=notes)
     cosines, reliability = shrunk_cosines(_halves(products), [p.owner for p in perturbations])
@@ -83,7 +90,8 @@ def _landscape(subject: Subject, perturbations: Sequence[Perturbation]) -> Lands
     samples = sum(map(batch_size, subject.batches))
     by_weights = bool(subject.base)
     first = replace(subject, batches=[first_samples(batch, 2) for batch in subject.batches[:1]])
-    if samples > 1 and not _apart(Landscape(first, perturbations, by_weights=by_weights)):
+    some = [perturbations[own[0]] for own in members_of(perturbations).values()]
+    if samples > 1 and not _apart(Landscape(first, some, by_weights=by_weights)):
         return Landscape(subject, perturbations, (), by_weights, SHARE, max(1, samples // LEAST_APART))
     return Landscape(subject, perturbations, (), by_weights, SHARE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from quantkit.ranges.activations import RANGES, Histogram
 from quantkit.ranges.logarithmic import log_range, squared_error
 from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.snapshot import Cache
+from quantkit.rounding import Moments
 from quantkit.rounding.by_layers import round_by_layers
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
 from quantkit.rounding.request import RoundingOptions, RoundingRequest
@@ -83,7 +85,13 @@ class PlanApplication:
             planned = plan_reconstruction(ready, recording, reference.damage, options.seed, options.learning)
             reconstruction = require_reconstruction(planned, **asked)
         untouched = options.reconstruction == "auto" and not worth
-        how = "none" if untouched else method_to_learn(options.reconstruction, *bits)
+        how = (
+            "none"
+            if untouched
+            else method_to_learn(
+                options.reconstruction, *bits, reconstruction is not None and reconstruction.positions
+            )
+        )
         return cls(formatted, recording, reconstruction, replace(options, reconstruction=how), rewritten)
 
     def moved_to(self, ready: Prepared) -> PlanApplication:
@@ -91,8 +99,12 @@ class PlanApplication:
         self.rewritten.rewrite(ready.weights)
         return replace(self, formatted=replace(self.formatted, ready=ready))
 
-    def quantized(self, progress: bool, finished: Cache) -> tuple[SimulatedModel, dict[str, Any]]:
-        """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again."""
+    def quantized(
+        self, progress: bool, finished: Cache, known: Mapping[str, Moments]
+    ) -> tuple[SimulatedModel, dict[str, Any]]:
+        """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again;
+        ``known`` are moments of layers for rounding.
+        """
         ready, weights = self.ready, self.formatted.weights
         simulated = SimulatedModel(
             ready.model, ready.sites, {}, self._site_ranges(progress), ready.weights, ready.program.updated
@@ -104,7 +116,7 @@ class PlanApplication:
             notes["working_bytes"] = expected.memory.peak_bytes  # not the seconds, which no two runs agree on
             rounding = expected.rounding
         ratios = self.rewritten.ratios
-        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes, ratios)
+        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes, ratios, known)
         notes["rounding"] = self._round(simulated, request)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)
@@ -136,7 +148,8 @@ class PlanApplication:
         options, held = found.learning, sum(some.count for some in found.held)
         seen, few = (sum(some.seen.count for some in data) for data in (found.data, found.block_data))
         blocks = few + held if how in ("block", *ADAQUANT) else 0
-        schedules = {"network": (options.network,), "block": (options.block, options.network), "none": ()}
+        block, network = (one.on(seen) for one in found.schedules)
+        schedules = {"network": (network,), "block": (block, network), "none": ()}
         return Learning(seen + held, blocks, held, schedules.get(how, (options.layer,)))
 
     def _site_ranges(self, progress: bool) -> dict[str, AnyRange]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.program.inputs import Batch, batch_size, picked_samples
-from quantkit.program.intercept import tensors_of
-from quantkit.program.padding import Padding, live_positions
+from quantkit.program.intercept import OpKey, tensors_of
+from quantkit.program.padding import Padding, as_rows, live_positions
 from quantkit.program.program import Program
 from quantkit.program.segments import whole
 from quantkit.progress import notice
@@ -30,12 +30,12 @@ from quantkit.sensitivity.damage import SOFTENED, Damage, RowDamage
 from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.playback import (
-    CHUNK,
     SimulatedProgram,
     Values,
     copied_state,
     float_program,
     play_output,
+    played_at_once,
     room_for,
 )
 from quantkit.stages.recording import Recording, some_samples
@@ -46,6 +46,7 @@ WORTH_LEARNING = 5  # bits of a weight: above, rounding alone is as good
 WORTH_BLOCKS = 3  # and up to here it is worth the time to learn block by block first
 AUTO = ("norm", "bias", "tuning")  # corrections: how sure to be of unseen inputs, held-back ones say too vaguely
 ADAQUANT = ("adaquant", "adaquant-parallel")
+EVERY_BLOCK = "all blocks"  # among the notes
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,16 @@ class ReconstructionPlan:
         """What is held back."""
         return [some.held for some in self.data]
 
+    @property
+    def positions(self) -> bool:
+        """Whether the output has a row at every position of a sample."""
+        return has_positions(self.recording.program, self.recording.program.output)
+
+    @property
+    def schedules(self) -> tuple[Schedule, Schedule]:
+        """The schedule of blocks, and that of the network."""
+        return self.learning.of_blocks_and_network(self.positions)
+
     def on(self, simulated: SimulatedModel) -> SimulatedProgram:
         """A simulated model on the program."""
         return SimulatedProgram(simulated, self.recording.program, padding=self.padding)
@@ -88,12 +99,14 @@ def samples_enough(batches: Sequence[Batch]) -> bool:
     return sum(map(batch_size, batches)) >= LEAST_SAMPLES
 
 
-def method_to_learn(how: str, weight_bits: Collection[int], site_bits: Collection[int]) -> str:
-    """What is learned when asked for ``how``: for "auto" blocks first, then the network, where codes are narrowest,
-    and the network alone elsewhere.
+def method_to_learn(
+    how: str, weight_bits: Collection[int], site_bits: Collection[int], positions: bool = False
+) -> str:
+    """What is learned when asked for ``how``: for "auto" blocks first, then the network, where codes are narrowest or
+    the output has ``positions``, and the network alone elsewhere.
     """
     narrowest = min(weight_bits, default=8) <= WORTH_BLOCKS or min(site_bits, default=8) < 8
-    return how if how != "auto" else "block" if narrowest else "network"
+    return how if how != "auto" else "block" if narrowest or positions else "network"
 
 
 def plan_reconstruction(
@@ -109,7 +122,9 @@ def plan_reconstruction(
         return f"{count} samples are too few"
     splits = _splits(recording, torch.randperm(count, generator=generator, device="cpu"), held)
     training = max((seen for seen, _ in splits), key=batch_size)
-    reference = _reference(ready, program, damage, some_samples(training, torch.arange(CHUNK, device="cpu")))
+    reference = _reference(
+        ready, program, damage, some_samples(training, torch.arange(played_at_once(program), device="cpu"))
+    )
     floats = float_program(ready.model, program, reference.state)
 
     def entering(batch: Batch) -> Values:
@@ -205,6 +220,8 @@ def _drawn(
     """Inputs with these changes and pair-mixed, ``draws`` of each; the inputs themselves where neither is possible."""
     every: dict[int, Tensor] = {}
     count = batch_size(batch)
+    if not count:
+        return examples_of(floats, entering(batch), count)
     for draw in range(draws):
         other = changed(batch, changes, generator)
         mix = mixed_pairs([other], generator)
@@ -222,13 +239,18 @@ def _spreads(
     ready: Prepared, program: Program, state: dict[str, Tensor], values: dict[int, Tensor]
 ) -> dict[str, Tensor]:
     """The standard deviation of every layer's output, by channel."""
-    at = {program.calls[name][0].key: name for name in ready.quantizable}
-    made = {at[step.key]: step.makes[0] for step in program.steps if step.key in at}
-    outputs = program.replay(values, state, list(made.values()))
+    calls = {name: program.calls[name][0] for name in ready.quantizable}
+    at = {replace(call.key, output=0): name for name, call in calls.items()}
     spreads = {}
-    for name, output in zip(made, outputs, strict=True):
-        channels_last = output.movedim(1, -1) if program.kinds[name].startswith("conv") else output
-        spreads[name] = channels_last.reshape(-1, channels_last.shape[-1]).std(0)
+
+    def see(place: OpKey, output: Tensor) -> Tensor:
+        if (name := at.get(place)) is not None:
+            channels_last = output.movedim(1, -1) if program.kinds[name].startswith("conv") else output
+            rows = as_rows if ready.padding is None else ready.padding.rows_of(calls[name].output, values)
+            spreads[name] = rows(channels_last).std(0)
+        return output
+
+    program.replay(values, state, [program.output], see)
     return spreads
 
 
@@ -238,34 +260,49 @@ def reconstruct(
     """Learn as asked ("block" learns the blocks first, then the network; AdaQuant layer by layer); returns the loss on
     held-back inputs before and after each step of it. What is ``kept`` is not learned again.
     """
-    learning, reference, data = reconstruction.learning, reconstruction.reference, reconstruction.data
-    runner, blocks = reconstruction.on(simulated), reconstruction.recording.blocks
+    runner, found = reconstruction.on(simulated), dict[str, Learned]()
     if how in ADAQUANT:
-        few = reconstruction.block_data[0].first(learning.layer_samples)
-        training = reconstruction.training(learning.layer, progress, kept)
-        found: dict[str, Learned] = {}
-
-        def by_layers() -> None:
-            found.update(learn_layers(runner, reference, few, blocks, training, how == "adaquant-parallel"))
-
         # layers learn to be like the float ones, not the output: kept where the network as a whole gains
-        learned = _where_it_helps(reconstruction, simulated, by_layers)
+        layers = partial(_learn_layers, reconstruction, runner, how == "adaquant-parallel", progress, kept, found)
+        learned = _where_it_helps(reconstruction, simulated, layers)
         notice(f"learned layer by layer: damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
         return found | {"network": learned}
-    positions = has_positions(runner.program, runner.program.output)
-    of_block, schedule = (
-        (learning.positions_block, learning.positions_network) if positions else (learning.block, learning.network)
-    )
+    blocks, (of_block, schedule) = reconstruction.recording.blocks, reconstruction.schedules
     training = reconstruction.training(of_block, progress, kept)
-    found = {}
     if how == "block" and len(blocks) > 1:
-        found = learn_blocks(runner, reference, reconstruction.block_data, blocks, training)
+        in_order = partial(_learn_blocks, reconstruction, runner, training, found)
+        if reconstruction.positions:
+            found[EVERY_BLOCK] = _where_it_helps(reconstruction, simulated, in_order)
+        else:
+            in_order()
     # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
-    schedule = replace(schedule, code_rate=0.0, averaging=learning.averaging) if found else schedule
-    work = partial(learn_network, runner, reference, data, replace(training, schedule=schedule))
+    schedule = replace(schedule, code_rate=0.0, averaging=reconstruction.learning.averaging) if found else schedule
+    training = replace(training, schedule=schedule)
+    work = partial(learn_network, runner, reconstruction.reference, reconstruction.data, training)
     found["network"] = learned = kept.learned("network", simulated, simulated.weights, work)
     notice(f"learned: softened damage on held-back inputs {learned.before:.4g} -> {learned.after:.4g}")
     return found
+
+
+def _learn_layers(
+    plan: ReconstructionPlan,
+    runner: SimulatedProgram,
+    parallel: bool,
+    progress: bool,
+    kept: Cache,
+    found: dict[str, Learned],
+) -> None:
+    """Learn layer by layer, and add to what was ``found``."""
+    (data,), blocks = plan.block_data, plan.recording.blocks
+    few, training = data.first(plan.learning.layer_samples), plan.training(plan.learning.layer, progress, kept)
+    found.update(learn_layers(runner, plan.reference, few, blocks, training, parallel))
+
+
+def _learn_blocks(
+    plan: ReconstructionPlan, runner: SimulatedProgram, training: Training, found: dict[str, Learned]
+) -> None:
+    """Learn block by block, and add to what was ``found``."""
+    found.update(learn_blocks(runner, plan.reference, plan.block_data, plan.recording.blocks, training))
 
 
 def correct(
@@ -338,6 +375,11 @@ def require_reconstruction(planned: ReconstructionPlan | str, /, **asked: str) -
     InvalidRequest.
     """
     if isinstance(planned, ReconstructionPlan):
+        if len(planned.data) > 1 and asked.get("reconstruction") in ADAQUANT:
+            raise InvalidRequest(
+                f"reconstruction={asked['reconstruction']!r} learns from samples of one size, and the calibration "
+                f"data has {len(planned.data)}. Use 'block', or inputs of one size."
+            )
         return planned
     for key, value in asked.items():
         if value not in ("auto", "none"):

@@ -14,11 +14,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from quantkit.budget import Budget
 from quantkit.formats import WeightFormat
 from quantkit.numbers.kinds import range_of
 from quantkit.numbers.per_token import TokenRange
 from quantkit.numbers.ratios import Ratio
 from quantkit.numbers.uniform import SiteRange
+from quantkit.plan import Plan
 from quantkit.program.inputs import Batch
 from quantkit.program.layers import Weights
 from quantkit.program.sites import Site
@@ -33,6 +35,7 @@ from quantkit.store import Arrays, Artefacts, Codec
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.reads import Read, scalable_reads
+from quantkit.transforms.stored import FLOAT_BYTES
 
 AUTO = "clip+reads+softmax"
 N = TypeVar("N", Norm, Read)
@@ -63,9 +66,28 @@ class Reparameterization:
         return found | {site: range for read in self.reads for site, range in read.ranges.items()}
 
     @property
+    def stored_bytes(self) -> int:
+        """What ratios take in a file, written for each site."""
+        return FLOAT_BYTES * sum(len(one.found.ratio) * len(one.read.sites) for one in self.reads)
+
+    @property
     def ratios(self) -> dict[str, Ratio]:
         """Layer -> by what the channels of its input are divided as it reads them."""
         return {layer: ratio for read in self.reads for layer, ratio in read.ratios.items()}
+
+
+def within_bytes(options: ApplyOptions, plan: Plan) -> ApplyOptions:
+    """The options for a plan that may have to fit so many bytes, which ratios of reads are not counted in."""
+    limit = plan.provenance.get("budget")
+    budget = None if limit is None else Budget.parse(str(limit))
+    if budget is None or (budget.size is None and budget.file_size is None):
+        return options
+    parts = [part for part in _parts(options) if part != "reads"]
+    return replace(options, reparameterization="+".join(parts) or "none")
+
+
+def _parts(options: ApplyOptions) -> list[str]:
+    return (AUTO if options.reparameterization == "auto" else options.reparameterization).split("+")
 
 
 def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Artefacts) -> Reparameterization:
@@ -75,9 +97,9 @@ def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Art
     nearest, on rows that were held back: scaling columns makes weights harder to quantize. Norms that are
     ``kept`` are not looked at again.
     """
-    ready, batches, seed, asked = formatted.ready, formatted.batches, options.seed, options.reparameterization
+    ready, batches, seed = formatted.ready, formatted.batches, options.seed
     weights, sites, ranges = formatted.weights, formatted.sites, options.ranges
-    parts = (AUTO if asked == "auto" else asked).split("+")
+    parts = _parts(options)
     if not batches or not sites:
         return Reparameterization()
     norms, notes = rewritable_norms(ready) if {"norm", "clip"} & set(parts) else ([], {})

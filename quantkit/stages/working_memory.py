@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantkit.program.inputs import batch_size, first_samples
-from quantkit.program.segments import between_layers
+from quantkit.program.program import Program
+from quantkit.program.segments import Segment, between_layers, whole
 from quantkit.ranges.statistics import hessian_bytes
+from quantkit.reconstruction.data import HELD_BYTES
 from quantkit.reconstruction.learning import Schedule
 from quantkit.rounding import rounding_of
 from quantkit.rounding.request import RoundingOptions
-from quantkit.simulation.playback import CHUNK, SPILL_BYTES
+from quantkit.simulation.playback import SPILL_BYTES, differentiated_at_once, played_at_once
 from quantkit.stages.footprint import (
     collecting_bytes,
     counting_bytes,
@@ -87,21 +90,28 @@ def working_memory(
     the float network, what leaves it in both, and what is wanted.
     """
     program, ready = recording.program, formatted.ready
-    sizes, chunk = value_bytes(program, 1), min(samples, CHUNK)
-    edges = [(together(sizes, b.entering), together(sizes, b.leaving)) for b in recording.blocks]
-    enters, leaves = (max(side) for side in zip(*edges, strict=True))
+    sizes, chunk = value_bytes(program, 1), min(samples, played_at_once(program))
+    enters = max(together(sizes, block.entering) for block in recording.blocks)
+    leaves = max(_leaving(sizes, program, block, learning.blocks) for block in recording.blocks)
     inputs = together(sizes, program.inputs)
     held = max(together(sizes, segment.entering) for segment in between_layers(program, ready.quantizable))
     values = max(samples * held, learning.network * inputs + learning.blocks * (2 * enters + 3 * leaves))
     state = sum(t.numel() * t.element_size() for t in ready.model.state_dict().values())
     learned = learning.network + learning.blocks > 0
     forward = forward_bytes(program, chunk)
-    values_of_chunk = value_bytes(program, chunk)
-    graph = _GRAPH * learned * sum(resident_bytes(values_of_chunk[number]) for number in program.producer)
+    made = value_bytes(program, min(chunk, differentiated_at_once(program, whole(program))))
+    graph = _GRAPH * learned * sum(resident_bytes(made[number]) for number in program.producer)
     hessian = max(_rounding(formatted, name, chunk, forward, options) for name in ready.quantizable)
     copies = (_LEARNED_COPIES if learned else _COPIES) * state
-    ranges = counting_bytes(program, min(samples, BATCH))
+    batch = max(map(batch_size, formatted.batches), default=BATCH)
+    ranges = counting_bytes(program, min(samples, batch))
     return WorkingMemory(ranges, values, _DRAWING * samples * inputs * learned, hessian, graph, copies)
+
+
+def _leaving(sizes: Mapping[int, int], program: Program, block: Segment, samples: int) -> int:
+    """Bytes of what leaves a block for one sample; none where that are large outputs of the network, not held."""
+    each = together(sizes, block.leaving)
+    return 0 if block.output == program.output and samples * each > HELD_BYTES else each
 
 
 @dataclass(frozen=True)

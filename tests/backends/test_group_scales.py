@@ -16,6 +16,7 @@ from quantkit.backends.onnxruntime.sessions import open_session, run_session
 from quantkit.formats import Scheme
 
 WIDTHS = {"f32": onnx.TensorProto.FLOAT, "f16": onnx.TensorProto.FLOAT16, "f8": onnx.TensorProto.FLOAT8E4M3FN}
+WIDTHS |= {"i8": onnx.TensorProto.INT8}
 
 
 class Looked(nn.Module):
@@ -37,7 +38,7 @@ def quantized(scheme: str) -> Result:
     return quantkit.quantize(Looked().eval(), scheme, calibration=BATCHES, loss="mse", progress=False)
 
 
-@pytest.mark.parametrize("scheme", ["w4g16", "w3g16z", "w2g32sf8", "w4g16zsf8", "w4g16sf32", "w8g64"])
+@pytest.mark.parametrize("scheme", ["w4g16", "w3g16z", "w2g32sf8", "w4g16zsf8", "w3g16si8", "w4g16sf32", "w8g64"])
 def test_files_hold_scales_in_their_type_and_compute_the_same(scheme: str, tmp_path: Path) -> None:
     result, format = quantized(scheme), Scheme.parse(scheme).weight
     report = result.export_onnx(tmp_path / "m.onnx")
@@ -52,7 +53,7 @@ def test_files_hold_scales_in_their_type_and_compute_the_same(scheme: str, tmp_p
 
 
 def test_what_is_saved_is_what_was_quantized(tmp_path: Path) -> None:
-    for scheme in ("w4g16", "w3g16zsf8"):
+    for scheme in ("w4g16", "w3g16zsf8", "w4g32si8"):
         result = quantized(scheme)
         result.save(tmp_path / scheme)
         again = quantkit.load(tmp_path / scheme, Looked().eval())

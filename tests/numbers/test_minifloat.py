@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import BLOCKS, Scheme, WeightFormat
-from quantkit.numbers.kinds import weight_of
+from quantkit.numbers.kinds import rounded_weight, weight_of
 from quantkit.numbers.minifloat import E2M1, E4M3, E5M2, Minifloat
 from quantkit.numbers.minifloat_tokens import MinifloatTokens
 from quantkit.numbers.packed_weight import pack_weight, stored_tensors, stored_weight
-from quantkit.numbers.scales import exponents, of_exponents
+from quantkit.numbers.rounder import rounder
+from quantkit.numbers.scales import ScaleGrid, exponents, of_exponents
+from quantkit.ranges.minifloat_weights import FACTORS, POWERS, defined_scale, minifloat_scale
 from quantkit.rounding import Moments
 from quantkit.rounding.weights import quantize_weight
 
@@ -103,35 +105,50 @@ def by_hand(row: np.ndarray, format: WeightFormat) -> np.ndarray:
     return np.array([nearest_of(name, float(np.float32(x) / np.float32(scale))) * scale for x in row])
 
 
-@pytest.mark.parametrize("text", ["wfp8", "wfp8g8sf32", "wmxfp4"])
-def test_weights_are_those_worked_out_number_by_number(text: str) -> None:
+@pytest.mark.parametrize("text", ["wfp8", "wfp8g8", "wmxfp4"])
+def test_weights_under_defined_scales_are_those_worked_out_number_by_number(text: str) -> None:
     format = Scheme.parse(text).weight
     weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1e-3], [1.0], [300.0]])
     weight[0, :32] = 0
-    found = quantize_weight(weight, [format], rounding="nearest").weights[format].dequantize()
-    blocks = weight.reshape(3, -1, format.group or 64).numpy()
-    wanted = np.stack([np.concatenate([by_hand(block, format) for block in row]) for row in blocks])
+    blocks = weight.reshape(3, -1, format.group or 64)
+    scale = defined_scale(blocks, format)
+    codes = rounder(format)(blocks, scale, torch.zeros_like(scale)).reshape(3, 64)
+    found = rounded_weight(codes, scale.squeeze(-1), torch.zeros(()), format).dequantize()
+    wanted = np.stack([np.concatenate([by_hand(block, format) for block in row]) for row in blocks.numpy()])
     assert np.allclose(found.numpy(), wanted, rtol=1e-6, atol=0)
 
 
-def test_blocks_of_nvfp4_are_nearest_under_scales_of_e4m3() -> None:
-    """The float32 number of a tensor is a power of two here: its scales have the error of those under any other."""
+@pytest.mark.parametrize("text", ["wnvfp4", "wmxfp4", "wfp8"])
+def test_the_scale_found_errs_least_of_all_that_are_tried(text: str) -> None:
+    format, draw = Scheme.parse(text).weight, torch.Generator().manual_seed(4)
+    weight, importance = torch.randn(60, 32, generator=draw), torch.rand(60, 32, generator=draw)
+    found = minifloat_scale(weight, format, importance)
+    base = defined_scale(weight, format)
+    grid = ScaleGrid.of(base, format)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        codes = rounder(format)(weight, scale, torch.zeros_like(scale))
+        return ((codes * scale - weight).square() * importance).sum(-1, keepdim=True)
+
+    factors = POWERS if format.scale == "e8m0" else FACTORS
+    tried = torch.cat([error(grid.nearest(base * factor)) for factor in factors], -1)
+    assert torch.equal(error(found), tried.amin(-1, keepdim=True))
+    assert error(found).sum() < error(grid.nearest(base)).sum()
+
+
+def test_blocks_of_nvfp4_err_no_more_than_with_the_number_of_a_tensor_that_its_authors_choose() -> None:
+    """The float32 number of a tensor is a power of two here, that of the authors max |w| / (6 x 448)."""
     format = Scheme.parse("wnvfp4").weight
-    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(2)) * 0.02
-    found = quantize_weight(weight, [format], rounding="nearest").weights[format]
-    packed = pack_weight(found)
-    assert packed.scale.dtype == torch.float8_e4m3fn and math.log2(float(packed.tensor_scale)).is_integer()
-    exact = weight.reshape(8, 16, 16).abs().amax(-1) / 6
-    assert ((found.scale - exact).abs() <= exact / 16 * (1 + 1e-6)).all()  # half a step of 3 bits of mantissa
-    values = (weight.reshape(8, 16, 16) / found.scale.unsqueeze(-1)).flatten().tolist()
-    assert (found.dequantize().reshape(8, 16, 16) / found.scale.unsqueeze(-1)).flatten().tolist() == pytest.approx(
-        [nearest_of("e2m1", x) for x in values], rel=1e-6
-    )
-    shared = float(weight.abs().max()) / (6 * 448)  # as the format's authors choose it
+    weight = torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(2)) * 0.02
+    exact = defined_scale(weight, format)
+    scale = ScaleGrid.of(exact, format).nearest(exact)
+    assert ((scale - exact).abs() <= exact / 16 * (1 + 1e-6)).all()  # half a step of 3 bits of mantissa
+    shared = float(weight.abs().max()) / (6 * 448)
     other = (exact / shared).to(torch.float8_e4m3fn).float() * shared
-    rounded = E2M1.nearest(weight.reshape(8, 16, 16) / other.unsqueeze(-1)) * other.unsqueeze(-1)
-    error, authors = (float((x.reshape(8, 256) - weight).norm()) for x in (found.dequantize(), rounded))
-    assert error == pytest.approx(authors, rel=0.02)
+    ours, theirs = (float((E2M1.nearest(weight / s) * s - weight).norm()) for s in (scale, other))
+    assert ours == pytest.approx(theirs, rel=0.02)
+    packed = pack_weight(quantize_weight(weight.flatten(1), [format], rounding="nearest").weights[format])
+    assert packed.scale.dtype == torch.float8_e4m3fn and math.log2(float(packed.shared_scale)).is_integer()
 
 
 @settings(deadline=None, max_examples=60)

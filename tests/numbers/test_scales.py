@@ -20,7 +20,9 @@ from quantkit.rounding.weights import quantize_weight
 
 # Every number of E4M3 with a positive sign: 4 bits of exponent around 7, 3 of mantissa, the last one is NaN
 E4M3 = [2.0 ** max(e - 7, -6) * (m / 8 + (e > 0)) for e in range(16) for m in range(8) if (e, m) != (15, 7)]
-GROUPED = [f"w{bits}g16{zero}{scale}" for bits in (2, 4, 8) for zero in ("", "z") for scale in ("", "sf8", "sf32")]
+GROUPED = [
+    f"w{bits}g16{zero}{scale}" for bits in (2, 4, 8) for zero in ("", "z") for scale in ("", "sf8", "si8", "sf32")
+]
 
 
 def format_of(text: str) -> WeightFormat:
@@ -53,7 +55,7 @@ def test_no_scale_becomes_zero_or_infinite() -> None:
     assert torch.equal(ScaleGrid("f8", 3).nearest(tiny), torch.tensor([2.0**-12, -(2.0**-12)]))
     assert torch.equal(ScaleGrid("f16").nearest(huge), torch.tensor([65504.0, -65504.0]))
     assert torch.equal(ScaleGrid("f8").nearest(huge), torch.tensor([448.0, -448.0]))
-    for text in ("w4g16", "w4g16sf8", "w4g16z"):
+    for text in ("w4g16", "w4g16sf8", "w4g16si8", "w4g16z"):
         found = quantize_weight(torch.randn(4, 32) * 1e-12, [format_of(text)], rounding="nearest")
         assert torch.isfinite(found.weights[format_of(text)].dequantize()).all()
 
@@ -113,7 +115,7 @@ def test_every_rounding_computes_codes_of_scales_that_are_stored(rounding: str, 
             assert ((other - weight).abs() >= (found.dequantize() - weight).abs() - 1e-7).all()
 
 
-@pytest.mark.parametrize("text", ["w4g16", "w3g16zsf8"])
+@pytest.mark.parametrize("text", ["w4g16", "w3g16zsf8", "w4g16zsi8"])
 def test_learned_scales_are_stored_ones_and_learn_all_the_same(text: str) -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     start = quantize_weight(weight, [format_of(text)], rounding="nearest").weights[format_of(text)]
@@ -127,3 +129,31 @@ def test_learned_scales_are_stored_ones_and_learn_all_the_same(text: str) -> Non
     assert not torch.equal(found.scale, start.scale)
     assert torch.equal(unpack_weight(pack_weight(found)).scale, found.scale)
     assert torch.equal(found.dequantize(), learned.value())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    channel=st.lists(st.floats(2.0**-30, 2.0**20, width=32), min_size=1, max_size=6),
+    signs=st.lists(st.sampled_from([1.0, -1.0]), min_size=6, max_size=6),
+)
+def test_whole_scales_of_a_channel_are_the_nearest_multiples_of_its_unit(channel, signs) -> None:
+    scale = torch.tensor([channel]) * torch.tensor(signs[: len(channel)])
+    found = ScaleGrid("i8").nearest(scale)
+    unit = float(found.abs().max()) / 127
+    assert float(torch.tensor(unit).bfloat16()) == unit and abs(unit * 127 / max(channel) - 1) < 2.0**-8
+    multiples = [k * unit for k in range(1, 128)]
+    assert found.abs()[0].tolist() == [min(multiples, key=lambda m: abs(m - x)) for x in channel]
+    assert torch.equal(found.sign(), scale.sign()) and torch.equal(ScaleGrid("i8").nearest(found), found)
+
+
+@pytest.mark.parametrize("text", ["w4g16sf8", "w4g16zsi8", "wnvfp4"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_groups_of_zeros_do_not_make_the_scales_of_others_coarse(text: str, rounding: str) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e-4
+    moments, format = Moments(torch.eye(64, dtype=torch.float64)[None]), format_of(text)
+    plain = quantize_weight(weight, [format], moments, 1, rounding).weights[format].dequantize()
+    weight[1, 16:32] = 0
+    found = quantize_weight(weight, [format], moments, 1, rounding).weights[format].dequantize()
+    assert torch.equal(found[1, 16:32], torch.zeros(16))
+    others = weight != 0
+    assert (found - weight)[others].norm() < 1.1 * (plain - weight)[others].norm()

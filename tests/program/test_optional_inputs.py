@@ -54,6 +54,11 @@ TOLD = {
         ((), {"tokens": TOKENS, "mask": MASK, "labels": LABELS}),
         "'labels' makes nothing but 'loss'",
     ),
+    "another order": (
+        Classifier,
+        ((), {"labels": LABELS, "mask": MASK, "tokens": TOKENS}),
+        "'labels' makes nothing but 'loss'",
+    ),
     "positional": (Classifier, ((TOKENS, None, LABELS), {}), "'labels' makes nothing but 'loss'"),
     "other names": (Rated, ((TOKENS,), {"wanted": torch.randn(6, 5)}), "'wanted' makes nothing but"),
     "none": (Classifier, ((TOKENS,), {"mask": MASK}), ""),

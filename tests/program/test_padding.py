@@ -208,3 +208,48 @@ def test_masks_are_found_whatever_the_order_of_a_dict() -> None:
     assert isinstance(padding, Padding)
     (number,) = padding.masks
     assert session.prepared.program.inputs.index(number) == 1  # sorted by name it would come first
+
+
+SIZES = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16, "initializer_range": 0.3}
+
+
+def of_transformers(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    if name == "bert":
+        return transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=1)).eval()
+
+
+def tokens(length: int, on_left: bool = False) -> list[dict[str, Tensor]]:
+    """Sentences padded to a length, on one side or the other; the two longest come first."""
+    order = torch.tensor(LENGTHS).argsort(descending=True, stable=True)
+    every = {name: torch.cat([one[name] for one in batches(length, filler=7)])[order] for name in batches(length)[0]}
+    if on_left:
+        every = {
+            name: torch.stack([row.roll(length - LENGTHS[i]) for i, row in zip(order.tolist(), x, strict=True)])
+            for name, x in every.items()
+        }
+    pairs = zip(every["words"].split(4), every["attention_mask"].split(4), strict=True)
+    return [{"input_ids": words, "attention_mask": mask} for words, mask in pairs]
+
+
+@pytest.mark.parametrize(
+    ("name", "on_left", "budget"),
+    [("bert", False, "w4a8"), ("bert", False, "7 bits"), ("llama", False, "w4g8z"), ("llama", True, "w4a8")],
+)
+def test_networks_of_transformers_do_not_see_padding(name: str, on_left: bool, budget: str) -> None:
+    """Their code takes another path where a mask hides nothing, as that of the longest sentences does."""
+    model = of_transformers(name)
+    options = {"schemes": ["w4a8", "w8a8"]} if budget == "7 bits" else {}
+    one, *others = (
+        quantkit.quantize(model, budget, tokens(length, on_left), correction=None, progress=False, **options)
+        for length in (5, 8, 13)
+    )
+    for other in others:
+        assert one.plan.digest() == other.plan.digest()
+        for layer, weight in one.quantized.weights.items():
+            same = weight.codes == other.quantized.weights[layer].codes
+            assert same.float().mean() > 0.999, layer
+        for site, found in one.quantized.ranges.items():
+            assert found.scale == pytest.approx(other.quantized.ranges[site].scale, rel=1e-4), site

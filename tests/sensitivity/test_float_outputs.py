@@ -89,31 +89,45 @@ def test_a_plan_is_the_same_however_outputs_are_kept(sensitivity: str, monkeypat
         )
         return found.plan
 
-    damages: dict[str, float] = {}
+    damages: list[float] = []
     held = plan()
     monkeypatch.setattr(module, "HELD_BYTES", 0)
-    assert plan().schemes == held.schemes
+    assert plan().schemes == held.schemes and damages[0] == pytest.approx(damages[1], rel=1e-3)
 
 
 SCRIPT = """
-import resource, sys, torch, quantkit
+import resource, torch
+from quantkit.allocation.allocate import allocate
+from quantkit.sensitivity import curvature, damage, float_outputs
+from quantkit.stages import recording
+from quantkit.stages.apply import Application, apply_plan
+from quantkit.stages.options import ApplyOptions, Run
+from quantkit.stages.profile import measure
+from quantkit.stages.request import make_ready
+from quantkit import session
 from tests.sensitivity.test_float_outputs import Language, tokens
+
+# sequences of 16 tokens, eight times shorter than those that the limits are for
+for module, name in ((session, "FORWARD_BYTES"), (curvature, "GRAPH_BYTES"), (float_outputs, "HELD_BYTES")):
+    setattr(module, name, getattr(module, name) >> 3)
+recording.TRIED_BYTES >>= 3
+damage.SLICE_ELEMENTS >>= 3
 torch.set_num_threads(1)
-vocabulary, count, length = 150_000, {count}, 128
-model, data = Language(vocabulary).eval(), tokens(count, length, vocabulary)
+model, data = Language(150_000).eval(), tokens({count}, 16, 150_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-result = quantkit.quantize(
-    model, "7 bits", data, schemes=["w4", "w8"], sensitivity={sensitivity!r}, rounding="nearest",
-    reconstruction="none", correction=None, progress=False,
-)
+request = make_ready(model, data, schemes=["w4", "w8"], sensitivity="fisher", rounding="nearest")
+plan = allocate(measure(request, Run(False)), "7 bits")
+options = ApplyOptions("nearest", reconstruction="none", correction="none", reparameterization="none")
+result = apply_plan(request.session, plan, Application(options, run=Run(False)))
 assert result.metrics["calibration_damage"] > 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_150000_is_profiled_and_compared_without_holding_logits() -> None:
-    count = 16
-    logits = count * 128 * 150_000 * 4
-    script = SCRIPT.format(count=count, sensitivity="fisher")
+    count = 128
+    logits = count * 16 * 150_000 * 4
+    script = SCRIPT.format(count=count)
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True)
-    assert 1024 * int(done.stdout.split()[-1]) < logits
+    assert 1024 * int(done.stdout.split()[-1]) < logits / 2

@@ -128,7 +128,7 @@ def test_fisher_is_on_average_the_exact_second_order(case) -> None:
     exact = Explicit(request, subject.batches)
     moved = exact.displacements(changes)
     expected = 0.5 * np.einsum("ki,ij,kj->k", moved, exact.hessian, moved)
-    mean, error = averaged_fisher(subject, changes, 30)
+    mean, error = averaged_fisher(subject, changes, 12)
     assert (np.abs(mean - expected) < 3.5 * error).all()  # the largest of twelve
     assert (error < 0.1 * expected).all()
 
@@ -141,7 +141,7 @@ def test_fisher_of_sequences_and_of_squared_error_is_on_average_the_exact_second
         subject.loss = loss
         changes = [p for p in perturbed(request) if p.format in ("w4", "a8")]
         expected = hvp_pairs(subject, changes, False, generator()).damage
-        mean, error = averaged_fisher(subject, changes, 25)
+        mean, error = averaged_fisher(subject, changes, 10)
         rounding = 1e-6 * np.abs(expected)  # every draw of the squared error's one output is the same
         assert (np.abs(mean - expected) < 4 * error + rounding).all()  # the largest of two dozen
         assert np.median(error / expected) < 0.1
@@ -184,7 +184,7 @@ def test_fisher_sums_over_all_calls_that_read_a_weight() -> None:
     subject = subject_of(request, batches)
     weights = [p for p in perturbed(request) if p.format == "w4"]
     expected = hvp_pairs(subject, weights, False, generator()).damage
-    mean, error = averaged_fisher(subject, weights, 30)
+    mean, error = averaged_fisher(subject, weights, 12)
     assert (np.abs(mean - expected) < 3.5 * error).all()
 
 
@@ -228,6 +228,6 @@ def test_fisher_knows_every_kind_of_layer(kind: str) -> None:
     parameters = {n for n, weight in request.ready.weights.layers.items() if weight.region is None}
     weights = [p for p in perturbed(request) if p.format in ("w2", "w4") and p.owner in parameters]
     expected = hvp_pairs(subject, weights, False, generator()).damage
-    mean, error = averaged_fisher(subject, weights, 30)
+    mean, error = averaged_fisher(subject, weights, 12)
     assert len(weights) >= 5 and (expected > 0).all()
     assert (np.abs(mean - expected) < 3.5 * error).all()

@@ -45,7 +45,7 @@ def kernel(weight: QuantizedWeight, x: Tensor, bias: Tensor) -> Tensor:
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=torch.finfo(torch.float32).tiny)
     tokens = (x / scale).clamp(-448, 448).to(E4M3)
     sums = tokens.double() @ operand.double().T
-    return sums * scale.double() * float(packed.tensor_scale) + bias.double()
+    return sums * scale.double() * float(packed.shared_scale) + bias.double()
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.001])

@@ -14,7 +14,7 @@ from tests.scheme_grammar import SCHEMES
 
 ACTS = ("", "a4", "a5", "a6", "a7", "a8", "a4d", "a5d", "a6d", "a7d", "a8d")
 RUNS = {"float", *(f"w{weight}{act}" for weight in range(2, 9) for act in ACTS)}
-CODED = r"w([2-8](g\d+)?z?(sf\d+)?|fp8(e5m2)?(g\d+)?(sf\d+)?|nvfp4|mxfp4)"
+CODED = r"w([2-8](g\d+)?z?(s[fi]\d+)?|fp8(e5m2)?(g\d+)?(s[fi]\d+)?|nvfp4|mxfp4)"
 RUNS |= {"w16"} | {text for text in SCHEMES if re.fullmatch(CODED, text)}  # weights alone, expanded at load
 
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
-from ml_dtypes import float8_e4m3fn, float8_e5m2
+from ml_dtypes import bfloat16, float8_e4m3fn, float8_e5m2
 from onnx import parser
 from torch import Tensor
 
@@ -51,6 +51,7 @@ IR_VERSION = 10
 # Tried on the releases themselves: 1.19 unpacks planes, Cast from INT4 and look-ups of pairs came with 1.23.
 _MINIMUM_RUNTIME = "1.19"
 _MINIMUM_RUNTIME_INT4 = "1.23"
+_OTHER_TYPES = {torch.float8_e4m3fn: float8_e4m3fn, torch.bfloat16: bfloat16}
 _SIXTEEN = torch.arange(16, dtype=torch.uint8, device="cpu")
 _FP8 = {"fp8": float8_e4m3fn, "fp8e5m2": float8_e5m2}
 # onnxruntime folds results of up to 1 GiB, and unpacking passes through INT32.
@@ -129,12 +130,19 @@ def expanded_scale(editor: Editor, before: ir.Node, name: str, weight: AnyScaled
         powers = of_exponents(torch.arange(1, 255, dtype=torch.uint8, device="cpu"))
         table = editor.initializer("powers_of_two", np.concatenate([powers[:1], powers, powers[-1:]]))
         return _looked_up_in(editor, before, name, editor.initializer(name, packed.numpy()), table)
-    eighths = packed.dtype.itemsize == 1
-    stored = packed.view(torch.uint8).numpy().view(float8_e4m3fn) if eighths else packed.numpy()
-    value = widened(editor, before, name, editor.initializer(name, stored))
+    value = widened(editor, before, name, editor.initializer(name, _array(packed)))
     if shared is None:
         return value
-    return editor.node(before, "Mul", [value, editor.initializer(f"{name}.tensor_scale", shared.numpy())], name)
+    factor = shared.reshape(-1, *[1] * (len(shape) - 1)) if shared.dim() else shared
+    held = editor.initializer(f"{name}.shared", _array(factor))
+    wide = held if factor.dtype == torch.float32 else widened(editor, before, f"{name}.shared", held)
+    return editor.node(before, "Mul", [value, wide], name)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A tensor of a type that numpy may not have."""
+    other = _OTHER_TYPES.get(tensor.dtype)
+    return tensor.numpy() if other is None else tensor.contiguous().view(torch.uint8).numpy().view(other)
 
 
 def picks_rows(call: ir.Node) -> bool:

@@ -31,13 +31,13 @@ class HeldWeight(nn.Module):
     """Codes (channels, inputs) of an integer weight. ``nbytes`` are those of its format, but for the scales of panels,
     which are in float32; ``expanded_bytes`` the rest.
 
-    ``zero_point`` is None in panels, ``tensor_scale`` where scales are no ``sf8``.
+    ``zero_point`` is None in panels, ``shared_scale`` where scales are no ``sf8``.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    tensor_scale: Tensor | None
+    shared_scale: Tensor | None
     expanded: Panels | None
 
     def __init__(self, weight: QuantizedWeight, expand: bool = False) -> None:
@@ -55,7 +55,7 @@ class HeldWeight(nn.Module):
         else:
             tensors = pack_weight(weight).tensors("weight")
             held = {name.removeprefix("weight."): tensor for name, tensor in tensors.items()}
-        for name in ("codes", "scale", "zero_point", "tensor_scale"):
+        for name in ("codes", "scale", "zero_point", "shared_scale"):
             self.register_buffer(name, held.get(name))
         self.expanded = _as_panels(weight) if expand and not self.in_panels else None
 
@@ -79,7 +79,7 @@ class HeldWeight(nn.Module):
             return QuantizedWeight(codes, scale, None, self.format)
         shape = (self.channels, self.inputs)
         return unpack_weight(
-            PackedWeight(self.codes, self.scale, self.zero_point, shape, self.format, self.tensor_scale)
+            PackedWeight(self.codes, self.scale, self.zero_point, shape, self.format, self.shared_scale)
         )
 
     def held_panels(self) -> Panels:

@@ -43,7 +43,7 @@ def yaqa(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
 
 def _ranges(rows: Tensor, format: WeightFormat, moments: Moments) -> tuple[Tensor, Tensor]:
     """Scales and zero points of a layer's groups, or of its rows."""
-    if format.group and format.zero_point:
+    if format.group:
         return whole_ranges(rows, format)
     return group_ranges(rows, format, moments.squares(rows.shape[-1])[0].to(rows.dtype))
 

@@ -53,12 +53,7 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
     input a weight multiplies.
     """
     importance = None if importance is None else importance.expand_as(weight)
-    lowest, highest = _ends(weight)
-    grid = (
-        PLAIN
-        if format.scale in BY_CHANNEL
-        else ScaleGrid.of(with_scales_of_others(_between(lowest, highest, format)[0], highest > lowest), format)
-    )
+    grid = _grid_of(*_ends(weight), format)
     if weight.numel() <= PIECE or weight.dim() < 2:
         return _Search(weight, format, importance, grid).found()
     axis = max(range(weight.dim() - 1), key=lambda i: weight.shape[i])
@@ -80,10 +75,24 @@ def whole_ranges(rows: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
     clipped, but at 2 bits a little (docs/methods/weight-ranges.md).
     """
     lowest, highest = _ends(rows.unflatten(-1, (-1, format.group or rows.shape[-1])))
-    grid = ScaleGrid.of(_between(lowest, highest, format)[0], format)
     share = CLIPPED.get(format.bits, 1.0)
-    scale, zero = _between(lowest * share, highest * share, format, grid)
-    return scale.squeeze(-1), zero.squeeze(-1)
+    scale, zero = _between(lowest * share, highest * share, format, _grid_of(lowest, highest, format))
+    return _stored(scale.squeeze(-1), (highest > lowest).squeeze(-1), format), zero.squeeze(-1)
+
+
+def _grid_of(lowest: Tensor, highest: Tensor, format: WeightFormat) -> ScaleGrid:
+    """The grid of scales for groups with these ends; those of whole channels are put on theirs together."""
+    if format.scale in BY_CHANNEL:
+        return PLAIN
+    return ScaleGrid.of(with_scales_of_others(_between(lowest, highest, format)[0], highest > lowest), format)
+
+
+def _stored(scale: Tensor, live: Tensor, format: WeightFormat) -> Tensor:
+    """Scales (..., O, scales) as the format stores them, where these have something in common."""
+    if format.scale not in SHARED:
+        return scale
+    scale = with_scales_of_others(scale, live)
+    return ScaleGrid.of(scale, format).nearest(scale)
 
 
 class _Search:
@@ -164,10 +173,7 @@ def group_ranges(rows: Tensor, format: WeightFormat, importance: Tensor | None =
         return scale, torch.zeros_like(scale)
     grouped = rows.unflatten(-1, groups)
     scale, zero = (x.squeeze(-1) for x in mse_range(grouped, format, importance))
-    if format.scale in SHARED:
-        scale = with_scales_of_others(scale, grouped.abs().amax(-1) > 0)
-        scale = ScaleGrid.of(scale, format).nearest(scale)
-    return scale, zero
+    return _stored(scale, grouped.abs().amax(-1) > 0, format), zero
 
 
 def per_input(per_group: Tensor, inputs: int) -> Tensor:

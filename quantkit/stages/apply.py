@@ -85,10 +85,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     """Quantize the session's model by a plan; the prepared model becomes the result's. Raises InvalidRequest for a
     plan that does not fit the model or the target.
     """
-    inputs, run = session.inputs, asked.run
-    layers = session.prepared.layers
-    carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
-    plan = replace(plan, schemes=carried)
+    inputs, run, plan = session.inputs, asked.run, carried_out(session, plan)
     options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
     options = within_bytes(options, plan)
     formatted = formatted_by(session, plan)
@@ -137,9 +134,16 @@ def target_of(session: Session, plan: Plan) -> Target:
     return session.target.resolved(plan.provenance.get(INSTRUCTION_SET))
 
 
+def carried_out(session: Session, plan: Plan) -> Plan:
+    """A plan with what becomes of its schemes in the session's layers."""
+    layers = session.prepared.layers
+    carried = {n: layers[n].carried_out(scheme) if n in layers else scheme for n, scheme in plan.schemes.items()}
+    return replace(plan, schemes=carried)
+
+
 def formatted_by(session: Session, plan: Plan) -> Formatted:
     """The session's float model with the formats of a plan. Raises InvalidRequest for a plan that does not fit."""
-    target = target_of(session, plan)
+    target, plan = target_of(session, plan), carried_out(session, plan)
     left = dict.fromkeys(_kept_float(session, plan), LEFT)
     ready = leave_float(session.prepared, target, (), left)
     ready = read_in_float(ready, target, [name for name in ready.quantizable if not plan.schemes[name].has_codes])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.formats import Scheme, WeightFormat
 from quantkit.numbers.uniform import quantize
-from quantkit.ranges.weights import mse_range
+from quantkit.ranges.weights import mse_range, whole_ranges
 from quantkit.rounding import gptq
 from quantkit.rounding.gptq import STRETCH
 from quantkit.rounding.moments import DAMPING, Moments
@@ -81,13 +81,16 @@ def test_nearest_is_nearest_in_every_group(format: WeightFormat, shape: tuple[in
 
 
 def searched_row(
-    row: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, format: WeightFormat
+    given: tuple[np.ndarray, np.ndarray, np.ndarray], hessian: np.ndarray, format: WeightFormat, factors: list[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of a row by OBQ, most active inputs first, under the best of scales around ``scale``."""
+    """Codes and scales of a row by OBQ, most active inputs first, under the best of its scales times ``factors``;
+    ``given``: row, scales and zero points.
+    """
+    row, scale, zero = given
     order = np.argsort(-np.floor(16 * np.log2(hessian.diagonal())), kind="stable")
     damped = hessian + DAMPING * hessian.diagonal().mean() * np.eye(len(row))
     size, trials = len(row) // len(scale), []
-    for factor in STRETCH.double().tolist():
+    for factor in factors:
         tried = scale * factor
         tried = tried.astype(np.float16).astype(tried.dtype) if format.scale == "f16" else tried
         codes, spread = np.zeros_like(row), np.repeat(tried, size)
@@ -109,12 +112,14 @@ def test_gptq_keeps_the_best_stretch_of_each_row(format: WeightFormat, shape: tu
     rows = weight.reshape(groups, -1, 18)
     groups_of_inputs = (-1, format.group or 18)
     squares = hessian.diagonal(dim1=-2, dim2=-1).unsqueeze(1).expand_as(rows).unflatten(-1, groups_of_inputs)
-    start = mse_range(rows.unflatten(-1, groups_of_inputs), format, squares)
-    scale, zero = (x.squeeze(-1).numpy() for x in start)
+    whole = bool(format.group) and format.zero_point  # these are not searched
+    start = whole_ranges(rows, format) if whole else mse_range(rows.unflatten(-1, groups_of_inputs), format, squares)
+    scale, zero = (x.reshape(*rows.shape[:2], -1).numpy() for x in start)
     found = quantize_weight(weight, [format], Moments(hessian), groups).weights[format]
     codes, scales = found.codes.reshape(rows.shape).numpy(), found.scale.reshape(scale.shape).numpy()
     for g, o in np.ndindex(*rows.shape[:2]):
-        wanted = searched_row(rows[g, o].numpy(), hessian[g].numpy(), scale[g, o], zero[g, o], format)
+        factors = [1.0] if whole else STRETCH.double().tolist()
+        wanted = searched_row((rows[g, o].numpy(), scale[g, o], zero[g, o]), hessian[g].numpy(), format, factors)
         assert np.array_equal(codes[g, o], wanted[0])
         np.testing.assert_allclose(scales[g, o], wanted[1], rtol=1e-4)
 

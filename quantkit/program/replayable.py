@@ -24,6 +24,7 @@ from quantkit.program.padding import masks_of
 from quantkit.program.program import Part, Program, Step
 from quantkit.program.record import record, run_model
 from quantkit.program.sizes import Extent
+from quantkit.program.trial import close
 from quantkit.program.updates import plain_mode
 
 CLOSE = 1e-3  # of the largest output: replaying repeats the same sums, but kernels may order them differently
@@ -157,16 +158,7 @@ def _agrees(program: Program, model: nn.Module, batch: Batch) -> bool:
             # a tensor that no traced call made, a fixed shape or count, a step that needs values; or some samples that
             # the model does not take alone, as a graph without a part of its nodes
             return False
-    return foreseen == part.shapes and all(_close(one, other) for one, other in zip(found, wanted, strict=True))
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
-        return False
-    if not wanted.is_floating_point() or not wanted.numel():
-        return torch.equal(found, wanted)
-    largest = float(wanted.detach().nan_to_num(0, 0, 0).abs().max())
-    return torch.allclose(found, wanted, rtol=0, atol=CLOSE * largest, equal_nan=True)
+    return foreseen == part.shapes and all(close(one, other, CLOSE) for one, other in zip(found, wanted, strict=True))
 
 
 def computed_weights(model: nn.Module, program: Program) -> dict[str, Tensor]:

@@ -143,8 +143,8 @@ class _Graph:
             entering = {n: change(places[n], x) if n in places else x for n, x in entering.items()}
         numbers = how.wanted if onward is None else [n for n in onward if n not in values]
         outputs = program.replay(entering, state, numbers, change, Part(part.start, part.stop, dict(shapes)))
-        variables = {place: x for found in (added, calls.added) for place, x in found.items()}
-        return cls(numbers, outputs, variables, leaves, raw)
+        variables: dict[OpKey | Place, Tensor] = dict(calls.added.items())
+        return cls(numbers, outputs, variables | added, leaves, raw)
 
 
 def _hand_on(onward: dict[int, list[Tensor]], made: Sequence[int], passed: Mapping[int, list[Tensor]]) -> None:

@@ -4,12 +4,13 @@ damage of the narrowest formats on calibration samples that were held back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import EIGHT_BITS
@@ -36,6 +37,7 @@ from quantkit.transforms.registry import Setting
 
 SAMPLES = 80  # that transforms are chosen by
 HELD_BACK = 5  # one sample in so many decides
+RANGED = 4  # of the others one in so many finds the ranges to decide with
 EXACT = 1e-4  # of the largest output: as much may change in float32
 BETTER = 0.95  # of the damage without it is where a transform begins
 
@@ -85,7 +87,8 @@ class Trial:
         dynamic = [site.name for site in ready.sites if sites[site.name].dynamic]
         ranges: dict[str, AnyRange] = {name: token_range(sites[name]) for name in dynamic}
         static = [site for site in ready.sites if site.name not in ranges]
-        found = site_histograms(ready.model, static, self.fit, False, ready.padding)
+        some = _samples(self.fit, lambda order: order % RANGED == 0)
+        found = site_histograms(ready.model, static, some, False, ready.padding)
         ranges |= {name: RANGES[self.ranges](histogram, sites[name].bits) for name, histogram in found.items()}
         for name, format in weights.items():
             groups = ready.weights.layers[name].groups
@@ -94,6 +97,10 @@ class Trial:
         subject = self._subject(ready)
         at = {name: own.fake_quantize for name, own in ranges.items()}
         return self.reference.damage_of(subject.outputs_with({}, at)).mean
+
+    def kept(self, proposed: Mapping[str, tuple[Change, ...]]) -> Kept:
+        """Changes, and the damage with all of them."""
+        return Kept(proposed, self.damage(self.copy(_joined(proposed))))
 
     def _subject(self, ready: Prepared) -> Subject:
         sites = {site.name: site for site in ready.sites}
@@ -104,17 +111,21 @@ class Trial:
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Samples to find transforms by, evenly spaced, and samples to decide by; the same ones where there are few."""
-    total = sum(batch_size(batch) for batch in batches)
-    stride, start = max(1, total // SAMPLES), 0
-    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    stride = max(1, sum(batch_size(batch) for batch in batches) // SAMPLES)
+    drawn = _samples(batches, lambda order: order % stride == 0)
+    held = _samples(drawn, lambda order: order % HELD_BACK == HELD_BACK - 1)
+    return (_samples(drawn, lambda order: order % HELD_BACK != HELD_BACK - 1), held) if held else (drawn, drawn)
+
+
+def _samples(batches: Sequence[Batch], which: Callable[[Tensor], Tensor]) -> list[Batch]:
+    """The samples, by their numbers over all batches, for which ``which`` says so."""
+    found, start = [], 0
     for batch in batches:
-        order = torch.arange(start, start + batch_size(batch), device="cpu")
-        start += len(order)
-        drawn, held = order % stride == 0, (order // stride) % HELD_BACK == HELD_BACK - 1
-        for part, own in zip(parts, (drawn & ~held, drawn & held), strict=True):
-            if bool(own.any()):
-                part.append(picked_samples(batch, own.nonzero().flatten()))
-    return parts if parts[1] else (parts[0], parts[0])
+        own = which(torch.arange(start, start + batch_size(batch), device="cpu"))
+        start += len(own)
+        if bool(own.any()):
+            found.append(picked_samples(batch, own.nonzero().flatten()))
+    return found
 
 
 def changed(ready: Prepared, changes: Sequence[Change]) -> Prepared:
@@ -176,11 +187,11 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
     if not unturned and not turned:
         return ()
     plain = Kept({}, trial.damage(trial.copy(())))
-    best = _worthwhile(trial, plain, unturned)
+    best = trial.kept(unturned) if unturned else plain
     if turned:
-        turned = _proposals(trial, [name for name in names if name not in ROTATIONS], turned)
-        other = _worthwhile(trial, plain, turned)
+        other = trial.kept(_proposals(trial, [name for name in names if name not in ROTATIONS], turned))
         best = other if other.damage < BETTER * best.damage else best
+    best = _worthwhile(trial, plain, best)
     notice(
         f"transforms: {best}; damage of the narrowest formats on samples held back {best.damage:.3g}, "
         f"{plain.damage:.3g} without"
@@ -205,16 +216,14 @@ def _proposals(
     return found
 
 
-def _worthwhile(trial: Trial, plain: Kept, proposed: Mapping[str, tuple[Change, ...]]) -> Kept:
-    """Of the proposed changes those of transforms without which the damage is clearly larger, where all of them
-    together lower it: one of several outliers that is left hides what was gained by the others.
+def _worthwhile(trial: Trial, plain: Kept, every: Kept) -> Kept:
+    """Of changes that were measured together those of transforms without which the damage is clearly larger. They are
+    not measured alone: one of several outliers that is left hides what is gained by the others.
     """
-    if not proposed:
-        return plain
-    kept = Kept(proposed, trial.damage(trial.copy(_joined(proposed))))
-    for name in proposed:
+    kept = every
+    for name in every.proposed:
         others = {other: some for other, some in kept.proposed.items() if other != name}
-        without = Kept(others, trial.damage(trial.copy(_joined(others)))) if others else plain
+        without = trial.kept(others) if others else plain
         kept = without if kept.damage >= BETTER * without.damage else kept
     return kept
 

@@ -276,7 +276,8 @@ def reconstruct(
         else:
             in_order()
     # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
-    schedule = replace(schedule, code_rate=0.0, averaging=reconstruction.learning.averaging) if found else schedule
+    if found and not reconstruction.positions:
+        schedule = replace(schedule, code_rate=0.0, averaging=reconstruction.learning.averaging)
     training = replace(training, schedule=schedule)
     work = partial(learn_network, runner, reconstruction.reference, reconstruction.data, training)
     found["network"] = learned = kept.learned("network", simulated, simulated.weights, work)

@@ -84,9 +84,7 @@ def test_a_plan_is_the_same_however_outputs_are_kept(sensitivity: str, monkeypat
             Language(500).eval(), "5 bits", tokens(10, 7, 500), schemes=["w3", "w4", "w8"], sensitivity=sensitivity,
             rounding="nearest", reconstruction="none", correction=None, progress=False,
         )  # fmt: skip
-        assert found.metrics["calibration_damage"] == pytest.approx(
-            damages.setdefault("first", found.metrics["calibration_damage"]), rel=1e-3
-        )
+        damages.append(found.metrics["calibration_damage"])
         return found.plan
 
     damages: list[float] = []

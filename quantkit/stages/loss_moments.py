@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from quantkit.formats import WeightFormat
+from quantkit.program.program import Program
 from quantkit.progress import notice
 from quantkit.rounding import AUTO, Moments, rounding_of
 from quantkit.rounding.blocks import HESSIAN_BYTES
@@ -20,13 +21,18 @@ from quantkit.transforms.prepare import Prepared
 
 
 def rounding_for(session: Session, asked: str, formats: Iterable[WeightFormat], alone: bool) -> str:
-    """What "auto" stands for: rounding by the loss of the network where a model looks up what it reads in a table, as
-    language models do, and weights ``alone`` become integers.
+    """What "auto" stands for: rounding by the loss of the network where that is a language model and weights ``alone``
+    become integers.
     """
-    kinds = session.prepared.program.kinds.values()
-    reads_words = {"embedding", "linear"} <= set(kinds) and bool(session.inputs.batches)
     integers = all(format.is_integer or format.is_half for format in formats)
-    return BY_LOSS if asked == AUTO and alone and integers and reads_words else asked
+    fits = alone and integers and bool(session.inputs.batches) and _is_language_model(session.prepared.program)
+    return BY_LOSS if asked == AUTO and fits else asked
+
+
+def _is_language_model(program: Program) -> bool:
+    """Whether a model looks words up in a table and a linear layer makes an output."""
+    heads = {call.output for name, calls in program.calls.items() if program.kinds[name] == "linear" for call in calls}
+    return "embedding" in program.kinds.values() and not heads.isdisjoint(program.outputs)
 
 
 def with_rounding(options: ApplyOptions, session: Session, formatted: Formatted) -> ApplyOptions:

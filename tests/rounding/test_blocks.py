@@ -76,7 +76,7 @@ def padded(blocks: list[Tensor]) -> Tensor:
     return every
 
 
-@pytest.mark.parametrize("text", ["w3", "w2", "w4g6"])
+@pytest.mark.parametrize("text", ["w3", "w2", "w4g6sf32"])
 @pytest.mark.parametrize("widths", [(12, 12), (10, 10, 4)], ids=str)
 def test_gptq_in_blocks_is_that_of_each_block_with_the_scales_of_all(widths: tuple[int, ...], text: str) -> None:
     format = Scheme.parse(text).weight

@@ -14,6 +14,7 @@ from quantkit.reconstruction.data import HELD_BYTES
 from quantkit.reconstruction.learning import Schedule
 from quantkit.rounding import rounding_of
 from quantkit.rounding.request import RoundingOptions
+from quantkit.sensitivity.kronecker import GRAPH_ROWS
 from quantkit.simulation.playback import SPILL_BYTES, differentiated_at_once, played_at_once
 from quantkit.stages.footprint import (
     by_loss_bytes,
@@ -103,14 +104,22 @@ def working_memory(
     state = sum(t.numel() * t.element_size() for t in ready.model.state_dict().values())
     learned = learning.network + learning.blocks > 0
     forward = forward_bytes(program, chunk)
-    made = value_bytes(program, min(chunk, differentiated_at_once(program, whole(program))))
-    graph = _GRAPH * learned * sum(resident_bytes(made[number]) for number in program.producer)
+    graph = _GRAPH * learned * _made(program, min(chunk, differentiated_at_once(program, whole(program))))
+    if rounding_of(options.name).fisher:
+        rows = math.prod(program.shape[program.output][:-1]) // program.size
+        graph = max(graph, _made(program, min(samples, max(1, GRAPH_ROWS // max(1, rows)))))
     hessian = max(_rounding(formatted, name, chunk, forward, options) for name in ready.quantizable)
     by_loss = by_loss_bytes(program, ready.quantizable, options)
     copies = (_LEARNED_COPIES if learned else _COPIES) * state
     batch = max(map(batch_size, formatted.batches), default=BATCH)
     ranges = counting_bytes(program, min(samples, batch))
     return WorkingMemory(ranges, values, _DRAWING * samples * inputs * learned, hessian, graph, copies, by_loss)
+
+
+def _made(program: Program, samples: int) -> int:
+    """Bytes of all that a forward of so many samples makes."""
+    sizes = value_bytes(program, samples)
+    return sum(resident_bytes(sizes[number]) for number in program.producer)
 
 
 def _leaving(sizes: Mapping[int, int], program: Program, block: Segment, samples: int) -> int:

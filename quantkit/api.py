@@ -33,7 +33,7 @@ from quantkit.stages.options import (
 )
 from quantkit.stages.outliers import transformed, transformed_by
 from quantkit.stages.profile import measure
-from quantkit.stages.quantize import Search, candidates_of, quantize_request
+from quantkit.stages.quantize import Search, candidates_of, quantize_request, transformed_within
 from quantkit.stages.request import DEFAULT_TARGET, TargetName, make_ready
 from quantkit.stages.result import Result
 from quantkit.store import require_writable
@@ -100,7 +100,7 @@ def quantize(
         float_storage=float_storage, loss=loss, sensitivity=sensitivity, rounding=rounding, ranges=ranges, seed=seed,
         memory=memory, transforms=transforms,
     )  # fmt: skip
-    return _with_notices(quantize_request(transformed(request, transforms), search))
+    return _with_notices(quantize_request(transformed_within(request, search, transforms), search))
 
 
 @own_modes()
@@ -137,7 +137,10 @@ def profile(
     layers that no layer stands before, or behind, 8 bits for weights and inputs, unless a rule matches them; with
     "same" they are as all others; either way the plan says so. ``float_storage``: what stays float, weights, biases
     and norms, is stored as "float32" or as "float16", where that can hold it; its size counts so, and the quantized
-    model computes with the rounded values. ``loss``: "kl", "mse" or "auto".
+    model computes with the rounded values. ``loss``: "kl", "mse" or "auto". ``transforms`` change the float model,
+    which computes what it computed, so that outliers cost less: "auto" makes those that lower the damage of the
+    narrowest formats on samples held back, those named, joined by commas, are made wherever they are exact, with
+    "none" nothing is changed. Plans say which were made.
     With ``workdir`` the profile is kept there under a key of everything it depends on and reused when nothing
     changed; until it is complete, every finished layer is, so that a run that was killed resumes. ``memory`` as for
     ``quantize``. Raises InvalidRequest before any measuring when the request cannot be carried out.
@@ -191,8 +194,9 @@ def apply(
 
     ``reparameterization`` is for transformers. Before anything is rounded, outputs of LayerNorms get a range for each
     channel ("norm"), its clipping learned ("clip"), and norms and the layers behind them are rewritten so that one
-    range does the same, where that lowers the error behind them; 4-bit probabilities of attention get logarithmic
-    codes ("softmax"). Joined by +; "auto" is "clip+softmax".
+    range does the same, where that lowers the error behind them; linear layers divide what they read by a ratio for
+    each channel, by which their weights are multiplied, where that does ("reads"); 4-bit probabilities of attention
+    get logarithmic codes ("softmax"). Joined by +; "auto" is "clip+reads+softmax".
 
     ``tokenizer`` as for ``profile``. ``evaluate`` (model -> a number, or one for each sample, higher is better) is
     reported for the float and for the
@@ -200,7 +204,8 @@ def apply(
     HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
     rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
     depend on: the same call again, after a kill or not, does none of that twice. ``memory`` as for ``quantize``.
-    ``float_storage`` as for ``profile``; None: as the plan was made for.
+    ``float_storage`` as for ``profile``; None: as the plan was made for. ``transforms`` as for ``profile``; "auto"
+    makes those of the plan again, from the same data, and decides for a mapping.
     Raises InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)

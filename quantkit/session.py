@@ -13,6 +13,7 @@ from quantkit.program.inputs import digest_batches, digest_model
 from quantkit.program.padding import Padding, are_padded
 from quantkit.program.program import Program
 from quantkit.progress import warn
+from quantkit.rounding import Moments
 from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
 from quantkit.stages.footprint import compared_bytes
@@ -39,6 +40,7 @@ class Session:
     target: Target
     prepared: Prepared
     references: dict[str, Reference] = field(default_factory=dict)
+    moments: dict[tuple[str, int, int], dict[str, Moments]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: nn.Module, inputs: Inputs, target: Target) -> Session:

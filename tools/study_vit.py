@@ -4,11 +4,11 @@
 
 Weights, activations and both products of attention of the hybrid ViT get the same bits; its first layer reads 8 bits.
 Nothing is learned after rounding, so that the parts are seen alone. ``norm``: a range for each channel behind
-LayerNorms; ``clip``: their clipping learned; ``reads``: a ratio for each channel of what layers read; ``softmax``: logarithmic probabilities; ``all`` has the fourth part too,
-weights rebuilt for the quantized inputs (rounding "gptaq": the ridge solution, then GPTQ) instead of rounded to
-nearest. Quantized on unlabelled training images, measured on images that decided nothing. ``--outliers`` first gives
-the network channels 15 to 60 times as large behind its norms, which leaves what it computes as it is (outliers.py of
-the benchmark data).
+LayerNorms; ``clip``: their clipping learned; ``reads``: a ratio for each channel of what layers read; ``softmax``:
+logarithmic probabilities; ``all`` has the fourth part too, weights rebuilt for the quantized inputs (rounding "gptaq":
+the ridge solution, then GPTQ) instead of rounded to nearest. Quantized on unlabelled training images, measured on
+images that decided nothing. ``--outliers`` first gives the network channels 15 to 60 times as large behind its norms,
+which leaves what it computes as it is (outliers.py of the benchmark data).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def mixed(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
     many channels as the matrix has rows, one run of them after the other.
     """
     last = x.movedim(axis, -1)
-    return (last.reshape(*last.shape[:-1], -1, len(matrix)) @ matrix).reshape(last.shape).movedim(-1, axis)
+    return (last.reshape(*last.shape[:-1], -1, len(matrix)) @ matrix.to(last)).reshape(last.shape).movedim(-1, axis)
 
 
 def channel_axes(program: Program, step: Step, known: Mapping[int, int], width: int) -> Axes | None:
@@ -42,7 +42,7 @@ def channel_axes(program: Program, step: Step, known: Mapping[int, int], width: 
         return dict(known) if not any(bool(x.any()) for x in plain) else None
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(width, generator=generator, device="cpu")
-    matrix = torch.eye(width) - 2 * torch.outer(direction, direction) / direction.square().sum()
+    matrix = torch.eye(width, device="cpu") - 2 * torch.outer(direction, direction) / direction.square().sum()
     for axes in itertools.islice(_options(program, trial.floats, known, width), _COMBINATIONS):
         made = trial.run({n: mixed(trial.values[n], matrix, axis) for n, axis in axes.items()})
         found = None if made is None else _axes_of(step, plain, made, known, matrix)

@@ -48,8 +48,7 @@ def decomposed_attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, 
     attn_mask, is_causal, scale = given.get("attn_mask"), given.get("is_causal"), given.get("scale")
     assert not given.get("dropout_p"), "checked by parts_of"
     if given.get("enable_gqa"):
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        key, value = (_for_every_query(x, query.shape[-3] // x.shape[-3]) for x in (key, value))
     scores = torch.matmul(query, key.transpose(-2, -1))
     scores = scores * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
@@ -63,6 +62,12 @@ def decomposed_attention(query: Tensor, key: Tensor, value: Tensor, *more: Any, 
         scores = scores + attn_mask
     mixed = torch.matmul(torch.softmax(scores, -1), value)
     return mixed if blind is None else mixed.masked_fill(blind, 0.0)  # what sees nothing, as padding, is zero
+
+
+def _for_every_query(heads: Tensor, times: int) -> Tensor:
+    """Heads (..., heads, length, width), each for ``times`` heads of queries, by calls that codes pass through."""
+    expanded = heads.unsqueeze(-3).expand(*heads.shape[:-2], times, *heads.shape[-2:])
+    return expanded.flatten(-4, -3)
 
 
 def attention_of_heads(

@@ -118,7 +118,10 @@ def _place_operations(placement: _Placement, target: Target, made: Container[int
     attention = attention_roles(program)
     for op in program.steps:
         found = on_codes(program, op, target)
-        if found is None or op.key in in_float or not found.takes_place(program, placement.needs, made):
+        if found is None or op.key in in_float:
+            continue
+        follows = (op.key, 0) in attention and any(_follows(program, value, made) for value in op.inputs)
+        if not follows and not found.takes_place(program, placement.needs, made):
             continue
         for position, value in enumerate(found.operands):
             role = attention.get((op.key, position), PRODUCT_OPERAND) if found.result is None else ADDITION_OPERAND
@@ -126,6 +129,22 @@ def _place_operations(placement: _Placement, target: Target, made: Container[int
                 placement.add(value, role)
         if found.result is not None:
             placement.add(found.result, ADDITION_RESULT)
+
+
+def _follows(program: Program, value: int, made: Container[int]) -> bool:
+    """Whether a value is what layers make, through whatever is no layer, as rotations and norms of queries are."""
+    layers = {call.output for calls in program.calls.values() for call in calls}
+    waiting, seen = [value], {value}
+    while waiting:
+        number = waiting.pop()
+        if number in made:
+            return True
+        step = None if number in layers else program.makers.get(number)
+        further = () if step is None else (other for other in step.inputs if other not in seen)
+        for other in further:
+            seen.add(other)
+            waiting.append(other)
+    return False
 
 
 def _names(model: nn.Module, program: Program, places: Iterable[OpKey]) -> dict[OpKey, str]:

@@ -21,6 +21,7 @@ LONG = 1024  # inputs of a row from which on its error is smooth enough in the s
 COARSE = 4
 PIECE = 1 << 18  # weights searched for at once: most of what is computed on the way stays in the processor's cache
 PLAIN = ScaleGrid()
+CLIPPED = {2: 0.93}  # bits -> the share of a range that is covered where clipping a little is better
 AT_ONCE, ELEMENTS_AT_ONCE = 9, 1 << 17  # shares of small weights that are tried in one step
 
 
@@ -72,6 +73,17 @@ def mse_range(weight: Tensor, format: WeightFormat, importance: Tensor | None = 
 def _ends(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The range of each row, zero included."""
     return weight.amin(-1, keepdim=True).clamp(max=0), weight.amax(-1, keepdim=True).clamp(min=0)
+
+
+def whole_ranges(rows: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (..., O, scales) of groups (..., O, K) for codes that correct each other: nothing is
+    clipped, but at 2 bits a little (docs/methods/weight-ranges.md).
+    """
+    lowest, highest = _ends(rows.unflatten(-1, (-1, format.group or rows.shape[-1])))
+    grid = ScaleGrid.of(_between(lowest, highest, format)[0], format)
+    share = CLIPPED.get(format.bits, 1.0)
+    scale, zero = _between(lowest * share, highest * share, format, grid)
+    return scale.squeeze(-1), zero.squeeze(-1)
 
 
 class _Search:

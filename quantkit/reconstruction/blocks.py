@@ -257,7 +257,8 @@ def learn_blocks(
     program, seen = runner.program, [some.seen for some in data]
     floats = float_program(runner.model.model, program, reference.state)
     errors = block_errors(program, reference, seen, blocks, runner.padding, training.generator)
-    split = BlockSplit([BlockData.first(some) for some in seen], [BlockData.first(some.held) for some in data])
+    held = [some.held for some in data if some.held.count]
+    split = BlockSplit([BlockData.first(some) for some in seen], [BlockData.first(some) for some in held])
     found = {}
     for segment, error in zip(blocks, errors, strict=False):
         split = split.before(floats, segment)

@@ -52,7 +52,7 @@ class LearningOptions:
     block: Schedule = Schedule(steps=1200, batch=32, code_rate=3e-3)
     layer: Schedule = Schedule(steps=300, checks=20)
     tuning: Schedule = Schedule(steps=100, bias_rate=3e-3)
-    positions_network: Schedule = Schedule(batch=8, code_rate=0.0, scale_rate=5e-4, epochs=2)
+    positions_network: Schedule = Schedule(batch=8, code_rate=0.0, averaging=0.8, epochs=2)
     positions_block: Schedule = Schedule(batch=8, code_rate=6e-3, scale_rate=1e-3, epochs=8)
     averaging: float = 0.98  # where codes stay: a mean of codes that move rounds to codes that no step has tried
     held_back: int = 8  # one sample in so many

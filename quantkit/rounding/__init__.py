@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.rounding import gptaq, gptq, hqq, learned, nearest  # noqa: F401  # registered by name
+from quantkit.rounding import gptaq, gptq, hqq, learned, nearest, yaqa  # noqa: F401  # registered by name
 from quantkit.rounding.moments import Moments
 from quantkit.rounding.registry import (
     AUTO,

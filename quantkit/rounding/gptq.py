@@ -18,7 +18,7 @@ from quantkit.formats import WeightFormat
 from quantkit.numbers.rounder import Rounder, rounder
 from quantkit.numbers.scales import ScaleGrid
 from quantkit.numbers.uniform import dequantize
-from quantkit.ranges.weights import group_ranges, per_input
+from quantkit.ranges.weights import group_ranges, per_input, whole_ranges
 from quantkit.rounding.blocks import Blocks
 from quantkit.rounding.moments import InverseFactor, Moments, Ordered
 from quantkit.rounding.registry import Codes, rounding
@@ -31,20 +31,33 @@ _ELEMENTS_AT_ONCE = 1 << 22
 
 @rounding("gptq", hessian=True, factored=True, minifloats=True)
 def gptq(rows: Tensor, format: WeightFormat, moments: Moments | None) -> Codes:
-    """GPTQ under several scales around the one of least weighted squared error, keeping the best for each row.
+    """GPTQ under several scales around the one of least weighted squared error, keeping the best for each row; of
+    groups with zero points under the range of their weights (docs/methods/weight-ranges.md).
+    """
+    assert moments is not None
+    if format.group and format.zero_point:
+        return gptq_under(rows, format, moments, whole_ranges(rows, format), STRETCH.new_ones(1))
+    ranges = group_ranges(rows, format, moments.squares(rows.shape[-1]).to(rows.dtype))
+    return gptq_under(rows, format, moments, ranges, STRETCH)
+
+
+def gptq_under(
+    rows: Tensor, format: WeightFormat, moments: Moments, ranges: tuple[Tensor, Tensor], stretch: Tensor
+) -> Codes:
+    """GPTQ under ``ranges``, scales and zero points (groups, O, scales), stretched by the best of several factors in
+    each row.
 
     Rows are independent, so they are tried in slices that bound memory. The blocks of a wide layer are rounded as if
     they were groups of their own, but for the scales, which they share. Columns are rounded most active first; groups
     and their scales are those of neighbouring inputs all the same ("static groups"), so that kernels need no index of
     groups.
     """
-    assert moments is not None and moments.factor is not None
-    found, blocks = moments.factor.factor, moments.blocks
+    assert moments.factor is not None
+    found, blocks, (scale, zero) = moments.factor.factor, moments.blocks, ranges
     factor = InverseFactor(found.upper.to(rows.dtype), found.dead, found.damping)
     ordered = Ordered(moments.factor.order, factor)
-    scale, zero = group_ranges(rows, format, moments.squares(rows.shape[-1]).to(rows.dtype))
 
-    grid, stretch = ScaleGrid.of(scale, format), STRETCH.to(rows.dtype).reshape(-1, 1, 1, 1)
+    grid, stretch = ScaleGrid.of(scale, format), stretch.to(rows.dtype).reshape(-1, 1, 1, 1)
     step = slice_rows(rows.shape[0], rows.shape[2])
     best_codes, best_scale = [], []
     for some, base, offset in zip(rows.split(step, 1), scale.split(step, 1), zero.split(step, 1), strict=True):

@@ -20,11 +20,16 @@ class Moments:
     """Of a layer's inputs X in the quantized network: the sum of X^T X, (groups, K, K) float64, and where it was asked
     for that of Y^T X, Y its inputs in the float network. Of a wide layer, whose inputs are in ``count`` blocks, these
     are (groups x count, width, width).
+
+    Beside the factor of its ``output`` (1, O, O), ``hessian`` is that of its inputs in the Kronecker product nearest
+    to the Hessian of the network's loss; of a ``table``, whose rows are looked up, it is that of the loss by any row.
     """
 
     hessian: Tensor
     cross: Tensor | None = None
     count: int = 1
+    output: Tensor | None = None
+    table: bool = False
 
     @property
     def blocks(self) -> Blocks:
@@ -58,11 +63,10 @@ class InverseFactor:
     damping: float
 
 
-def inverse_factor(hessian: Tensor) -> InverseFactor | None:
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor | None:
     """Factor H^-1 for ``hessian`` (groups, K, K); damping grows tenfold until it succeeds, None if it never does."""
     if not torch.isfinite(hessian).all():
         return None
-    damping = DAMPING
     while damping <= MAX_DAMPING * 1.0001:
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed.any():
@@ -102,14 +106,14 @@ class Ordered:
         return x.gather(-1, self.order.argsort(-1).unsqueeze(-2).expand_as(x))
 
 
-def ordered_factor(hessian: Tensor) -> Ordered | None:
+def ordered_factor(hessian: Tensor, damping: float = DAMPING) -> Ordered | None:
     """The factor of ``hessian`` (groups, K, K) with its inputs sorted by their squares, largest first; inputs within
     a ``PER_OCTAVE``-th of an octave keep their order, so that it does not hang on the last bits of a sum.
     """
     activity = torch.floor(PER_OCTAVE * torch.log2(hessian.diagonal(dim1=-2, dim2=-1)))
     order = activity.sort(dim=-1, descending=True, stable=True).indices
     rows = hessian.gather(1, order.unsqueeze(-1).expand_as(hessian))
-    factor = inverse_factor(rows.gather(2, order.unsqueeze(-2).expand_as(hessian)))
+    factor = inverse_factor(rows.gather(2, order.unsqueeze(-2).expand_as(hessian)), damping)
     return None if factor is None else Ordered(order, factor)
 
 

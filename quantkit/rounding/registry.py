@@ -21,7 +21,7 @@ class Rounding:
     """A function of a weight's rows (groups, O, K), their format and the moments of the layer's inputs, and which of
     these it needs: the ``hessian``, the ``cross`` moments with the float network's inputs, where there are any, and
     whether the Hessian must have a factor (``factored``), whose damping is told. ``minifloats``: codes can be
-    floating-point numbers.
+    floating-point numbers. ``fisher``: of layers that have one, the Hessian is a factor of that of the network's loss.
     """
 
     name: str
@@ -30,10 +30,12 @@ class Rounding:
     cross: bool = False
     factored: bool = False
     minifloats: bool = False
+    fisher: bool = False
 
 
 ROUNDINGS: dict[str, Rounding] = {}
 AUTO, WITH_INPUTS, WITHOUT_INPUTS = "auto", "gptq", "hqq"  # what "auto" is with calibration inputs, and without any
+BY_LOSS = "yaqa"  # and for weights of language models alone
 
 
 def rounding(name: str, **needs: bool) -> Callable[[RoundRows], RoundRows]:

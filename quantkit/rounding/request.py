@@ -17,10 +17,11 @@ from quantkit.rounding.weights import quantize_weight, rounding_note
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """A rounding by name, and the most bytes that X^T X of a layer's inputs may take."""
+    """A rounding by name, the most bytes that X^T X of a layer's inputs may take, and moments that are ``known``."""
 
     name: str = AUTO
     hessian_bytes: int = HESSIAN_BYTES
+    known: Mapping[str, Moments] = field(default_factory=dict)
 
     def for_codes(self, weight: LayerWeight, bits: int) -> RoundingOptions:
         """The same for a layer whose codes have so many bits."""
@@ -31,7 +32,7 @@ class RoundingOptions:
 class RoundingRequest:
     """The format of each layer, in execution order, and the rounding; layers in ``cache`` are not rounded again. X^T X
     of a layer's inputs takes at most ``hessian_bytes``. ``ratios``: by what inputs of layers are divided as they are
-    read.
+    read. ``known``: moments that were found before.
     """
 
     formats: Mapping[str, WeightFormat]
@@ -40,6 +41,7 @@ class RoundingRequest:
     cache: Cache = field(default_factory=Cache)
     hessian_bytes: int = HESSIAN_BYTES
     ratios: Mapping[str, Ratio] = field(default_factory=dict)
+    known: Mapping[str, Moments] = field(default_factory=dict)
 
     @property
     def method(self) -> Rounding:
@@ -54,12 +56,12 @@ class RoundingRequest:
         and the layer has any.
         """
         format, rounding, looks = self.formats[layer], self.rounding, self.method.hessian
-        looks = looks and not format.is_half
-        if looks and not floats.layers[layer].inputs_seen:
+        looks, known = looks and not format.is_half, self.known.get(layer)
+        if looks and known is None and not floats.layers[layer].inputs_seen:
             rounding, looks = "nearest", False
 
         def compute() -> Rounded:
-            seen, groups = moments() if looks else None, floats.layers[layer].groups
+            seen, groups = (known or moments()) if looks else None, floats.layers[layer].groups
             weight, ratio = floats[layer], self.ratios.get(layer, ())
             if ratio:
                 weight, seen = multiplied(weight, ratio), None if seen is None else seen.divided(factors(ratio))

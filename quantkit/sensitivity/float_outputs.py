@@ -19,7 +19,7 @@ from quantkit.program.updates import plain_mode
 from quantkit.sensitivity.measure import Subject
 from quantkit.sensitivity.outputs import OutputRule, Outputs
 
-HELD_BYTES = 1 << 28  # of outputs
+HELD_BYTES = 1 << 27  # of outputs
 WORTH = 4  # times smaller has to be what is kept instead
 
 

@@ -38,7 +38,7 @@ def weight_perturbations(
     factorization for all formats of a layer, and how each layer was rounded. Layers found in ``artefacts`` are not
     rounded again.
     """
-    kept = artefacts or Artefacts()
+    kept, known = artefacts or Artefacts(), rounding.known
     observed = as_float(ready.model, ready.weights)
     formats = {n: list(dict.fromkeys(s.weight for s in c if s.weight is not None)) for n, c in candidates.items()}
     pieces = {name: (f"rounding: layer {name}", list(map(str, own))) for name, own in formats.items()}
@@ -49,12 +49,14 @@ def weight_perturbations(
     most = rounding.hessian_bytes
     for run in in_memory_bound(ready.weights, [name for name in formats if name not in done], most):
         seen: dict[str, Moments] = {}
-        coded = [name for name in run if not all(format.is_half for format in formats[name])]
+        coded = [n for n in run if n not in known and not all(format.is_half for format in formats[n])]
         if rounding_of(rounding.name).hessian and coded:
             shown = track(batches, "layer inputs", enabled=progress)
             seen = layer_hessians(observed, ready.program, coded, shown, most, ready.padding)
         for name in track(run, "rounding", enabled=progress):
-            compute = partial(_rounded, ready, name, formats[name], seen.pop(name, None), rounding.name)
+            compute = partial(
+                _rounded, ready, name, formats[name], known.get(name) or seen.pop(name, None), rounding.name
+            )
             done[name] = kept.cached(*pieces[name], compute, codecs[name])
     rounded_as = [Perturbation(n, str(f), done[n][0][str(f)]) for n, fs in formats.items() for f in fs]
     return rounded_as, {name: done[name][1] for name in formats}
@@ -65,7 +67,8 @@ def _rounded(
 ) -> tuple[dict[str, AnyWeight], str]:
     """A layer's codes in every format, and how they were rounded."""
     weight = ready.weights.layers[layer]
-    how = rounding if weight.inputs_seen or not rounding_of(rounding).hessian else "nearest"
+    looks = weight.inputs_seen or moments is not None
+    how = rounding if looks or not rounding_of(rounding).hessian else "nearest"
     rounded = quantize_weight(ready.weights[layer], formats, moments, weight.groups, how)
     return {str(f): codes for f, codes in rounded.weights.items()}, rounding_note(layer, rounded, how)
 

@@ -28,6 +28,7 @@ from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.stages.apply import Application, formatted_by, schemes_to_check
 from quantkit.stages.applying import PlanApplication
+from quantkit.stages.loss_moments import loss_moments, with_rounding
 from quantkit.stages.recording import Replay, samples_by_size
 
 MOST_TRIED = 2  # uniform plans
@@ -113,16 +114,18 @@ class _Trials:
         own = self.session.fork()
         options = self.asked.options.with_inputs(own.inputs, schemes_to_check(plan, own))
         formatted = formatted_by(own, plan)
-        recording = own.recording(formatted.ready)
+        recording, options = own.recording(formatted.ready), with_rounding(options, own, formatted)
         applying = PlanApplication.of(formatted, recording, self.reference, options, Cache())
-        simulated, _ = applying.quantized(self.asked.run.progress, Cache())
+        progress, rewritten = self.asked.run.progress, bool(applying.rewritten.notes)
+        known = loss_moments(own, formatted.ready, options, progress, rewritten)
+        simulated, _ = applying.quantized(progress, Cache(), known)
         measured = Subject(simulated, self.reference.batches, {}, rule=self.reference.damage.rule)
         return self.reference.damage_of(measured.outputs())
 
 
 def _on(session: Session, batches: list[Batch]) -> Session:
     """A session with other calibration batches, on the same float model."""
-    own = replace(session, inputs=replace(session.inputs, batches=batches), references={})
+    own = replace(session, inputs=replace(session.inputs, batches=batches), references={}, moments={})
     vars(own)["standing"] = session.standing
     if isinstance(replay := session.replay, Replay):
         samples = samples_by_size(batches)

@@ -45,6 +45,7 @@ from quantkit.stages.float_activations import (
     with_left_float,
 )
 from quantkit.stages.formatted import Formatted
+from quantkit.stages.loss_moments import loss_moments, with_rounding
 from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import FLOAT16, ApplyOptions, Run
 from quantkit.stages.reparameterize import within_bytes
@@ -91,11 +92,12 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
     options = within_bytes(options, plan)
     formatted = formatted_by(session, plan)
-    ready = formatted.ready
+    ready, options = formatted.ready, with_rounding(options, session, formatted)
     require_numbers(options.rounding, formatted.weights.values())
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)
     applying = PlanApplication.of(formatted, session.recording(ready), reference, options, finished)
+    known = loss_moments(session, ready, options, run.progress, bool(applying.rewritten.notes))
     if asked.inplace:  # only now that nothing can be refused any more
         applying = applying.moved_to(prepare_own(ready, session.model))
     metrics = _metric("float", asked.evaluate, applying.ready.float_model())
@@ -104,7 +106,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     choices = choices_of(ready, target, [name for name in asked.may_be_float if name not in scaled])
     some = to_measure(reference, choices)
     floats = {} if some is None else weights_read_float(ready)
-    simulated, notes = applying.quantized(run.progress, finished)
+    simulated, notes = applying.quantized(run.progress, finished, known)
     if some is not None:
         left = Trials(simulated, ready, target, some, floats, run.progress).left_float(choices)
         plan, ready = with_left_float(plan, left, ready, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from quantkit.ranges.activations import RANGES, Histogram
 from quantkit.ranges.logarithmic import log_range, squared_error
 from quantkit.ranges.statistics import site_histograms
 from quantkit.reconstruction.snapshot import Cache
+from quantkit.rounding import Moments
 from quantkit.rounding.by_layers import round_by_layers
 from quantkit.rounding.in_sequence import round_biases, round_in_sequence
 from quantkit.rounding.request import RoundingOptions, RoundingRequest
@@ -97,8 +99,12 @@ class PlanApplication:
         self.rewritten.rewrite(ready.weights)
         return replace(self, formatted=replace(self.formatted, ready=ready))
 
-    def quantized(self, progress: bool, finished: Cache) -> tuple[SimulatedModel, dict[str, Any]]:
-        """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again."""
+    def quantized(
+        self, progress: bool, finished: Cache, known: Mapping[str, Moments]
+    ) -> tuple[SimulatedModel, dict[str, Any]]:
+        """The quantized model, and notes on how it was made. What is ``finished`` is not rounded or learned again;
+        ``known`` are moments of layers for rounding.
+        """
         ready, weights = self.ready, self.formatted.weights
         simulated = SimulatedModel(
             ready.model, ready.sites, {}, self._site_ranges(progress), ready.weights, ready.program.updated
@@ -110,7 +116,7 @@ class PlanApplication:
             notes["working_bytes"] = expected.memory.peak_bytes  # not the seconds, which no two runs agree on
             rounding = expected.rounding
         ratios = self.rewritten.ratios
-        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes, ratios)
+        request = RoundingRequest(weights, rounding.name, progress, finished, rounding.hessian_bytes, ratios, known)
         notes["rounding"] = self._round(simulated, request)
         if self.rewritten.notes:
             notes["reparameterization"] = dict(self.rewritten.notes)

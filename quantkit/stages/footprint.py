@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from quantkit.budget import read_bytes
@@ -12,10 +12,11 @@ from quantkit.program.program import Program
 from quantkit.progress import warn
 from quantkit.ranges.statistics import hessian_bytes
 from quantkit.rounding import rounding_of
-from quantkit.rounding.blocks import blocks_of
+from quantkit.rounding.blocks import HESSIAN_BYTES, blocks_of
 from quantkit.rounding.gptq import STRETCH, slice_rows
 from quantkit.rounding.layer_inputs import positions_wanted
 from quantkit.rounding.request import RoundingOptions
+from quantkit.sensitivity.kronecker import GRAPH_ROWS, factor_bytes, layers_with_factors
 from quantkit.stages.machine import machine
 
 FLOAT = 4  # bytes
@@ -23,6 +24,7 @@ _FACTORS = 6  # matrices while a Hessian is factored: the sum, sorted twice, its
 _FACTORED = 3  # of all blocks: the sum, its factor, and that in float32 as it is and turned
 _PRODUCT = 2.5  # the sum, and a product in float32 and in float64
 _TRIED = 5  # copies of the weights that GPTQ tries at once: left, codes, errors, squares, scales
+_GRAPH = 2  # copies of what a gradient of the first order keeps: values, and gradients by some
 _COUNTING = 7  # copies of a value while it is counted: shifted, scaled, bins of 64 bits
 _RETURNED = 1 << 25  # bytes: what the C library gives back to the system as soon as it is free
 _LEAST_HESSIAN, _SHRINKING = 1 << 16, 0.8  # bytes, and the share that is tried next
@@ -101,6 +103,19 @@ def rounding_bytes(weight: LayerWeight, options: RoundingOptions) -> int:
     groups, _, inputs = _rows(weight)
     tried = FLOAT * _TRIED * len(STRETCH) * min(elements, slice_rows(groups, inputs) * groups * inputs)
     return max(factoring, _FACTORED * hessian + tried, hessian + FLOAT * _SEARCHED * elements)
+
+
+def by_loss_bytes(program: Program, layers: Sequence[str], options: RoundingOptions) -> int:
+    """What it takes to find the factors of the Hessian of the network's loss, where a rounding asks for them: two
+    pairs of each layer, and the graph of a few samples.
+    """
+    if not rounding_of(options.name).fisher:
+        return 0
+    own = layers_with_factors(program, layers, HESSIAN_BYTES)
+    factors = sum(factor_bytes(program.weights[name]) for name in own)
+    rows = max((rows_read(program, name) for name in own), default=1)
+    values = value_bytes(program, max(1, GRAPH_ROWS // max(1, rows)))
+    return 2 * factors + _GRAPH * sum(resident_bytes(values[number]) for number in program.producer)
 
 
 def rounding_seconds(program: Program, layer: str, formats: int, samples: int, options: RoundingOptions) -> float:

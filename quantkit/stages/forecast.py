@@ -28,6 +28,7 @@ from quantkit.sensitivity.sketch import SHIFT_BYTES
 from quantkit.simulation.model import at_sites, run_with
 from quantkit.stages.footprint import (
     FLOAT,
+    by_loss_bytes,
     collecting_bytes,
     counting_bytes,
     fitting,
@@ -151,6 +152,7 @@ def _peak_bytes(request: Request, options: RoundingOptions) -> int:
         factoring = max(rounding_bytes(weight, options) - hessians[name] for name, weight in weights.items())
         rounding = min(sum(hessians.values()), most) + max(forward + collecting, factoring)
 
+    rounding += by_loss_bytes(program, list(weights), options)
     inputs = sum(t.numel() * t.element_size() for one in request.batches for t in tensors_of(one))
     outputs = together(value_bytes(program, batch), program.outputs)
     every = outputs * samples // batch

@@ -4,12 +4,13 @@ damage of the narrowest formats on calibration samples that were held back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import EIGHT_BITS
@@ -29,13 +30,14 @@ from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions, asked_transforms
 from quantkit.stages.request import Request
 from quantkit.transforms.change import Change
-from quantkit.transforms.known import TRANSFORMS
+from quantkit.transforms.known import ROTATIONS, TRANSFORMS
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.registry import Setting
 
 SAMPLES = 80  # that transforms are chosen by
 HELD_BACK = 5  # one sample in so many decides
+RANGED = 4  # of the others one in so many finds the ranges to decide with
 EXACT = 1e-4  # of the largest output: as much may change in float32
 BETTER = 0.95  # of the damage without it is where a transform begins
 
@@ -85,7 +87,8 @@ class Trial:
         dynamic = [site.name for site in ready.sites if sites[site.name].dynamic]
         ranges: dict[str, AnyRange] = {name: token_range(sites[name]) for name in dynamic}
         static = [site for site in ready.sites if site.name not in ranges]
-        found = site_histograms(ready.model, static, self.fit, False, ready.padding)
+        some = _samples(self.fit, lambda order: order % RANGED == 0)
+        found = site_histograms(ready.model, static, some, False, ready.padding)
         ranges |= {name: RANGES[self.ranges](histogram, sites[name].bits) for name, histogram in found.items()}
         for name, format in weights.items():
             groups = ready.weights.layers[name].groups
@@ -94,6 +97,10 @@ class Trial:
         subject = self._subject(ready)
         at = {name: own.fake_quantize for name, own in ranges.items()}
         return self.reference.damage_of(subject.outputs_with({}, at)).mean
+
+    def kept(self, proposed: Mapping[str, tuple[Change, ...]]) -> Kept:
+        """Changes, and the damage with all of them."""
+        return Kept(proposed, self.damage(self.copy(_joined(proposed))))
 
     def _subject(self, ready: Prepared) -> Subject:
         sites = {site.name: site for site in ready.sites}
@@ -104,17 +111,21 @@ class Trial:
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Samples to find transforms by, evenly spaced, and samples to decide by; the same ones where there are few."""
-    total = sum(batch_size(batch) for batch in batches)
-    stride, start = max(1, total // SAMPLES), 0
-    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    stride = max(1, sum(batch_size(batch) for batch in batches) // SAMPLES)
+    drawn = _samples(batches, lambda order: order % stride == 0)
+    held = _samples(drawn, lambda order: order % HELD_BACK == HELD_BACK - 1)
+    return (_samples(drawn, lambda order: order % HELD_BACK != HELD_BACK - 1), held) if held else (drawn, drawn)
+
+
+def _samples(batches: Sequence[Batch], which: Callable[[Tensor], Tensor]) -> list[Batch]:
+    """The samples, by their numbers over all batches, for which ``which`` says so."""
+    found, start = [], 0
     for batch in batches:
-        order = torch.arange(start, start + batch_size(batch), device="cpu")
-        start += len(order)
-        drawn, held = order % stride == 0, (order // stride) % HELD_BACK == HELD_BACK - 1
-        for part, own in zip(parts, (drawn & ~held, drawn & held), strict=True):
-            if bool(own.any()):
-                part.append(picked_samples(batch, own.nonzero().flatten()))
-    return parts if parts[1] else (parts[0], parts[0])
+        own = which(torch.arange(start, start + batch_size(batch), device="cpu"))
+        start += len(own)
+        if bool(own.any()):
+            found.append(picked_samples(batch, own.nonzero().flatten()))
+    return found
 
 
 def changed(ready: Prepared, changes: Sequence[Change]) -> Prepared:
@@ -143,9 +154,25 @@ def transformed(request: Request, asked: str) -> Request:
     return replace(request, ready=ready, settings=request.settings | {RECORDED: records_of(changes)})
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The changes of each transform that are kept, by name, and the damage with all of them."""
+
+    proposed: Mapping[str, tuple[Change, ...]]
+    damage: float
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return _joined(self.proposed)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} at {len(some)} places" for name, some in self.proposed.items()) or "none"
+
+
 def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tuple[Change, ...]:
     """The changes that transforms make of a model, which stays as it is: of those asked for by name all that leave
-    outputs as they are; with "auto" those that lower the damage.
+    outputs as they are; with "auto" those that lower the damage, without rotations or, where that is clearly better,
+    with what is scaled after them.
     """
     names = asked_transforms(asked)
     if not names or not formatted.batches or not formatted.ready.program.steps:
@@ -153,37 +180,52 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
     if asked == "auto" and not _may_gain(formatted):
         return ()
     trial = Trial.of(formatted, settings["loss"], settings["ranges"], settings["seed"])
-    proposed: dict[str, tuple[Change, ...]] = {}
-    for name in names:
-        before = _joined(proposed)
-        if found := _exact(trial, name, before, TRANSFORMS[name].propose(trial.setting(trial.copy(before))).changes):
-            proposed[name] = found
-    return _joined(proposed) if asked != "auto" else _worthwhile(trial, proposed)
+    if asked != "auto":
+        return _joined(_proposals(trial, names))
+    unturned = _proposals(trial, [name for name in names if name not in ROTATIONS])
+    turned = _proposals(trial, ROTATIONS)
+    if not unturned and not turned:
+        return ()
+    plain = Kept({}, trial.damage(trial.copy(())))
+    best = trial.kept(unturned) if unturned else plain
+    if turned:
+        other = trial.kept(_proposals(trial, [name for name in names if name not in ROTATIONS], turned))
+        best = other if other.damage < BETTER * best.damage else best
+    best = _worthwhile(trial, plain, best)
+    notice(
+        f"transforms: {best}; damage of the narrowest formats on samples held back {best.damage:.3g}, "
+        f"{plain.damage:.3g} without"
+    )
+    return _made_again(trial, records_of(best.changes))
 
 
 def _joined(proposed: Mapping[str, Sequence[Change]]) -> tuple[Change, ...]:
     return tuple(change for some in proposed.values() for change in some)
 
 
-def _worthwhile(trial: Trial, proposed: Mapping[str, tuple[Change, ...]]) -> tuple[Change, ...]:
-    """Of the proposed changes those of transforms without which the damage is clearly larger, where all of them
-    together lower it: one of several outliers that is left hides what was gained by the others. The last ones are
-    tried first: rotations take norms' gains away, after which nothing tells that these were scaled.
+def _proposals(
+    trial: Trial, names: Sequence[str], given: Mapping[str, tuple[Change, ...]] | None = None
+) -> dict[str, tuple[Change, ...]]:
+    """What transforms would change, each behind those before it, and leave outputs as they are."""
+    found = dict(given or {})
+    for name in names:
+        before = _joined(found)
+        changes = TRANSFORMS[name].propose(trial.setting(trial.copy(before))).changes
+        if exact := _exact(trial, name, before, changes):
+            found[name] = exact
+    return found
+
+
+def _worthwhile(trial: Trial, plain: Kept, every: Kept) -> Kept:
+    """Of changes that were measured together those of transforms without which the damage is clearly larger. They are
+    not measured alone: one of several outliers that is left hides what is gained by the others.
     """
-    if not proposed:
-        return ()
-    plain, kept = trial.damage(trial.copy(())), dict(proposed)
-    damage = trial.damage(trial.copy(_joined(kept)))
-    for name in reversed(proposed):
-        others = {other: some for other, some in kept.items() if other != name}
-        without = trial.damage(trial.copy(_joined(others))) if others else plain
-        if damage >= BETTER * without:
-            kept, damage = others, without
-    told = ", ".join(f"{name} at {len(some)} places" for name, some in kept.items()) or "none"
-    notice(
-        f"transforms: {told}; damage of the narrowest formats on samples held back {damage:.3g}, {plain:.3g} without"
-    )
-    return _made_again(trial, records_of(_joined(kept))) if len(kept) < len(proposed) else _joined(kept)
+    kept = every
+    for name in every.proposed:
+        others = {other: some for other, some in kept.proposed.items() if other != name}
+        without = trial.kept(others) if others else plain
+        kept = without if kept.damage >= BETTER * without.damage else kept
+    return kept
 
 
 def _made_again(trial: Trial, records: Sequence[Mapping[str, Any]]) -> tuple[Change, ...]:
@@ -242,9 +284,8 @@ def _redo(session: Session, recorded: Sequence[Mapping[str, Any]]) -> None:
             "plan was made with; or transforms='none' to apply it without any."
         )
     if unknown := {str(record["transform"]) for record in recorded} - {*TRANSFORMS}:
-        raise InvalidRequest(
-            f"The plan records an unknown transform {min(unknown)!r}; known: {', '.join(TRANSFORMS)}."
-        )
+        known = ", ".join(TRANSFORMS)
+        raise InvalidRequest(f"The plan records an unknown transform {min(unknown)!r}; known: {known}.")
     trial = Trial.of(Formatted(session.prepared, {}, {}, session.inputs.batches), "auto", "mse", 0)
     session.prepared = changed(session.prepared, _made_again(trial, recorded))
     if (share := trial.difference(session.prepared)) >= EXACT:

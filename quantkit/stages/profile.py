@@ -20,7 +20,8 @@ from quantkit.sensitivity.measure import Perturbation, Subject
 from quantkit.sensitivity.perturbations import site_perturbations, weight_perturbations
 from quantkit.sensitivity.rarely_reached import reached_by_few, with_fallback
 from quantkit.stages.forecast import forecast, rounding_options
-from quantkit.stages.options import Run
+from quantkit.stages.loss_moments import loss_moments
+from quantkit.stages.options import ApplyOptions, Run
 from quantkit.stages.request import Request
 from quantkit.store import Artefacts
 
@@ -94,9 +95,9 @@ def evaluator_of(request: Request, run: Run) -> Evaluator:
     _require_measurable(request)
     ready, batches, settings = request.ready, request.batches, request.settings
     artefacts, progress = artefacts_of(request, run.workdir), run.progress
-    perturbations, rounded = weight_perturbations(
-        ready, request.candidates, batches, rounding_options(request), progress, artefacts
-    )
+    how = ApplyOptions(settings["rounding"], loss=settings["loss"], seed=settings["seed"])
+    rounding = replace(rounding_options(request), known=loss_moments(request.session, ready, how, progress))
+    perturbations, rounded = weight_perturbations(ready, request.candidates, batches, rounding, progress, artefacts)
     perturbations += site_perturbations(ready, request.site_formats, batches, settings["ranges"], progress, artefacts)
     inputs = mixed_pairs(batches, torch.Generator().manual_seed(settings["seed"]))
     if batches:

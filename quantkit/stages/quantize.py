@@ -24,6 +24,7 @@ from quantkit.stages.file_size import Choose, FileLengths, FileLimit, fitting_pl
 from quantkit.stages.metric import require_metric
 from quantkit.stages.operating_point import EFFORTS, refine
 from quantkit.stages.options import Schemes, choose
+from quantkit.stages.outliers import transformed
 from quantkit.stages.profile import announced_evaluator, measure
 from quantkit.stages.reconstruct import samples_enough
 from quantkit.stages.request import Request
@@ -69,10 +70,22 @@ def candidates_of(limit: Budget, schemes: Schemes | None) -> dict[str, Any]:
     return {"schemes": [str(limit.scheme)], "everywhere": True}
 
 
-def quantize_request(request: Request, search: Search) -> Result:
-    """The best model inside the limits."""
+def transformed_within(request: Request, search: Search, transforms: str) -> Request:
+    """The request with its model transformed, after refusing what no plan can meet: transforms are tried by running
+    the model.
+    """
     search.application.options.require_known(request.inputs)
     request.inputs.require_none(effort=search.effort)
+    certain = search.limit.without_accuracy()
+    if certain is not None and certain.file_size is None:
+        blank = request.unmeasured()
+        if only_plan(blank, certain) is None:
+            allocate(blank, certain)
+    return transformed(request, transforms)
+
+
+def quantize_request(request: Request, search: Search) -> Result:
+    """The best model inside the limits."""
     if search.limit.file_size is not None:
         return _within_file(request, search)
     only, accuracy = only_plan(request.unmeasured(), search.limit), search.limit.accuracy_drop is not None

@@ -220,6 +220,8 @@ def _drawn(
     """Inputs with these changes and pair-mixed, ``draws`` of each; the inputs themselves where neither is possible."""
     every: dict[int, Tensor] = {}
     count = batch_size(batch)
+    if not count:
+        return examples_of(floats, entering(batch), count)
     for draw in range(draws):
         other = changed(batch, changes, generator)
         mix = mixed_pairs([other], generator)
@@ -274,7 +276,8 @@ def reconstruct(
         else:
             in_order()
     # codes that blocks have learned stay: the network learns scales and biases, too few to be learned by heart
-    schedule = replace(schedule, code_rate=0.0, averaging=reconstruction.learning.averaging) if found else schedule
+    if found and not reconstruction.positions:
+        schedule = replace(schedule, code_rate=0.0, averaging=reconstruction.learning.averaging)
     training = replace(training, schedule=schedule)
     work = partial(learn_network, runner, reconstruction.reference, reconstruction.data, training)
     found["network"] = learned = kept.learned("network", simulated, simulated.weights, work)

@@ -16,6 +16,7 @@ from quantkit.rounding import rounding_of
 from quantkit.rounding.request import RoundingOptions
 from quantkit.simulation.playback import SPILL_BYTES, differentiated_at_once, played_at_once
 from quantkit.stages.footprint import (
+    by_loss_bytes,
     collecting_bytes,
     counting_bytes,
     fitting,
@@ -59,7 +60,8 @@ class WorkingMemory:
     """Bytes beyond the model and its calibration inputs: ``ranges`` while the values of sites are counted; ``values``
     between layers, or that enter and leave one block, for all samples, ``drawing`` what is learned from (freed before
     learning, but a process seldom gives small pieces back), ``hessian`` of the largest layer, ``graph`` of one batch
-    while it is differentiated; and ``copies`` of the model's state.
+    while it is differentiated; ``by_loss`` what rounding by the network's loss is found from, before the others; and
+    ``copies`` of the model's state.
     """
 
     ranges: int
@@ -68,10 +70,12 @@ class WorkingMemory:
     hessian: int
     graph: int
     copies: int
+    by_loss: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        return self.copies + max(self.ranges, self.values + self.drawing + max(self.hessian, self.graph))
+        working = max(self.ranges, self.values + self.drawing + max(self.hessian, self.graph))
+        return self.copies + self.by_loss + working
 
     def __str__(self) -> str:
         return (
@@ -102,10 +106,11 @@ def working_memory(
     made = value_bytes(program, min(chunk, differentiated_at_once(program, whole(program))))
     graph = _GRAPH * learned * sum(resident_bytes(made[number]) for number in program.producer)
     hessian = max(_rounding(formatted, name, chunk, forward, options) for name in ready.quantizable)
+    by_loss = by_loss_bytes(program, ready.quantizable, options)
     copies = (_LEARNED_COPIES if learned else _COPIES) * state
     batch = max(map(batch_size, formatted.batches), default=BATCH)
     ranges = counting_bytes(program, min(samples, batch))
-    return WorkingMemory(ranges, values, _DRAWING * samples * inputs * learned, hessian, graph, copies)
+    return WorkingMemory(ranges, values, _DRAWING * samples * inputs * learned, hessian, graph, copies, by_loss)
 
 
 def _leaving(sizes: Mapping[int, int], program: Program, block: Segment, samples: int) -> int:

@@ -37,7 +37,7 @@ def keeping_ones(matrix: Tensor) -> Tensor:
     """An orthogonal matrix made one that leaves a vector of equal numbers as it is, from either side: what it makes of
     that vector is reflected back.
     """
-    ones = torch.full((len(matrix),), 1 / math.sqrt(len(matrix)), dtype=matrix.dtype)
+    ones = torch.full((len(matrix),), 1 / math.sqrt(len(matrix)), dtype=matrix.dtype, device=matrix.device)
     apart = matrix @ ones - ones
     if float(apart.norm()) < 1e-9:
         return matrix
@@ -55,25 +55,27 @@ def hadamard(width: int) -> Tensor | None:
 
 
 def _sylvester(width: int) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(matrix) < width:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu"), matrix)
     return matrix
 
 
 def _paley(width: int) -> Tensor | None:
     """Of order 1, of order q + 1 for a prime q = 3 modulo 4, or of order 2 (q + 1) for a prime q = 1 modulo 4."""
     if width == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu")
     if width % 4:
         return None
     if _is_prime(width - 1):
-        return torch.eye(width, dtype=torch.float64) + _bordered(width - 1, -1.0)
+        return torch.eye(width, dtype=torch.float64, device="cpu") + _bordered(width - 1, -1.0)
     if (width // 2 - 1) % 4 == 1 and _is_prime(width // 2 - 1):
         symmetric = _bordered(width // 2 - 1, 1.0)
-        first = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-        second = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-        return torch.kron(symmetric, first) + torch.kron(torch.eye(width // 2, dtype=torch.float64), second)
+        first = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
+        second = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu")
+        return torch.kron(symmetric, first) + torch.kron(
+            torch.eye(width // 2, dtype=torch.float64, device="cpu"), second
+        )
     return None
 
 
@@ -81,11 +83,11 @@ def _bordered(prime: int, below: float) -> Tensor:
     """Whether differences modulo a prime are squares, 1, or not, -1; with a first row of ones and a first column of
     ``below``.
     """
-    numbers = torch.arange(prime)
-    square = torch.full((prime,), -1.0, dtype=torch.float64)
+    numbers = torch.arange(prime, device="cpu")
+    square = torch.full((prime,), -1.0, dtype=torch.float64, device="cpu")
     square[numbers.square() % prime] = 1.0
     square[0] = 0.0
-    matrix = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
+    matrix = torch.zeros(prime + 1, prime + 1, dtype=torch.float64, device="cpu")
     matrix[0, 1:], matrix[1:, 0] = 1.0, below
     matrix[1:, 1:] = square[(numbers[:, None] - numbers[None, :]) % prime]
     return matrix

@@ -19,6 +19,7 @@ from torch import Tensor
 from quantkit.errors import InvalidRequest
 from quantkit.program.channels import mixed
 from quantkit.program.halves import is_half
+from quantkit.program.intercept import device_of
 from quantkit.program.layers import Weights
 from quantkit.transforms.norms import LAYER, normalizations
 from quantkit.transforms.orthogonal import keeping_ones, random_hadamard
@@ -71,7 +72,7 @@ def rotate_stream(weights: Weights, stream: ResidualStream, matrix: Tensor) -> N
 def _absorbed_gain(weights: Weights, read: ReadNorm) -> Tensor:
     """What the layers behind a norm absorb, which the norm no longer multiplies by: its gain, or one."""
     if read.norm.gain is None or not read.folded:
-        return torch.ones(1, dtype=torch.float64)
+        return torch.ones(1, dtype=torch.float64, device=device_of(weights.model))
     stored = weights.tensor(read.norm.gain)
     gain = stored.double().reshape(-1) + read.norm.offset
     _set(weights, read.norm.gain, torch.full_like(stored, 1 - read.norm.offset))

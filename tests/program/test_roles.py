@@ -83,12 +83,20 @@ def test_attention_is_a_softmax_between_two_products(scores, shared: bool) -> No
 
 
 def test_rotated_queries_and_keys_are_what_the_product_reads() -> None:
-    """Sums make them, so codes of the projections do not reach the product: only values are made by a layer."""
+    """Sums make them, of what the projections make: these have no codes, what is multiplied has."""
     found = roles_of(Attention(SCORES["scale"], rotate=True), randn(2, 5, 8))
     assert {name: roles for name, roles in found.items() if "layer input" not in roles} == {
+        "/add": ("query",),
+        "/add.1": ("key",),
         "/softmax": ("probabilities",),
         "v": ("value",),
     }
+
+
+def test_attention_of_float_layers_stays_float() -> None:
+    model, x = Attention(SCORES["scale"], rotate=True).eval(), randn(2, 5, 8)
+    found = place_sites(model, record(model, ((x,), {})), TARGET, ["o"])
+    assert [site.roles for site in found] == [("layer input",)]
 
 
 def test_one_tensor_may_be_all_three() -> None:

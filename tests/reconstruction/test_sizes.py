@@ -15,6 +15,7 @@ from quantkit.program.segments import whole
 from quantkit.reconstruction import data as learned_from
 from quantkit.reconstruction.block_error import PositionError
 from quantkit.reconstruction.data import pieces
+from quantkit.reconstruction.learned import LearnedWeight
 from quantkit.reconstruction.learning import LearningOptions, Schedule
 from quantkit.session import Session
 from quantkit.simulation import playback
@@ -88,6 +89,11 @@ def test_blocks_are_learned_from_sentences_of_several_lengths(scheme: str) -> No
     assert len(notes) == 4  # two pairs of blocks, all of them, and the network
 
 
+def test_a_length_of_which_no_sample_is_held_back_is_learned_from_too() -> None:
+    rare = [padded([4, 5, 3, 5] * 16, 5), padded([8], 8)]
+    assert learned(rare).notes["reconstruction"]["all blocks"].after > 0
+
+
 def test_what_padding_holds_changes_no_code() -> None:
     """And each run repeats itself."""
     found = [codes_of(learned([padded([4, 5, 3, 5] * 16, 6, filler)])) for filler in (0, 0, 17)]
@@ -117,9 +123,7 @@ def test_pieces_name_every_sample_of_a_batch_once() -> None:
 
 
 def simulated() -> tuple[SimulatedProgram, dict[int, Tensor]]:
-    """A learned tagger and inputs of its program, its weights being learned."""
-    from quantkit.reconstruction.learned import LearnedWeight
-
+    """A tagger whose weights are being learned, and inputs of its program."""
     data = padded([4, 5, 3, 5] * 4, 5)
     result = learned([data], how="none")
     session = Session.open(tagger(), Inputs.of(tagger(), [data], None, None), Target.load("onnxruntime-cpu"))

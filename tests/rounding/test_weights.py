@@ -88,7 +88,9 @@ def searched_row(
     damped = hessian + DAMPING * hessian.diagonal().mean() * np.eye(len(row))
     size, trials = len(row) // len(scale), []
     for factor in STRETCH.double().tolist():
-        codes, spread = np.zeros_like(row), np.repeat(scale * factor, size)
+        tried = scale * factor
+        tried = tried.astype(np.float16).astype(tried.dtype) if format.scale == "f16" else tried
+        codes, spread = np.zeros_like(row), np.repeat(tried, size)
         codes[order], loss = obq_row(
             row[order],
             damped[np.ix_(order, order)],
@@ -96,7 +98,7 @@ def searched_row(
             np.repeat(zero, size)[order],
             *format.code_range,
         )
-        trials.append((loss, codes, scale * factor))
+        trials.append((loss, codes, tried))
     return min(trials, key=lambda trial: trial[0])[1:]
 
 

@@ -156,38 +156,32 @@ def test_auto_learns_only_where_it_is_worth_it(scheme: str, count: int, learns: 
     assert ("reconstruction" in result.notes) == learns
 
 
-UNEVEN: dict[str, Any] = {
-    "inputs cannot be put into batches of one size": [images(40), torch.randn(40, 2, 8, 8)],
-    "3 samples are too few": images(3),
-}
+def test_too_few_samples_are_refused_when_asked_to_be_learned_from() -> None:
+    refused = r"reconstruction='network' cannot learn this model: .*3 samples are too few.*'none'"
+    with pytest.raises(QuantkitError, match=refused):
+        apply(small(), {"head": "w2a8"}, images(3), reconstruction="network", progress=False)
 
 
-@pytest.mark.parametrize(("reason", "calibration"), UNEVEN.items(), ids=list(UNEVEN))
-def test_what_cannot_be_learned_from_is_refused_when_asked_for(reason: str, calibration: Any) -> None:
-    with pytest.raises(QuantkitError, match=rf"reconstruction='network' cannot learn this model: .*{reason}.*'none'"):
-        apply(small(), {"head": "w2a8"}, calibration, reconstruction="network", progress=False)
-
-
-def test_auto_goes_on_without_learning(caplog: pytest.LogCaptureFixture) -> None:
-    calibration = UNEVEN["inputs cannot be put into batches of one size"]
-    with caplog.at_level("INFO", logger="quantkit"):
-        result = apply(small(), {"head": "w2a8"}, calibration, progress=False)
-    assert "reconstruction" not in result.notes
-    assert any("nothing is learned after rounding" in record.getMessage() for record in caplog.records)
+def test_images_of_two_sizes_are_learned_from_together() -> None:
+    calibration = [images(40), torch.randn(40, 2, 8, 8, generator=torch.Generator().manual_seed(1))]
+    result = apply(small(), dict.fromkeys(SMALL, "w2"), calibration, reconstruction="network", progress=False)
+    assert result.notes["reconstruction"]["network"].helped
 
 
 @pytest.mark.parametrize(
-    "how, weight_bits, site_bits, way",
+    "how, weight_bits, site_bits, positions, way",
     [
-        ("auto", [3, 8], [8], "block"),
-        ("auto", [4, 8], [8], "network"),
-        ("auto", [8], [8, 4], "block"),
-        ("auto", [4], [], "network"),
-        ("network", [2], [4], "network"),
-        ("block", [8], [8], "block"),
+        ("auto", [3, 8], [8], False, "block"),
+        ("auto", [4, 8], [8], False, "network"),
+        ("auto", [8], [8, 4], False, "block"),
+        ("auto", [4], [], False, "network"),
+        ("network", [2], [4], False, "network"),
+        ("block", [8], [8], False, "block"),
+        ("auto", [4], [], True, "block"),
+        ("network", [4], [], True, "network"),
     ],
 )
-def test_auto_learns_blocks_first_where_codes_are_narrowest(
-    how: str, weight_bits: list[int], site_bits: list[int], way: str
+def test_auto_learns_blocks_first_where_codes_are_narrowest_or_outputs_have_positions(
+    how: str, weight_bits: list[int], site_bits: list[int], positions: bool, way: str
 ) -> None:
-    assert reconstruct.method_to_learn(how, weight_bits, site_bits) == way
+    assert reconstruct.method_to_learn(how, weight_bits, site_bits, positions) == way

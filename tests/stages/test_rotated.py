@@ -60,8 +60,8 @@ def turned() -> tuple[nn.Module, quantkit.Result]:
 def test_the_plan_records_what_was_turned_and_with_which_seed(turned: tuple[nn.Module, quantkit.Result]) -> None:
     _, result = turned
     assert result.plan.provenance["transforms"] == [
-        {"transform": "head-rotation", "at": "/matmul.1", "seed": 4},
         {"transform": "stream-rotation", "at": "embed/linear", "seed": 4},
+        {"transform": "head-rotation", "at": "/matmul.1", "seed": 4},
     ]
 
 

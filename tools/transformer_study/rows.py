@@ -9,7 +9,7 @@ from typing import Any
 import quantkit
 from quantkit.formats import Scheme
 
-GROUPS = ("minilm", "llama", "injected", "vit", "tiny")
+GROUPS = ("minilm", "llama", "injected", "vit", "rotations", "tiny")
 SEEDS = (1, 2, 3)
 
 
@@ -53,6 +53,7 @@ def rows() -> Iterator[Row]:
     yield from _cost()
     yield from _injected()
     yield from _vit()
+    yield from _rotations()
 
 
 def _minilm() -> Iterator[Row]:
@@ -160,3 +161,31 @@ def _vit() -> Iterator[Row]:
     ):
         first = {"rules": {"conv1": f"w{bits}a8"}}  # the pixels themselves are read in 8 bits, as in study_vit.py
         yield Row("vit", name, subject, f"w{bits}a{bits}", goal, before, "top-1", options=first)
+
+
+def _rotations() -> Iterator[Row]:
+    """What rotations do, with and without scalings, before anything is learned."""
+    scaled, turned = "norm-scaling,layer-scaling,key-scaling", "head-rotation,stream-rotation"
+    asked = {
+        "plain": "none",
+        "scaled": scaled,
+        "turned": turned,
+        "scaled, turned": f"{scaled},{turned}",
+        "auto": "auto",
+    }
+    both, every = ("plain", "turned"), tuple(asked)
+    for subject, budget, linears, hows in (
+        ("llama", "w4a8", False, every),
+        ("llama scale 1", "w4a8", False, every),
+        *((f"llama rotate {seed}", "w4a8", False, every) for seed in SEEDS),
+        ("llama", "w4a4", False, both),
+        ("llama", "w3g64z", True, both),
+        ("llama", "w2g64z", True, both),
+        ("vit", "w4a4", False, both),
+    ):
+        rules = {"rules": {"conv1": "w4a8"}} if subject == "vit" else {}
+        figure = "top-1" if subject == "vit" else "KL"
+        for how in hows:
+            options = {"transforms": asked[how], "reconstruction": "none", "correction": None, **rules}
+            name = f"rotations: {subject} {budget.upper()} {how}"
+            yield Row("rotations", name, subject, budget, "", "", figure, linears, options)

@@ -1,0 +1,112 @@
+"""Kronecker factors beside gradients of one sample at a time, by the weights themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import quantkit
+from quantkit.rounding.moments import damped
+from quantkit.sensitivity.kronecker import DAMPING, FisherInputs, kronecker_moments, layers_with_factors
+from quantkit.session import Session
+from quantkit.stages.inputs import Inputs
+from quantkit.targets import Target
+
+SAMPLES, LENGTH, WORDS = 6, 5, 11
+
+
+class TinyLanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 8)
+        self.mix = nn.Linear(8, 12)
+        self.back = nn.Linear(12, 8, bias=False)
+        self.head = nn.Linear(8, WORDS, bias=False)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        x = x + x.cumsum(1) / 3
+        return self.head(torch.tanh(x + self.back(torch.relu(self.mix(x)))))
+
+
+def model_and_data(seed=0):
+    torch.manual_seed(seed)
+    model = TinyLanguageModel().eval()
+    return model, torch.randint(0, WORDS, (SAMPLES, LENGTH))
+
+
+def session_of(model, tokens):
+    return Session.open(model, Inputs.of(model, [tokens], None, None), Target.load("onnxruntime-cpu"))
+
+
+def factors(session, names, seed=0):
+    ready, damage = session.prepared, session.reference("auto").damage
+    given = FisherInputs(ready.model, ready.program, session.inputs.batches, damage)
+    return kronecker_moments(given, names, torch.Generator().manual_seed(seed), progress=False)
+
+
+def gradients_of_samples(model, tokens, weight, generator):
+    """A gradient for each sample, of the log-likelihood of labels drawn for all of them in turn."""
+    logits = model(tokens)
+    p = logits.detach().reshape(-1, WORDS).softmax(-1)
+    labels = torch.multinomial(p, 1, generator=generator).reshape(SAMPLES, LENGTH, 1)
+    likely = logits.log_softmax(-1).gather(-1, labels).sum((1, 2))
+    return [torch.autograd.grad(one, weight, retain_graph=True)[0].double() for one in likely]
+
+
+def test_factors_are_those_of_gradients_of_one_sample_at_a_time():
+    model, tokens = model_and_data()
+    found = factors(session_of(model, tokens), ["mix"])["mix"]
+
+    generator = torch.Generator().manual_seed(0)
+    first = gradients_of_samples(model, tokens, model.mix.weight, generator)
+    inputs, outputs = sum(g.T @ g for g in first), sum(g @ g.T for g in first)
+    one, other = (torch.linalg.inv(damped(x[None], DAMPING)[0]) for x in (inputs, outputs))
+    again = gradients_of_samples(model, tokens, model.mix.weight, generator)
+    assert torch.allclose(found.hessian[0], sum(g.T @ other @ g for g in again), rtol=1e-3, atol=1e-6)
+    assert torch.allclose(found.output[0], sum(g @ one @ g.T for g in again), rtol=1e-3, atol=1e-6)
+
+
+def test_the_factor_of_a_table_is_that_of_gradients_by_what_is_looked_up():
+    model, tokens = model_and_data()
+    found = factors(session_of(model, tokens), ["words"])["words"]
+    assert found.table and found.output is None
+
+    seen = []
+    model.words.register_forward_hook(lambda _, inputs, out: seen.append(out.requires_grad_()) or out)
+    labels = torch.Generator().manual_seed(0)
+    for _ in range(2):  # the second draw counts
+        logits = model(tokens)
+        p = logits.detach().reshape(-1, WORDS).softmax(-1)
+        drawn = torch.multinomial(p, 1, generator=labels)
+        likely = logits.log_softmax(-1).reshape(-1, WORDS).gather(-1, drawn).sum()
+        slope = torch.autograd.grad(likely, seen[-1])[0].reshape(-1, 8).double()
+        rows = slope.T @ slope
+    assert torch.allclose(found.hessian[0], rows, rtol=1e-3, atol=1e-6)
+
+
+def test_layers_that_make_an_output_have_none():
+    model, tokens = model_and_data()
+    program = session_of(model, tokens).prepared.program
+    assert layers_with_factors(program, ["words", "mix", "back", "head"], 1 << 30) == ["words", "mix", "back"]
+    assert layers_with_factors(program, ["words", "mix", "back"], 8 * 8 * 8) == ["words"]
+
+
+def test_results_do_not_depend_on_the_size_of_batches():
+    model, tokens = model_and_data()
+    whole = factors(session_of(model, tokens), ["mix"])["mix"]
+    inputs = Inputs.of(model, [tokens[:2], tokens[2:]], None, None)
+    session = Session.open(model, inputs, Target.load("onnxruntime-cpu"))
+    parts = factors(session, ["mix"])["mix"]
+    assert torch.allclose(whole.hessian, parts.hessian, rtol=0.5)  # other labels are drawn
+    assert whole.hessian.shape == parts.hessian.shape
+
+
+def test_weights_of_language_models_are_rounded_by_the_loss():
+    model, tokens = model_and_data()
+    options = {"reconstruction": "none", "correction": None, "progress": False, "transforms": "none"}
+    result = quantkit.quantize(model, "w4g4z", tokens, **options)
+    assert result.notes["rounding"]["mix"].startswith("yaqa")
+    assert result.notes["rounding"]["words"].startswith("yaqa")
+    again = quantkit.quantize(model, "w4g4z", tokens, **options)
+    assert torch.equal(result.model(tokens), again.model(tokens))

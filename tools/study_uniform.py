@@ -1,12 +1,13 @@
 """Is the plan that is returned ever worse than one scheme for all layers? At many budgets, on inputs never seen.
 
     python tools/study_uniform.py [--models resnet20 vit_hybrid llama] [--rounding nearest gptq] [--budgets 40]
-        [--samples 128] [--unseen 512] [--markdown FILE]
+        [--samples 128] [--unseen 2000] [--markdown FILE]
 
 Weights only, 2 to 6 bits, for language models in groups of 64 with zero points and 4 or 8 bits for embedding and
 head. The budgets are the sizes of the uniform plans, where there is least to gain, and evenly spaced ones between the
 smallest and the largest of them. Of each the plan that ``quantize`` returns without learning and the best uniform plan
-of at most as many bytes as the budget are applied; damage is measured on inputs that decided nothing.
+of at most as many bytes as the budget are applied; damage is measured on inputs that decided nothing. Of ResNet20 a
+few hundred images do not tell plans of 5 bits apart: 128 and 384 of them gave ratios of 1.76 and 0.83 for one plan.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def llama(data: Path, samples: int, unseen: int) -> tuple[nn.Module, list[dict],
 
 
 def study_of(name: str, rounding: str, data: Path, samples: int, unseen: int) -> Study:
-    made = llama(data, samples, unseen) if name == "llama" else images_of(name, data, samples, unseen)
+    made = llama(data, samples, max(1, unseen // 10)) if name == "llama" else images_of(name, data, samples, unseen)
     model, shown, held, options = made
     return Study(make_ready(model.eval(), shown, rounding=rounding, **options), held, rounding)
 
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--rounding", nargs="+", choices=("nearest", "gptq"), default=["nearest", "gptq"])
     parser.add_argument("--budgets", type=int, default=40)
     parser.add_argument("--samples", type=int, default=128, help="calibration images or windows (default 128)")
-    parser.add_argument("--unseen", type=int, default=512, help="evaluation images or windows (default 512)")
+    parser.add_argument("--unseen", type=int, default=2000, help="evaluation images, windows a tenth (default 2000)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="append the tables to this file")
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,10 @@
-"""A plan is returned if it is no worse than the best plan with one scheme for all layers, on inputs held back.
+"""A plan is returned if it does less damage than the best plan with one scheme for all layers, on inputs held back.
 
 Searches can lose to their own baseline: predictions err, and where a budget is just met by a uniform scheme there is
 little to gain. So the plan and the uniform ones that the profile predicts best within the same limits are rounded on
-three quarters of the calibration samples and measured on the others (docs/methods/against-uniform.md).
+three quarters of the calibration samples and measured on the others, or rounded and measured on all where rounding
+does not look at inputs. In doubt, within a standard error, a uniform plan is returned
+(docs/methods/against-uniform.md).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from quantkit.plan import Plan, Profile
 from quantkit.program.inputs import Batch, batch_size, picked_samples
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
-from quantkit.sensitivity.damage import Reference
+from quantkit.rounding import rounding_of
+from quantkit.sensitivity.damage import Reference, RunningDamage
+from quantkit.sensitivity.inputs import mixed_pairs
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.stages.apply import Application, formatted_by, schemes_to_check
@@ -30,6 +34,7 @@ from quantkit.stages.recording import Replay, samples_by_size
 MOST_TRIED = 2  # uniform plans
 HELD_BACK = 4  # one sample in so many
 LEAST_HELD = 4  # with fewer all samples are rounded and measured on
+DRAWS = 4  # of mixes of the samples measured on, where they can be mixed: a network is too sure of them as they are
 CLEARLY_BETTER = 0.5  # a predicted damage that is less than this share of a uniform plan's is not measured
 
 Choose = Callable[[Profile], Plan]
@@ -44,14 +49,16 @@ def no_worse_than_uniform(session: Session, profile: Profile, plan: Plan, choose
     if not tried or _predicted(plan) < CLEARLY_BETTER * min(map(_predicted, tried.values())):
         return plan
     trials = _Trials.of(session, asked)
-    own, damages = trials.damage(plan), {name: trials.damage(found) for name, found in tried.items()}
+    own, others = trials.damage(plan), {name: trials.damage(found) for name, found in tried.items()}
+    damages = {name: other.mean for name, other in others.items()}
     best = min(damages, key=damages.__getitem__)
-    record = {"damage": own, "uniform": damages, "samples": trials.held_samples}
-    if own <= damages[best]:
+    gain, error = others[best].since(own).mean_and_error
+    record = {"damage": own.mean, "uniform": damages, "error": error, "samples": trials.held_samples}
+    if gain >= error:
         return replace(plan, provenance=plan.provenance | {"against_uniform": record})
     notice(
-        f"{best} for all layers that may take it does less damage on {trials.held_samples} samples held back than the "
-        f"plan that was chosen ({damages[best]:.4g}, {own:.4g}), and is returned"
+        f"{best} for all layers that may take it does {damages[best]:.4g} of damage on {trials.held_samples} samples "
+        f"and the plan that was chosen {own.mean:.4g}, not less by more than chance: the former is returned"
     )
     return replace(tried[best], provenance=tried[best].provenance | {"against_uniform": record | {"returned": best}})
 
@@ -87,18 +94,22 @@ class _Trials:
 
     @classmethod
     def of(cls, session: Session, asked: Application) -> _Trials:
-        kept, held = held_back(session.inputs.batches)
+        kept, held = list(session.inputs.batches), list(session.inputs.batches)
+        if rounding_of(asked.options.rounding).hessian:
+            kept, held = held_back(session.inputs.batches)
         options = replace(asked.options, reconstruction="none", correction="none")
         asked = replace(asked, options=options, evaluate=None, inplace=False)
         ready, program = session.prepared, session.standing or session.prepared.program
         subject = Subject(ready.model, held, {}, options.loss, weights=ready.weights, program=program)
+        drawn = [mixed_pairs(held, torch.Generator().manual_seed(seed)) for seed in range(DRAWS)]
+        subject.batches = [batch for mixed in drawn if mixed is not None for batch in mixed] or held
         return cls(_on(session, kept), Reference.of(subject), asked)
 
     @property
     def held_samples(self) -> int:
         return sum(map(batch_size, self.reference.batches))
 
-    def damage(self, plan: Plan) -> float:
+    def damage(self, plan: Plan) -> RunningDamage:
         """The damage of a plan, rounded on what is not held back."""
         own = self.session.fork()
         options = self.asked.options.with_inputs(own.inputs, schemes_to_check(plan, own))
@@ -109,7 +120,7 @@ class _Trials:
         known = loss_moments(own, formatted.ready, options, progress, rewritten)
         simulated, _ = applying.quantized(progress, Cache(), known)
         measured = Subject(simulated, self.reference.batches, {}, rule=self.reference.damage.rule)
-        return self.reference.damage_of(measured.outputs()).mean
+        return self.reference.damage_of(measured.outputs())
 
 
 def _on(session: Session, batches: list[Batch]) -> Session:

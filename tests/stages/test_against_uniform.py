@@ -48,10 +48,10 @@ def test_a_plan_that_does_more_damage_than_one_scheme_for_all_is_not_returned(me
     request, profile = measured
     with one_call():
         found = no_worse_than_uniform(request.session, profile, backwards(profile), choose, APPLICATION)
-        assert any("and is returned" in text for text in said())
+        assert any("the former is returned" in text for text in said())
     assert set(map(str, found.schemes.values())) == {"w4"} and found.average_bits <= 6
     record = found.provenance["against_uniform"]
-    assert record["returned"] == "w4" and record["damage"] > record["uniform"]["w4"] and record["samples"] == 8
+    assert record["returned"] == "w4" and record["damage"] > record["uniform"]["w4"] and record["samples"] == 4 * 32
 
 
 def test_a_plan_that_does_less_is_and_the_model_stays_as_it_was(measured) -> None:
@@ -61,10 +61,9 @@ def test_a_plan_that_does_less_is_and_the_model_stays_as_it_was(measured) -> Non
         before = request.session.prepared.model(images(4))
     plan = replace(choose(profile), predicted_damage=1e9)
     found = no_worse_than_uniform(request.session, profile, plan, choose, APPLICATION)
-    assert found.schemes == plan.schemes
     if plan.schemes != dict.fromkeys(plan.schemes, plan.schemes["conv"]):
         record = found.provenance["against_uniform"]
-        assert "returned" not in record and record["damage"] <= min(record["uniform"].values())
+        assert "returned" not in record and record["damage"] < min(record["uniform"].values())
     assert request.session.inputs.batches is batches
     with torch.no_grad():
         assert torch.equal(request.session.prepared.model(images(4)), before)
@@ -97,4 +96,5 @@ def test_quantize_says_what_it_was_measured_beside(budget: str, monkeypatch: pyt
     record = made.plan.provenance["against_uniform"]
     assert list(record["uniform"]) == ["w3a8", "w2a8"] or set(record["uniform"]) <= {"w2a8", "w3a8"}
     best = min(record["uniform"], key=record["uniform"].__getitem__)
-    assert ("returned" in record) == (record["damage"] > record["uniform"][best])
+    assert ("returned" in record) == (record["uniform"][best] - record["damage"] < record["error"])
+    assert record["samples"] == 4 * 8  # every fourth, in four mixes

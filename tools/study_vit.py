@@ -98,7 +98,7 @@ def main() -> None:
             start = time.perf_counter()
             result = quantkit.apply(
                 model, plan, calibration, reparameterization=way, rounding=rounding, progress=False,
-                reconstruction="none", correction="none",
+                reconstruction="none", correction="none", transforms="auto" if row == "default" else "none",
             )  # fmt: skip
             seconds = time.perf_counter() - start
             notes = result.notes.get("reparameterization", {}).values()

@@ -30,7 +30,7 @@ from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions, asked_transforms
 from quantkit.stages.request import Request
 from quantkit.transforms.change import Change
-from quantkit.transforms.known import ROTATIONS, TRANSFORMS
+from quantkit.transforms.known import ROTATIONS, SCALINGS, TRANSFORMS
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.registry import Setting
@@ -172,7 +172,7 @@ class Kept:
 def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tuple[Change, ...]:
     """The changes that transforms make of a model, which stays as it is: of those asked for by name all that leave
     outputs as they are; with "auto" those that lower the damage, without rotations or, where that is clearly better,
-    with what is scaled after them.
+    with rotations behind them.
     """
     names = asked_transforms(asked)
     if not names or not formatted.batches or not formatted.ready.program.steps:
@@ -182,14 +182,14 @@ def decided(formatted: Formatted, asked: str, settings: Mapping[str, Any]) -> tu
     trial = Trial.of(formatted, settings["loss"], settings["ranges"], settings["seed"])
     if asked != "auto":
         return _joined(_proposals(trial, names))
-    unturned = _proposals(trial, [name for name in names if name not in ROTATIONS])
-    turned = _proposals(trial, ROTATIONS)
-    if not unturned and not turned:
+    scaled = _proposals(trial, SCALINGS)
+    turned = _proposals(trial, ROTATIONS, scaled)
+    if not turned:
         return ()
     plain = Kept({}, trial.damage(trial.copy(())))
-    best = trial.kept(unturned) if unturned else plain
-    if turned:
-        other = trial.kept(_proposals(trial, [name for name in names if name not in ROTATIONS], turned))
+    best = trial.kept(scaled) if scaled else plain
+    if len(turned) > len(scaled):
+        other = trial.kept(turned)
         best = other if other.damage < BETTER * best.damage else best
     best = _worthwhile(trial, plain, best)
     notice(

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import quantkit
-from quantkit.formats import Scheme
-
 GROUPS = ("minilm", "llama", "injected", "vit", "rotations", "tiny")
 SEEDS = (1, 2, 3)
 
@@ -35,10 +32,8 @@ class Row:
 
 
 def grouped(bits: int, group: int) -> str:
-    """Weights in groups with zero points, with scales in 16 bits where they can be asked for."""
-    target, plain = quantkit.Target.load("onnxruntime-cpu"), f"w{bits}g{group}z"
-    short = f"{plain}sf16"
-    return plain if target.refusal(Scheme.parse(short)) else short
+    """Weights in groups with zero points."""
+    return f"w{bits}g{group}z"
 
 
 def mixed(*groups: int) -> dict[str, Any]:

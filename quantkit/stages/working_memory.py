@@ -39,6 +39,7 @@ _DRAWING = 9  # copies of the samples: recorded, divided, and one draw while it 
 _COPIES = 2  # of parameters: codes, and weights as they are read
 _LEARNED_COPIES = 9  # learned: float, computed with, their gradients, two of Adam, mean, present and best
 _GRAPH = 5  # what a gradient keeps of a value: itself, scaled, rounded and quantized, and its own gradient
+_FLOAT_GRAPH = 2  # of a value that no site quantizes: itself, and its own gradient
 _PASSES = 10  # of a quantized model: four to count values for ranges, two to round, four to time and compare
 _STEP = 3  # forwards of a batch that a step of learning takes, its gradient included
 _LEARNED = 0.05  # of what rounding a weight takes: a step of learning it
@@ -104,7 +105,8 @@ def working_memory(
     state = sum(t.numel() * t.element_size() for t in ready.model.state_dict().values())
     learned = learning.network + learning.blocks > 0
     forward = forward_bytes(program, chunk)
-    graph = _GRAPH * learned * _made(program, min(chunk, differentiated_at_once(program, whole(program))))
+    copied = _GRAPH if formatted.sites else _FLOAT_GRAPH
+    graph = copied * learned * _made(program, min(chunk, differentiated_at_once(program, whole(program))))
     if rounding_of(options.name).fisher:
         rows = math.prod(program.shape[program.output][:-1]) // program.size
         graph = max(graph, _made(program, min(samples, max(1, GRAPH_ROWS // max(1, rows)))))

@@ -60,7 +60,7 @@ def test_the_figures_of_a_small_network_by_hand() -> None:
     assert rounding.ranges == 2 * (3 + 7) * 40 * value
     program = recording.program
     made = sum(torch.Size(program.shape[number][1:]).numel() for number in program.producer)
-    assert learning.graph == 2 * 5 * 4 * 40 * made
+    assert learning.graph == 2 * 2 * 4 * 40 * made
 
 
 def test_values_that_follow_the_number_of_samples_alone_are_held_too() -> None:

@@ -31,6 +31,7 @@ from quantkit.stages.options import ApplyOptions, asked_transforms
 from quantkit.stages.request import Request
 from quantkit.transforms.change import Change
 from quantkit.transforms.known import ROTATIONS, SCALINGS, TRANSFORMS
+from quantkit.transforms.norms import normalizations
 from quantkit.transforms.plain_weights import copy_with_computed_tensors
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.registry import Setting
@@ -237,9 +238,11 @@ def _made_again(trial: Trial, records: Sequence[Mapping[str, Any]]) -> tuple[Cha
 
 
 def _may_gain(formatted: Formatted) -> bool:
-    """Whether anything gets codes whose steps depend on how even channels are."""
+    """Whether anything gets codes whose steps depend on how even channels are, in a network with norms: between
+    convolutions GPTQ makes of its own what scaling gains with weights rounded to nearest.
+    """
     grouped = any(weight.group and weight.bits < EIGHT_BITS for weight in formatted.weights.values())
-    return grouped or bool(formatted.sites)
+    return (grouped or bool(formatted.sites)) and bool(normalizations(formatted.ready)[0])
 
 
 def _exact(trial: Trial, name: str, kept: Sequence[Change], proposed: Sequence[Change]) -> tuple[Change, ...]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from quantkit.program.halves import is_half
@@ -87,6 +85,9 @@ def _classes(flow: Flow) -> tuple[np.ndarray, np.ndarray]:
     both = np.concatenate([pairs, -pairs])
     nodes = np.where(both < 0, count - both, both)  # -l is node count + l
     ones = np.ones(len(nodes), dtype=np.int8)
+    from scipy.sparse import coo_array  # it takes long to import
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((ones, (nodes[:, 0], nodes[:, 1])), shape=(2 * count, 2 * count))
     _, component = connected_components(graph, directed=False)
     positive, negative = component[:count], component[count:]

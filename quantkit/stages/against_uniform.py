@@ -40,11 +40,15 @@ CLEARLY_BETTER = 0.5  # a predicted damage that is less than this share of a uni
 Choose = Callable[[Profile], Plan]
 
 
-def no_worse_than_uniform(session: Session, profile: Profile, plan: Plan, choose: Choose, asked: Application) -> Plan:
+def no_worse_than_uniform(
+    session: Session, profile: Profile, plan: Plan, choose: Choose, asked: Application, on_codes: bool = False
+) -> Plan:
     """``plan``, or a plan with one scheme for all where that does less damage; what was measured is in its provenance.
-    ``choose`` gives the plan of a profile within the limits.
+    ``choose`` gives the plan of a profile within the limits. ``on_codes``: only schemes with activations in codes, for
+    limits that are about what runs on them.
     """
-    uniform = {str(s): found for s, found in uniform_plans(profile, choose) if found.schemes != plan.schemes}
+    found = [(scheme, one) for scheme, one in uniform_plans(profile, choose, on_codes) if one.schemes != plan.schemes]
+    uniform = {str(scheme): one for scheme, one in found}
     tried = dict(sorted(uniform.items(), key=lambda item: _predicted(item[1]))[:MOST_TRIED])
     if not tried or _predicted(plan) < CLEARLY_BETTER * min(map(_predicted, tried.values())):
         return plan
@@ -68,13 +72,13 @@ def _predicted(plan: Plan) -> float:
     return plan.predicted_damage
 
 
-def uniform_plans(profile: Profile, choose: Choose) -> Iterator[tuple[Scheme, Plan]]:
+def uniform_plans(profile: Profile, choose: Choose, on_codes: bool = False) -> Iterator[tuple[Scheme, Plan]]:
     """For every candidate the plan within the limits that gives it to all layers that may take it, if there is one."""
     offered = candidates(profile)
     for scheme in dict.fromkeys(s for options in offered.values() for s in options if not s.is_float):
         own = {name: profile.layers[name].carried_out(scheme) for name in offered}
         taking = [name for name, options in offered.items() if own[name] in options]
-        if len(taking) < 2:
+        if len(taking) < 2 or (on_codes and scheme.activation is None):
             continue
         fixed = {name: (str(own[name]),) for name in taking}
         others = {name: tuple(map(str, options)) for name, options in offered.items()}

@@ -157,8 +157,9 @@ def _decide(
         plan = refine(plan, measured, most, evaluator, search.effort, run.progress)
     if search.solver != AUTO or not request.batches:
         return measured, plan
-    asked = search.application
-    return measured, no_worse_than_uniform(request.session, measured, plan, lambda one: choose(one)[0], asked)
+    on_codes, asked = needs_execution(most.limits(measured)), search.application
+    within = partial(no_worse_than_uniform, request.session, measured, plan, lambda one: choose(one)[0], asked)
+    return measured, within(on_codes=on_codes)
 
 
 def _require_work(profile: Profile, limit: Budget) -> None:

@@ -70,7 +70,7 @@ DATA = {
     "empty tensor": Bad(EMPTY, calibration=images()[:0]),
     "empty generator": Bad(EMPTY, calibration=(x for x in ())),
     "no iterable": Bad("^calibration must be an iterable of model inputs, not float", calibration=3.5),
-    "a string": Bad("^A calibration item must be a tensor, a tuple of arguments or a dict", calibration="images"),
+    "a string": Bad("^The calibration data are texts, and the model takes numbers: tokenizer=", calibration="images"),
     "NaN": Bad(NOT_FINITE.format(0), calibration=with_input(float("nan"))),
     "infinity": Bad(NOT_FINITE.format(1), calibration=[images(), with_input(float("inf"))]),
     "wrong channels": Bad(

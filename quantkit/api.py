@@ -196,12 +196,11 @@ def apply(
     channel ("norm"), its clipping learned ("clip"), and norms and the layers behind them are rewritten so that one
     range does the same, where that lowers the error behind them; linear layers divide what they read by a ratio for
     each channel, by which their weights are multiplied, where that does ("reads"); 4-bit probabilities of attention
-    get logarithmic codes ("softmax"). Joined by +; "auto" is "clip+reads+softmax".
+    get logarithmic codes ("softmax"). Joined by +; "auto" is "clip+reads+softmax", reads in models with norms.
 
     ``tokenizer`` as for ``profile``. ``evaluate`` (model -> a number, or one for each sample, higher is better) is
-    reported for the float and for the
-    quantized model; it must not use the calibration data. Without ``calibration`` plans of weights alone are met, by
-    HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
+    reported for the float and for the quantized model; it must not use the calibration data. Without ``calibration``
+    plans of weights alone are met, by HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
     rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
     depend on: the same call again, after a kill or not, does none of that twice. ``memory`` as for ``quantize``.
     ``float_storage`` as for ``profile``; None: as the plan was made for. ``transforms`` as for ``profile``; "auto"

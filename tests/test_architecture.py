@@ -70,7 +70,7 @@ def test_the_target_is_used(examples) -> None:
 def test_reading_tasks_name_at_most_three_files(page: str, repo: Path) -> None:
     section = page.split("## Reading tasks")[1].split("## Adding your own")[0]
     tasks = [re.findall(r"`(quantkit/[^`]+)`", line) for line in section.splitlines() if "?" in line]
-    assert len(tasks) == 6
+    assert len(tasks) == 7
     for files in tasks:
         assert 1 <= len(files) <= 3
         assert all((repo / file).is_file() for file in files)

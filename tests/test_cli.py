@@ -150,7 +150,7 @@ def test_list(capsys, monkeypatch) -> None:
         r"sensitivity +(?!.*(lim|zd,|depth)).*gram, .*kl.*, weight-error, weight-error-zd$",
         r"rankings +depth, lim, lim-layer, zd, zd-layer \(only order layers: for solver by-rank\)$",
         r"solver +.*auto",
-        r"rounding +auto, gptq, gptaq, nearest, hqq, adaround, signround$",
+        r"rounding +auto, gptq, gptaq, nearest, hqq, adaround, signround, yaqa$",
         r"ranges +minmax, mse, percentile, entropy$",
         r"reconstruction +auto, none, adaquant, adaquant-parallel, block, network$",
         r"correction +auto, none, bias, norm, tuning, confidence$",

@@ -33,6 +33,7 @@ from quantkit.stages.options import ApplyOptions
 from quantkit.stages.scaled_reads import ScaledRead, searched
 from quantkit.store import Arrays, Artefacts, Codec
 from quantkit.transforms.norm_ranges import Norm, Rewrite, rewritable_norms, rewrite
+from quantkit.transforms.norms import normalizations
 from quantkit.transforms.prepare import Prepared
 from quantkit.transforms.reads import Read, scalable_reads
 from quantkit.transforms.stored import FLOAT_BYTES
@@ -122,7 +123,8 @@ def reparameterization_of(formatted: Formatted, options: ApplyOptions, kept: Art
         else:
             notes[norm.name] += ": not rewritten"
     found = Reparameterization(tuple(rewrites), log_probabilities="softmax" in parts, notes=notes)
-    return _with_reads(found, formatted, options, kept) if "reads" in parts else found
+    reads = "reads" in parts and (options.reparameterization != "auto" or bool(normalizations(ready)[0]))
+    return _with_reads(found, formatted, options, kept) if reads else found
 
 
 def _with_reads(

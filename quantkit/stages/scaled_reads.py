@@ -80,7 +80,7 @@ def searched(
     plain, *others = [(found, error(found)) for found in _ranges_of(training, asked, ranges, ())]
     least = min([plain, *(other for other in others if other[1] < WORTH * plain[1])], key=lambda pair: pair[1])
     scaled = [found for ratio in _ratios(training) for found in _ranges_of(training, asked, ranges, ratio)]
-    best = min(((found, error(found)) for found in scaled), key=lambda pair: pair[1])
+    best = min([least, *((found, error(found)) for found in scaled)], key=lambda pair: pair[1])
     found, after = best if best[1] < WORTH * least[1] else least
     return ScaledRead(read, found, plain[1], after)
 

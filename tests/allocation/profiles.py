@@ -7,7 +7,7 @@ import numpy as np
 from quantkit.formats import Scheme
 from quantkit.plan import Layer, Profile, SiteRecord
 
-SCHEMES = ("w2a4", "w2a8", "w4a4", "w4a8", "w8a8", "w8g8sf16a8")
+SCHEMES = ("w2a4", "w2a8", "w4a4", "w4a8", "w8a8", "w8g8a8")
 
 
 def network(

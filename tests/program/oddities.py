@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from tests.program.models import IMAGE, TOKENS, VECTOR, MobileNetBlock, Net, conv_bn, randn
-from tests.program.zoo import ZOO, family
+from tests.program.networks import ZOO, family
 
 __all__ = ["ZOO"]
 

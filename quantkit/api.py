@@ -200,11 +200,12 @@ def apply(
 
     ``tokenizer`` as for ``profile``. ``evaluate`` (model -> a number, or one for each sample, higher is better) is
     reported for the float and for the quantized model; it must not use the calibration data. Without ``calibration``
-    plans of weights alone are met, by HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every layer is kept there as soon as it is
-    rounded, and every block, correction and the network as soon as it is learned, under a key of everything they
-    depend on: the same call again, after a kill or not, does none of that twice. ``memory`` as for ``quantize``.
-    ``float_storage`` as for ``profile``; None: as the plan was made for. ``transforms`` as for ``profile``; "auto"
-    makes those of the plan again, from the same data, and decides for a mapping.
+    plans of weights alone are met, by HQQ; ``example_inputs`` then lets BatchNorm be folded. With ``workdir`` every
+    layer is kept there as soon as it is rounded, and every block, correction and the network as soon as it is learned,
+    under a key of everything they depend on: the same call again, after a kill or not, does none of that twice.
+    ``memory`` as for ``quantize``. ``float_storage`` as for ``profile``; None: as the plan was made for.
+    ``transforms`` as for ``profile``; "auto" makes those of the plan again, from the same data, and decides for a
+    mapping.
     Raises InvalidRequest for a plan that does not fit the model or the target.
     """
     goal, decided = Target.load(target), Plan.of(plan)

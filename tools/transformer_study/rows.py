@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-GROUPS = ("minilm", "llama", "injected", "vit", "rotations", "tiny")
+GROUPS = ("minilm", "llama", "injected", "vit", "rounding", "rotations", "tiny")
 SEEDS = (1, 2, 3)
 
 
@@ -48,6 +48,7 @@ def rows() -> Iterator[Row]:
     yield from _cost()
     yield from _injected()
     yield from _vit()
+    yield from _rounding()
     yield from _rotations()
 
 
@@ -156,6 +157,15 @@ def _vit() -> Iterator[Row]:
     ):
         first = {"rules": {"conv1": f"w{bits}a8"}}  # the pixels themselves are read in 8 bits, as in study_vit.py
         yield Row("vit", name, subject, f"w{bits}a{bits}", goal, before, "top-1", options=first)
+
+
+def _rounding() -> Iterator[Row]:
+    """What rounding by the loss of the whole network does, before anything is learned."""
+    for bits in (4, 3, 2):
+        for how in ("gptq", "yaqa"):
+            options = {"rounding": how, "transforms": "none", "reconstruction": "none", "correction": None}
+            name = f"rounding: llama W{bits} {how}"
+            yield Row("rounding", name, "llama", grouped(bits, 64), "", "", linears=True, options=options)
 
 
 def _rotations() -> Iterator[Row]:

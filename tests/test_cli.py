@@ -261,7 +261,9 @@ def test_debug_shows_where(recipe: str) -> None:
 
 
 def test_an_interrupted_run(recipe: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Ctrl-C while the plan is carried out: the profile and every rounded layer are kept, nothing else is there."""
+    """Ctrl-C while the plan is carried out: the profile, the range of a read and the four rounded layers are kept,
+    nothing else is there.
+    """
 
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -274,7 +276,7 @@ def test_an_interrupted_run(recipe: str, tmp_path: Path, monkeypatch, capsys) ->
     *pieces, kept = sorted(files_in(tmp_path))
     assert kept.startswith("work/profile-")
     Profile.load(kept)
-    assert len(pieces) == 4 and all(piece.startswith("work/applied-") for piece in pieces)
+    assert len(pieces) == 5 and all(piece.startswith("work/applied-") for piece in pieces)
 
 
 def in_a_process(*arguments: str, folder: Path) -> subprocess.Popen[str]:

@@ -294,10 +294,11 @@ def _absolute_function(recipe: Recipe, text: str) -> str:
 def load(folder: str | Path, model: nn.Module | None = None, *, execution: str = "simulated") -> Result:
     """The result saved in ``folder``, bit for bit.
 
-    ``model`` is a float model of the same architecture (its weights do not matter, it is copied); it is not needed
-    where a recipe made the folder, which then also gives the calibration data for ``export_onnx``. ``execution`` is
-    "simulated" (float, differentiable) or "real" (packed weights on integer kernels). Raises InvalidRequest where
-    files are missing or do not belong to the model, CorruptFile where they are damaged.
+    ``model`` is a float model of the same architecture (its weights do not matter, buffers that its ``state_dict``
+    leaves out and its type do; it is copied); it is not needed where a recipe made the folder, which then also gives
+    the calibration data for ``export_onnx``. ``execution`` is "simulated" (float, differentiable) or "real" (packed
+    weights on integer kernels). Raises InvalidRequest where files are missing or do not belong to the model,
+    CorruptFile where they are damaged.
     """
     choose("execution", execution, EXECUTIONS)
     result = load_result(folder, model) if model is not None else _load_by_recipe(folder)

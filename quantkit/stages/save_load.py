@@ -14,7 +14,8 @@ with:
 - ``halves``, where what stays float is stored as float16: the names of what is, and computes as float32;
 - ``shapes``, where sizes vary in the calibration data: the shapes of the model's inputs in a few batches of it.
 
-Neither file holds code. Loading needs the float model for its architecture and gives bit-identical outputs.
+Neither file holds code. Loading needs the float model, in the type that it had, for its architecture and the buffers
+that its state leaves out, as frequencies of positions are, and gives bit-identical outputs.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ accelerator and refuse to mix devices.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from quantkit.formats import WeightFormat
-from quantkit.program.segments import Segment
 from quantkit.reconstruction.adaquant import JointWeight
-from quantkit.reconstruction.blocks import BlockData
+from quantkit.reconstruction.block_error import ElementError, PositionError
 from quantkit.reconstruction.learned import LearnedWeight
 from quantkit.rounding.weights import quantize_weight
 from quantkit.simulation.playback import mixed
@@ -52,6 +53,8 @@ def test_draws_of_the_cpu_mix_values_elsewhere() -> None:
     assert mixed(away(2, 3), away(2, 3), torch.Generator().manual_seed(0)).device.type == "cuda"
 
 
-def test_spilled_values_meet_a_block_elsewhere() -> None:
-    data = BlockData(Segment(0, 0, (), (), 0), {}, {}, torch.empty(2, 3), {}, torch.empty(2, 3), away(3))
-    assert data.error(away(2, 3), data.wanted).device.type == "cuda"
+@pytest.mark.parametrize("kind", ["elements", "positions"])
+def test_spilled_values_meet_a_block_elsewhere(kind: str) -> None:
+    program: Any = SimpleNamespace(rows={0: 0})
+    error = ElementError(program, 0, away(3)) if kind == "elements" else PositionError(0, None)
+    assert error(away(2, 3), torch.empty(2, 3), {}).device.type == "cuda"

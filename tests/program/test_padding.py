@@ -222,7 +222,9 @@ def of_transformers(name: str) -> nn.Module:
 
 
 def tokens(length: int, on_left: bool = False) -> list[dict[str, Tensor]]:
-    """Sentences padded to a length, on one side or the other; the two longest come first."""
+    """Sentences padded to a length, on one side or the other, there with positions that begin behind the padding, as
+    generation counts them: what is rotated by its position is the same then. The two longest come first.
+    """
     order = torch.tensor(LENGTHS).argsort(descending=True, stable=True)
     every = {name: torch.cat([one[name] for one in batches(length, filler=7)])[order] for name in batches(length)[0]}
     if on_left:
@@ -230,8 +232,9 @@ def tokens(length: int, on_left: bool = False) -> list[dict[str, Tensor]]:
             name: torch.stack([row.roll(length - LENGTHS[i]) for i, row in zip(order.tolist(), x, strict=True)])
             for name, x in every.items()
         }
-    pairs = zip(every["words"].split(4), every["attention_mask"].split(4), strict=True)
-    return [{"input_ids": words, "attention_mask": mask} for words, mask in pairs]
+        every["position_ids"] = (every["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    every["input_ids"] = every.pop("words")
+    return [{name: x[start : start + 4] for name, x in every.items()} for start in (0, 4)]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def test_what_is_loaded_computes_what_was_quantized(name: str, tmp_path: Path) -
     assert not torch.allclose(found.logits, model.float()(**unseen).logits, atol=1e-3)
     assert json.loads((tmp_path / "saved" / "plan.json").read_text())["schemes"]
 
-    codes = quantkit.load(tmp_path / "saved", model=loaded)
+    like = made[name]() if "bf16" in name else loaded  # of its type, whose frequencies no file holds
+    codes = quantkit.load(tmp_path / "saved", model=like)
     assert torch.equal(codes.model(**unseen).logits, result.model(**unseen).logits)
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat
 from quantkit.numbers.kinds import token_range
 from quantkit.program.layers import Weights
@@ -32,7 +31,7 @@ from quantkit.targets.roles import KEY, QUERY
 from quantkit.transforms.channel_groups import Group, Member, columns_of, groups_of, holds_half, scale
 from quantkit.transforms.channel_labels import COLUMNS, GAIN
 from quantkit.transforms.channel_statistics import Seen, channel_axis, seen_of
-from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
+from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform, recorded
 
 NORMS, LAYERS, KEYS = "norm-scaling", "layer-scaling", "key-scaling"
 STRENGTHS = tuple(i / 4 for i in range(5))
@@ -83,12 +82,7 @@ def _propose(transform: str, setting: Setting) -> Proposal:
 def _redo(transform: str, setting: Setting, records: Sequence[Mapping[str, Any]]) -> tuple[ChannelScaling, ...]:
     made_with = {str(record["at"]): (float(record["strength"]), str(record["by"])) for record in records}
     known = {group.name: group for group in groups_of(setting.ready)[0] if kind_of(group) == transform}
-    if unknown := [name for name in made_with if name not in known]:
-        raise InvalidRequest(
-            f"The plan scales channels at {unknown[0]!r} ({transform}), where the model has no such scaling. Is it "
-            "the model that the plan was made for? transforms='none' applies the plan without any."
-        )
-    own = [known[name] for name in made_with]
+    own = recorded(records, known, f"scales channels ({transform}) at")
     return tuple(_change(setting, group, seen, made_with[group.name]) for group, seen in seen_of(setting, own))
 
 

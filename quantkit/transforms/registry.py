@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from quantkit.errors import InvalidRequest
 from quantkit.formats import ActivationFormat, WeightFormat
 from quantkit.program.inputs import Batch
 from quantkit.transforms.change import Change
 from quantkit.transforms.prepare import Prepared
+
+Place = TypeVar("Place")
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,17 @@ class Transform:
 
 
 TRANSFORMS: dict[str, Transform] = {}  # in the order in which they are tried
+
+
+def recorded(records: Sequence[Mapping[str, Any]], known: Mapping[str, Place], doing: str) -> list[Place]:
+    """Where a plan made each change, of the places that a model has, by name. ``doing`` says what it did there. Raises
+    InvalidRequest for a place that the model does not have.
+    """
+    for record in records:
+        if record["at"] not in known:
+            raise InvalidRequest(
+                f"The plan {doing} {record['at']!r}, which the model does not have; it has "
+                f"{', '.join(known) or 'none'}. Is it the model that the plan was made for? transforms='none' applies "
+                "the plan without any."
+            )
+    return [known[record["at"]] for record in records]

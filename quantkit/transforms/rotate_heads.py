@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import InvalidRequest
 from quantkit.program.layers import Weights
 from quantkit.transforms.orthogonal import random_hadamard
-from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
+from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform, recorded
 from quantkit.transforms.value_heads import ValueHeads, value_heads
 
 NAME = "head-rotation"
@@ -65,13 +64,8 @@ def propose(setting: Setting) -> Proposal:
 def redo(setting: Setting, records: Sequence[Mapping[str, Any]]) -> tuple[HeadRotation, ...]:
     """The rotations that a plan records. Raises InvalidRequest for an attention that the model does not have."""
     known = {heads.name: heads for heads in value_heads(setting.ready)[0]}
-    for record in records:
-        if record["at"] not in known:
-            raise InvalidRequest(
-                f"The plan turns the heads of {record['at']!r}, which the model does not have, or cannot be followed; "
-                f"known: {', '.join(known) or 'none'}."
-            )
-    return tuple(HeadRotation(known[record["at"]], record["seed"]) for record in records)
+    places = recorded(records, known, "turns the heads of")
+    return tuple(HeadRotation(place, record["seed"]) for place, record in zip(places, records, strict=True))
 
 
 TRANSFORMS[NAME] = Transform(propose, redo)

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import InvalidRequest
 from quantkit.program.channels import mixed
 from quantkit.program.halves import is_half
 from quantkit.program.intercept import device_of
 from quantkit.program.layers import Weights
 from quantkit.transforms.norms import LAYER, normalizations
 from quantkit.transforms.orthogonal import keeping_ones, random_hadamard
-from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform
+from quantkit.transforms.registry import TRANSFORMS, Proposal, Setting, Transform, recorded
 from quantkit.transforms.residual_stream import ReadNorm, ResidualStream, residual_streams
 
 NAME = "stream-rotation"
@@ -113,13 +112,8 @@ def redo(setting: Setting, records: Sequence[Mapping[str, Any]]) -> tuple[Stream
     """The rotations that a plan records. Raises InvalidRequest for a stream that the model does not have."""
     norms, _ = normalizations(setting.ready)
     streams = {stream.name: stream for stream in residual_streams(setting.ready, norms)[0]}
-    for record in records:
-        if record["at"] not in streams:
-            raise InvalidRequest(
-                f"The plan turns the residual stream {record['at']!r}, which the model does not have; it has "
-                f"{', '.join(streams) or 'none'}."
-            )
-    return tuple(StreamRotation(streams[record["at"]], record["seed"]) for record in records)
+    places = recorded(records, streams, "turns the residual stream")
+    return tuple(StreamRotation(place, record["seed"]) for place, record in zip(places, records, strict=True))
 
 
 TRANSFORMS[NAME] = Transform(propose, redo)

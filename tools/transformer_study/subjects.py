@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +49,16 @@ class Places:
         return min(whole, max(16, whole // 10)) if self.quick else whole
 
 
-class Subject:
+class Subject(ABC):
     """A float network, what calibrates it, and the layers that keep their numbers where "the linears" are meant."""
 
     model: nn.Module
     calibration: Sequence[Any]
     pinned: tuple[str, ...] = ()
 
+    @abstractmethod
     def scores(self, model: nn.Module) -> Figures:
         """What is left in a quantized model, on data that decided nothing."""
-        raise NotImplementedError
 
 
 class SmallLlama(Subject):

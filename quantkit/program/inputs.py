@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,17 @@ def picked_samples(batch: Batch, which: slice | Tensor) -> Batch:
     """Some samples of a batch, by their numbers; what does not have one entry per sample stays whole."""
     size = batch_size(batch)
     return tree_map(lambda v: v[which] if isinstance(v, Tensor) and v.dim() and len(v) == size else v, batch)
+
+
+def numbered_samples(batches: Iterable[Batch], which: Callable[[Tensor], Tensor]) -> list[Batch]:
+    """The samples for which ``which`` says so, given their numbers over all batches (samples,)."""
+    found, start = [], 0
+    for batch in batches:
+        own = which(torch.arange(start, start + batch_size(batch), device="cpu"))
+        start += len(own)
+        if bool(own.any()):
+            found.append(picked_samples(batch, own.nonzero().flatten()))
+    return found
 
 
 def _require_usable(batch: Batch, number: int) -> None:

@@ -18,7 +18,7 @@ from quantkit.allocation.from_profile import candidates
 from quantkit.errors import InfeasibleBudget
 from quantkit.formats import Scheme
 from quantkit.plan import Plan, Profile
-from quantkit.program.inputs import Batch, batch_size, picked_samples
+from quantkit.program.inputs import Batch, batch_size, numbered_samples
 from quantkit.progress import notice
 from quantkit.reconstruction.snapshot import Cache
 from quantkit.rounding import rounding_of
@@ -142,12 +142,5 @@ def held_back(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """The batches without every fourth sample, and those samples; all of them twice where there are few."""
     if sum(map(batch_size, batches)) < HELD_BACK * LEAST_HELD:
         return list(batches), list(batches)
-    parts: tuple[list[Batch], list[Batch]] = ([], [])
-    start = 0
-    for batch in batches:
-        numbers = torch.arange(start, start + batch_size(batch), device="cpu") % HELD_BACK == HELD_BACK - 1
-        for part, chosen in zip(parts, (~numbers, numbers), strict=True):
-            if chosen.any():
-                part.append(picked_samples(batch, chosen.nonzero().flatten()))
-        start += batch_size(batch)
-    return parts
+    kept = numbered_samples(batches, lambda order: order % HELD_BACK != HELD_BACK - 1)
+    return kept, numbered_samples(batches, lambda order: order % HELD_BACK == HELD_BACK - 1)

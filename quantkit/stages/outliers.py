@@ -4,20 +4,17 @@ damage of the narrowest formats on calibration samples that were held back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from quantkit.errors import InvalidRequest
 from quantkit.formats import EIGHT_BITS
 from quantkit.numbers.kinds import AnyRange, token_range
 from quantkit.plan import TRANSFORMS as RECORDED
 from quantkit.plan import Plan
-from quantkit.program.inputs import Batch, batch_size, picked_samples
+from quantkit.program.inputs import Batch, batch_size, numbered_samples
 from quantkit.progress import notice, warn
 from quantkit.ranges.activations import RANGES
 from quantkit.ranges.statistics import site_histograms
@@ -88,7 +85,7 @@ class Trial:
         dynamic = [site.name for site in ready.sites if sites[site.name].dynamic]
         ranges: dict[str, AnyRange] = {name: token_range(sites[name]) for name in dynamic}
         static = [site for site in ready.sites if site.name not in ranges]
-        some = _samples(self.fit, lambda order: order % RANGED == 0)
+        some = numbered_samples(self.fit, lambda order: order % RANGED == 0)
         found = site_histograms(ready.model, static, some, False, ready.padding)
         ranges |= {name: RANGES[self.ranges](histogram, sites[name].bits) for name, histogram in found.items()}
         for name, format in weights.items():
@@ -113,20 +110,10 @@ class Trial:
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Samples to find transforms by, evenly spaced, and samples to decide by; the same ones where there are few."""
     stride = max(1, sum(batch_size(batch) for batch in batches) // SAMPLES)
-    drawn = _samples(batches, lambda order: order % stride == 0)
-    held = _samples(drawn, lambda order: order % HELD_BACK == HELD_BACK - 1)
-    return (_samples(drawn, lambda order: order % HELD_BACK != HELD_BACK - 1), held) if held else (drawn, drawn)
-
-
-def _samples(batches: Sequence[Batch], which: Callable[[Tensor], Tensor]) -> list[Batch]:
-    """The samples, by their numbers over all batches, for which ``which`` says so."""
-    found, start = [], 0
-    for batch in batches:
-        own = which(torch.arange(start, start + batch_size(batch), device="cpu"))
-        start += len(own)
-        if bool(own.any()):
-            found.append(picked_samples(batch, own.nonzero().flatten()))
-    return found
+    drawn = numbered_samples(batches, lambda order: order % stride == 0)
+    held = numbered_samples(drawn, lambda order: order % HELD_BACK == HELD_BACK - 1)
+    fit = numbered_samples(drawn, lambda order: order % HELD_BACK != HELD_BACK - 1)
+    return (fit, held) if held else (drawn, drawn)
 
 
 def changed(ready: Prepared, changes: Sequence[Change]) -> Prepared:

@@ -144,12 +144,10 @@ class _Sums:
             rows = slope.reshape(-1, slope.shape[-1])
             self._keep(self.inputs, name, rows.T @ rows)
             return
-        gradient = _per_sample(slope, samples).mT @ _per_sample(read, samples)
+        rows, slopes = _per_sample(read, samples), _per_sample(slope, samples)
         of_inputs, of_outputs = self.inverses.get(name, (None, None))
-        one = gradient if of_outputs is None else of_outputs @ gradient
-        other = gradient if of_inputs is None else gradient @ of_inputs
-        self._keep(self.inputs, name, (gradient.mT @ one).sum(0))
-        self._keep(self.outputs, name, (other @ gradient.mT).sum(0))
+        self._keep(self.inputs, name, products_between(rows, slopes, of_outputs))
+        self._keep(self.outputs, name, products_between(slopes, rows, of_inputs))
 
     def _keep(self, sums: dict[str, Tensor], name: str, found: Tensor) -> None:
         own = sums.setdefault(name, torch.zeros(found.shape, dtype=torch.float64, device="cpu"))
@@ -162,6 +160,17 @@ class _Sums:
         return tables | {
             name: Moments(self.inputs[name][None], output=own[None]) for name, own in self.outputs.items()
         }
+
+
+def products_between(rows: Tensor, others: Tensor, middle: Tensor | None) -> Tensor:
+    """The sum over samples of G^T M G, where G is others^T rows, both (samples, T, channels), and M the identity where
+    there is none; products of T x T are smaller than G where samples are short.
+    """
+    if rows.shape[1] > max(rows.shape[2], others.shape[2]):
+        gradient = others.mT @ rows
+        return (gradient.mT @ (gradient if middle is None else middle @ gradient)).sum(0)
+    inner = (others if middle is None else others @ middle) @ others.mT
+    return rows.flatten(0, 1).T @ (inner @ rows).flatten(0, 1)
 
 
 def _per_sample(x: Tensor, samples: int) -> Tensor:

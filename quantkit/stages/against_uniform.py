@@ -28,7 +28,8 @@ from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.stages.apply import Application, formatted_by, schemes_to_check
 from quantkit.stages.applying import PlanApplication
-from quantkit.stages.loss_moments import loss_moments, with_rounding
+from quantkit.stages.auto import loss_for, with_auto_decided
+from quantkit.stages.loss_moments import loss_moments
 from quantkit.stages.recording import Replay, samples_by_size
 
 MOST_TRIED = 2  # uniform plans
@@ -104,7 +105,8 @@ class _Trials:
         options = replace(asked.options, reconstruction="none", correction="none")
         asked = replace(asked, options=options, evaluate=None, inplace=False)
         ready, program = session.prepared, session.standing or session.prepared.program
-        subject = Subject(ready.model, held, {}, options.loss, weights=ready.weights, program=program)
+        loss = loss_for(session, options.loss)
+        subject = Subject(ready.model, held, {}, loss, weights=ready.weights, program=program)
         drawn = [mixed_pairs(held, torch.Generator().manual_seed(seed)) for seed in range(DRAWS)]
         subject.batches = [batch for mixed in drawn if mixed is not None for batch in mixed] or held
         return cls(_on(session, kept), Reference.of(subject), asked)
@@ -118,7 +120,7 @@ class _Trials:
         own = self.session.fork()
         options = self.asked.options.with_inputs(own.inputs, schemes_to_check(plan, own))
         formatted = formatted_by(own, plan)
-        recording, options = own.recording(formatted.ready), with_rounding(options, own, formatted)
+        recording, options = own.recording(formatted.ready), with_auto_decided(options, own, formatted)
         applying = PlanApplication.of(formatted, recording, self.reference, options, Cache())
         progress, rewritten = self.asked.run.progress, bool(applying.rewritten.notes)
         known = loss_moments(own, formatted.ready, options, progress, rewritten)

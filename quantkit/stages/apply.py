@@ -34,6 +34,7 @@ from quantkit.session import Session
 from quantkit.simulation.model import SimulatedModel
 from quantkit.simulation.quantized import QuantizedModel
 from quantkit.stages.applying import PlanApplication, holds_probabilities
+from quantkit.stages.auto import with_auto_decided
 from quantkit.stages.beyond_half import require_half
 from quantkit.stages.first_last import ends_of
 from quantkit.stages.float_activations import (
@@ -45,7 +46,7 @@ from quantkit.stages.float_activations import (
     with_left_float,
 )
 from quantkit.stages.formatted import Formatted
-from quantkit.stages.loss_moments import loss_moments, with_rounding
+from quantkit.stages.loss_moments import loss_moments
 from quantkit.stages.metric import Evaluate, metric_of
 from quantkit.stages.options import FLOAT16, ApplyOptions, Run
 from quantkit.stages.reparameterize import within_bytes
@@ -89,7 +90,7 @@ def apply_plan(session: Session, plan: Plan, asked: Application) -> Result:
     options = asked.options.with_inputs(inputs, schemes_to_check(plan, session))
     options = within_bytes(options, plan)
     formatted = formatted_by(session, plan)
-    ready, options = formatted.ready, with_rounding(options, session, formatted)
+    ready, options = formatted.ready, with_auto_decided(options, session, formatted)
     require_numbers(options.rounding, formatted.weights.values())
     reference = session.reference(options.loss)
     finished = _finished(run.workdir, session, options, plan)

@@ -95,7 +95,8 @@ def forecast(request: Request) -> Forecast:
     at_sites = sites * len(request.site_formats)
 
     # one site is quantized while its formats are measured, all of them in what is measured beside single formats
-    measured = (formats - at_sites) * plain + at_sites * (plain + quantized) / 2 + (forwards - formats) * quantized
+    singly = (formats - at_sites) * plain + at_sites * (plain + quantized) / 2
+    measured = singly * min(1, forwards / max(1, formats)) + max(0, forwards - formats) * quantized
     seconds = measured + PASSES * plain + PASSES_AT_SITES * quantized * (at_sites > 0) + at_sites * range_seconds()
     options = rounding_options(request)
     rounding = _rounding_seconds(request, samples, options)

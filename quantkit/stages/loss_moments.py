@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-
 import torch
 
-from quantkit.formats import WeightFormat
-from quantkit.program.program import Program
 from quantkit.progress import notice
-from quantkit.rounding import AUTO, Moments, rounding_of
+from quantkit.rounding import Moments, rounding_of
 from quantkit.rounding.blocks import HESSIAN_BYTES
-from quantkit.rounding.registry import BY_LOSS
 from quantkit.sensitivity.kronecker import PASSES, FisherInputs, kronecker_moments, layers_with_factors
 from quantkit.session import Session
-from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions
 from quantkit.transforms.prepare import Prepared
-
-
-def rounding_for(session: Session, asked: str, formats: Iterable[WeightFormat], alone: bool) -> str:
-    """What "auto" stands for: rounding by the loss of the network where that is a language model and weights ``alone``
-    become integers.
-    """
-    integers = all(format.is_integer or format.is_half for format in formats)
-    fits = alone and integers and bool(session.inputs.batches) and _is_language_model(session.prepared.program)
-    return BY_LOSS if asked == AUTO and fits else asked
-
-
-def _is_language_model(program: Program) -> bool:
-    """Whether a model looks words up in a table and a linear layer makes an output."""
-    heads = {call.output for name, calls in program.calls.items() if program.kinds[name] == "linear" for call in calls}
-    return "embedding" in program.kinds.values() and not heads.isdisjoint(program.outputs)
-
-
-def with_rounding(options: ApplyOptions, session: Session, formatted: Formatted) -> ApplyOptions:
-    """The options with the rounding that "auto" stands for."""
-    found = rounding_for(session, options.rounding, formatted.weights.values(), not formatted.sites)
-    return replace(options, rounding=found)
 
 
 def loss_moments(

@@ -56,14 +56,13 @@ def machine(rounding: str) -> Machine:
     hessian = (x.T @ x).double().unsqueeze(0)
     product = seconds_of(lambda: x @ x) / _SIZE**3
     factor = spread = 0.0
-    moments = Moments(hessian)
     if rounding_of(rounding).factored:
         factor = seconds_of(lambda: inverse_factor(hessian)) / _SIZE**3
         spread = len(STRETCH) / 2 * product  # an error reaches the columns behind it, half of them in the mean
-    column = _rounded_seconds(x[:1], moments, rounding) / _SIZE
+    column = _rounded_seconds(x[:1], hessian, rounding) / _SIZE
     rows, inputs = _TALL
     tall = torch.rand(_TALL, generator=torch.Generator().manual_seed(0), device="cpu")
-    seconds = _rounded_seconds(tall, Moments(hessian[:, :inputs, :inputs]), rounding)
+    seconds = _rounded_seconds(tall, hessian[:, :inputs, :inputs], rounding)
     weight = (seconds - inputs * column) / (rows * inputs) - inputs * spread
     return Machine(product, factor, spread, column, max(weight, 0.0))
 
@@ -76,7 +75,9 @@ def range_seconds() -> float:
     return seconds_of(lambda: mse_range(histogram, 8))
 
 
-def _rounded_seconds(rows: Tensor, moments: Moments, rounding: str) -> float:
+def _rounded_seconds(rows: Tensor, hessian: Tensor, rounding: str) -> float:
+    outputs = torch.eye(len(rows), dtype=torch.float64, device="cpu").unsqueeze(0)
+    moments = Moments(hessian, output=outputs if rounding_of(rounding).fisher else None)
     assert moments.factor is not None, "a random matrix can be factored"
     return seconds_of(lambda: quantize_weight(rows, [WeightFormat("4")], moments, rounding=rounding))
 

@@ -23,6 +23,7 @@ from quantkit.sensitivity.damage import Reference
 from quantkit.sensitivity.measure import Subject
 from quantkit.session import Session
 from quantkit.stages.apply import formatted_by
+from quantkit.stages.auto import loss_for
 from quantkit.stages.formatted import Formatted
 from quantkit.stages.options import ApplyOptions, asked_transforms
 from quantkit.stages.request import Request
@@ -259,7 +260,7 @@ def transformed_by(session: Session, plan: Plan, asked: str, options: ApplyOptio
         _redo(session, plan.provenance.get(RECORDED, []))
         return plan
     others = {key: value for key, value in plan.provenance.items() if key != RECORDED}
-    settings = {"loss": options.loss, "ranges": options.ranges, "seed": options.seed}
+    settings = {"loss": loss_for(session, options.loss), "ranges": options.ranges, "seed": options.seed}
     changes = decided(formatted_by(session, plan), asked, settings)
     session.prepared = changed(session.prepared, changes)
     return replace(plan, provenance=others | ({RECORDED: records_of(changes)} if changes else {}))

@@ -19,11 +19,11 @@ from quantkit.rounding import require_numbers
 from quantkit.sensitivity import require_additive
 from quantkit.sensitivity.measure import Scores
 from quantkit.session import Session
+from quantkit.stages.auto import loss_for
 from quantkit.stages.beyond_half import why_not_half, without_beyond_half
 from quantkit.stages.estimator import MEASURED, estimator_for
 from quantkit.stages.first_last import policy_record, with_policy
 from quantkit.stages.inputs import Inputs, tell_what_is_missing
-from quantkit.stages.loss_moments import rounding_for
 from quantkit.stages.options import FLOAT16, FLOAT32, ProfileOptions, chosen
 from quantkit.targets import Target
 from quantkit.targets.rules import (
@@ -150,9 +150,8 @@ def request_of(session: Session, wanted: Sequence[Scheme], options: ProfileOptio
     if options.everywhere:
         session = _without_unfit(session, wanted[0], rules)
     ready, allowed = _with_candidates(session, wanted, rules)
-    alone = all(scheme.activation is None for own in allowed.values() for scheme in own)
     formats = [scheme.weight for own in allowed.values() for scheme in own if scheme.weight is not None]
-    options = replace(options, rounding=rounding_for(session, options.rounding, formats, alone))
+    options = replace(options, loss=loss_for(session, options.loss))
     require_numbers(options.rounding, formats)
     if (table := session.target.latency) is not None:
         table.require(digest_shapes(ready.layers), list(ready.quantizable), [site.name for site in ready.sites])

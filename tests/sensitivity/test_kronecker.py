@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 import quantkit
 from quantkit.rounding.moments import damped
-from quantkit.sensitivity.kronecker import DAMPING, FisherInputs, kronecker_moments, layers_with_factors
+from quantkit.sensitivity.kronecker import (
+    DAMPING,
+    FisherInputs,
+    kronecker_moments,
+    layers_with_factors,
+    products_between,
+)
 from quantkit.session import Session
 from quantkit.stages.inputs import Inputs
 from quantkit.targets import Target
@@ -110,3 +117,15 @@ def test_weights_of_language_models_are_rounded_by_the_loss():
     assert result.notes["rounding"]["words"].startswith("yaqa")
     again = quantkit.quantize(model, "w4g4z", tokens, **options)
     assert torch.equal(result.model(tokens), again.model(tokens))
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("with_middle", [False, True])
+def test_short_and_long_samples_have_the_same_products(rows, with_middle):
+    generator = torch.Generator().manual_seed(0)
+    read, slopes, middle = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((4, rows, 5), (4, rows, 6), (6, 6))
+    )
+    gradients = torch.einsum("nto,ntk->nok", slopes, read)
+    wanted = torch.einsum("nok,op,npl->kl", gradients, middle if with_middle else torch.eye(6).double(), gradients)
+    assert torch.allclose(products_between(read, slopes, middle if with_middle else None), wanted)

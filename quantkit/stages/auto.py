@@ -1,0 +1,43 @@
+"""What "auto" stands for, by what a model is and what becomes codes: its loss and its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from quantkit.formats import WeightFormat
+from quantkit.program.program import Program
+from quantkit.program.representations import is_representation
+from quantkit.rounding import AUTO
+from quantkit.rounding.registry import BY_LOSS
+from quantkit.session import Session
+from quantkit.stages.formatted import Formatted
+from quantkit.stages.options import ApplyOptions
+
+
+def loss_for(session: Session, asked: str) -> str:
+    """The squared error where the model's answer is a representation; else "auto", by which each output is compared
+    as ``OutputRule`` says.
+    """
+    return "mse" if asked == AUTO and is_representation(session.prepared.program) else asked
+
+
+def rounding_for(session: Session, asked: str, formats: Iterable[WeightFormat], alone: bool) -> str:
+    """What "auto" stands for: rounding by the loss of the network where that is a language model and weights ``alone``
+    become integers.
+    """
+    integers = all(format.is_integer or format.is_half for format in formats)
+    fits = alone and integers and bool(session.inputs.batches) and _is_language_model(session.prepared.program)
+    return BY_LOSS if asked == AUTO and fits else asked
+
+
+def _is_language_model(program: Program) -> bool:
+    """Whether a model looks words up in a table and a linear layer makes an output."""
+    heads = {call.output for name, calls in program.calls.items() if program.kinds[name] == "linear" for call in calls}
+    return "embedding" in program.kinds.values() and not heads.isdisjoint(program.outputs)
+
+
+def with_auto_decided(options: ApplyOptions, session: Session, formatted: Formatted) -> ApplyOptions:
+    """The options with the loss and the rounding that "auto" stands for."""
+    found = rounding_for(session, options.rounding, formatted.weights.values(), not formatted.sites)
+    return replace(options, rounding=found, loss=loss_for(session, options.loss))

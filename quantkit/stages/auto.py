@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from quantkit.formats import WeightFormat
-from quantkit.program.program import Program
 from quantkit.program.representations import is_representation
 from quantkit.rounding import AUTO
 from quantkit.rounding.registry import BY_LOSS
@@ -23,18 +22,13 @@ def loss_for(session: Session, asked: str) -> str:
 
 
 def rounding_for(session: Session, asked: str, formats: Iterable[WeightFormat], alone: bool) -> str:
-    """What "auto" stands for: rounding by the loss of the network where that is a language model and weights ``alone``
-    become integers.
+    """What "auto" stands for: rounding by the loss of the network where that reads tokens and weights ``alone`` become
+    integers.
     """
     integers = all(format.is_integer or format.is_half for format in formats)
-    fits = alone and integers and bool(session.inputs.batches) and _is_language_model(session.prepared.program)
+    reads_tokens = "embedding" in session.prepared.program.kinds.values()
+    fits = alone and integers and reads_tokens and bool(session.inputs.batches)
     return BY_LOSS if asked == AUTO and fits else asked
-
-
-def _is_language_model(program: Program) -> bool:
-    """Whether a model looks words up in a table and a linear layer makes an output."""
-    heads = {call.output for name, calls in program.calls.items() if program.kinds[name] == "linear" for call in calls}
-    return "embedding" in program.kinds.values() and not heads.isdisjoint(program.outputs)
 
 
 def with_auto_decided(options: ApplyOptions, session: Session, formatted: Formatted) -> ApplyOptions:

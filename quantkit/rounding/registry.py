@@ -35,7 +35,7 @@ class Rounding:
 
 ROUNDINGS: dict[str, Rounding] = {}
 AUTO, WITH_INPUTS, WITHOUT_INPUTS = "auto", "gptq", "hqq"  # what "auto" is with calibration inputs, and without any
-BY_LOSS = "yaqa"  # and for weights alone of models that read tokens
+BY_LOSS = "yaqa"  # and for narrow weights of models that read tokens
 
 
 def rounding(name: str, **needs: bool) -> Callable[[RoundRows], RoundRows]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 
-from quantkit.formats import WeightFormat
+from quantkit.formats import EIGHT_BITS, WeightFormat
 from quantkit.program.representations import is_representation
 from quantkit.rounding import AUTO
 from quantkit.rounding.registry import BY_LOSS
@@ -21,17 +21,18 @@ def loss_for(session: Session, asked: str) -> str:
     return "mse" if asked == AUTO and is_representation(session.prepared.program) else asked
 
 
-def rounding_for(session: Session, asked: str, formats: Iterable[WeightFormat], alone: bool) -> str:
-    """What "auto" stands for: rounding by the loss of the network where that reads tokens and weights ``alone`` become
-    integers.
+def rounding_for(session: Session, asked: str, formats: Collection[WeightFormat]) -> str:
+    """What "auto" stands for: rounding by the loss of the network where that reads tokens and weights become integers
+    of less than 8 bits.
     """
     integers = all(format.is_integer or format.is_half for format in formats)
+    narrow = any(format.is_integer and format.bits < EIGHT_BITS for format in formats)
     reads_tokens = "embedding" in session.prepared.program.kinds.values()
-    fits = alone and integers and reads_tokens and bool(session.inputs.batches)
+    fits = integers and narrow and reads_tokens and bool(session.inputs.batches)
     return BY_LOSS if asked == AUTO and fits else asked
 
 
 def with_auto_decided(options: ApplyOptions, session: Session, formatted: Formatted) -> ApplyOptions:
     """The options with the loss and the rounding that "auto" stands for."""
-    found = rounding_for(session, options.rounding, formatted.weights.values(), not formatted.sites)
+    found = rounding_for(session, options.rounding, formatted.weights.values())
     return replace(options, rounding=found, loss=loss_for(session, options.loss))

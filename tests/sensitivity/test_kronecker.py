@@ -109,14 +109,23 @@ def test_results_do_not_depend_on_the_size_of_batches():
     assert whole.hessian.shape == parts.hessian.shape
 
 
-def test_weights_of_language_models_are_rounded_by_the_loss():
+@pytest.mark.parametrize(("scheme", "rounding"), [("w4g4z", "yaqa"), ("w4a8", "yaqa"), ("w8a8", "gptq")])
+def test_narrow_weights_of_models_that_read_tokens_are_rounded_by_the_loss(scheme, rounding):
     model, tokens = model_and_data()
     options = {"reconstruction": "none", "correction": None, "progress": False, "transforms": "none"}
-    result = quantkit.quantize(model, "w4g4z", tokens, **options)
-    assert result.notes["rounding"]["mix"].startswith("yaqa")
-    assert result.notes["rounding"]["words"].startswith("yaqa")
-    again = quantkit.quantize(model, "w4g4z", tokens, **options)
+    result = quantkit.quantize(model, scheme, tokens, **options)
+    assert result.notes["rounding"]["mix"].startswith(rounding)
+    assert result.notes["rounding"]["words"].startswith("yaqa") == (rounding == "yaqa")
+    again = quantkit.quantize(model, scheme, tokens, **options)
     assert torch.equal(result.model(tokens), again.model(tokens))
+
+
+def test_profiles_round_layer_by_layer_what_is_rounded_by_the_loss_in_the_end():
+    model, tokens = model_and_data()
+    options = {"reconstruction": "none", "correction": None, "progress": False, "transforms": "none"}
+    result = quantkit.quantize(model, "10 bits", tokens, schemes=["w4g4z", "w6g4z"], **options)
+    assert result.profile.provenance["rounded"]["mix"].startswith("gptq")
+    assert result.notes["rounding"]["mix"].startswith("yaqa")
 
 
 @pytest.mark.parametrize("rows", [3, 9])

@@ -6,7 +6,8 @@ nearest Kronecker product H_out (x) H_in is found by power iteration (Tseng et a
 
     H_in = E G^T G,  H_out = E G G^T;  then  H_in <- E G^T H_out^-1 G,  H_out <- E G H_in^-1 G^T
 
-with gradients drawn anew: two forward and backward passes over the samples in all, whatever the number of formats.
+with gradients drawn anew: two forward passes over the samples in all, whatever the number of formats, and a backward
+pass for every draw of labels, several where there are few rows.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from quantkit.progress import track
 from quantkit.rounding.moments import Moments, damped
 from quantkit.sensitivity.curvature import differentiable
 from quantkit.sensitivity.damage import Damage
+from quantkit.sensitivity.output_gradients import gradients
 from quantkit.simulation.model import run_with
 
 DAMPING = 0.1  # of the mean diagonal, where a factor is inverted
 PASSES = 2
+ROWS_WANTED, MOST_DRAWS = 1 << 15, 4  # rows of outputs with labels of their own: fewer are drawn for several times
 GRAPH_ROWS = 1024  # of a graph: positions of the samples that are differentiated at once
 _EMBEDDING = "embedding"
 
@@ -93,6 +96,11 @@ def _pieces(given: FisherInputs) -> Iterator[Batch]:
     yield from split_batches(given.batches, max(1, GRAPH_ROWS // max(1, rows)))
 
 
+def draws_for(rows: int) -> int:
+    """How often labels are drawn for so many rows of outputs."""
+    return max(1, min(MOST_DRAWS, ROWS_WANTED // max(1, rows)))
+
+
 def _inverse(moments: Moments) -> tuple[Tensor, Tensor | None]:
     sides = (moments.hessian, moments.output)
     one, other = (None if x is None else torch.linalg.inv(damped(x, DAMPING))[0].float() for x in sides)
@@ -103,7 +111,7 @@ def _inverse(moments: Moments) -> tuple[Tensor, Tensor | None]:
 def _add_gradients(
     given: FisherInputs, layers: Sequence[str], batch: Batch, sums: _Sums, generator: torch.Generator
 ) -> None:
-    """Add the gradients of a batch by the weights of ``layers``, for labels drawn anew."""
+    """Add the gradients of a batch by the weights of ``layers``, for labels drawn anew, once or several times."""
     calls = {call.key: (name, call.source) for name in layers for call in given.program.calls[name]}
     read: dict[OpKey, Tensor] = {}
     made: dict[OpKey, Tensor] = {}
@@ -116,17 +124,15 @@ def _add_gradients(
     def at_output(key: OpKey, x: Tensor) -> Tensor:
         return x + made.setdefault(key, torch.zeros_like(x).requires_grad_()) if key in calls else x
 
+    draws = draws_for(sum(given.damage.counts))
     with restored(given.model), differentiable(given.model, ()):
         result = run_with(given.model, at_output, *batch, before=before)
         outputs = given.damage.rule.rows(result, batch)
-        drawn = given.damage.cotangent(tuple(output.detach() for output in outputs), generator)
-        live = [(output, c) for output, c in zip(outputs, drawn, strict=True) if output.requires_grad]
-        slopes = torch.autograd.grad(
-            [output for output, _ in live], list(made.values()), [c for _, c in live],
-            allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
-    for key, slope in zip(made, slopes, strict=True):
-        sums.add(calls[key][0], read[key], slope, batch_size(batch))
+        for draw in range(draws):
+            drawn = given.damage.cotangent(tuple(output.detach() for output in outputs), generator)
+            slopes = gradients(outputs, list(made.values()), drawn, keep=draw + 1 < draws)
+            for key, slope in zip(made, slopes, strict=True):
+                sums.add(calls[key][0], read[key], slope, batch_size(batch))
 
 
 @dataclass

@@ -33,5 +33,5 @@ def _found(session: Session, ready: Prepared, loss: str, seed: int, progress: bo
     layers = layers_with_factors(ready.program, ready.quantizable, HESSIAN_BYTES)
     damage, generator = session.reference(loss).damage, torch.Generator().manual_seed(seed)
     given = FisherInputs(ready.model, ready.program, session.inputs.batches, damage)
-    notice(f"rounding by the loss of the network: {PASSES} forward and backward passes for the Hessians of its layers")
+    notice(f"rounding by the loss of the network: {PASSES} passes over the inputs for the Hessians of its layers")
     return kronecker_moments(given, layers, generator, progress)

@@ -11,6 +11,7 @@ from quantkit.rounding.moments import damped
 from quantkit.sensitivity.kronecker import (
     DAMPING,
     FisherInputs,
+    draws_for,
     kronecker_moments,
     layers_with_factors,
     products_between,
@@ -20,6 +21,7 @@ from quantkit.stages.inputs import Inputs
 from quantkit.targets import Target
 
 SAMPLES, LENGTH, WORDS = 6, 5, 11
+DRAWS = draws_for(SAMPLES * LENGTH)
 
 
 class TinyLanguageModel(nn.Module):
@@ -53,12 +55,15 @@ def factors(session, names, seed=0):
 
 
 def gradients_of_samples(model, tokens, weight, generator):
-    """A gradient for each sample, of the log-likelihood of labels drawn for all of them in turn."""
+    """A gradient for each sample and draw, of the log-likelihood of labels drawn for all of them in turn."""
     logits = model(tokens)
     p = logits.detach().reshape(-1, WORDS).softmax(-1)
-    labels = torch.multinomial(p, 1, generator=generator).reshape(SAMPLES, LENGTH, 1)
-    likely = logits.log_softmax(-1).gather(-1, labels).sum((1, 2))
-    return [torch.autograd.grad(one, weight, retain_graph=True)[0].double() for one in likely]
+    found = []
+    for _ in range(DRAWS):
+        labels = torch.multinomial(p, 1, generator=generator).reshape(SAMPLES, LENGTH, 1)
+        likely = logits.log_softmax(-1).gather(-1, labels).sum((1, 2))
+        found += [torch.autograd.grad(one, weight, retain_graph=True)[0].double() for one in likely]
+    return found
 
 
 def test_factors_are_those_of_gradients_of_one_sample_at_a_time():
@@ -82,14 +87,15 @@ def test_the_factor_of_a_table_is_that_of_gradients_by_what_is_looked_up():
     seen = []
     model.words.register_forward_hook(lambda _, inputs, out: seen.append(out.requires_grad_()) or out)
     labels = torch.Generator().manual_seed(0)
-    for _ in range(2):  # the second draw counts
+    rows = []
+    for _ in range(2 * DRAWS):
         logits = model(tokens)
         p = logits.detach().reshape(-1, WORDS).softmax(-1)
         drawn = torch.multinomial(p, 1, generator=labels)
         likely = logits.log_softmax(-1).reshape(-1, WORDS).gather(-1, drawn).sum()
         slope = torch.autograd.grad(likely, seen[-1])[0].reshape(-1, 8).double()
-        rows = slope.T @ slope
-    assert torch.allclose(found.hessian[0], rows, rtol=1e-3, atol=1e-6)
+        rows.append(slope.T @ slope)
+    assert torch.allclose(found.hessian[0], sum(rows[DRAWS:]), rtol=1e-3, atol=1e-6)  # the second pass counts
 
 
 def test_layers_that_make_an_output_have_none():
@@ -105,8 +111,7 @@ def test_results_do_not_depend_on_the_size_of_batches():
     inputs = Inputs.of(model, [tokens[:2], tokens[2:]], None, None)
     session = Session.open(model, inputs, Target.load("onnxruntime-cpu"))
     parts = factors(session, ["mix"])["mix"]
-    assert torch.allclose(whole.hessian, parts.hessian, rtol=0.5)  # other labels are drawn
-    assert whole.hessian.shape == parts.hessian.shape
+    assert torch.dist(whole.hessian, parts.hessian) < 0.5 * whole.hessian.norm()  # other labels are drawn
 
 
 @pytest.mark.parametrize(("scheme", "rounding"), [("w4g4z", "yaqa"), ("w4a8", "yaqa"), ("w8a8", "gptq")])
@@ -138,3 +143,7 @@ def test_short_and_long_samples_have_the_same_products(rows, with_middle):
     gradients = torch.einsum("nto,ntk->nok", slopes, read)
     wanted = torch.einsum("nok,op,npl->kl", gradients, middle if with_middle else torch.eye(6).double(), gradients)
     assert torch.allclose(products_between(read, slopes, middle if with_middle else None), wanted)
+
+
+def test_labels_are_drawn_more_often_where_there_are_few_rows():
+    assert [draws_for(rows) for rows in (0, 100, 10_000, 20_000, 1 << 15, 1 << 20)] == [4, 4, 3, 1, 1, 1]

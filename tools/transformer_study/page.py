@@ -18,7 +18,7 @@ HEADS = {
     "llama": ("A small Llama", ("KL", "ratio", "bits", "float", "seconds", "MB", "passes", "learning")),
     "injected": ("Injected outliers", ("KL", "ratio", "float", "seconds")),
     "vit": ("A vision transformer", ("top-1", "float", "seconds")),
-    "rounding": ("Rounding by the loss", ("KL", "ratio", "bits", "seconds")),
+    "rounding": ("Rounding by the loss", ("KL", "ratio", "cosine", "bits", "seconds")),
     "rotations": ("Rotations and scalings", ("KL", "ratio", "top-1", "float", "seconds")),
     "tiny": ("Tiny networks of twenty architectures", (*COUNTED, "error", "generates")),
 }
@@ -36,8 +36,8 @@ data, and what learning has of that.""",
 seed. The row to compare with is `llama W4A8`.""",
     "vit": """Hybrid ViT on CIFAR-10, 1,024 images to calibrate, 5,000 to measure. The first convolution reads 8 bits.
 `injected` has channels 15 to 60 times as large, and computes the same.""",
-    "rounding": """The linears of the small Llama in groups of 64, by GPTQ and by the loss of the whole network (YAQA);
-nothing is transformed or learned.""",
+    "rounding": """The linears of the small Llama in groups of 64, and those of MiniLM, by GPTQ and by the loss of
+the whole network (YAQA); nothing is transformed or learned.""",
     "rotations": """The same networks by what is done to them before they are rounded; nothing is learned.""",
     "tiny": """Random weights, 8 bits everywhere. Sites in each role; the relative error of the file in onnxruntime
 against the simulation; whether `result.model.generate` works where the float model generates.""",

@@ -163,11 +163,15 @@ def _vit() -> Iterator[Row]:
 
 def _rounding() -> Iterator[Row]:
     """What rounding by the loss of the whole network does, before anything is learned."""
-    for bits in (4, 3, 2):
+    for subject, budget, name, figure in (
+        *(("llama", grouped(bits, 64), f"W{bits}", "KL") for bits in (4, 3, 2)),
+        ("minilm", "w4", "W4 by row", "cosine"),
+        ("minilm", grouped(4, 128), "W4 g128", "cosine"),
+    ):
         for how in ("gptq", "yaqa"):
             options = {"rounding": how, "transforms": "none", "reconstruction": "none", "correction": None}
-            name = f"rounding: llama W{bits} {how}"
-            yield Row("rounding", name, "llama", grouped(bits, 64), "", "", linears=True, options=options)
+            called = f"rounding: {subject} {name} {how}"
+            yield Row("rounding", called, subject, budget, "", "", figure, linears=True, options=options)
 
 
 def _rotations() -> Iterator[Row]:

@@ -101,5 +101,6 @@ def page(rows: Iterable[Row | Tiny], found: Mapping[str, Record], quick: bool) -
     for group, (title, _) in HEADS.items():
         lines = list(table(group, (row for row in rows if row.group == group), found))
         if len(lines) > 2:
-            parts.append(f"## {title}\n\n{TOLD[group]}\n\n" + "\n".join(lines))
+            command = f"`python tools/study_transformers.py --only {group}`"
+            parts.append(f"## {title}\n\n{command}\n\n{TOLD[group]}\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"

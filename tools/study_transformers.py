@@ -49,10 +49,14 @@ def chosen(only: Sequence[str], names: Sequence[str]) -> list[Row | Tiny]:
 
 
 def in_own_process(row: Row | Tiny, options: argparse.Namespace) -> dict[str, Any]:
-    """What was measured of a row; under "refused" the last line of what ended it."""
+    """What was measured of a row; under "refused" the last line of what ended it. A process that is killed, which says
+    nothing of the row, ends this one.
+    """
     command = [sys.executable, __file__, "--measure", row.name]
     command += ["--quick"] * options.quick + (["--wheels", str(options.wheels)] if options.wheels else [])
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode < 0:
+        raise SystemExit(f"{row.name}: killed by signal {-done.returncode}; run again to go on")
     if done.returncode:
         return {"refused": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +69,14 @@ def test_every_row_has_a_name_of_its_own_and_stands_in_the_page() -> None:
     text = page(every, {row.name: {"refused": "not | yet"} for row in every}, quick=True)
     assert all(f"| {row.name} |" in text for row in every) and "not / yet" in text and "tenth" in text
     assert told(every[0], {"cosine": 0.99321}).startswith(f"{every[0].name}: cosine 0.9932")
+
+
+def test_a_killed_process_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = import_module("study_transformers")
+    ended = subprocess.CompletedProcess([], -9, stdout="", stderr="quantkit: a notice")
+    monkeypatch.setattr(study.subprocess, "run", lambda *_, **__: ended)
+    options = argparse.Namespace(quick=True, wheels=None)
+    with pytest.raises(SystemExit, match="killed by signal 9"):
+        study.in_own_process(study.every_row()[0], options)
+    ended.returncode = 1
+    assert study.in_own_process(study.every_row()[0], options) == {"refused": "quantkit: a notice"}

@@ -61,8 +61,8 @@ def _has_factors(program: Program, name: str, most: int) -> bool:
     alone = all(sum(call.key == other.key for own in program.calls.values() for other in own) == 1 for call in calls)
     if not calls or not alone or factor_bytes(weight) > most:
         return False
-    if weight.kind == _EMBEDDING:
-        return weight.order is None
+    if weight.kind == _EMBEDDING:  # and not a head too
+        return weight.order is None and all(call.key.op.startswith(_EMBEDDING) for call in calls)
     rows = weight.reads_rows and weight.kind in ("linear", "matmul")
     return rows and len(calls) == 1 and calls[0].output not in program.outputs
 

@@ -147,3 +147,14 @@ def test_short_and_long_samples_have_the_same_products(rows, with_middle):
 
 def test_labels_are_drawn_more_often_where_there_are_few_rows():
     assert [draws_for(rows) for rows in (0, 100, 10_000, 20_000, 1 << 15, 1 << 20)] == [4, 4, 3, 1, 1, 1]
+
+
+def test_a_table_that_is_the_head_too_has_none():
+    model, tokens = model_and_data()
+    model.head = torch.nn.Linear(8, WORDS, bias=False)
+    model.head.weight = model.words.weight
+    session = session_of(model, tokens)
+    layers = session.prepared.quantizable
+    assert layers_with_factors(session.prepared.program, layers, 1 << 30) == ["mix", "back"]
+    options = {"reconstruction": "none", "correction": None, "progress": False, "transforms": "none"}
+    assert quantkit.quantize(model, "w4g4z", tokens, **options).notes["rounding"]["mix"].startswith("yaqa")

@@ -19,7 +19,7 @@ def dispensable_inputs(program: Program, model: nn.Module, batch: Batch) -> dict
     """
     numbers, found = iter(program.inputs), {}
     for name, value, optional in _arguments(model, batch):
-        values = _reached(program, {next(numbers) for _ in tensors_of(value)})
+        values = program.depending_on({next(numbers) for _ in tensors_of(value)})
         reached = [output in values for output in program.outputs]
         if optional and any(reached) and not all(reached):
             found[name] = tuple(out for out, is_own in zip(program.output_names, reached, strict=True) if is_own)
@@ -33,12 +33,3 @@ def _arguments(model: nn.Module, batch: Batch) -> Iterator[tuple[str, Any, bool]
     positional = [*known, *(f"argument {i}" for i in range(len(known), len(args)))]
     for name, value in (*zip(positional, args, strict=False), *kwargs.items()):
         yield name, value, name in known and known[name].default is not inspect.Parameter.empty
-
-
-def _reached(program: Program, numbers: set[int]) -> set[int]:
-    """The values that depend on some."""
-    found = set(numbers)
-    for step in program.steps:
-        if not found.isdisjoint(step.inputs):
-            found.update(step.makes, (new for _, new in step.rewrites))
-    return found

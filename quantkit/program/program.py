@@ -9,7 +9,7 @@ inputs, which ``quantkit.program.replayable`` checks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -117,6 +117,14 @@ class Program:
             for value in step.inputs:
                 found.setdefault(value, []).append(step)
         return {value: tuple(steps) for value, steps in found.items()}
+
+    def depending_on(self, numbers: Iterable[int]) -> set[int]:
+        """These values, and all that were computed from some of them."""
+        found = set(numbers)
+        for step in self.steps:
+            if not found.isdisjoint(step.inputs):
+                found.update(step.makes, (new for _, new in step.rewrites))
+        return found
 
     @property
     def decides_by_values(self) -> bool:

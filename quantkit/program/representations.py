@@ -32,21 +32,7 @@ def _behind_layers(program: Program) -> list[Step]:
 
 def _is_residual(program: Program, step: Step) -> bool:
     """Whether a step adds to a value what was computed from it."""
-    added = [n for n in step.inputs if n in program.varying]
+    added = {n for n in step.inputs if n in program.varying}
     if step.key.op != "add" or len(added) != 2:
         return False
-    return any(_comes_from(program, one, other) for one, other in (added, added[::-1]))
-
-
-def _comes_from(program: Program, number: int, source: int) -> bool:
-    """Whether a value was computed from another one."""
-    seen, wanted = set[int](), [number]
-    while wanted:
-        step = program.makers.get(wanted.pop())
-        for read in () if step is None else step.reads:
-            if read == source:
-                return True
-            if read > source and read not in seen:
-                seen.add(read)
-                wanted.append(read)
-    return False
+    return any(added <= program.depending_on({number}) for number in added)

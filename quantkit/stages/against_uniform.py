@@ -102,10 +102,10 @@ class _Trials:
         kept, held = list(session.inputs.batches), list(session.inputs.batches)
         if rounding_of(asked.options.rounding).hessian:
             kept, held = held_back(session.inputs.batches)
-        options = replace(asked.options, reconstruction="none", correction="none")
+        loss = loss_for(session, asked.options.loss)
+        options = replace(asked.options, reconstruction="none", correction="none", loss=loss)
         asked = replace(asked, options=options, evaluate=None, inplace=False)
         ready, program = session.prepared, session.standing or session.prepared.program
-        loss = loss_for(session, options.loss)
         subject = Subject(ready.model, held, {}, loss, weights=ready.weights, program=program)
         drawn = [mixed_pairs(held, torch.Generator().manual_seed(seed)) for seed in range(DRAWS)]
         subject.batches = [batch for mixed in drawn if mixed is not None for batch in mixed] or held

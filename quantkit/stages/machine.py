@@ -76,8 +76,9 @@ def range_seconds() -> float:
 
 
 def _rounded_seconds(rows: Tensor, hessian: Tensor, rounding: str) -> float:
-    outputs = torch.eye(len(rows), dtype=torch.float64, device="cpu").unsqueeze(0)
-    moments = Moments(hessian, output=outputs if rounding_of(rounding).fisher else None)
+    moments = Moments(hessian)
+    if rounding_of(rounding).fisher:
+        moments = Moments(hessian, output=torch.eye(len(rows), dtype=torch.float64, device="cpu").unsqueeze(0))
     assert moments.factor is not None, "a random matrix can be factored"
     return seconds_of(lambda: quantize_weight(rows, [WeightFormat("4")], moments, rounding=rounding))
 

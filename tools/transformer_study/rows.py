@@ -62,14 +62,14 @@ def _minilm() -> Iterator[Row]:
         yield Row(
             "minilm", f"minilm linears {bits}", "minilm", f"{bits} bits", goal, before, "cosine", True, mixed(32, 128)
         )
-    for scheme, goal, before in (
-        ("w8a8", ">= .997", ".862 (peer .9975)"),
-        ("w8a8d", ">= .998", ""),
-        ("w4a8", ">= .985", ".842 (peer .856)"),
+    for scheme, goal, before, which in (
+        ("w8a8", ">= .997", ".862 (peer .9975)", ("",)),
+        ("w8a8d", ">= .998", "", ("",)),
+        ("w4a8", ">= .985", ".842 (peer .856)", ("", "linears ")),
     ):
-        yield Row("minilm", f"minilm {scheme.upper()}", "minilm", scheme, goal, before, "cosine")
-    goal, before = ">= .985", ".842 (peer .856)"
-    yield Row("minilm", "minilm linears W4A8", "minilm", "w4a8", goal, before, "cosine", linears=True)
+        for part in which:
+            name = f"minilm {part}{scheme.upper()}"
+            yield Row("minilm", name, "minilm", scheme, goal, before, "cosine", linears=bool(part))
     for bits, goal in (
         ("4.5", ">= .985, file <= 14 MB, STS-B >= 86.4"),
         ("4.0", ">= .975, STS-B >= 86.4"),
